@@ -1,0 +1,1 @@
+"""Merge transformers that were trained apart: tensors in, tensors out."""

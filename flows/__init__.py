@@ -1,0 +1,1 @@
+"""Prefect runs and schedules the stages that DVC calls stale."""

@@ -1,0 +1,1 @@
+"""One module per pipeline stage: read files, call alloy, write files."""

@@ -6,7 +6,6 @@ An unknown key is an error that names the nearest right one; there are no defaul
 import difflib
 from pathlib import Path
 
-
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -35,7 +34,9 @@ class Section(BaseModel):
         if isinstance(values, dict):
             for key in values:
                 if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}: {nearest(str(key), list(cls.model_fields))}")
+                    raise ValueError(
+                        f"unknown key {key!r}: {nearest(str(key), list(cls.model_fields))}"
+                    )
         return values
 
 

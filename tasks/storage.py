@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def write_file(path: Path) -> Iterator[Path]:
+def write_file(path: Path) -> Generator[Path]:
     """Yield a temporary path; rename it to `path` when the block ends well, remove it when it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + INCOMPLETE)
@@ -41,7 +41,7 @@ def write_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def write_folder(path: Path) -> Iterator[Path]:
+def write_folder(path: Path) -> Generator[Path]:
     """Yield a new empty folder; it takes the place of `path` when the block ends well.
 
     An existing `path` stands until the new one is complete on disk.

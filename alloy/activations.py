@@ -1,0 +1,179 @@
+"""Streaming statistics of calibration activations.
+
+Every statistic is an immutable value: `update` returns the next one and `+` joins two of them, so any
+split of the data, over batches or over processes, gives the same sums. Sums are float64.
+
+Shape legend: N tokens or examples, D units of a point, E units of the other model's point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Gram(NamedTuple):
+    """Uncentred second moment of a layer's inputs: the sum of x xᵀ over `count` tokens.
+
+    RegMean (arXiv:2212.09849) and the least-squares merges read it.
+    """
+
+    sum_DD: Tensor
+    count: int
+
+    @classmethod
+    def zero(cls, size: int) -> Gram:
+        return cls(torch.zeros(size, size, dtype=torch.float64), 0)
+
+    def update(self, x_ND: Tensor) -> Gram:
+        x_ND = x_ND.double()
+        return Gram(self.sum_DD + (x_ND.T @ x_ND).to(self.sum_DD.device), self.count + len(x_ND))
+
+    def __add__(self, other: Gram) -> Gram:  # type: ignore[override]
+        return Gram(self.sum_DD + other.sum_DD, self.count + other.count)
+
+    @property
+    def mean_DD(self) -> Tensor:
+        """The Gram per token, so that experts with many tokens do not outweigh those with few."""
+        if self.count == 0:
+            raise ValueError(
+                "a Gram of no tokens has no mean: the calibration data never reached it"
+            )
+        return self.sum_DD / self.count
+
+
+class CrossMoments(NamedTuple):
+    """First and second moments of two models' units over the same examples, as sums."""
+
+    sum_D: Tensor
+    sum_E: Tensor
+    square_D: Tensor
+    square_E: Tensor
+    product_DE: Tensor
+    count: int
+
+    @classmethod
+    def zero(cls, size: int, other_size: int) -> CrossMoments:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64)
+
+        return cls(
+            zeros(size),
+            zeros(other_size),
+            zeros(size),
+            zeros(other_size),
+            zeros(size, other_size),
+            0,
+        )
+
+    def update(self, x_ND: Tensor, y_NE: Tensor) -> CrossMoments:
+        if len(x_ND) != len(y_NE):
+            raise ValueError(
+                f"cross-moments need the same examples on both sides, got {len(x_ND)} and {len(y_NE)}"
+            )
+        x_ND, y_NE = x_ND.double().cpu(), y_NE.double().cpu()
+        batch = CrossMoments(
+            x_ND.sum(0),
+            y_NE.sum(0),
+            x_ND.square().sum(0),
+            y_NE.square().sum(0),
+            x_ND.T @ y_NE,
+            len(x_ND),
+        )
+        return self + batch
+
+    def __add__(self, other: CrossMoments) -> CrossMoments:  # type: ignore[override]
+        return CrossMoments(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def correlation_DE(self) -> Tensor:
+        """Pearson correlation of every unit with every unit of the other model.
+
+        A constant unit correlates with nothing: its row or column is 0; `constant_units` names it.
+        """
+        if self.count < 2:
+            raise ValueError(f"a correlation needs at least 2 examples, got {self.count}")
+        covariance_DE = self.product_DE / self.count - torch.outer(self.sum_D, self.sum_E) / (
+            self.count**2
+        )
+        spread_D, spread_E = self._variances()
+        scale_DE = torch.outer(spread_D, spread_E).sqrt()
+        return torch.where(scale_DE > 0, covariance_DE / scale_DE.clamp(min=1e-300), 0.0)
+
+    def constant_units(self) -> tuple[list[int], list[int]]:
+        """The units of either side that never vary over the calibration data."""
+        spread_D, spread_E = self._variances()
+        return (
+            (spread_D == 0).nonzero().flatten().tolist(),
+            (spread_E == 0).nonzero().flatten().tolist(),
+        )
+
+    def _variances(self) -> tuple[Tensor, Tensor]:
+        def variance(total: Tensor, squares: Tensor) -> Tensor:
+            mean_square = squares / self.count
+            spread = mean_square - (total / self.count) ** 2
+            # below the rounding of the two sums the difference is noise, not variance
+            return torch.where(spread > 1e-12 * mean_square, spread, 0.0)
+
+        return variance(self.sum_D, self.square_D), variance(self.sum_E, self.square_E)
+
+
+class Point(NamedTuple):
+    """Where units are observed: the first input or the output of a module."""
+
+    module: str
+    side: Literal["input", "output"]
+
+
+@contextmanager
+def observe(
+    model: nn.Module, points: Mapping[str, Point], see: Callable[[str, Tensor], None]
+) -> Generator[None]:
+    """Call `see(key, activation)` whenever the model computes one of the points.
+
+    Raises:
+        ValueError: a point names a module that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    missing = sorted({point.module for point in points.values()} - set(modules))
+    if missing:
+        raise ValueError(f"no such modules to observe: {missing}; the model has {sorted(modules)}")
+
+    def hook(key: str, point: Point):
+        module = modules[point.module]
+        if point.side == "input":
+            return module.register_forward_pre_hook(lambda _, args: see(key, args[0].detach()))
+        return module.register_forward_hook(lambda _, args, output: see(key, output.detach()))
+
+    handles = [hook(key, point) for key, point in points.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def kept_tokens(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The tokens that the mask keeps, as [N, D]; without a mask all of them."""
+    if mask_BT is None:
+        return x_BTD.reshape(-1, x_BTD.shape[-1])
+    if mask_BT.shape != x_BTD.shape[:-1]:
+        raise ValueError(
+            f"the mask has shape {tuple(mask_BT.shape)}, "
+            f"the activations have tokens {tuple(x_BTD.shape[:-1])}"
+        )
+    return x_BTD[mask_BT.bool()]
+
+
+def example_means(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """Each example's activations averaged over its kept tokens, as [B, D].
+
+    The unit of comparison where two models see the same example as different tokens: an image and its caption.
+    """
+    if mask_BT is None:
+        return x_BTD.float().mean(1)
+    weight_BT1 = mask_BT.to(x_BTD).unsqueeze(-1).float()
+    return (x_BTD.float() * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-class Gram(NamedTuple):
+@dataclass(frozen=True)
+class Gram:
     """Uncentred second moment of a layer's inputs: the sum of x xᵀ over `count` tokens.
 
     RegMean (arXiv:2212.09849) and the least-squares merges read it.
@@ -33,7 +35,7 @@ class Gram(NamedTuple):
         x_ND = x_ND.double()
         return Gram(self.sum_DD + (x_ND.T @ x_ND).to(self.sum_DD.device), self.count + len(x_ND))
 
-    def __add__(self, other: Gram) -> Gram:  # type: ignore[override]
+    def __add__(self, other: Gram) -> Gram:
         return Gram(self.sum_DD + other.sum_DD, self.count + other.count)
 
     @property
@@ -46,7 +48,8 @@ class Gram(NamedTuple):
         return self.sum_DD / self.count
 
 
-class CrossMoments(NamedTuple):
+@dataclass(frozen=True)
+class CrossMoments:
     """First and second moments of two models' units over the same examples, as sums."""
 
     sum_D: Tensor
@@ -86,8 +89,15 @@ class CrossMoments(NamedTuple):
         )
         return self + batch
 
-    def __add__(self, other: CrossMoments) -> CrossMoments:  # type: ignore[override]
-        return CrossMoments(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: CrossMoments) -> CrossMoments:
+        return CrossMoments(
+            self.sum_D + other.sum_D,
+            self.sum_E + other.sum_E,
+            self.square_D + other.square_D,
+            self.square_E + other.square_E,
+            self.product_DE + other.product_DE,
+            self.count + other.count,
+        )
 
     def correlation_DE(self) -> Tensor:
         """Pearson correlation of every unit with every unit of the other model.

@@ -1,0 +1,1 @@
+"""Merge methods: one function each, and `merge`, which applies one to whole models."""

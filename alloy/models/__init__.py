@@ -1,0 +1,25 @@
+"""The modality transformer and its experts."""
+
+from alloy.models.configuration import EXPERT_PARTS, ModalityConfig
+from alloy.models.experts import (
+    MODALITIES,
+    agnostic_config,
+    copy_to_experts,
+    join,
+    shared_weights,
+    split_experts,
+)
+from alloy.models.modeling import ModalityModel, ModalityOutput
+
+__all__ = [
+    "EXPERT_PARTS",
+    "MODALITIES",
+    "ModalityConfig",
+    "ModalityModel",
+    "ModalityOutput",
+    "agnostic_config",
+    "copy_to_experts",
+    "join",
+    "shared_weights",
+    "split_experts",
+]

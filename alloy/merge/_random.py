@@ -1,0 +1,54 @@
+"""Random numbers that depend on where they are used, not on when: any chunking, any thread, the same mask.
+
+The number at flat index i of a stream is the (i+1)-th output of SplitMix64 (Steele, Lea, Flood 2014),
+which is a bijective mix of `key + (i + 1) * GOLDEN`, all modulo 2^64:
+
+    z = key + (i + 1) * 0x9E3779B97F4A7C15
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    z = z ^ (z >> 31)
+
+Entry i is kept with probability p when `z >> 11`, an integer below 2^53, is less than `p * 2^53`, compared as
+float64. The key of a stream is the first 8 bytes, little-endian, of BLAKE2b-64 over the UTF-8 text
+`seed NUL name NUL model`: the numbers in decimal, the tensor's name, the index of the model.
+"""
+
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def stream_key(seed: int, name: str, model: int) -> int:
+    """The key of the stream of one tensor of one model, an integer below 2^64."""
+    digest = blake2b(f"{seed}\0{name}\0{model}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def keep(key: int, probability: float | Tensor, like: Tensor, *, offset: int = 0) -> Tensor:
+    """Which entries survive, as a bool tensor of the shape of `like`.
+
+    Args:
+        probability: of survival: one number, or one per entry (float64).
+        offset: the flat index of the first entry in the tensor that `like` is a chunk of.
+    """
+    index = torch.arange(offset + 1, offset + 1 + like.numel(), device=like.device)
+    bits = _mix(index * _signed(GOLDEN) + _signed(key)).reshape(like.shape)
+    return _shift(bits, 11).double() < probability * 2.0**53
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _signed(MIX_1)
+    z = (z ^ _shift(z, 27)) * _signed(MIX_2)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Shift right with zeros coming in; torch has no unsigned arithmetic, its int64 shift keeps the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

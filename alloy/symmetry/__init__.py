@@ -1,0 +1,1 @@
+"""Find, check and apply the symmetries of any model that PyTorch can run."""

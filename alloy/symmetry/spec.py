@@ -1,0 +1,417 @@
+"""Which axes of which weights share one transform: the result of tracing, as data.
+
+A *unit* is one coordinate of a hidden space: a neuron of an MLP, a head, a coordinate of the residual
+stream. A *space* is a set of units that may be transformed together. A dim of a weight is described by
+a *term*: a leaf (one space, or fixed), a product (a fused `heads x head width` dim, outermost factor
+first) or a sum (parts laid end to end, as in a fused query-key-value matrix).
+
+    attn.c_attn.weight  [residual, query + key + value]
+                        query = heads x width
+
+A space may depend on others: the units within a head are transformed per head, so `width` depends on
+`heads`, and its transform has one leading dim for each space it depends on. These dims are indexed by
+the unit of the *result*: `result[h, d] = source[heads[h], width[h, d]]`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import Tensor
+
+Kind = Literal[
+    "permutation", "signed permutation", "orthogonal", "orthogonal fixing ones", "general linear"
+]
+KINDS: tuple[Kind, ...] = (
+    "permutation",
+    "signed permutation",
+    "orthogonal fixing ones",
+    "orthogonal",
+    "general linear",
+)
+
+
+class SymmetryError(ValueError):
+    """A model, a spec or a transform that does not fit; the message says what would be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One space, or nothing that may be transformed (`space` is None).
+
+    `variance` says how the axis follows a matrix M of its space: +1 takes M, -1 (it reads the space)
+    takes the inverse transpose, 0 (a gain) is permuted and keeps its sign.
+    """
+
+    size: int
+    space: str | None = None
+    variance: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A fused dim, outermost factor first."""
+
+    factors: "tuple[Term, ...]"
+
+    @property
+    def size(self) -> int:
+        size = 1
+        for factor in self.factors:
+            size *= factor.size
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Parts laid end to end along one dim."""
+
+    parts: "tuple[Term, ...]"
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+
+Term = Leaf | Product | Sum
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Where a space meets a weight: a dim, and the path inside the dim's term.
+
+    A step of the path is `*i` (factor i of a product) or `+i` (part i of a sum).
+    """
+
+    parameter: str
+    dim: int
+    path: tuple[str, ...] = ()
+    variance: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.parameter}[{self.dim}]{''.join(self.path)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """Part of a dim that no transform may touch, and why."""
+
+    axis: Axis
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Space:
+    """Units that share one transform. `name` is its first axis, so equal models give equal names.
+
+    `kind` is the largest group that the traced operations allow now; `folded_kind` the largest after
+    `fold_norms`. `depends_on` lists spaces, outermost first.
+    """
+
+    name: str
+    size: int
+    kind: Kind
+    folded_kind: Kind
+    depends_on: tuple[str, ...]
+    axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class SymmetrySpec:
+    """The symmetries of one model: pure data with a JSON round trip.
+
+    `layout` gives each weight of the state dict (aliases of tied weights included) one term per dim.
+    `unused` lists weights that the traced forwards never read: their layout is fixed.
+    `unknown_operations` maps each operation without a rule to the module that called it first.
+    """
+
+    spaces: Mapping[str, Space]
+    layout: Mapping[str, tuple[Term, ...]]
+    pinned: tuple[Pinned, ...] = ()
+    unused: tuple[str, ...] = ()
+    unknown_operations: Mapping[str, str] | None = None
+    folds: "tuple[Fold, ...]" = ()
+    unfoldable: Mapping[str, str] | None = None
+
+    @cached_property
+    def order(self) -> tuple[str, ...]:
+        """Names of the spaces, each after those it depends on."""
+        names: list[str] = []
+
+        def visit(name: str) -> None:
+            if name not in names:
+                for parent in self.spaces[name].depends_on:
+                    visit(parent)
+                names.append(name)
+
+        for name in self.spaces:
+            visit(name)
+        return tuple(names)
+
+    def dependents(self, space: str) -> tuple[str, ...]:
+        """The spaces that are transformed per unit of `space` (what a head carries with it)."""
+        return tuple(s.name for s in self.spaces.values() if space in s.depends_on)
+
+    def batch_shape(self, space: str) -> tuple[int, ...]:
+        """Sizes of the spaces that `space` depends on: the leading dims of its transform."""
+        return tuple(self.spaces[parent].size for parent in self.spaces[space].depends_on)
+
+    def axes_of(self, parameter: str) -> Iterator[tuple[str, Axis]]:
+        """Every (space, axis) of one weight, parents before their dependents."""
+        found = [
+            (leaf.space, Axis(parameter, dim, path, leaf.variance))
+            for dim, term in enumerate(self.layout[parameter])
+            for path, leaf in leaves(term)
+            if leaf.space is not None
+        ]
+        rank = {name: i for i, name in enumerate(self.order)}
+        yield from sorted(found, key=lambda pair: rank[pair[0]])
+
+    def to_json(self) -> str:
+        return json.dumps(_spec_to_data(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "SymmetrySpec":
+        return _spec_from_data(json.loads(text))
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A norm's gain that can move into the weights beside it without changing the function.
+
+    `gain` is the weight, stored as an offset from `offset` (Gemma stores gain - 1: offset 1).
+    `scaled` axes take the gain, `divided` ones (a norm's own bias) its inverse. `centred` axes write
+    the stream in front of a LayerNorm: their mean over the space is removed.
+    """
+
+    space: str
+    gain: Axis | None
+    offset: float = 0.0
+    scaled: tuple[Axis, ...] = ()
+    divided: tuple[Axis, ...] = ()
+    centred: tuple[Axis, ...] = ()
+
+
+def leaves(term: Term, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Leaf]]:
+    """The leaves of a term, in storage order, with their paths."""
+    match term:
+        case Leaf():
+            yield path, term
+        case Product(factors):
+            for i, factor in enumerate(factors):
+                yield from leaves(factor, (*path, f"*{i}"))
+        case Sum(parts):
+            for i, part in enumerate(parts):
+                yield from leaves(part, (*path, f"+{i}"))
+
+
+def unit_view(tensor: Tensor, spec: SymmetrySpec, space: str, axis: Axis) -> Tensor:
+    """The part of a weight that an axis covers, as a view of shape [*batch, units, ...].
+
+    The leading dims are the units of the spaces that `space` depends on (`spec.batch_shape(space)`),
+    then the units of `space`; the weight's other dims follow in their order. Writing into the view
+    writes into `tensor`, which may be any tensor laid out like the weight (a gradient, a statistic).
+    """
+    return view_axis(tensor, spec.layout[axis.parameter], spec.spaces[space].depends_on, axis)
+
+
+def view_axis(
+    tensor: Tensor, layout: tuple[Term, ...], depends_on: tuple[str, ...], axis: Axis
+) -> Tensor:
+    """`unit_view` for a layout that belongs to no spec."""
+    places: dict[str, int] = {}  # a space depended on -> its dim in the view under construction
+    dim, term = axis.dim, layout[axis.dim]
+    view = tensor
+    for step in axis.path:
+        index = int(step[1:])
+        if isinstance(term, Sum):
+            start = sum(part.size for part in term.parts[:index])
+            term = term.parts[index]
+            view = view.narrow(dim, start, term.size)
+        elif isinstance(term, Product):
+            sizes = [factor.size for factor in term.factors]
+            view = view.unflatten(dim, sizes)
+            places = {s: d + (len(sizes) - 1) * (d > dim) for s, d in places.items()}
+            for i, factor in enumerate(term.factors):
+                if i != index and isinstance(factor, Leaf) and factor.space in depends_on:
+                    places[factor.space] = dim + i
+            dim, term = dim + index, term.factors[index]
+    extra = view.ndim - tensor.ndim
+    for other, other_term in reversed(list(enumerate(layout))):
+        if other == axis.dim:
+            continue
+        at = other + extra * (other > axis.dim)
+        factors = other_term.factors if isinstance(other_term, Product) else (other_term,)
+        found = [
+            (i, factor.space)
+            for i, factor in enumerate(factors)
+            if isinstance(factor, Leaf)
+            and factor.space in depends_on
+            and factor.space not in places
+        ]
+        if not found:
+            continue
+        if len(factors) > 1:
+            view = view.unflatten(at, [factor.size for factor in factors])
+            shift = len(factors) - 1
+            places = {s: d + shift * (d > at) for s, d in places.items()}
+            dim += shift * (dim > at)
+            extra += shift * (other < axis.dim)
+        for i, space in found:
+            places[space] = at + i
+    front = [places[parent] for parent in depends_on] + [dim]
+    return view.movedim(front, list(range(len(front))))
+
+
+def differences(first: SymmetrySpec, second: SymmetrySpec) -> Iterator[str]:
+    """Say, one sentence each, where two specs differ in anything that transport depends on."""
+    for name in [*first.layout, *(n for n in second.layout if n not in first.layout)]:
+        ours, theirs = first.layout.get(name), second.layout.get(name)
+        if ours is None or theirs is None:
+            yield f"weight {name!r} is only in the {'first' if theirs is None else 'second'} spec"
+        elif ours != theirs:
+            yield (
+                f"weight {name!r} is laid out as [{', '.join(map(describe, ours))}] in the first "
+                f"spec and [{', '.join(map(describe, theirs))}] in the second"
+            )
+    for name in [*first.spaces, *(n for n in second.spaces if n not in first.spaces)]:
+        ours, theirs = first.spaces.get(name), second.spaces.get(name)
+        if ours is None or theirs is None:
+            yield f"space {name!r} is only in the {'first' if theirs is None else 'second'} spec"
+            continue
+        for field in ("size", "kind", "depends_on"):
+            a, b = getattr(ours, field), getattr(theirs, field)
+            if a != b:
+                yield f"space {name!r} has {field} {a!r} in the first spec and {b!r} in the second"
+
+
+def require_equal(first: SymmetrySpec, second: SymmetrySpec) -> None:
+    """Raise SymmetryError with the first difference unless two specs describe the same group."""
+    for difference in differences(first, second):
+        raise SymmetryError(f"the two models' symmetries differ: {difference}")
+
+
+def describe(term: Term) -> str:
+    """A term in one line: `heads x width`, `(query + key)`, sizes where nothing is free."""
+    match term:
+        case Leaf(size, space):
+            return f"{space}:{size}" if space else f"fixed:{size}"
+        case Product(factors):
+            return " x ".join(describe(factor) for factor in factors)
+        case Sum(parts):
+            return "(" + " + ".join(describe(part) for part in parts) + ")"
+
+
+def _term_to_data(term: Term) -> dict[str, Any]:
+    match term:
+        case Leaf(size, None):
+            return {"size": size}
+        case Leaf(size, space, variance):
+            return {"size": size, "space": space, "variance": variance}
+        case Product(factors):
+            return {"product": [_term_to_data(factor) for factor in factors]}
+        case Sum(parts):
+            return {"sum": [_term_to_data(part) for part in parts]}
+
+
+def _term_from_data(data: dict[str, Any]) -> Term:
+    if "product" in data:
+        return Product(tuple(_term_from_data(factor) for factor in data["product"]))
+    if "sum" in data:
+        return Sum(tuple(_term_from_data(part) for part in data["sum"]))
+    return Leaf(**data)
+
+
+def _axis_to_data(axis: Axis) -> list[Any]:
+    return [axis.parameter, axis.dim, list(axis.path), axis.variance]
+
+
+def _axis_from_data(data: list[Any]) -> Axis:
+    parameter, dim, path, variance = data
+    return Axis(parameter, dim, tuple(path), variance)
+
+
+def _spec_to_data(spec: SymmetrySpec) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "spaces": [
+            {
+                "name": space.name,
+                "size": space.size,
+                "kind": space.kind,
+                "folded_kind": space.folded_kind,
+                "depends_on": list(space.depends_on),
+                "axes": [_axis_to_data(axis) for axis in space.axes],
+            }
+            for space in spec.spaces.values()
+        ],
+        "layout": {name: [_term_to_data(t) for t in terms] for name, terms in spec.layout.items()},
+        "pinned": [
+            {"axis": _axis_to_data(p.axis), "size": p.size, "reason": p.reason} for p in spec.pinned
+        ],
+        "unused": list(spec.unused),
+        "unknown_operations": dict(spec.unknown_operations or {}),
+        "folds": [
+            {
+                "space": fold.space,
+                "gain": _axis_to_data(fold.gain) if fold.gain else None,
+                "offset": fold.offset,
+                **{
+                    part: [_axis_to_data(axis) for axis in getattr(fold, part)]
+                    for part in ("scaled", "divided", "centred")
+                },
+            }
+            for fold in spec.folds
+        ],
+        "unfoldable": dict(spec.unfoldable or {}),
+    }
+
+
+def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
+    if data.get("format") != 1:
+        raise SymmetryError(f"a symmetry spec of format {data.get('format')!r}; this Alloy reads 1")
+    spaces = [
+        Space(
+            **{key: space[key] for key in ("name", "size", "kind", "folded_kind")},
+            depends_on=tuple(space["depends_on"]),
+            axes=tuple(_axis_from_data(axis) for axis in space["axes"]),
+        )
+        for space in data["spaces"]
+    ]
+    return SymmetrySpec(
+        spaces={space.name: space for space in spaces},
+        layout={name: tuple(map(_term_from_data, terms)) for name, terms in data["layout"].items()},
+        pinned=tuple(
+            Pinned(_axis_from_data(p["axis"]), p["size"], p["reason"]) for p in data["pinned"]
+        ),
+        unused=tuple(data["unused"]),
+        unknown_operations=data["unknown_operations"],
+        folds=tuple(
+            Fold(
+                space=fold["space"],
+                gain=_axis_from_data(fold["gain"]) if fold["gain"] else None,
+                offset=fold["offset"],
+                **{
+                    part: tuple(_axis_from_data(axis) for axis in fold[part])
+                    for part in ("scaled", "divided", "centred")
+                },
+            )
+            for fold in data["folds"]
+        ),
+        unfoldable=data["unfoldable"],
+    )
+
+
+def with_kind(spec: SymmetrySpec, kind: Kind) -> SymmetrySpec:
+    """The spec with every space's kind lowered to at most `kind` (to move units only, say)."""
+    if kind not in KINDS:
+        raise SymmetryError(f"kind {kind!r} is unknown; choose one of {list(KINDS)}")
+    limit = KINDS.index(kind)
+    spaces = {
+        name: replace(space, kind=KINDS[min(limit, KINDS.index(space.kind))])
+        for name, space in spec.spaces.items()
+    }
+    return replace(spec, spaces=spaces)

@@ -1,0 +1,411 @@
+"""Transforms of spaces, and how they act on weights.
+
+A transform of a space that depends on spaces of sizes B has shape [*B, units] (a permutation, its
+signs) or [*B, units, units] (a matrix). Convention: result unit i is source unit `permutation[i]`,
+times `signs[i]`; a matrix acts as `result = matrix @ source`. A space that `Transforms` does not name
+stays as it is.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from alloy.symmetry.spec import (
+    Axis,
+    Space,
+    SymmetryError,
+    SymmetrySpec,
+    Term,
+    leaves,
+    unit_view,
+    view_axis,
+)
+from alloy.types import Weights
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One element of a space's group: a permutation, with signs if any, or a matrix.
+
+    `permutation` int64 [*batch, units]; `signs` +-1 [*batch, units]; `matrix` [*batch, units, units].
+    """
+
+    permutation: Tensor | None = None
+    signs: Tensor | None = None
+    matrix: Tensor | None = None
+    depends_on: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self._any().shape[-1]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self._any().shape[: -2 if self.matrix is not None else -1])
+
+    def _any(self) -> Tensor:
+        tensor = next(
+            (t for t in (self.permutation, self.signs, self.matrix) if t is not None), None
+        )
+        if tensor is None:
+            raise SymmetryError("a transform needs a permutation, signs or a matrix")
+        return tensor
+
+    def as_matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The transform as matrices [*batch, units, units]."""
+        if self.matrix is not None:
+            return self.matrix.to(dtype)
+        eye = torch.eye(self.size, dtype=dtype)
+        matrix = eye.expand(*self.batch_shape, self.size, self.size)
+        if self.permutation is not None:
+            matrix = eye[self.permutation]
+        return matrix if self.signs is None else matrix * self.signs.to(dtype)[..., None]
+
+    def act(self, source: Tensor, variance: int = 1) -> Tensor:
+        """Transform a view of shape [*batch, units, ...] (see `unit_view`)."""
+        result = source
+        if self.matrix is not None:
+            return self._multiply(source, variance)
+        if self.permutation is not None:
+            result = _take(result, self.permutation)
+        if self.signs is not None and variance:
+            shape = (*self.signs.shape, *[1] * (result.ndim - self.signs.ndim))
+            result = result * self.signs.to(result.dtype).reshape(shape)
+        return result
+
+    def _multiply(self, source: Tensor, variance: int) -> Tensor:
+        if not variance:
+            raise SymmetryError("a gain cannot follow a matrix: call fold_norms first")
+        matrix = self._any()
+        dtype = torch.promote_types(torch.promote_types(source.dtype, matrix.dtype), torch.float32)
+        matrix = matrix.to(dtype)
+        if variance < 0:
+            matrix = torch.linalg.inv(matrix).mT
+        batch = self.batch_shape
+        columns = source.to(dtype).reshape(*batch, self.size, -1)
+        return (matrix @ columns).reshape(source.shape).to(source.dtype)
+
+
+Transforms = Mapping[str, Transform]
+
+
+def _take(source: Tensor, index: Tensor) -> Tensor:
+    """`source[*b, index[*b, i], ...]` for source [*B, n, ...] and index [*B, n]."""
+    if index.ndim == 1:
+        return source.index_select(0, index)
+    batch = math.prod(index.shape[:-1])
+    offsets = torch.arange(batch).reshape(*index.shape[:-1], 1) * index.shape[-1]
+    flat = source.reshape(batch * index.shape[-1], -1)
+    return flat.index_select(0, (index + offsets).flatten()).reshape(source.shape)
+
+
+def transport(weights: Weights, spec: SymmetrySpec, transforms: Transforms) -> dict[str, Tensor]:
+    """Apply a transform of every space to a state dict; the function of the model stays the same.
+
+    Returns new tensors for the weights that change, and the given ones for those that do not.
+    Raises SymmetryError when a weight is missing, not in the spec or of another shape, and when a
+    transform does not fit its space.
+    """
+    check_weights(weights, spec)
+    check_transforms(spec, transforms)
+    mover = _Mover(spec, transforms)
+    moved: dict[int, Tensor] = {}  # tied weights stay tied
+    result = {}
+    for name, tensor in weights.items():
+        key = id(tensor)
+        if key not in moved:
+            moved[key] = mover.move(tensor, name)
+        result[name] = moved[key]
+    return result
+
+
+class _Mover:
+    """Transports weights; composite indices are built once for each term."""
+
+    def __init__(self, spec: SymmetrySpec, transforms: Transforms) -> None:
+        self.spec = spec
+        self.transforms = transforms
+        self.indices: dict[Term, Tensor] = {}
+
+    def move(self, weight: Tensor, name: str) -> Tensor:
+        axes = [(s, a) for s, a in self.spec.axes_of(name) if s in self.transforms]
+        if not axes:
+            return weight
+        layout = self.spec.layout[name]
+        if all(self._fits_one_dim(layout[axis.dim], space) for space, axis in axes):
+            for dim in {axis.dim: None for _, axis in axes}:
+                weight = weight.index_select(dim, self._index(layout[dim]))
+            return weight
+        result = weight.clone(memory_format=torch.contiguous_format)
+        for space, axis in axes:
+            view = unit_view(result, self.spec, space, axis)
+            view.copy_(self.transforms[space].act(view, axis.variance))
+        return result
+
+    def _fits_one_dim(self, term: Term, space: str) -> bool:
+        """A pure permutation whose spaces all lie within one dim is one gather along it."""
+        transform = self.transforms[space]
+        inside = {leaf.space for _, leaf in leaves(term)}
+        pure = transform.signs is None and transform.matrix is None
+        return pure and inside.issuperset(self.spec.spaces[space].depends_on)
+
+    def _index(self, term: Term) -> Tensor:
+        """Where each result unit of a dim comes from: the transport of `0, 1, 2, ...`."""
+        if term not in self.indices:
+            index = torch.arange(term.size)
+            rank = {name: i for i, name in enumerate(self.spec.order)}
+            inside = [
+                (rank[leaf.space], path, leaf.space)
+                for path, leaf in leaves(term)
+                if leaf.space is not None and leaf.space in self.transforms
+            ]
+            for _, path, space in sorted(inside):
+                view = view_axis(
+                    index, (term,), self.spec.spaces[space].depends_on, Axis("", 0, path)
+                )
+                view.copy_(self.transforms[space].act(view))
+            self.indices[term] = index
+        return self.indices[term]
+
+
+def identity(spec: SymmetrySpec) -> dict[str, Transform]:
+    """The transforms that change nothing, as permutations."""
+    return {
+        name: Transform(
+            permutation=torch.arange(space.size).expand(*spec.batch_shape(name), -1).clone(),
+            depends_on=space.depends_on,
+        )
+        for name, space in spec.spaces.items()
+    }
+
+
+def random_transforms(spec: SymmetrySpec, generator: Generator) -> dict[str, Transform]:
+    """A random element of the whole group, in float64: every space draws from its own kind."""
+    return {name: random_transform(spec, name, generator) for name in spec.spaces}
+
+
+def random_transform(spec: SymmetrySpec, name: str, generator: Generator) -> Transform:
+    """A random element of one space's group."""
+    space = spec.spaces[name]
+    batch = spec.batch_shape(name)
+    drawn: dict[str, Any] = {"depends_on": space.depends_on}
+    if space.kind in ("permutation", "signed permutation"):
+        drawn["permutation"] = torch.rand(*batch, space.size, generator=generator).argsort(-1)
+    if space.kind == "signed permutation":
+        drawn["signs"] = torch.randint(0, 2, (*batch, space.size), generator=generator) * 2 - 1
+    if space.kind == "orthogonal":
+        drawn["matrix"] = _random_orthogonal(batch, space.size, generator)
+    if space.kind == "orthogonal fixing ones":
+        drawn["matrix"] = _random_fixing_ones(batch, space.size, generator)
+    if space.kind == "general linear":  # singular values in [1/2, 2]: invertible, well conditioned
+        left = _random_orthogonal(batch, space.size, generator)
+        right = _random_orthogonal(batch, space.size, generator)
+        scale = torch.rand(*batch, 1, space.size, generator=generator, dtype=torch.float64)
+        drawn["matrix"] = (left * 2 ** (2 * scale - 1)) @ right
+    return Transform(**drawn)
+
+
+def _random_orthogonal(batch: tuple[int, ...], size: int, generator: Generator) -> Tensor:
+    noise = torch.randn(*batch, size, size, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(noise)
+    return q * r.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
+
+
+def _random_fixing_ones(batch: tuple[int, ...], size: int, generator: Generator) -> Tensor:
+    """A rotation of the complement of the all-ones vector, which it leaves as it is."""
+    start = torch.eye(size, dtype=torch.float64)
+    start[:, 0] = 1
+    basis = torch.linalg.qr(start).Q[:, 1:]
+    ones = torch.full((size, size), 1 / size, dtype=torch.float64)
+    return ones + basis @ _random_orthogonal(batch, size - 1, generator) @ basis.T
+
+
+def invert(transforms: Transforms) -> dict[str, Transform]:
+    """The transforms that undo the given ones: `transport` by one, then the other, changes nothing."""
+    return {name: _invert(transform, transforms) for name, transform in transforms.items()}
+
+
+def _invert(transform: Transform, transforms: Transforms) -> Transform:
+    if transform.matrix is not None:
+        inverse = replace(transform, matrix=torch.linalg.inv(transform.matrix))
+    else:
+        order = None if transform.permutation is None else transform.permutation.argsort(-1)
+        signs = transform.signs
+        if signs is not None and order is not None:
+            signs = signs.gather(-1, order)
+        inverse = replace(transform, permutation=order, signs=signs)
+    # The inverse is indexed by the unit of ITS result, which is the source of the given one.
+    return _reindex(inverse, transforms, inverse_of=True)
+
+
+def compose(first: Transforms, second: Transforms) -> dict[str, Transform]:
+    """One transform for two: `transport(w, compose(a, b))` is `transport(transport(w, a), b)`."""
+    names = dict.fromkeys([*first, *second])
+    return {name: _compose(name, first, second) for name in names}
+
+
+def _compose(name: str, first: Transforms, second: Transforms) -> Transform:
+    if name not in first:
+        return second[name]
+    # The first transform's batch follows what the second does to the spaces it depends on.
+    before = _reindex(first[name], second, inverse_of=False)
+    if name not in second:
+        return before
+    after = second[name]
+    if before.matrix is not None or after.matrix is not None:
+        return replace(
+            after, permutation=None, signs=None, matrix=after.as_matrix() @ before.as_matrix()
+        )
+    size = before.size
+    order = torch.arange(size).expand(*before.batch_shape, size)
+    inner = before.permutation if before.permutation is not None else order
+    outer = after.permutation if after.permutation is not None else order
+    signs = None
+    if before.signs is not None or after.signs is not None:
+        one = torch.ones_like(inner)
+        signs = (one if before.signs is None else before.signs).gather(-1, outer)
+        signs = signs * (one if after.signs is None else after.signs)
+    return replace(after, permutation=inner.gather(-1, outer), signs=signs)
+
+
+def _reindex(transform: Transform, parents: Transforms, *, inverse_of: bool) -> Transform:
+    """Move the batch of a transform along with the permutations of the spaces it depends on.
+
+    A parent that itself depends on others is indexed after they have moved.
+    """
+    if not transform.depends_on:
+        return transform
+    grid = _parent_positions(transform, parents, inverse_of=inverse_of)
+    moved = {
+        field: tensor[grid]
+        for field in ("permutation", "signs", "matrix")
+        if (tensor := getattr(transform, field)) is not None
+    }
+    return replace(transform, **moved)
+
+
+def _parent_positions(
+    transform: Transform, parents: Transforms, *, inverse_of: bool
+) -> tuple[Tensor, ...]:
+    """For each unit of the parents' result, the units of their source."""
+    shape = transform.batch_shape
+    result = torch.meshgrid(*[torch.arange(n) for n in shape], indexing="ij")
+    source: list[Tensor] = []
+    for i, parent in enumerate(transform.depends_on):
+        moved = parents.get(parent)
+        if moved is None or moved.permutation is None:
+            if moved is not None and moved.matrix is not None:
+                raise SymmetryError(f"{parent!r} carries other spaces, so it can only be permuted")
+            source.append(result[i])
+            continue
+        if not set(moved.depends_on) <= set(transform.depends_on[:i]):
+            raise SymmetryError(
+                f"{parent!r} depends on {moved.depends_on}, which its dependents lack"
+            )
+        places = [transform.depends_on.index(p) for p in moved.depends_on]
+        if inverse_of:
+            # Given: result r = source p[r]. Asked: for each source, its result.
+            above = tuple(source[j] for j in places)
+            source.append(moved.permutation.argsort(-1)[(*above, result[i])])
+        else:
+            above = tuple(result[j] for j in places)
+            source.append(moved.permutation[(*above, result[i])])
+    return tuple(source)
+
+
+def check_weights(weights: Weights, spec: SymmetrySpec) -> None:
+    """Raise SymmetryError unless the weights are exactly those the spec describes."""
+    for name in spec.layout:
+        if name not in weights:
+            raise SymmetryError(f"weight {name!r} of the spec is missing from the weights")
+    for name, tensor in weights.items():
+        if name not in spec.layout:
+            raise SymmetryError(
+                f"weight {name!r} is not in the spec: was it traced from this model?"
+            )
+        shape = tuple(term.size for term in spec.layout[name])
+        if tuple(tensor.shape) != shape:
+            raise SymmetryError(
+                f"weight {name!r} has shape {tuple(tensor.shape)}, the spec was traced with {shape}"
+            )
+
+
+def check_transforms(spec: SymmetrySpec, transforms: Transforms) -> None:
+    """Raise SymmetryError unless each transform fits its space: shape, kind, bijection."""
+    for name, transform in transforms.items():
+        if name not in spec.spaces:
+            raise SymmetryError(f"transform of {name!r}: the spec has no such space")
+        space = spec.spaces[name]
+        expected = (*spec.batch_shape(name), space.size)
+        found = (*transform.batch_shape, transform.size)
+        if found != expected or transform.depends_on != space.depends_on:
+            raise SymmetryError(
+                f"transform of {name!r} has shape {found} over {transform.depends_on}; "
+                f"the space has {expected} over {space.depends_on}"
+            )
+        _check_kind(space, transform)
+
+
+def _check_kind(space: Space, transform: Transform) -> None:
+    def refuse(found: str) -> None:
+        hint = ""
+        if space.folded_kind != space.kind:
+            hint = f"; after fold_norms it is {space.folded_kind}"
+        raise SymmetryError(
+            f"transform of {space.name!r} is {found}; its kind is {space.kind}{hint}"
+        )
+
+    if transform.permutation is not None:
+        order = torch.arange(space.size).expand_as(transform.permutation)
+        if not torch.equal(transform.permutation.sort(-1).values, order):
+            refuse("no bijection")
+    if transform.signs is not None and not (transform.signs.abs() == 1).all():
+        refuse("signed with numbers other than 1 and -1")
+    if transform.signs is not None and space.kind in ("permutation", "orthogonal fixing ones"):
+        refuse("signed")
+    if transform.matrix is None:
+        return
+    if space.kind in ("permutation", "signed permutation"):
+        refuse("a matrix")
+    if space.kind != "general linear":
+        product = transform.matrix.double() @ transform.matrix.double().mT
+        if (product - torch.eye(space.size, dtype=product.dtype)).abs().max() > 1e-4:
+            refuse("not orthogonal")
+    if space.kind == "orthogonal fixing ones":
+        sums = transform.matrix.double().sum(-1)
+        if (sums - 1).abs().max() > 1e-4:
+            refuse("orthogonal but moves the all-ones vector")
+
+
+def transforms_to_tensors(transforms: Transforms) -> dict[str, Tensor]:
+    """Flat tensors for a safetensors file: `<space>/permutation`, `/signs`, `/matrix`."""
+    return {
+        f"{name}/{field}": tensor
+        for name, transform in transforms.items()
+        for field in ("permutation", "signs", "matrix")
+        if (tensor := getattr(transform, field)) is not None
+    }
+
+
+def transforms_from_tensors(
+    tensors: Mapping[str, Tensor], spec: SymmetrySpec
+) -> dict[str, Transform]:
+    """Read what `transforms_to_tensors` gave; raises SymmetryError when it does not fit the spec."""
+    fields: dict[str, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        name, _, field = key.rpartition("/")
+        if name not in spec.spaces or field not in ("permutation", "signs", "matrix"):
+            raise SymmetryError(
+                f"tensor {key!r} names no space of the spec and no part of a transform"
+            )
+        fields.setdefault(name, {})[field] = tensor
+    transforms = {
+        name: Transform(depends_on=spec.spaces[name].depends_on, **parts)
+        for name, parts in fields.items()
+    }
+    check_transforms(spec, transforms)
+    return transforms

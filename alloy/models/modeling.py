@@ -124,6 +124,8 @@ class ImageEmbeddings(nn.Module):
         self.positions = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.hidden_size))
 
     def forward(self, pixel_values_BCHW: Tensor) -> Tensor:
+        if pixel_values_BCHW.dtype == torch.uint8:
+            pixel_values_BCHW = pixel_values_BCHW.to(self.positions.dtype) / 127.5 - 1
         patches_BPD = self.patches(pixel_values_BCHW).flatten(2).transpose(1, 2)
         cls_B1D = self.cls_token.expand(patches_BPD.shape[0], -1, -1)
         return torch.cat([cls_B1D, patches_BPD], dim=1) + self.positions
@@ -187,8 +189,8 @@ class ModalityOutput(ModelOutput):
 class ModalityModel(PreTrainedModel):
     """Images, texts and pairs through one stack of blocks, with the paper's heads.
 
-    Images are float `[B, 3, H, W]`, texts int64 ids and a mask (1 = token) `[B, T]`, the class
-    token first. `blocks.*` is what merging merges; embeddings, the final norm and heads are shared.
+    Images are `[B, 3, H, W]`, uint8 or float with 0..255 mapped to -1..1; texts are int64 ids
+    and a mask (1 = token) `[B, T]`, the class token first. `blocks.*` is what merging merges; embeddings, the final norm and heads are shared.
     """
 
     config_class = ModalityConfig
@@ -245,16 +247,16 @@ class ModalityModel(PreTrainedModel):
     def image_states(self, pixel_values_BCHW: Tensor, num_layers: int | None = None) -> Tensor:
         """Image tokens after the first `num_layers` blocks (default: all), not normed, [B, I, D]."""
         x_BID = self.image_embeddings(pixel_values_BCHW) + self.type_embeddings.weight[1]
-        return self._run(x_BID, "v", 0, num_layers)
+        return self.run_blocks(x_BID, "v", 0, num_layers)
 
     def text_states(
         self, input_ids_BT: Tensor, attention_mask_BT: Tensor, num_layers: int | None = None
     ) -> Tensor:
         """Text tokens after the first `num_layers` blocks (default: all), not normed, [B, T, D]."""
         x_BTD = self.text_embeddings(input_ids_BT) + self.type_embeddings.weight[0]
-        return self._run(x_BTD, "l", 0, num_layers, _as_keys(attention_mask_BT))
+        return self.run_blocks(x_BTD, "l", 0, num_layers, key_mask(attention_mask_BT))
 
-    def _run(
+    def run_blocks(
         self,
         x_BSD: Tensor,
         modality: str,
@@ -262,6 +264,7 @@ class ModalityModel(PreTrainedModel):
         stop: int | None,
         mask_B11S: Tensor | None = None,
     ) -> Tensor:
+        """Run the blocks from `start` up to `stop` (None: the last) with one modality's experts."""
         for block in self.blocks[start:stop]:
             x_BSD = block(x_BSD, modality, mask_B11S)
         return x_BSD
@@ -296,9 +299,9 @@ class ModalityModel(PreTrainedModel):
     def join_states(self, image_BID: Tensor, text_BTD: Tensor, attention_mask_BT: Tensor) -> Tensor:
         """Run the joint blocks and the norm on the lower blocks' image and text states."""
         image_mask_BI = attention_mask_BT.new_ones(image_BID.shape[:2])
-        mask = _as_keys(torch.cat([attention_mask_BT, image_mask_BI], dim=1))
+        mask = key_mask(torch.cat([attention_mask_BT, image_mask_BI], dim=1))
         x_BSD = torch.cat([text_BTD, image_BID], dim=1)
-        return self.norm(self._run(x_BSD, "vl", self.config.num_single_layers, None, mask))
+        return self.norm(self.run_blocks(x_BSD, "vl", self.config.num_single_layers, None, mask))
 
     def pool(self, states_BSD: Tensor) -> Tensor:
         """The text's class token through a linear layer and tanh, [B, D]."""
@@ -339,8 +342,8 @@ class ModalityModel(PreTrainedModel):
         image = self.image_states(pixel_values, lower)
         text = self.text_states(input_ids, attention_mask, lower)
         joint = self.join_states(image, text, attention_mask)
-        image = self._run(image, "v", lower, None)
-        text = self._run(text, "l", lower, None, _as_keys(attention_mask))
+        image = self.run_blocks(image, "v", lower, None)
+        text = self.run_blocks(text, "l", lower, None, key_mask(attention_mask))
         config = self.config
         return ModalityOutput(
             image_embeddings=self.embed_image(image),
@@ -353,7 +356,7 @@ class ModalityModel(PreTrainedModel):
         )
 
 
-def _as_keys(attention_mask_BS: Tensor) -> Tensor:
+def key_mask(attention_mask_BS: Tensor) -> Tensor:
     """Which keys every query may see, [B, 1, 1, S]."""
     return attention_mask_BS[:, None, None, :].bool()
 

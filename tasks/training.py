@@ -1,0 +1,230 @@
+"""The training loop that pre-training and fine-tuning share: deterministic, resumable, its curves injected.
+
+A step's losses are a pure function of the model's weights and the step's number: whatever is drawn at
+random is drawn from the step's own generator. So a run that was interrupted and continued from a step
+checkpoint ends with the same bits as one that never stopped.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tasks.params import Section
+from tasks.storage import read_json, write_folder, write_json
+
+Losses = Mapping[str, Tensor]
+Curves = Callable[[Mapping[str, float], int], None]
+
+
+class TrainingPlan(Section):
+    """AdamW with a linear warm-up from 0 and a linear decay from the peak to the final rate."""
+
+    num_steps: PositiveInt
+    learning_rate: PositiveFloat
+    final_learning_rate: NonNegativeFloat
+    warmup_steps: NonNegativeInt
+    betas: tuple[float, float]
+    weight_decay: NonNegativeFloat
+    gradient_clip: PositiveFloat
+    log_every: PositiveInt
+    save_every: PositiveInt
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step (0 is the first)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        left = (self.num_steps - step) / max(1, self.num_steps - self.warmup_steps)
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * left
+
+
+class EarlyStopping(Section):
+    """Validate every so many steps; stop after `patience` validations without a better score."""
+
+    validate_every: PositiveInt
+    patience: PositiveInt
+
+
+@dataclass
+class Progress:
+    """Where a run stands; the best score is the validation's, higher is better."""
+
+    next_step: int = 0
+    best_score: float = -math.inf
+    best_step: int = -1
+    worse_in_a_row: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's groups: matrices of linear layers decay; norms, biases, embeddings, gains never do."""
+    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The source of everything random in one step; also sets torch's global one (dropout)."""
+    generator = torch.Generator().manual_seed((seed << 32) + step)
+    torch.manual_seed((seed << 32) + step)
+    return generator
+
+
+def train(
+    model: nn.Module,
+    losses_at: Callable[[int], Losses],
+    plan: TrainingPlan,
+    *,
+    folder: Path,
+    identity: str,
+    curves: Curves,
+    say: Callable[[str], None] = print,
+    validate: Callable[[], Mapping[str, float]] | None = None,
+    stopping: EarlyStopping | None = None,
+) -> Progress:
+    """Minimise the sum of `losses_at(step)` over the model's parameters, in place.
+
+    Step checkpoints go to `folder`; a run whose `identity` (a digest of all that determines the
+    result) is the same goes on from the last one, any other starts anew. With `validate` and
+    `stopping` the model ends with the weights of the best validation score: the mean of what
+    `validate` returns. Raises FloatingPointError when a loss is no longer finite.
+    """
+    optimizer = torch.optim.AdamW(
+        decay_groups(model, plan.weight_decay), lr=0.0, betas=plan.betas, fused=True
+    )
+    progress, best = _resume(model, optimizer, folder, identity, say)
+    started, first = time.monotonic(), progress.next_step
+    model.train()
+    for step in range(progress.next_step, plan.num_steps):
+        losses = _descend(model, optimizer, losses_at, plan, step)
+        progress.next_step = step + 1
+        if (step + 1) % plan.log_every == 0 or step + 1 == plan.num_steps:
+            progress.last = {f"loss/{name}": value for name, value in losses.items()}
+            curves({**progress.last, "learning_rate": plan.rate(step)}, step + 1)
+            say(_line(progress, plan, (time.monotonic() - started) / (step + 1 - first)))
+        if validate and stopping and _is_due(step, stopping, plan):
+            best = _validated(model, validate, progress, best, curves, say)
+            if progress.worse_in_a_row >= stopping.patience:
+                say(f"no better score in {stopping.patience} validations: stopped at {step + 1}")
+                break
+        if (step + 1) % plan.save_every == 0:
+            _save(model, optimizer, progress, best, folder, identity)
+    if best:
+        model.load_state_dict(best)
+    model.eval()
+    return progress
+
+
+def _descend(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses_at: Callable[[int], Losses],
+    plan: TrainingPlan,
+    step: int,
+) -> dict[str, float]:
+    """One step of the optimizer; returns the losses."""
+    for group in optimizer.param_groups:
+        group["lr"] = plan.rate(step)
+    losses = losses_at(step)
+    total = torch.stack(list(losses.values())).sum()
+    if not total.isfinite():
+        values = {name: loss.item() for name, loss in losses.items()}
+        raise FloatingPointError(
+            f"step {step}: the losses are {values}; a lower learning_rate may help"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clip)
+    optimizer.step()
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def _is_due(step: int, stopping: EarlyStopping, plan: TrainingPlan) -> bool:
+    return (step + 1) % stopping.validate_every == 0 or step + 1 == plan.num_steps
+
+
+def _validated(
+    model: nn.Module,
+    validate: Callable[[], Mapping[str, float]],
+    progress: Progress,
+    best: dict[str, Tensor],
+    curves: Curves,
+    say: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """Score the model; returns the best weights so far."""
+    model.eval()
+    with torch.no_grad():
+        scores = validate()
+    model.train()
+    score = sum(scores.values()) / len(scores)
+    curves({f"validation/{name}": value for name, value in scores.items()}, progress.next_step)
+    shown = " ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    say(f"validation at step {progress.next_step}: {score:.4f} ({shown})")
+    if score <= progress.best_score:
+        progress.worse_in_a_row += 1
+        return best
+    progress.best_score, progress.best_step = score, progress.next_step
+    progress.worse_in_a_row = 0
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _line(progress: Progress, plan: TrainingPlan, seconds_per_step: float) -> str:
+    left = (plan.num_steps - progress.next_step) * seconds_per_step
+    losses = " ".join(f"{name.removeprefix('loss/')} {v:.3f}" for name, v in progress.last.items())
+    return (
+        f"step {progress.next_step}/{plan.num_steps} {losses} "
+        f"{1000 * seconds_per_step:.0f} ms/step {left:.0f} s left"
+    )
+
+
+def _save(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    best: Mapping[str, Tensor],
+    folder: Path,
+    identity: str,
+) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moments = {
+        f"{key}/{names[id(parameter)]}": value.contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    with write_folder(folder) as partial:
+        save_file(dict(model.state_dict()), partial / "model.safetensors")
+        save_file(moments, partial / "optimizer.safetensors")
+        save_file(dict(best), partial / "best.safetensors")
+        write_json(partial / "progress.json", {"identity": identity, **vars(progress)})
+
+
+def _resume(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    identity: str,
+    say: Callable[[str], None],
+) -> tuple[Progress, dict[str, Tensor]]:
+    if not (folder / "progress.json").exists():
+        return Progress(), {}
+    saved = read_json(folder / "progress.json")
+    if saved.pop("identity") != identity:
+        say(f"{folder} is a run with other inputs or params: starting anew")
+        return Progress(), {}
+    progress = Progress(**saved)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    parameters = dict(model.named_parameters())
+    for name, value in load_file(folder / "optimizer.safetensors").items():
+        key, parameter = name.split("/", 1)
+        optimizer.state[parameters[parameter]][key] = value
+    say(f"going on at step {progress.next_step} from {folder}")
+    return progress, load_file(folder / "best.safetensors")

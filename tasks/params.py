@@ -7,7 +7,7 @@ import difflib
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PARAMS = Path("params")
 
@@ -43,3 +43,16 @@ class Section(BaseModel):
 def recipes() -> list[str]:
     """The recipes that `params/recipes.yaml` lists."""
     return yaml.safe_load((PARAMS / "recipes.yaml").read_text())["recipes"]
+
+
+class SceneParams(Section):
+    """What scenes look like (`tasks/scenes.py`); pre-training and `prepare` share it."""
+
+    seed: int
+    cell_pixels: int = Field(gt=0)  # a scene is two cells high and wide
+    label_pixels: int = Field(gt=0)  # side of a square that has one segmentation label
+    train_cells: int = Field(gt=0)  # cells a concept in the train split
+    cells: int = Field(gt=0)  # cells a concept in the validation and in the test split
+    duplicates: float = Field(ge=0, le=1)  # probability that two objects of a scene are alike
+    drop: float = Field(ge=0, le=1)  # probability that a training caption leaves an object out
+    noise: int = Field(ge=0, le=127)  # pixel values shift by at most this much

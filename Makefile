@@ -1,0 +1,52 @@
+# Everything runs in .venv, which the first command makes. Needs git, make and Python 3.11 or newer.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.PHONY: help merge serve test check format lock
+
+RECIPE ?= modality
+DEVICE ?=
+SLOW   ?=
+ARGS   ?=
+UV_VERSION := 0.13.9
+
+BIN := .venv/bin
+READY := .venv/.ready
+export ALLOY_DEVICE := $(DEVICE)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help: ## list the commands
+	@echo 'make COMMAND [RECIPE=modality] [DEVICE=cpu|cuda]'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+merge: $(READY) ## run what is stale of RECIPE, from checkpoints to a registered model
+	@python -m flows.pipeline '$(RECIPE)' $(ARGS)
+
+serve: $(READY) ## a local Prefect server on which RECIPE runs every night and promotion follows
+	@python -m flows.serve '$(RECIPE)' $(ARGS)
+
+test: $(READY) ## the default tests; SLOW=1 adds the longer proofs, ARGS='-k name' chooses
+	@python -m pytest $(if $(SLOW),,-m 'not slow') $(ARGS)
+
+check: $(READY) ## what CI checks besides the tests: lint, format, types, layers
+	ruff check
+	ruff format --check
+	ty check
+	lint-imports
+
+format: $(READY) ## mend what ruff can mend
+	ruff check --fix
+	ruff format
+
+lock: $(READY) ## resolve requirements.lock anew from pyproject.toml
+	uv pip compile --quiet --upgrade --no-emit-index-url --no-emit-find-links --no-annotate --no-header \
+	  --python-version 3.11 --override requirements.overrides --all-extras pyproject.toml \
+	  | sed 's/+cpu$$//' > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+# The interpreter may be called anything; the first that is new enough is taken.
+# pip's settings for this machine (wheels at hand, an index of its own) are passed on to uv, which does not read them.
+$(READY): requirements.lock requirements.overrides pyproject.toml
+	@.ci/venv .venv $(UV_VERSION)
+	@.ci/repository
+	@touch $@

@@ -5,9 +5,11 @@ An unknown key is an error that names the nearest right one; there are no defaul
 
 import difflib
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 PARAMS = Path("params")
 
@@ -40,9 +42,47 @@ class Section(BaseModel):
         return values
 
 
+S = TypeVar("S", bound=Section)
+
+
 def recipes() -> list[str]:
     """The recipes that `params/recipes.yaml` lists."""
     return yaml.safe_load((PARAMS / "recipes.yaml").read_text())["recipes"]
+
+
+def read(recipe: str) -> dict[str, object]:
+    """The sections of a recipe as they stand in its file; `ParamsError` where there is no such recipe."""
+    if recipe not in recipes():
+        raise ParamsError(f"recipe {recipe!r} is unknown: {nearest(recipe, recipes())}")
+    path = PARAMS / f"{recipe}.yaml"
+    if not path.is_file():
+        raise ParamsError(f"{path} is missing, yet params/recipes.yaml lists {recipe!r}")
+    try:
+        sections = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is not YAML: {error}") from error
+    if not isinstance(sections, dict):
+        raise ParamsError(f"{path}: expected one section per stage, found {sections!r}")
+    return sections
+
+
+def load(recipe: str, name: str, section: type[S]) -> S:
+    """One section of a recipe, typed; `ParamsError` names the file, the key and what would be right."""
+    sections = read(recipe)
+    path = PARAMS / f"{recipe}.yaml"
+    if name not in sections:
+        raise ParamsError(f"{path}: section {name!r} is missing; it has {sorted(sections)}")
+    try:
+        return section.model_validate(sections[name])
+    except ValidationError as error:
+        lines = [_problem(f"{path}: {name}", problem) for problem in error.errors()]
+        raise ParamsError("\n".join(lines)) from error
+
+
+def _problem(where: str, problem: ErrorDetails) -> str:
+    """`params/toy.yaml: merge.alpha: unknown key ...` from one of pydantic's findings."""
+    key = ".".join([where, *map(str, problem["loc"])])
+    return f"{key}: {problem['msg'].removeprefix('Value error, ')} (found {problem['input']!r:.80})"
 
 
 class SceneParams(Section):

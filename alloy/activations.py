@@ -8,13 +8,15 @@ Shape legend: N tokens or examples, D units of a point, E units of the other mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from alloy.symmetry.spec import Axis, SymmetrySpec, view_axis
 
 
 @dataclass(frozen=True)
@@ -187,3 +189,41 @@ def example_means(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         return x_BTD.float().mean(1)
     weight_BT1 = mask_BT.to(x_BTD).unsqueeze(-1).float()
     return (x_BTD.float() * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)
+
+
+class UnitPoint(NamedTuple):
+    """A point at which the units of a space can be read: which columns of the activation they are."""
+
+    space: str
+    point: Point
+    columns: Tensor
+    """int64, the units with the spaces they depend on flattened in front: `activation[..., columns]`."""
+
+
+def unit_points(spec: SymmetrySpec, linear: Collection[str]) -> list[UnitPoint]:
+    """Where each space can be observed: as the input of the linear layers that read it.
+
+    A space that no linear layer reads (queries and keys) is observed where linear layers write it.
+
+    Args:
+        linear: names of the modules that are `nn.Linear`, weights [out, in].
+
+    Returns:
+        the points of all spaces of the spec that meet a linear layer; the others have none.
+    """
+    found: list[UnitPoint] = []
+    for space in spec.spaces.values():
+        here = [
+            (axis, axis.parameter.removesuffix(".weight"))
+            for axis in space.axes
+            if axis.parameter.removesuffix(".weight") in linear
+        ]
+        reading = [(axis, Point(module, "input")) for axis, module in here if axis.dim == 1]
+        writing = [(axis, Point(module, "output")) for axis, module in here if axis.dim == 0]
+        for axis, point in reading or writing:
+            layout = (spec.layout[axis.parameter][axis.dim],)
+            columns = view_axis(
+                torch.arange(layout[0].size), layout, space.depends_on, Axis("", 0, axis.path)
+            )
+            found.append(UnitPoint(space.name, point, columns.flatten()))
+    return found

@@ -53,13 +53,18 @@ def join(
     joined = dict(shared)
     for modality, weights in experts.items():
         for name, tensor in weights.items():
-            match = _PART.fullmatch(name)
-            if match is None:
-                raise ValueError(f"{name!r} of modality {modality!r} is no part of a block")
-            layer, part, rest = match.groups()
-            joined[f"blocks.{layer}.{part}.{modality}.{rest}"] = tensor
+            joined[expert_name(name, modality)] = tensor
     split_experts(joined, config)
     return joined
+
+
+def expert_name(name: str, modality: str) -> str:
+    """What a weight or module of the agnostic model is called as one modality's expert."""
+    match = _PART.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} of modality {modality!r} is no part of a block")
+    layer, part, rest = match.groups()
+    return f"blocks.{layer}.{part}.{modality}.{rest}"
 
 
 def copy_to_experts(seed: Weights, config: ModalityConfig) -> dict[str, Tensor]:

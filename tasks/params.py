@@ -79,6 +79,21 @@ def load(recipe: str, name: str, section: type[S]) -> S:
         raise ParamsError("\n".join(lines)) from error
 
 
+def check(recipe: str) -> None:
+    """Refuse a recipe that any of its stages would refuse, before the first of them writes anything."""
+    sections: dict[str, type[Section]] = {
+        "collect": CollectParams,
+        "align": AlignParams,
+        "merge": MergeParams,
+    }
+    for name in read(recipe):
+        if name not in sections:
+            known = nearest(name, list(sections))
+            raise ParamsError(f"{PARAMS / recipe}.yaml: section {name!r} is unknown: {known}")
+    for name, section in sections.items():
+        load(recipe, name, section)
+
+
 def _problem(where: str, problem: ErrorDetails) -> str:
     """`params/toy.yaml: merge.alpha: unknown key ...` from one of pydantic's findings."""
     key = ".".join([where, *map(str, problem["loc"])])
@@ -96,3 +111,45 @@ class SceneParams(Section):
     duplicates: float = Field(ge=0, le=1)  # probability that two objects of a scene are alike
     drop: float = Field(ge=0, le=1)  # probability that a training caption leaves an object out
     noise: int = Field(ge=0, le=127)  # pixel values shift by at most this much
+
+
+class CollectParams(Section):
+    """Which checkpoints see the calibration data, and how much of it."""
+
+    checkpoints: list[str] = Field(min_length=1)  # names of fetch's sources that have experts
+    calibration_examples: int = Field(ge=2)
+    batch_size: int = Field(gt=0)
+
+
+class AlignParams(Section):
+    """How the units of the experts are brought together (`alloy.align`)."""
+
+    space: Literal["weight", "activation", "dual"]
+    weight_share: float = Field(ge=0, le=1)  # a of the dual space; 1 is weights alone
+    method: Literal["permute"]
+    max_sweeps: int = Field(gt=0)
+
+
+class ArmParams(Section):
+    """One way of merging: a checkpoint's experts, how, and with which settings of the method."""
+
+    checkpoint: str
+    method: str  # a key of alloy's MERGE_METHODS
+    align: bool = False  # move the units by align's transforms first
+    base: str | None = None  # the checkpoint that task vectors start from
+    coefficients: list[float] | None = None
+    joint_experts: list[Literal["v", "l", "vl"]] = ["v", "l", "vl"]  # merged in the joint blocks
+    options: dict[str, bool | int | float | str] = {}
+
+
+class MergeParams(Section):
+    """The arms of a comparison; `result` is the one the recipe is about."""
+
+    result: str
+    arms: dict[str, ArmParams] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _result_is_an_arm(self) -> "MergeParams":
+        if self.result not in self.arms:
+            raise ValueError(f"result {self.result!r}: {nearest(self.result, list(self.arms))}")
+        return self

@@ -53,13 +53,26 @@ class EarlyStopping(Section):
 
 @dataclass
 class Progress:
-    """Where a run stands; the best score is the validation's, higher is better."""
+    """Where a run stands; scores are the validation's, higher is better."""
 
     next_step: int = 0
     best_score: float = -math.inf
     best_step: int = -1
     worse_in_a_row: int = 0
-    last: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """All that a run needs to go on: weights, the optimizer's moments, progress, the best weights.
+
+    Moments are named `<AdamW's name>/<the parameter's name>`.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, Tensor] = field(default_factory=dict)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -88,35 +101,42 @@ def train(
     identity: str,
     curves: Curves,
     say: Callable[[str], None] = print,
+    start: State | None = None,
+    stop_step: int | None = None,
     validate: Callable[[], Mapping[str, float]] | None = None,
     stopping: EarlyStopping | None = None,
 ) -> Progress:
     """Minimise the sum of `losses_at(step)` over the model's parameters, in place.
 
-    Step checkpoints go to `folder`; a run whose `identity` (a digest of all that determines the
-    result) is the same goes on from the last one, any other starts anew. With `validate` and
-    `stopping` the model ends with the weights of the best validation score: the mean of what
-    `validate` returns. Raises FloatingPointError when a loss is no longer finite.
+    The run begins at `start` (default: the model as it is, step 0) and ends before `stop_step`
+    (default: the plan's last step). Step checkpoints go to `folder`; a run whose `identity` (a digest
+    of all that determines the result) is the same goes on from the last one, any other starts anew.
+    With `validate` and `stopping` the model ends with the weights of the best validation score: the
+    mean of what `validate` returns. Raises FloatingPointError when a loss is no longer finite.
     """
     optimizer = torch.optim.AdamW(
         decay_groups(model, plan.weight_decay), lr=0.0, betas=plan.betas, fused=True
     )
-    progress, best = _resume(model, optimizer, folder, identity, say)
+    state = _last_state(folder, identity, say) or start or State(dict(model.state_dict()), {})
+    _load(state, model, optimizer)
+    progress, best = state.progress, state.best
+    stop_step = plan.num_steps if stop_step is None else stop_step
     started, first = time.monotonic(), progress.next_step
     model.train()
-    for step in range(progress.next_step, plan.num_steps):
+    for step in range(first, stop_step):
         losses = _descend(model, optimizer, losses_at, plan, step)
         progress.next_step = step + 1
-        if (step + 1) % plan.log_every == 0 or step + 1 == plan.num_steps:
-            progress.last = {f"loss/{name}": value for name, value in losses.items()}
-            curves({**progress.last, "learning_rate": plan.rate(step)}, step + 1)
-            say(_line(progress, plan, (time.monotonic() - started) / (step + 1 - first)))
-        if validate and stopping and _is_due(step, stopping, plan):
+        if (step + 1) % plan.log_every == 0 or step + 1 == stop_step:
+            progress.losses = losses
+            curves({f"loss/{name}": value for name, value in losses.items()}, step + 1)
+            curves({"learning_rate": plan.rate(step)}, step + 1)
+            say(_line(progress, stop_step, (time.monotonic() - started) / (step + 1 - first)))
+        if validate and stopping and _is_due(step, stopping, stop_step):
             best = _validated(model, validate, progress, best, curves, say)
             if progress.worse_in_a_row >= stopping.patience:
                 say(f"no better score in {stopping.patience} validations: stopped at {step + 1}")
                 break
-        if (step + 1) % plan.save_every == 0:
+        if (step + 1) % plan.save_every == 0 or step + 1 == stop_step:
             _save(model, optimizer, progress, best, folder, identity)
     if best:
         model.load_state_dict(best)
@@ -148,8 +168,8 @@ def _descend(
     return {name: loss.item() for name, loss in losses.items()}
 
 
-def _is_due(step: int, stopping: EarlyStopping, plan: TrainingPlan) -> bool:
-    return (step + 1) % stopping.validate_every == 0 or step + 1 == plan.num_steps
+def _is_due(step: int, stopping: EarlyStopping, stop_step: int) -> bool:
+    return (step + 1) % stopping.validate_every == 0 or step + 1 == stop_step
 
 
 def _validated(
@@ -177,11 +197,11 @@ def _validated(
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def _line(progress: Progress, plan: TrainingPlan, seconds_per_step: float) -> str:
-    left = (plan.num_steps - progress.next_step) * seconds_per_step
-    losses = " ".join(f"{name.removeprefix('loss/')} {v:.3f}" for name, v in progress.last.items())
+def _line(progress: Progress, stop_step: int, seconds_per_step: float) -> str:
+    left = (stop_step - progress.next_step) * seconds_per_step
+    losses = " ".join(f"{name} {value:.3f}" for name, value in progress.losses.items())
     return (
-        f"step {progress.next_step}/{plan.num_steps} {losses} "
+        f"step {progress.next_step}/{stop_step} {losses} "
         f"{1000 * seconds_per_step:.0f} ms/step {left:.0f} s left"
     )
 
@@ -207,24 +227,32 @@ def _save(
         write_json(partial / "progress.json", {"identity": identity, **vars(progress)})
 
 
-def _resume(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    folder: Path,
-    identity: str,
-    say: Callable[[str], None],
-) -> tuple[Progress, dict[str, Tensor]]:
-    if not (folder / "progress.json").exists():
-        return Progress(), {}
+def load_state(folder: Path) -> State:
+    """The last step checkpoint of a run."""
     saved = read_json(folder / "progress.json")
-    if saved.pop("identity") != identity:
+    saved.pop("identity")
+    return State(
+        load_file(folder / "model.safetensors"),
+        load_file(folder / "optimizer.safetensors"),
+        Progress(**saved),
+        load_file(folder / "best.safetensors"),
+    )
+
+
+def _last_state(folder: Path, identity: str, say: Callable[[str], None]) -> State | None:
+    if not (folder / "progress.json").exists():
+        return None
+    if read_json(folder / "progress.json")["identity"] != identity:
         say(f"{folder} is a run with other inputs or params: starting anew")
-        return Progress(), {}
-    progress = Progress(**saved)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+        return None
+    state = load_state(folder)
+    say(f"going on at step {state.progress.next_step} from {folder}")
+    return state
+
+
+def _load(state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.load_state_dict(state.weights)
     parameters = dict(model.named_parameters())
-    for name, value in load_file(folder / "optimizer.safetensors").items():
-        key, parameter = name.split("/", 1)
-        optimizer.state[parameters[parameter]][key] = value
-    say(f"going on at step {progress.next_step} from {folder}")
-    return progress, load_file(folder / "best.safetensors")
+    for name, value in state.moments.items():
+        moment, parameter = name.split("/", 1)
+        optimizer.state[parameters[parameter]][moment] = value

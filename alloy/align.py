@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,3 +163,45 @@ def _shuffled(names: list[str], generator: torch.Generator | None) -> list[str]:
     if generator is None:
         return names
     return [names[i] for i in torch.randperm(len(names), generator=generator)]
+
+
+class SpaceAlignment(NamedTuple):
+    """What alignment did to one space: similarities are means over units and the weights or points."""
+
+    space: str
+    num_units: int
+    num_moved: int
+    weight_before: float
+    weight_after: float
+    activation_before: float | None
+    activation_after: float | None
+
+
+def describe(
+    reference: Weights,
+    other: Weights,
+    spec: SymmetrySpec,
+    transforms: Transforms,
+    statistics: Statistics | None = None,
+) -> list[SpaceAlignment]:
+    """Each space's similarity before and after the transforms, by weights and by activations."""
+    similarity = Similarity(reference, spec, statistics or {}, weight_share=1.0)
+    moved = transport(other, spec, transforms)
+    rows = []
+    for name in spec.order:
+        units = torch.arange(_num_units(spec, name))
+        order = flat_order(name, spec, transforms)
+        moments = similarity.statistics.get(name, ())
+        correlation = sum(m.correlation_DE() for m in moments) / len(moments) if moments else None
+        rows.append(
+            SpaceAlignment(
+                name,
+                len(units),
+                int((order != units).sum()),
+                similarity.by_weight(name, other),
+                similarity.by_weight(name, moved),
+                None if correlation is None else float(correlation.diagonal().mean()),
+                None if correlation is None else float(correlation[units, order].mean()),
+            )
+        )
+    return rows

@@ -82,6 +82,18 @@ class Similarity:
         view = flat.reshape(*batch, size, *batch, size)
         return view.movedim(k, 2 * k)
 
+    def by_weight(self, space: str, other: Weights) -> float:
+        """Mean cosine of the stretches of weights that lie on a space, `other` as it is."""
+        cosines = []
+        for axis in self.spec.spaces[space].axes:
+            ours, theirs = (
+                unit_view(weights[axis.parameter].double(), self.spec, space, axis)
+                for weights in (self.reference, other)
+            )
+            norms = float(ours.norm() * theirs.norm())
+            cosines.append(float((ours * theirs).sum()) / norms if norms else 0.0)
+        return sum(cosines) / len(cosines)
+
     def total(self, other: Weights, transforms_applied: Mapping[str, Tensor]) -> float:
         """J, for `other` already transformed and the flat permutation of each space's units."""
         j = 0.0

@@ -5,7 +5,7 @@ An unknown key is an error that names the nearest right one; there are no defaul
 
 import difflib
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -111,6 +111,23 @@ class SceneParams(Section):
     duplicates: float = Field(ge=0, le=1)  # probability that two objects of a scene are alike
     drop: float = Field(ge=0, le=1)  # probability that a training caption leaves an object out
     noise: int = Field(ge=0, le=127)  # pixel values shift by at most this much
+
+
+class SplitSizes(Section):
+    """How many examples of a benchmark; a benchmark without fine-tuning has no training examples."""
+
+    train: int = Field(ge=0)
+    validation: int = Field(gt=0)
+    test: int = Field(gt=0)
+
+
+class PrepareParams(Section):
+    """The data of a recipe: its scenes, its calibration examples, its benchmarks' splits."""
+
+    scenes: SceneParams
+    seed: int
+    calibration_examples: int = Field(gt=0)
+    benchmarks: dict[str, SplitSizes] = Field(min_length=1)
 
 
 class CollectParams(Section):

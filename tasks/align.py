@@ -1,0 +1,80 @@
+"""align: find the order of heads and units in which the experts resemble the vision experts most.
+
+Writes, for each checkpoint that was collected, `<modality>.safetensors` (the transforms), and
+`report.json` (every space's similarity before and after); `spec.json` is the symmetries they are of.
+"""
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+import alloy
+from alloy.align import SpaceAlignment, describe
+from alloy.models import split_experts
+from alloy.models.observe import REFERENCE, ExpertStatistics, expert_spec
+from alloy.symmetry import SymmetrySpec, Transform, transforms_to_tensors
+from alloy.types import Weights
+from tasks.collect import agnostic_symmetries, load_statistics
+from tasks.command import run_stage
+from tasks.models import load_model
+from tasks.params import AlignParams, CollectParams, load
+from tasks.storage import write_folder, write_json
+
+
+def align_experts(
+    experts: dict[str, dict],
+    statistics: ExpertStatistics,
+    spec: SymmetrySpec,
+    params: AlignParams,
+) -> dict[str, tuple[dict[str, Transform], list[SpaceAlignment]]]:
+    """Transforms and report of each modality that is not the reference."""
+    found = {}
+    for modality, weights in experts.items():
+        if modality == REFERENCE or not weights:
+            continue
+        inner = expert_spec(spec, weights)
+        reference: Weights = {name: experts[REFERENCE][name] for name in weights}
+        moments = statistics.moments[modality]
+        transforms = alloy.align(
+            reference,
+            weights,
+            inner,
+            moments,
+            space=params.space,
+            weight_share=params.weight_share if params.space == "dual" else None,
+            method=params.method,
+            max_sweeps=params.max_sweeps,
+        )
+        found[modality] = (transforms, describe(reference, weights, inner, transforms, moments))
+    return found
+
+
+def main(recipe: str) -> None:
+    params = load(recipe, "align", AlignParams)
+    models = Path("models") / recipe
+    out = models / "transforms"
+    with write_folder(out) as folder:
+        for name in load(recipe, "collect", CollectParams).checkpoints:
+            model = load_model(models / "checkpoints" / name)
+            spec = agnostic_symmetries(model.config)
+            experts = split_experts(model.state_dict(), model.config)
+            statistics = load_statistics(models / "statistics" / name)
+            (folder / name).mkdir()
+            (folder / name / "spec.json").write_text(spec.to_json())
+            report = {}
+            for modality, (transforms, rows) in align_experts(
+                experts, statistics, spec, params
+            ).items():
+                tensors = transforms_to_tensors(transforms)
+                save_file(tensors, folder / name / f"{modality}.safetensors")
+                report[modality] = [row._asdict() for row in rows]
+                moved, units = (
+                    sum(getattr(r, f) for r in rows) for f in ("num_moved", "num_units")
+                )
+                print(f"align: {name}: {modality} to {REFERENCE}: {moved} of {units} units moved")
+            write_json(folder / name / "report.json", report)
+    print(f"align: wrote {out}")
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import distribution, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import emoji
 import numpy as np
@@ -36,7 +37,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 from tasks.params import SceneParams
 from tasks.storage import sha256, write_file
@@ -292,8 +295,10 @@ def load_bank(params: SceneParams, folder: Path = CACHE) -> Bank:
 # ---------------------------------------------------------------- words
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> "PreTrainedTokenizerFast":
     """The word-level tokenizer of all texts; `save_pretrained` puts it beside a checkpoint."""
+    from transformers import PreTrainedTokenizerFast  # slow to import, and only this needs it
+
     words = Tokenizer(models.WordLevel(vocab=TOKEN, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(
@@ -309,11 +314,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _tokens(words: tuple[str, ...]) -> np.ndarray:
+def tokens(words: tuple[str, ...]) -> np.ndarray:
+    """The token of each word."""
     return np.array([TOKEN[word] for word in words])
 
 
-_POSITION, _RELATION, _CONCEPT = _tokens(POSITIONS), _tokens(RELATIONS), _tokens(CONCEPTS)
+_POSITION, _RELATION, _CONCEPT = tokens(POSITIONS), tokens(RELATIONS), tokens(CONCEPTS)
 
 
 def texts(num: int, *columns: np.ndarray | str) -> np.ndarray:
@@ -341,6 +347,10 @@ class Scenes:
     def __getitem__(self, index: np.ndarray | slice) -> "Scenes":
         return Scenes(self.concepts[index], self.variants[index])
 
+    def at(self, cells: np.ndarray) -> np.ndarray:
+        """The concept that each scene shows at one cell [N], [N]."""
+        return self.concepts[np.arange(len(self)), cells]
+
 
 def split_of(concepts: np.ndarray) -> np.ndarray:
     """The split (place in SPLITS) of each arrangement [N, G]: one for all orders of the same concepts.
@@ -366,6 +376,19 @@ def compose(
     return rng.permuted(concepts, axis=1)
 
 
+def two_objects(scenes: Scenes, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The cells of two objects of each scene, in random order: [N], [N]."""
+    order = np.where(scenes.concepts >= 0, rng.random(scenes.concepts.shape), 2).argsort(axis=1)
+    return order[:, 0], order[:, 1]
+
+
+def absent_concepts(scenes: Scenes, rng: np.random.Generator) -> np.ndarray:
+    """A concept that each scene does not show, [N]."""
+    chance = rng.random((len(scenes), len(CONCEPTS) + 1))
+    np.put_along_axis(chance, scenes.concepts, -1, axis=1)  # EMPTY marks the last, spare column
+    return chance[:, : len(CONCEPTS)].argmax(axis=1)
+
+
 class SceneGenerator:
     """Draws scenes of one split and everything that is said about them.
 
@@ -380,6 +403,13 @@ class SceneGenerator:
 
     def rng(self, index: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, SPLITS.index(self.split), index])
+
+    def compose(
+        self, num: int, rng: np.random.Generator, num_objects: tuple[int, int] = (2, 4)
+    ) -> np.ndarray:
+        """Arrangements of concepts [num, G] of any split."""
+        duplicates = self.bank.params.duplicates
+        return compose(num, rng, duplicates=duplicates, num_objects=num_objects)
 
     def admits(self, concepts: np.ndarray) -> np.ndarray:
         """Whether each arrangement [N, G] belongs to this split, bool [N]."""
@@ -397,12 +427,7 @@ class SceneGenerator:
         chosen: list[np.ndarray] = []
         missing = num
         while missing > 0:
-            drawn = compose(
-                missing * (2 if self.split == "train" else 10),
-                rng,
-                duplicates=self.bank.params.duplicates,
-                num_objects=num_objects,
-            )
+            drawn = self.compose(missing * (2 if self.split == "train" else 10), rng, num_objects)
             chosen.append(drawn[self.admits(drawn)][:missing])
             missing -= len(chosen[-1])
         return self.dress(np.concatenate(chosen), rng)
@@ -482,28 +507,14 @@ class SceneGenerator:
         num = len(scenes)
         place = rng.permutation(num)
         kind, true = place % 2, place // 2 % 2 == 0
-        here, other = self._two_objects(scenes, rng)
-        shown = np.take_along_axis(scenes.concepts, here[:, None], axis=1)[:, 0]
-        elsewhere = np.take_along_axis(scenes.concepts, other[:, None], axis=1)[:, 0]
-        absent = self._absent(scenes, rng)
+        here, other = two_objects(scenes, rng)
+        shown, elsewhere = scenes.at(here), scenes.at(other)
+        absent = absent_concepts(scenes, rng)
 
         there = texts(num, "there", "is", _CONCEPT[np.where(true, shown, absent)])
         swapped = np.where((rng.random(num) < 0.5) & (elsewhere != shown), elsewhere, absent)
         at = texts(num, _POSITION[here], "is", _CONCEPT[np.where(true, shown, swapped)])
         return np.where((kind == 0)[:, None], there, at), true, kind
-
-    def _two_objects(
-        self, scenes: Scenes, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The cells of two objects of each scene, in random order: [N], [N]."""
-        order = np.where(scenes.concepts >= 0, rng.random(scenes.concepts.shape), 2).argsort(axis=1)
-        return order[:, 0], order[:, 1]
-
-    def _absent(self, scenes: Scenes, rng: np.random.Generator) -> np.ndarray:
-        """A concept that each scene does not show, [N]."""
-        chance = rng.random((len(scenes), len(CONCEPTS) + 1))
-        np.put_along_axis(chance, scenes.concepts, -1, axis=1)  # EMPTY marks the last, spare column
-        return chance[:, : len(CONCEPTS)].argmax(axis=1)
 
     def batch(self, num: int, index: int) -> dict[str, Tensor]:
         """Batch number `index` of `num` scenes, for pre-training:

@@ -1,1 +1,45 @@
-"""Merge transformers that were trained apart: tensors in, tensors out."""
+"""Merge transformers that were trained apart: tensors in, tensors out.
+
+The names below are loaded when they are first used, so `import alloy` costs nothing.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from alloy.checkpoint import merge_checkpoints
+    from alloy.distance import distance
+    from alloy.merge import merge
+
+__all__ = ["distance", "merge", "merge_checkpoints"]
+
+_HOMES = {
+    "distance": "alloy.distance",
+    "merge": "alloy.merge",
+    "merge_checkpoints": "alloy.checkpoint",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'alloy' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+class _Package(ModuleType):
+    """`alloy.merge` is the function even though `alloy/merge` is a package.
+
+    Python binds a submodule to its name in the package once it is imported; where one of our functions
+    has that name, the function stays. `from alloy.merge import ...` finds the module as always.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in _HOMES):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

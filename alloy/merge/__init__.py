@@ -1,1 +1,16 @@
-"""Merge methods: one function each, and `merge`, which applies one to whole models."""
+"""Merge methods, one function each, and `merge`, which applies one to whole models."""
+
+from alloy.merge._merge import merge, merge_tensor, validate
+from alloy.merge._method import MergeError, MergeMethod, MergeSettings, Option
+from alloy.merge.methods import MERGE_METHODS
+
+__all__ = [
+    "MERGE_METHODS",
+    "MergeError",
+    "MergeMethod",
+    "MergeSettings",
+    "Option",
+    "merge",
+    "merge_tensor",
+    "validate",
+]

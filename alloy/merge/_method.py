@@ -44,7 +44,7 @@ class Option:
     """Ends of the range that do not belong to it."""
     choices: tuple[str, ...] = ()
 
-    def check(self, name: str, value: object) -> object:
+    def check(self, name: str, value: Any) -> Any:
         """The value, or MergeError naming the option, what was given and what is allowed."""
         if self.type is float and type(value) is int:
             value = float(value)
@@ -54,9 +54,9 @@ class Option:
             raise MergeError(f"option {name}={value!r}: it must be a {self.type.__name__}")
         if self.choices and value not in self.choices:
             raise MergeError(f"option {name}={value!r}: {nearest(str(value), self.choices)}")
-        if isinstance(value, float | int) and not self.type is bool:
-            if not self.minimum <= value <= self.maximum or value in self.excludes:
-                raise MergeError(f"option {name}={value!r} is outside {self.range}")
+        number = isinstance(value, float | int) and not isinstance(value, bool)
+        if number and not (self.minimum <= value <= self.maximum and value not in self.excludes):
+            raise MergeError(f"option {name}={value!r} is outside {self.range}")
         return value
 
     @property
@@ -93,7 +93,8 @@ class MergeMethod:
     function: Callable[..., Any]
     coefficients: Literal["weights", "nonnegative weights", "scales"] | None
     """What the coefficients mean. "weights" of a mean: default 1/n each, divided by their sum before the
-    function sees them unless the option `normalize` is false. "scales" of task vectors: default 1 each."""
+    function sees them unless the option `normalize` is false. "scales" of task vectors: `default_scale`."""
+    default_scale: float = 1.0
     base: Literal["required", "optional", "unused"] = "unused"
     statistics: Literal["gram", "fisher"] | None = None
     scope: Literal["tensor", "model"] = "tensor"

@@ -31,16 +31,17 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
     return values.flatten().kthvalue(values.numel() - k + 1).values
 
 
-def keep_largest(values: Tensor, density: float) -> Tensor:
-    """True for the int(density * n) largest of n values, at least one, and for all that tie with the last of them.
+def keep_largest(values: Tensor, density: float, among: int | None = None) -> Tensor:
+    """True for the int(density * n) largest of n values, at least one, and for all that tie with the last.
 
-    Density 1 keeps everything, density 0 nothing.
+    Density 1 keeps everything, density 0 nothing. `among` is n where it is not the number of values.
     """
     if density >= 1 or values.numel() == 0:
         return torch.ones_like(values, dtype=torch.bool)
     if density <= 0:
         return torch.zeros_like(values, dtype=torch.bool)
-    return values >= kth_largest(values, max(1, int(density * values.numel())))
+    among = values.numel() if among is None else among
+    return values >= kth_largest(values, max(1, int(density * among)))
 
 
 def keep_middle(values: Tensor, density: float, gamma: float) -> Tensor:

@@ -57,10 +57,10 @@ def ties(
 ) -> Tensor:
     """Trim, elect sign, and merge (TIES, arXiv:2306.01708): W = W_0 + λ mean of the τ_i that agree.
 
-    Trim: keep the `density` largest magnitudes of each τ_i. Elect: γ = sign of the sum over models (`mass`,
-    the paper), of the sum weighted by the coefficients (`weighted mass`, as mergekit does), or of the count
-    of signs (`count`). Merge: the mean, weighted by the coefficients, over the models whose sign is γ; with `normalize`
-    false their weighted sum. Where γ is 0 nobody is elected and the base stays.
+    Trim: keep the `density` largest magnitudes of each τ_i. Elect a sign per entry: that of the sum over
+    models (`mass`, the paper), of the sum weighted by the coefficients (`weighted mass`, as mergekit
+    does), or of the count of signs (`count`). Merge: the mean, weighted by the coefficients, over the models
+    of the elected sign, or with `normalize` false their weighted sum. Where the vote is a draw, the base stays.
     """
     deltas = []
     for model in models:
@@ -192,8 +192,8 @@ def sce(models: Sequence[Tensor], *, base: Tensor, density: float) -> Tensor:
     deltas = torch.stack([task_vector(m, base) for m in models])
     if density < 1:
         variance = deltas.var(0, unbiased=False)
-        share = density * int(variance.count_nonzero()) / max(1, variance.numel())
-        deltas = deltas * (keep_largest(variance, share) & (variance > 0))
+        selected = keep_largest(variance, density, among=int(variance.count_nonzero()))
+        deltas = deltas * (selected & (variance > 0))
     energy = deltas.double().square().flatten(1).mean(1)
     total = energy.sum()
     weights = (energy / total if total > 0 else torch.ones_like(energy) / len(energy)).tolist()
@@ -209,7 +209,7 @@ def check_breadcrumbs(*, density: float, gamma: float, **_) -> None:
 
 
 def check_della(*, density: float, epsilon: float, **_) -> None:
-    if not (0 < density - epsilon and density + epsilon <= 1):
+    if not (density - epsilon > 0 and density + epsilon <= 1):
         raise MergeError(
             f"density {density} ± epsilon {epsilon} are not probabilities in (0, 1]: take epsilon "
             f"below {min(density, 1 - density):g} (epsilon=0 is DARE)"
@@ -219,7 +219,7 @@ def check_della(*, density: float, epsilon: float, **_) -> None:
 def _add(base: Tensor, deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     total = torch.zeros_like(deltas[0])
     for delta, c in zip(deltas, coefficients, strict=True):
-        total.add_(delta, alpha=c)
+        total += delta * c
     return accumulator(base) + total
 
 
@@ -244,8 +244,8 @@ def _elect_and_merge(
     total, weight = torch.zeros_like(elected), torch.zeros_like(elected)
     for delta, c in zip(deltas, coefficients, strict=True):
         agrees = (delta.sign() == elected) & (elected != 0)
-        total.add_(delta * agrees, alpha=c)
-        weight.add_(agrees, alpha=c)
+        total += delta * agrees * c
+        weight += agrees * c
     if normalize:
         total /= weight.where(weight != 0, 1.0)
     return accumulator(base) + scale * total
@@ -281,7 +281,8 @@ def _drop_small(
     for index, model in enumerate(models):
         delta = task_vector(model, base)
         rows = magnitudes(delta, model.dtype).reshape(len(delta) if delta.ndim > 1 else 1, -1)
-        rank = (midranks(rows) - 1) / max(1, rows.shape[1] - 1)
+        last = rows.shape[1] - 1
+        rank = (midranks(rows) - 1) / last if last else torch.full_like(rows, 0.5).double()
         probability = (density - epsilon + 2 * epsilon * rank).reshape(delta.shape)
         kept = delta * keep(stream_key(seed, name, index), probability, delta)
         deltas.append(kept / probability.to(kept.dtype) if rescale else kept)

@@ -68,5 +68,5 @@ def combine(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     first, *others = zip(tensors, coefficients, strict=True)
     total = accumulator(first[0]) * first[1]
     for tensor, c in others:
-        total.add_(accumulator(tensor), alpha=c)
+        total += accumulator(tensor) * c  # an `alpha` would fuse both roundings on some machines
     return total

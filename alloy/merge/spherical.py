@@ -106,7 +106,9 @@ def mixture_of(mix: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if len(mixture_rn) == 1:
             mixed = combine(vectors, mixture_rn[0].tolist())
         else:
-            parts = [accumulator(v) * c for v, c in zip(rows, mixture_rn.T.unsqueeze(-1), strict=True)]
+            parts = [
+                accumulator(v) * c for v, c in zip(rows, mixture_rn.T.unsqueeze(-1), strict=True)
+            ]
             mixed = torch.stack(parts).sum(0).reshape(vectors[0].shape)
         return mixed if base is None else accumulator(base) + mixed
 

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from alloy.symmetry.parts import owned_axes
 from alloy.symmetry.spec import Axis, SymmetrySpec, view_axis
 
 
@@ -203,7 +204,8 @@ class UnitPoint(NamedTuple):
 def unit_points(spec: SymmetrySpec, linear: Collection[str]) -> list[UnitPoint]:
     """Where each space can be observed: as the input of the linear layers that read it.
 
-    A space that no linear layer reads (queries and keys) is observed where linear layers write it.
+    A space that no linear layer reads (queries and keys) is observed where linear layers write it. Heads
+    are observed through the units within them.
 
     Args:
         linear: names of the modules that are `nn.Linear`, weights [out, in].
@@ -215,7 +217,7 @@ def unit_points(spec: SymmetrySpec, linear: Collection[str]) -> list[UnitPoint]:
     for space in spec.spaces.values():
         here = [
             (axis, axis.parameter.removesuffix(".weight"))
-            for axis in space.axes
+            for axis in owned_axes(spec, space.name)
             if axis.parameter.removesuffix(".weight") in linear
         ]
         reading = [(axis, Point(module, "input")) for axis, module in here if axis.dim == 1]

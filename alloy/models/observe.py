@@ -25,7 +25,7 @@ from alloy.activations import (
 )
 from alloy.models.experts import expert_name, split_experts
 from alloy.models.modeling import ModalityModel
-from alloy.similarity import restrict
+from alloy.symmetry.parts import restrict
 from alloy.symmetry.spec import SymmetrySpec
 
 REFERENCE = "v"
@@ -97,8 +97,11 @@ class _Collector:
 
     def _agnostic(self, modality: str, linear: set[str]) -> set[str]:
         """Linear modules of a modality's experts, under the agnostic model's names."""
-        modules = {name.rpartition(".")[0] for name in self.experts[modality]}
-        return {name for name in modules if expert_name(name, modality) in linear}
+        return {
+            name.removesuffix(".weight")
+            for name in self.experts[modality]
+            if expert_name(name, modality).removesuffix(".weight") in linear
+        }
 
     def _inputs(self, modality: str, linear: set[str]) -> dict[str, Point]:
         return {

@@ -1,0 +1,78 @@
+"""Parts of a spec: the axes that are a space's own, and the symmetries of some of the weights alone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from alloy.symmetry.spec import Axis, Leaf, Product, Sum, SymmetrySpec, Term
+
+
+def owned_axes(spec: SymmetrySpec, space: str) -> list[Axis]:
+    """The axes of a space that no space depending on it shares: each stretch of a weight counts once.
+
+    The rows of a query projection belong to the units within the heads; what lies on the heads alone
+    (a relative position table) belongs to the heads.
+    """
+    below = _descendants(spec, space)
+    taken = [axis for name in below for axis in spec.spaces[name].axes]
+    return [
+        axis
+        for axis in spec.spaces[space].axes
+        if not any(_overlap(axis, deeper) for deeper in taken)
+    ]
+
+
+def _descendants(spec: SymmetrySpec, space: str) -> list[str]:
+    return [name for name in spec.order if space in spec.spaces[name].depends_on]
+
+
+def _overlap(axis: Axis, deeper: Axis) -> bool:
+    if axis.parameter != deeper.parameter:
+        return False
+    return axis.dim != deeper.dim or axis.path[:-1] == deeper.path[: max(len(axis.path) - 1, 0)]
+
+
+def restrict(spec: SymmetrySpec, names: Sequence[str]) -> SymmetrySpec:
+    """The symmetries of some of the weights alone: spaces that lie wholly on them, the rest fixed.
+
+    What is left when the other weights are shared with a model that must not move: of a transformer's
+    experts the MLP units and the heads, not the residual stream.
+
+    Raises:
+        ValueError: a name is not in the spec.
+    """
+    if unknown := sorted(set(names) - set(spec.layout)):
+        raise ValueError(f"the spec has no weights {unknown[:3]} ({len(unknown)} in all)")
+    kept = set(names)
+    inside = {
+        space.name
+        for space in spec.spaces.values()
+        if all(axis.parameter in kept for axis in space.axes)
+    }
+    while True:
+        orphans = {n for n in inside if not inside.issuperset(spec.spaces[n].depends_on)}
+        if not orphans:
+            break
+        inside -= orphans
+    return replace(
+        spec,
+        spaces={name: space for name, space in spec.spaces.items() if name in inside},
+        layout={
+            name: tuple(_fix(term, inside) for term in terms)
+            for name, terms in spec.layout.items()
+            if name in kept
+        },
+        pinned=tuple(p for p in spec.pinned if p.axis.parameter in kept),
+        unused=tuple(name for name in spec.unused if name in kept),
+        folds=(),
+    )
+
+
+def _fix(term: Term, inside: set[str]) -> Term:
+    """The term with the spaces that are not inside made fixed."""
+    match term:
+        case Leaf(size, space):
+            return term if space is None or space in inside else Leaf(size)
+        case Product(factors):
+            return Product(tuple(_fix(factor, inside) for factor in factors))
+        case Sum(parts):
+            return Sum(tuple(_fix(part, inside) for part in parts))

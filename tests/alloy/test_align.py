@@ -1,0 +1,218 @@
+"""Alignment recovers what was planted, leaves alone what fits, and never changes the function."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+import alloy
+from alloy.activations import CrossMoments, observe, unit_points
+from alloy.align import AlignmentError, align, describe, flat_order, score
+from alloy.matching import assign
+from alloy.similarity import Similarity
+from alloy.symmetry import Transform, identity, random_transforms, transport
+from alloy.symmetry.parts import restrict
+
+SIZE = 12  # hidden = intermediate = positions = vocabulary: nothing fits by the luck of its shape
+
+
+def _bert(seed: int) -> BertForMaskedLM:
+    torch.manual_seed(seed)
+    model = BertForMaskedLM(
+        BertConfig(
+            vocab_size=SIZE,
+            hidden_size=SIZE,
+            intermediate_size=SIZE,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=SIZE,
+        )
+    ).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return _bert(0)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return {"input_ids": torch.randint(SIZE, (8, SIZE), generator=torch.Generator().manual_seed(3))}
+
+
+@pytest.fixture(scope="module")
+def spec(model, inputs):
+    return alloy.find_symmetries(model, inputs)
+
+
+def _permutations(spec, seed):
+    drawn = random_transforms(spec, torch.Generator().manual_seed(seed))
+    return {
+        name: t
+        if t.permutation is not None and t.signs is None
+        else Transform(
+            permutation=torch.rand(
+                *spec.batch_shape(name),
+                spec.spaces[name].size,
+                generator=torch.Generator().manual_seed(seed),
+            ).argsort(-1),
+            depends_on=t.depends_on,
+        )
+        for name, t in drawn.items()
+    }
+
+
+def _statistics(reference, other, spec, inputs):
+    """Cross-moments of all units of two models over the same tokens."""
+    points = unit_points(
+        spec, [n for n, m in reference.named_modules() if isinstance(m, torch.nn.Linear)]
+    )
+    seen = [{}, {}]
+    for model, store in zip((reference, other), seen, strict=True):
+        keyed = {str(i): p.point for i, p in enumerate(points)}
+        with torch.no_grad(), observe(model, keyed, store.__setitem__):
+            model(**inputs)
+    statistics = {}
+    for i, point in enumerate(points):
+        x, y = (store[str(i)][..., point.columns].flatten(0, 1) for store in seen)
+        moments = CrossMoments.zero(x.shape[1], y.shape[1]).update(x, y)
+        statistics.setdefault(point.space, []).append(moments)
+    return statistics
+
+
+@pytest.mark.parametrize("space", ["weight", "activation", "dual"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_planted_permutation_of_every_space_is_undone_exactly(model, inputs, spec, space, seed):
+    planted = transport(model.state_dict(), spec, _permutations(spec, seed))
+    other = _bert(0)
+    other.load_state_dict(planted)
+    statistics = None if space == "weight" else _statistics(model, other, spec, inputs)
+    found = align(model.state_dict(), planted, spec, statistics, space=space)
+    recovered = transport(planted, spec, found)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("key.bias"):
+            continue  # no activation depends on it (softmax cancels it), its order follows the query's
+        torch.testing.assert_close(recovered[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_a_model_aligned_with_itself_stays_as_it_is(model, inputs, spec):
+    statistics = _statistics(model, model, spec, inputs)
+    for transform in align(model.state_dict(), model.state_dict(), spec, statistics).values():
+        order = torch.arange(transform.size).expand_as(transform.permutation)
+        assert torch.equal(transform.permutation, order)
+
+
+def test_the_aligned_model_computes_what_the_other_model_computed(model, inputs, spec):
+    other = _bert(1)
+    statistics = _statistics(model, other, spec, inputs)
+    before = other(**inputs).logits
+    found = align(model.state_dict(), other.state_dict(), spec, statistics)
+    assert any(
+        not torch.equal(t.permutation, identity(spec)[n].permutation) for n, t in found.items()
+    )
+    other.load_state_dict(transport(other.state_dict(), spec, found))
+    torch.testing.assert_close(other(**inputs).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_alignment_raises_the_similarity_and_more_sweeps_never_lower_it(model, inputs, spec):
+    other = _bert(1).state_dict()
+    statistics = _statistics(model, _bert(1), spec, inputs)
+    similarity = Similarity(model.state_dict(), spec, statistics, weight_share=0.5)
+    scores = [score(similarity, other, identity(spec))]
+    for max_sweeps in (1, 2, 5):
+        found = align(model.state_dict(), other, spec, statistics, max_sweeps=max_sweeps)
+        scores.append(score(similarity, other, found))
+    assert scores == sorted(scores)
+    assert scores[-1] > scores[0]
+
+
+def test_equal_seeds_give_equal_transforms(model, spec):
+    other = _bert(1).state_dict()
+    one, again = (
+        align(
+            model.state_dict(),
+            other,
+            spec,
+            space="weight",
+            generator=torch.Generator().manual_seed(7),
+        )
+        for _ in range(2)
+    )
+    assert all(torch.equal(one[name].permutation, again[name].permutation) for name in one)
+
+
+def test_a_flat_order_moves_units_as_transport_does(model, spec):
+    """The units of a space that depends on heads, flattened, follow heads and units within."""
+    transforms = _permutations(spec, 5)
+    weights = model.state_dict()
+    moved = transport(weights, spec, transforms)
+    value = "bert.encoder.layer.0.attention.self.value.bias"
+    (space,) = [s for s, axis in spec.axes_of(value) if not spec.dependents(s)]
+    assert torch.equal(moved[value], weights[value][flat_order(space, spec, transforms)])
+
+
+def test_restriction_to_some_weights_leaves_the_shared_stream_alone(model, spec):
+    names = [name for name in spec.layout if "layer.0." in name]
+    inner = restrict(spec, names)
+    sizes = sorted(space.size for space in inner.spaces.values())
+    assert sizes == [3, 4, 4, SIZE]  # heads, query-key and value units within them, MLP units
+    with pytest.raises(ValueError, match="no weights"):
+        restrict(spec, ["nonsense"])
+
+
+def test_the_report_says_what_moved_and_what_it_gained(model, inputs, spec):
+    planted = transport(model.state_dict(), spec, _permutations(spec, 2))
+    found = align(model.state_dict(), planted, spec, space="weight")
+    for row in describe(model.state_dict(), planted, spec, found):
+        assert row.weight_after == pytest.approx(1.0)
+        assert row.weight_before < 0.9
+        assert row.num_moved > 0
+
+
+def test_a_tie_keeps_the_identity():
+    order, total = assign(torch.ones(5, 5, dtype=torch.float64))
+    assert torch.equal(order, torch.arange(5))
+    assert total == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"space": "weights"}, "choose weight, activation or dual"),
+        ({"space": "weight", "weight_share": 0.3}, "has no effect"),
+        ({"space": "activation"}, "needs activation statistics"),
+        ({"space": "weight", "method": "zap"}, "matching method 'zap' is unknown"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(model, spec, settings, message):
+    with pytest.raises(AlignmentError, match=message):
+        align(model.state_dict(), model.state_dict(), spec, **settings)
+
+
+def test_broken_models_are_refused_by_name(model, spec):
+    weights = dict(model.state_dict())
+    name = "bert.encoder.layer.1.output.dense.weight"
+    with pytest.raises(AlignmentError, match=f"no weight '{name}'"):
+        align(weights, {n: t for n, t in weights.items() if n != name}, spec, space="weight")
+    with pytest.raises(AlignmentError, match="NaN"):
+        align(weights, weights | {name: weights[name] * torch.nan}, spec, space="weight")
+    with pytest.raises(AlignmentError, match="shape"):
+        align(weights, weights | {name: weights[name][:-1]}, spec, space="weight")
+
+
+def test_broken_statistics_are_refused(model, spec):
+    space = next(name for name, s in spec.spaces.items() if not s.depends_on)
+    size = spec.spaces[space].size
+    for moments, message in (
+        (CrossMoments.zero(size + 1, size + 1), "the space has"),
+        (
+            CrossMoments.zero(size, size).update(
+                torch.full((2, size), torch.nan), torch.ones(2, size)
+            ),
+            "NaN",
+        ),
+    ):
+        with pytest.raises(AlignmentError, match=message):
+            align(model.state_dict(), model.state_dict(), spec, {space: [moments]})

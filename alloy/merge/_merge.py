@@ -56,7 +56,7 @@ def merge(
     named = {f"models[{i}]": model for i, model in enumerate(models)}
     if base is not None:
         named["base"] = base
-    _check_alike(named)
+    check_alike(named)
     names = list(models[0]) if models else []
     spec = _known_method(method)
     data = {key: options.pop(key) for key in spec.inputs if key in options}
@@ -169,7 +169,9 @@ def merge_tensor(
         keywords["base"] = base
     if method.statistics is not None:
         if statistics is None and not method.matrices_only:
-            raise MergeError(f"{name} has no {method.statistics} statistics; every tensor needs them")
+            raise MergeError(
+                f"{name} has no {method.statistics} statistics; every tensor needs them"
+            )
         keywords["statistics"] = statistics
     if method.random:
         keywords |= {"name": name, "offset": offset}
@@ -348,7 +350,7 @@ def _require_match(what: str, pattern: str, names: Sequence[str]) -> None:
         raise MergeError(f"{what} matches no tensor: {nearest(pattern, names)}")
 
 
-def _check_alike(named: Mapping[str, Weights]) -> None:
+def check_alike(named: Mapping[str, Weights]) -> None:
     """Refuse models whose names, shapes, dtypes or devices differ, naming the first few."""
     if not named:
         return

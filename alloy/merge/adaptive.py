@@ -5,7 +5,6 @@ They see whole models and what the caller brings: a callable or a module, and ba
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from alloy.activations import Gram, kept_tokens
+from alloy.merge._layers import layer_of
 from alloy.merge._method import MergeError
 from alloy.merge._select import accumulator, task_vector
 from alloy.merge.averages import combine
@@ -51,7 +51,7 @@ def adamerging(
     """
     _require_one_each(batches, models)
     deltas = {k: [task_vector(m[k], base[k]) for m in models] for k in base if _is_float(base[k])}
-    group = {name: _layer(name) if per == "layer" else "*" for name in deltas}
+    group = {name: layer_of(name) if per == "layer" else "*" for name in deltas}
     starts: dict[str, Sequence[float]] = {}
     for name, key in group.items():
         if starts.setdefault(key, coefficients[name]) != coefficients[name]:
@@ -189,12 +189,6 @@ def _entropy(logits: Tensor) -> Tensor:
     """Mean Shannon entropy of softmax(logits) over the last dim, in nats."""
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1).mean()
-
-
-def _layer(name: str) -> str:
-    """The part of a name up to its first number: tensors that share it are one layer."""
-    numbered = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
-    return numbered.group() if numbered else name
 
 
 def _cycle(batches: Iterable[Any]):

@@ -9,13 +9,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from alloy.align import align
     from alloy.checkpoint import merge_checkpoints
     from alloy.distance import distance
     from alloy.merge import merge
 
-__all__ = ["distance", "merge", "merge_checkpoints"]
+__all__ = ["align", "distance", "merge", "merge_checkpoints"]
 
 _HOMES = {
+    "align": "alloy.align",
     "distance": "alloy.distance",
     "merge": "alloy.merge",
     "merge_checkpoints": "alloy.checkpoint",

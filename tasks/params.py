@@ -94,6 +94,17 @@ def check(recipe: str) -> None:
         load(recipe, name, section)
 
 
+def load_file(name: str, section: type[S]) -> S:
+    """The params of what is no recipe, `params/<name>.yaml`, typed; errors as in `load`."""
+    path = PARAMS / f"{name}.yaml"
+    try:
+        return section.model_validate(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is not YAML: {error}") from error
+    except ValidationError as error:
+        raise ParamsError("\n".join(_problem(str(path), e) for e in error.errors())) from error
+
+
 def _problem(where: str, problem: ErrorDetails) -> str:
     """`params/toy.yaml: merge.alpha: unknown key ...` from one of pydantic's findings."""
     key = ".".join([where, *map(str, problem["loc"])])

@@ -16,6 +16,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tasks.optimizer import MuonAdamW, parameter_groups
 from tasks.params import Section
 from tasks.storage import read_json, write_folder, write_json
 
@@ -24,24 +25,28 @@ Curves = Callable[[Mapping[str, float], int], None]
 
 
 class TrainingPlan(Section):
-    """AdamW with a linear warm-up from 0 and a linear decay from the peak to the final rate."""
+    """A linear warm-up from 0, then a linear decay from the peak to the final learning rate.
+
+    `matrix_learning_rate` is the peak for the blocks' matrices (Muon), `learning_rate` for all else
+    (AdamW); both follow the same course.
+    """
 
     num_steps: PositiveInt
     learning_rate: PositiveFloat
-    final_learning_rate: NonNegativeFloat
+    matrix_learning_rate: PositiveFloat
+    final_share: NonNegativeFloat
     warmup_steps: NonNegativeInt
-    betas: tuple[float, float]
     weight_decay: NonNegativeFloat
     gradient_clip: PositiveFloat
     log_every: PositiveInt
     save_every: PositiveInt
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step (0 is the first)."""
+        """The share of the peak at a step (0 is the first)."""
         if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
+            return (step + 1) / self.warmup_steps
         left = (self.num_steps - step) / max(1, self.num_steps - self.warmup_steps)
-        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * left
+        return self.final_share + (1 - self.final_share) * left
 
 
 class EarlyStopping(Section):
@@ -66,23 +71,13 @@ class Progress:
 class State:
     """All that a run needs to go on: weights, the optimizer's moments, progress, the best weights.
 
-    Moments are named `<AdamW's name>/<the parameter's name>`.
+    Moments are named `<the optimizer's name>/<the parameter's name>`.
     """
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
     progress: Progress = field(default_factory=Progress)
     best: dict[str, Tensor] = field(default_factory=dict)
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups: matrices of linear layers decay; norms, biases, embeddings, gains never do."""
-    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
-    ]
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -114,9 +109,7 @@ def train(
     With `validate` and `stopping` the model ends with the weights of the best validation score: the
     mean of what `validate` returns. Raises FloatingPointError when a loss is no longer finite.
     """
-    optimizer = torch.optim.AdamW(
-        decay_groups(model, plan.weight_decay), lr=0.0, betas=plan.betas, fused=True
-    )
+    optimizer = MuonAdamW(parameter_groups(model, plan.weight_decay))
     state = _last_state(folder, identity, say) or start or State(dict(model.state_dict()), {})
     _load(state, model, optimizer)
     progress, best = state.progress, state.best
@@ -129,7 +122,7 @@ def train(
         if (step + 1) % plan.log_every == 0 or step + 1 == stop_step:
             progress.losses = losses
             curves({f"loss/{name}": value for name, value in losses.items()}, step + 1)
-            curves({"learning_rate": plan.rate(step)}, step + 1)
+            curves({"learning_rate": plan.rate(step) * plan.learning_rate}, step + 1)
             say(_line(progress, stop_step, (time.monotonic() - started) / (step + 1 - first)))
         if validate and stopping and _is_due(step, stopping, stop_step):
             best = _validated(model, validate, progress, best, curves, say)
@@ -153,7 +146,8 @@ def _descend(
 ) -> dict[str, float]:
     """One step of the optimizer; returns the losses."""
     for group in optimizer.param_groups:
-        group["lr"] = plan.rate(step)
+        peak = plan.matrix_learning_rate if group["orthogonal"] else plan.learning_rate
+        group["lr"] = plan.rate(step) * peak
     losses = losses_at(step)
     total = torch.stack(list(losses.values())).sum()
     if not total.isfinite():

@@ -1,0 +1,239 @@
+"""Pre-train one checkpoint of the modality recipe: the released ones were made by this.
+
+    python -m tasks.pretrain seed | agnostic | specific | specific_unseeded
+
+The *seed* is a modality-agnostic model after the first part of the schedule. From it two runs go on
+with the same data, rates and optimizer moments to the schedule's end: *agnostic* as it is (so it is one
+uninterrupted run, the baseline), and *specific*, whose experts start as copies of the seed's blocks.
+*specific_unseeded* runs the whole schedule with experts that were initialised apart. All runs take
+equally many steps on the same batches and decay the same parameters.
+An interrupted run goes on from its last step checkpoint. `python -m flows.pretrain` makes all four.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alloy.models import ModalityConfig, ModalityModel, copy_to_experts
+from alloy.models.objectives import pretraining_losses
+from tasks import scenes
+from tasks.params import PrepareParams, Section, load, load_file
+from tasks.storage import read_json, sha256, write_folder, write_json
+from tasks.training import Curves, Progress, State, TrainingPlan, load_state, step_generator, train
+
+RELEASED = Path("released/modality")
+WORK = Path(".alloy/pretrain")  # step checkpoints
+ARMS = ("seed", "agnostic", "specific", "specific_unseeded")
+SHARING = {"seed": "all", "agnostic": "all", "specific": "none", "specific_unseeded": "none"}
+FROM_SEED = ("agnostic", "specific")
+
+
+class ModelParams(Section):
+    """Sizes of the modality transformer (`alloy.models.ModalityConfig`)."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_joint_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    embedding_size: int
+    patch_size: int
+    layer_scale: float | None
+    initializer_range: float
+
+
+class PretrainParams(Section):
+    """`params/pretrain.yaml`; the scenes are those of the recipe's section `prepare`."""
+
+    recipe: str
+    seed: int
+    seed_steps: int
+    batch_size: int
+    mask_probability: float
+    model: ModelParams
+    training: TrainingPlan
+
+
+def model_config(params: ModelParams, scene: scenes.SceneParams, sharing: str) -> ModalityConfig:
+    """The model for these scenes, their words, answers and classes."""
+    return ModalityConfig(
+        sharing=sharing,
+        **params.model_dump(),
+        image_size=2 * scene.cell_pixels,
+        vocab_size=len(scenes.VOCABULARY),
+        max_position_embeddings=scenes.MAX_TOKENS,
+        pad_token_id=scenes.PAD,
+        num_answers=len(scenes.ANSWERS),
+        num_segment_classes=len(scenes.SEGMENTATION_CLASSES),
+        segment_cells=params.patch_size // scene.label_pixels,
+        attn_implementation="eager",  # faster than sdpa on a CPU for sequences this short
+    )
+
+
+def initial_state(arm: str, config: ModalityConfig, seed: int, seed_folder: Path) -> State:
+    """Where a run begins: fresh weights, or the seed's weights and moments, copied to experts."""
+    if arm not in FROM_SEED:
+        torch.manual_seed(seed)
+        return State(dict(ModalityModel(config).state_dict()), {})
+    if not (seed_folder / "progress.json").exists():
+        raise FileNotFoundError(
+            f"{seed_folder}: the seed is not there; run `python -m tasks.pretrain seed`"
+        )
+    state = load_state(seed_folder)
+    moments = _by_moment(state.moments)
+    return State(
+        copy_to_experts(state.weights, config),
+        {
+            f"{moment}/{name}": tensor
+            for moment, tensors in moments.items()
+            for name, tensor in copy_to_experts(tensors, config).items()
+        },
+        Progress(next_step=state.progress.next_step),
+    )
+
+
+def _by_moment(moments: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in moments.items():
+        moment, parameter = name.split("/", 1)
+        grouped.setdefault(moment, {})[parameter] = tensor
+    return grouped
+
+
+def identity(arm: str, params: PretrainParams, bank: scenes.Bank) -> str:
+    """A digest of all that determines an arm's weights, the code apart."""
+    parts = [arm, params.model_dump(), bank.sha256, torch.__version__]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def pretrain(
+    arm: str, params: PretrainParams, bank: scenes.Bank, work: Path, curves: Curves
+) -> tuple[ModalityModel, Progress]:
+    """Train one arm; its step checkpoints, and the seed's, are in `work`."""
+    config = model_config(params.model, bank.params, SHARING[arm])
+    model = ModalityModel(config)
+    generator = scenes.SceneGenerator(bank, "train", params.seed)
+
+    def losses_at(step: int) -> dict[str, Tensor]:
+        return pretraining_losses(
+            model,
+            generator.batch(params.batch_size, step),
+            mask_token_id=scenes.TOKEN["[MASK]"],
+            mask_probability=params.mask_probability,
+            generator=step_generator(params.seed, step),
+        )
+
+    progress = train(
+        model,
+        losses_at,
+        params.training,
+        folder=work / arm,
+        identity=identity(arm, params, bank),
+        curves=curves,
+        say=lambda line: print(f"{arm}: {line}", flush=True),
+        start=initial_state(arm, config, params.seed, work / "seed"),
+        stop_step=params.seed_steps if arm == "seed" else None,
+    )
+    return model, progress
+
+
+def release(
+    arm: str, model: ModalityModel, progress: Progress, params: PretrainParams, bank: scenes.Bank
+) -> None:
+    """Write the checkpoint, its tokenizer, how it was made, and its card."""
+    target = RELEASED / arm
+    with write_folder(target) as partial:
+        model.save_pretrained(partial)
+        scenes.tokenizer().save_pretrained(partial)
+        facts = {
+            "arm": arm,
+            "identity": identity(arm, params, bank),
+            "command": f"python -m tasks.pretrain {arm}",
+            "first_step": params.seed_steps if arm in FROM_SEED else 0,
+            "last_step": progress.next_step,
+            "losses": progress.losses,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "model_sha256": sha256(partial / "model.safetensors"),
+            "cells_sha256": bank.sha256,
+            "versions": {**scenes.source_versions(), "torch": torch.__version__},
+            "params": params.model_dump(),
+            "scenes": bank.params.model_dump(),
+        }
+        write_json(partial / "pretraining.json", facts)
+        (partial / "README.md").write_text(card(facts))
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(f"{arm}: wrote {target} ({size / 1e6:.1f} MB), losses {progress.losses}")
+
+
+DESCRIPTIONS = {
+    "seed": "The common seed: modality-agnostic, the first part of the schedule.",
+    "agnostic": "The baseline: the seed's run, continued modality-agnostic to the schedule's end.",
+    "specific": "Vision, language and joint experts, copied from the seed and trained apart.",
+    "specific_unseeded": "Vision, language and joint experts, initialised apart: no common seed.",
+}
+
+
+def card(facts: Mapping) -> str:
+    """The model card: what it is, how it was made, what it was made from."""
+    losses = "\n".join(f"| {name} | {value:.4f} |" for name, value in facts["losses"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return f"""---
+license: apache-2.0
+library_name: transformers
+tags: [model-merging, multimodal]
+---
+# modality/{facts["arm"]}
+
+{DESCRIPTIONS[facts["arm"]]}
+A modality transformer (arXiv:2304.14933 in miniature) with {facts["parameters"]:,} parameters for
+scenes of 48x48 pixels and texts of at most nine words. Not a model for the real world.
+
+    from alloy.models import ModalityModel
+    model = ModalityModel.from_pretrained("released/modality/{facts["arm"]}")
+
+## How it was made
+`{facts["command"]}` with `params/pretrain.yaml` (a copy is in `pretraining.json`): steps
+{facts["first_step"]} to {facts["last_step"]} of a schedule of {facts["params"]["training"]["num_steps"]},
+{facts["params"]["batch_size"]} scenes a step, image-text contrast, masked words and statements; scenes
+are composed on the fly from the train cells of `tasks/scenes.py`.
+
+| loss in the last batch | |
+|---|---|
+{losses}
+
+- model.safetensors: SHA-256 `{facts["model_sha256"]}`
+- cells it was trained on: SHA-256 `{facts["cells_sha256"]}`
+- made with {versions}
+
+## Licences of the data
+Drawings: OpenMoji, CC BY-SA 4.0. Digits: MNIST, CC BY-SA 3.0. The NOTICE file names them.
+"""
+
+
+def main(arm: str) -> None:
+    params = load_file("pretrain", PretrainParams)
+    bank = scenes.load_bank(load(params.recipe, "prepare", PrepareParams).scenes)
+    made = RELEASED / arm / "pretraining.json"
+    if made.exists() and read_json(made)["identity"] == identity(arm, params, bank):
+        print(f"{arm}: {made.parent} is what these params give; nothing to do")
+        return
+    torch.set_num_threads(1)  # equal bits on every machine; arms run side by side instead
+    model, progress = pretrain(arm, params, bank, WORK, lambda values, step: None)
+    release(arm, model, progress, params, bank)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("arm", choices=ARMS)
+    try:
+        main(parser.parse_args().arm)
+    except (ValueError, OSError) as error:
+        sys.exit(f"tasks.pretrain: {error}")

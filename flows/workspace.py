@@ -1,0 +1,93 @@
+"""One run at a time in a workspace, and child processes that end with their run.
+
+The lock is an open file that the processes of a stage inherit: should a run be killed outright, the stage that
+it had started still holds the lock, so the next run waits for that stage and keeps its result.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+LOCK = Path(".alloy/run.lock")
+GRACE_SECONDS = 10
+
+Say = Callable[[str], object]
+
+
+@contextmanager
+def only_run(what: str, say: Say = print) -> Iterator[int]:
+    """Hold the workspace for one run; wait, and say for whom, while another has it. Yields the lock's descriptor."""
+    LOCK.parent.mkdir(exist_ok=True)
+    descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(
+                f"This workspace is taken by {_holder()}: waiting until it is free (Ctrl-C gives up)."
+            )
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.ftruncate(descriptor, 0)
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "run": what, "since": since}).encode())
+        yield descriptor
+    finally:
+        os.close(descriptor)  # not unlocked: a child that outlives us keeps it
+
+
+def _holder() -> str:
+    try:
+        holder = json.loads(LOCK.read_text())
+    except ValueError:  # between taking the lock and signing it
+        return "another run"
+    return f"{holder['run']} (process {holder['pid']}, since {holder['since']})"
+
+
+def run_streaming(command: Sequence[str], say: Say, *, lock: int) -> int:
+    """Run a command in a process group of its own, hand each line it writes to `say`, return its exit status.
+
+    Whatever ends this call early (Ctrl-C, a termination, a cancelled flow) ends the whole group before it goes on.
+    """
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        pass_fds=[lock],
+        env=_environment(),
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            say(line.rstrip())
+        return process.wait()
+    finally:
+        _end(process)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this interpreter first: `python` in dvc.yaml is the one that runs the flow."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    # A progress bar redraws many times a second; in a log each redraw is a line.
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"}
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Interrupt a process group that still runs; kill it when it does not end by itself."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue

@@ -1,0 +1,37 @@
+"""A stage for tests of the flows: python toy_stage.py NAME. Writes `out/NAME` whole or not at all.
+
+`control/NAME.seconds` makes it slow, `control/NAME.failures` makes it fail so often, `control/NAME.text` is what
+it writes (its DVC parameter, so to say). `log` remembers every start and every end.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from tasks.storage import write_folder
+
+name = sys.argv[1]
+control = Path("control")
+
+
+def remember(event: str) -> None:
+    with Path("log").open("a") as file:
+        file.write(f"{event} {name}\n")
+
+
+def setting(kind: str, default: str) -> str:
+    path = control / f"{name}.{kind}"
+    return path.read_text() if path.exists() else default
+
+
+remember("start")
+print(f"{name} speaks", flush=True)
+failures = int(setting("failures", "0"))
+if failures:
+    (control / f"{name}.failures").write_text(str(failures - 1))
+    sys.exit(f"{name}: the toy broke")
+with write_folder(Path("out") / name) as folder:
+    (folder / "first").write_text(setting("text", "text"))
+    time.sleep(float(setting("seconds", "0")))
+    (folder / "second").write_text("x" * int(setting("bytes", "1")))
+remember("end")

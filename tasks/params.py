@@ -82,6 +82,7 @@ def load(recipe: str, name: str, section: type[S]) -> S:
 def check(recipe: str) -> None:
     """Refuse a recipe that any of its stages would refuse, before the first of them writes anything."""
     sections: dict[str, type[Section]] = {
+        "prepare": PrepareParams,
         "collect": CollectParams,
         "align": AlignParams,
         "merge": MergeParams,

@@ -6,12 +6,13 @@ balanced by construction, so that neither the commonest answer nor the text alon
 Shapes as in `tasks.scenes`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import permutations
 
 import numpy as np
 
 from tasks.scenes import (
+    ANSWERS,
     CONCEPTS,
     EMPTY,
     NEIGHBOUR,
@@ -20,6 +21,7 @@ from tasks.scenes import (
     POSITIONS,
     RELATIONS,
     TOKEN,
+    VOCABULARY,
     SceneGenerator,
     Scenes,
     texts,
@@ -190,6 +192,18 @@ def statements(generator: SceneGenerator, num: int, rng: np.random.Generator) ->
     ids, true, kind = generator.statements(scenes, rng)
     pixels, _ = generator.render(scenes, rng)
     return _example(pixels, ids, labels=true.astype(np.int64), kinds=kind)
+
+
+def words(ids: Iterable[int]) -> str:
+    """A text's words, without its class token and padding."""
+    return " ".join(VOCABULARY[i] for i in ids if i not in (PAD, TOKEN["[CLS]"]))
+
+
+def describe(benchmark: str, label: int) -> str:
+    """What a label of a benchmark says, in words."""
+    if benchmark == "vqa":
+        return ANSWERS[label]
+    return VOCABULARY[label] if benchmark == "masked_words" else ("false", "true")[label]
 
 
 EXAMPLES: Mapping[str, Callable[[SceneGenerator, int, np.random.Generator], Arrays]] = {

@@ -91,6 +91,7 @@ DRAWINGS: Mapping[str, str] = {  # concept: the English names (package `emoji`) 
 }
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CONCEPTS = (*DRAWINGS, *NUMERALS)
+CHUNK = 256  # scenes rendered at a time, so that their pixels stay in the cache
 EMPTY = -1  # the concept of a cell that shows nothing
 
 POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right")
@@ -440,6 +441,16 @@ class SceneGenerator:
         The background is one light colour with noise; `clutter` rectangles of other light colours
         lie on it, behind the drawings.
         """
+        parts = [
+            self._render_chunk(scenes[start : start + CHUNK], rng, clutter)
+            for start in range(0, len(scenes), CHUNK)
+        ]
+        pixels, label_maps = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return pixels, label_maps
+
+    def _render_chunk(
+        self, scenes: Scenes, rng: np.random.Generator, clutter: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         num, side = len(scenes), self.bank.scene_pixels
         background = rng.integers(120, 256, size=(num, 1, 1, 3)).astype(np.uint8)
         background = np.broadcast_to(background, (num, side, side, 3)).copy()
@@ -449,22 +460,22 @@ class SceneGenerator:
         cells[scenes.concepts < 0] = 0
         image = _grid(cells)
         opacity = image[..., 3:].astype(np.uint16)
-        pixels = image[..., :3] + ((background * (255 - opacity) + 127) // 255).astype(np.uint8)
+        pixels = image[..., :3] + (background * (255 - opacity) + 127) // 255
         noise = self.bank.params.noise
         shifts = rng.integers(-noise, noise + 1, size=pixels.shape, dtype=np.int8)
-        pixels = np.clip(pixels + shifts.astype(np.int16), 0, 255).astype(np.uint8)
+        pixels = np.clip(pixels.astype(np.int16) + shifts, 0, 255).astype(np.uint8)
         return pixels.transpose(0, 3, 1, 2), self._label_maps(scenes, image[..., 3])
 
     def _label_maps(self, scenes: Scenes, opacity: np.ndarray) -> np.ndarray:
-        """A label per square of `label_pixels`: the concept whose drawing covers half of it."""
+        """A label per square of `label_pixels`: the concept whose drawing covers a quarter of it."""
         num, side = opacity.shape[:2]
         step = self.bank.params.label_pixels
         labels = side // step
-        covered = opacity.reshape(num, labels, step, labels, step).mean(axis=(2, 4)) > 127
-        squares = scenes.concepts.reshape(num, 2, 2) + 1
-        return np.where(covered, squares.repeat(labels // 2, 1).repeat(labels // 2, 2), 0).astype(
-            np.uint8
-        )
+        squares = opacity.reshape(num, labels, step, labels, step)
+        covered = squares.sum(axis=(2, 4), dtype=np.int32) * 4 > 255 * step**2
+        shown = scenes.concepts.reshape(num, 2, 2) + 1
+        shown = shown.repeat(labels // 2, axis=1).repeat(labels // 2, axis=2)
+        return np.where(covered, shown, 0).astype(np.uint8)
 
     def captions(
         self, scenes: Scenes, rng: np.random.Generator, *, drop: float = 0.0

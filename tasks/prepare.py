@@ -1,0 +1,149 @@
+"""Write a recipe's calibration data and the splits of its benchmarks.
+
+python -m tasks.prepare RECIPE            # data/RECIPE/, see docs/architecture.md
+python -m tasks.prepare --show RECIPE     # a sheet of examples instead: reports/RECIPE/examples.png
+"""
+
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tasks import scenes
+from tasks.command import run_stage
+from tasks.examples import EXAMPLES, Arrays, describe, retrieval, words
+from tasks.params import ParamsError, PrepareParams, load, nearest
+from tasks.scenes import SEGMENTATION_CLASSES, SPLITS, Bank, SceneGenerator, load_bank
+from tasks.storage import read_json, sha256, write_file, write_folder, write_json
+
+DATA = Path("data")
+REPORTS = Path("reports")
+EXAMPLES_SHOWN = 7
+
+
+def split_examples(
+    bank: Bank, params: PrepareParams, benchmark: str, split: str
+) -> dict[str, Tensor]:
+    """The examples of one split of one benchmark: a function of the params alone."""
+    num = getattr(params.benchmarks[benchmark], split)
+    rng = np.random.default_rng(
+        [params.seed, 1 + list(EXAMPLES).index(benchmark), SPLITS.index(split)]
+    )
+    return as_tensors(EXAMPLES[benchmark](SceneGenerator(bank, split, params.seed), num, rng))
+
+
+def calibration_examples(bank: Bank, params: PrepareParams) -> dict[str, Tensor]:
+    """Training scenes and captions, without labels."""
+    rng = np.random.default_rng([params.seed, 0, 0])
+    generator = SceneGenerator(bank, "train", params.seed)
+    return as_tensors(retrieval(generator, params.calibration_examples, rng))
+
+
+def as_tensors(arrays: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+
+
+def _params(recipe: str) -> PrepareParams:
+    params = load(recipe, "prepare", PrepareParams)
+    for benchmark in params.benchmarks:
+        if benchmark not in EXAMPLES:
+            raise ParamsError(
+                f"params/{recipe}.yaml: prepare.benchmarks: {benchmark!r} is unknown: "
+                f"{nearest(benchmark, list(EXAMPLES))}"
+            )
+    return params
+
+
+def prepare(recipe: str, data: Path = DATA) -> Path:
+    """Write `data/<recipe>/`, whole or not at all; returns the folder.
+
+    Raises:
+        ParamsError: a benchmark that does not exist.
+    """
+    params = _params(recipe)
+    bank = load_bank(params.scenes, data / "cells")
+    with write_folder(data / recipe) as folder:
+        save_file(calibration_examples(bank, params), folder / "calibration.safetensors")
+        for benchmark, sizes in params.benchmarks.items():
+            (folder / benchmark).mkdir()
+            for split in SPLITS:
+                if getattr(sizes, split):
+                    examples = split_examples(bank, params, benchmark, split)
+                    save_file(examples, folder / benchmark / f"{split}.safetensors")
+        write_json(folder / "manifest.json", _manifest(folder, params, bank))
+    return data / recipe
+
+
+def draw_examples(recipe: str, reports: Path = REPORTS) -> Path:
+    """Draw some test examples of every benchmark on one sheet, `reports/<recipe>/examples.png`."""
+    import matplotlib.pyplot as plt  # slow to import, and only this needs it
+
+    params = _params(recipe)
+    bank = load_bank(params.scenes)
+    rows = list(params.benchmarks)
+    figure, axes = plt.subplots(len(rows), EXAMPLES_SHOWN, figsize=(17, 2.6 * len(rows)))
+    for row, benchmark in enumerate(rows):
+        examples = split_examples(bank, params, benchmark, "test")
+        for column in range(EXAMPLES_SHOWN):
+            pixels, text = _picture(benchmark, {k: v[column] for k, v in examples.items()})
+            axis = axes[row, column]
+            axis.imshow(pixels)
+            axis.set_title(fill(text, 30), fontsize=8)
+            axis.axis("off")
+        axes[row, 0].text(
+            -0.1,
+            0.5,
+            benchmark,
+            rotation=90,
+            ha="right",
+            va="center",
+            transform=axes[row, 0].transAxes,
+        )
+    figure.tight_layout()
+    with write_file(reports / recipe / "examples.png") as partial:
+        figure.savefig(partial, dpi=90, format="png")
+    return reports / recipe / "examples.png"
+
+
+def _picture(benchmark: str, example: dict[str, Tensor]) -> tuple[np.ndarray, str]:
+    """Pixels [h, w, 3] and the words of one example."""
+    pixels = example["pixel_values"]
+    side_by_side = torch.cat(list(pixels), dim=2) if pixels.dim() == 4 else pixels
+    image = side_by_side.permute(1, 2, 0).numpy()
+    if benchmark == "segmentation":
+        labels = example["labels"].numpy()
+        block = image.shape[0] // len(labels)
+        shades = (labels * 37 % 200 + 55 * (labels > 0)).repeat(block, 0).repeat(block, 1)
+        shown = ", ".join(SEGMENTATION_CLASSES[c] for c in np.unique(labels))
+        return np.concatenate([image, np.repeat(shades[..., None], 3, axis=2)], axis=1), shown
+    text = words(example["input_ids"].tolist())
+    if "labels" not in example:
+        return image, text
+    return image, f"{text}: {describe(benchmark, int(example['labels']))}"
+
+
+def _manifest(folder: Path, params: PrepareParams, bank: Bank) -> dict[str, object]:
+    paths = sorted(path for path in folder.rglob("*.safetensors"))
+    return {
+        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in paths},
+        "cells": bank.sha256,
+        "packages": scenes.source_versions(),
+        "prepare": params.model_dump(),
+    }
+
+
+def main(recipe: str, show: bool = False) -> None:
+    if show:
+        print(f"wrote {draw_examples(recipe)}")
+        return
+    folder = prepare(recipe)
+    files = read_json(folder / "manifest.json")["files"]
+    size = sum((folder / name).stat().st_size for name in files) / 2**20
+    print(f"wrote {folder}: {len(files)} files, {size:.0f} MiB")
+
+
+if __name__ == "__main__":
+    run_stage(main, __doc__, {"show": "draw a sheet of examples instead of writing the data"})

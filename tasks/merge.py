@@ -5,14 +5,14 @@ with, go to `models/<recipe>/arms/<arm>/`. Embeddings and heads are the checkpoi
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 import alloy
-from alloy.merge import MERGE_METHODS
+from alloy.merge import MERGE_METHODS, MergeError, validate
 from alloy.models import ModalityModel, agnostic_config, shared_weights, split_experts
 from alloy.models.observe import REFERENCE, expert_spec
 from alloy.symmetry import SymmetrySpec, transforms_from_tensors
@@ -23,6 +23,7 @@ from tasks.params import ArmParams, MergeParams, ParamsError, load, nearest
 from tasks.storage import folder_digest, write_folder
 
 Experts = Mapping[str, Mapping[str, Tensor]]
+LOWER_EXPERTS = ("v", "l")  # the blocks below the joint ones have no others
 
 
 def merge_experts(
@@ -36,7 +37,7 @@ def merge_experts(
     joint = experts["vl"]
     lower = [name for name in experts[REFERENCE] if name not in joint]
     merged: dict[str, Tensor] = {}
-    for names, modalities in ((lower, ["v", "l"]), (list(joint), arm.joint_experts)):
+    for names, modalities in ((lower, LOWER_EXPERTS), (list(joint), arm.joint_experts)):
         if not names:
             continue
         statistics = (
@@ -48,7 +49,7 @@ def merge_experts(
             arm.method,
             [{name: experts[m][name] for name in names} for m in modalities],
             base=None if base is None else {name: base[name] for name in names},
-            coefficients=arm.coefficients,
+            coefficients=arm.coefficients and [arm.coefficients[m] for m in modalities],
             statistics=statistics,
             **arm.options,
         )
@@ -124,26 +125,51 @@ and pairs (arXiv:2304.14933). Made by `python -m tasks.merge {recipe}`; load it 
 """
 
 
-def _refuse_unknown(params: MergeParams, recipe: str, models: Path) -> None:
+def _refuse_impossible(params: MergeParams, recipe: str, models: Path) -> None:
+    """Everything that can be wrong with an arm, before the first is merged."""
     known = sorted(folder.name for folder in (models / "checkpoints").iterdir() if folder.is_dir())
     for name, arm in params.arms.items():
         where = f"params/{recipe}.yaml: merge.arms.{name}"
-        if arm.method not in MERGE_METHODS:
-            raise ParamsError(
-                f"{where}.method: {arm.method!r}: {nearest(arm.method, list(MERGE_METHODS))}"
-            )
-        for key, checkpoint in (("checkpoint", arm.checkpoint), ("base", arm.base)):
-            if checkpoint is not None and checkpoint not in known:
-                raise ParamsError(f"{where}.{key}: {checkpoint!r}: {nearest(checkpoint, known)}")
+        for key, asked, right in (
+            ("method", arm.method, list(MERGE_METHODS)),
+            ("checkpoint", arm.checkpoint, known),
+            ("base", arm.base, known),
+        ):
+            if asked is not None and asked not in right:
+                raise ParamsError(f"{where}.{key}: {asked!r}: {nearest(asked, right)}")
+        for modalities in (LOWER_EXPERTS, arm.joint_experts):
+            _validate(where, arm, modalities)
+
+
+def _validate(where: str, arm: ArmParams, modalities: Sequence[str]) -> None:
+    coefficients = arm.coefficients
+    if coefficients is not None and not set(modalities) <= set(coefficients):
+        raise ParamsError(
+            f"{where}.coefficients: needs one for each of {list(modalities)}, found {coefficients}"
+        )
+    try:
+        validate(
+            arm.method,
+            [],
+            num_models=len(modalities),
+            base=arm.base is not None,
+            statistics=MERGE_METHODS[arm.method].statistics == "gram",
+            coefficients=coefficients and [coefficients[m] for m in modalities],
+            options=arm.options,
+        )
+    except MergeError as error:
+        raise ParamsError(f"{where}: {error}") from error
 
 
 def main(recipe: str) -> None:
     params = load(recipe, "merge", MergeParams)
     models = Path("models") / recipe
-    _refuse_unknown(params, recipe, models)
+    _refuse_impossible(params, recipe, models)
     with write_folder(models / "arms") as arms:
         for name, arm in params.arms.items():
-            print(f"merge: {name}: {arm.method} of {arm.checkpoint}{', aligned' * arm.align}")
+            print(
+                f"merge: {name}: {arm.method} of {arm.checkpoint}{', aligned' if arm.align else ''}"
+            )
             (arms / name).mkdir()
             write_checkpoint(
                 merge_arm(arm, models),

@@ -166,7 +166,7 @@ class ArmParams(Section):
     method: str  # a key of alloy's MERGE_METHODS
     align: bool = False  # move the units by align's transforms first
     base: str | None = None  # the checkpoint that task vectors start from
-    coefficients: list[float] | None = None
+    coefficients: dict[Literal["v", "l", "vl"], float] | None = None  # the method's own without
     joint_experts: list[Literal["v", "l", "vl"]] = ["v", "l", "vl"]  # merged in the joint blocks
     options: dict[str, bool | int | float | str] = {}
 

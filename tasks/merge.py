@@ -49,7 +49,7 @@ def merge_experts(
             arm.method,
             [{name: experts[m][name] for name in names} for m in modalities],
             base=None if base is None else {name: base[name] for name in names},
-            coefficients=arm.coefficients and [arm.coefficients[m] for m in modalities],
+            coefficients=_coefficients(arm, modalities),
             statistics=statistics,
             **arm.options,
         )
@@ -142,11 +142,6 @@ def _refuse_impossible(params: MergeParams, recipe: str, models: Path) -> None:
 
 
 def _validate(where: str, arm: ArmParams, modalities: Sequence[str]) -> None:
-    coefficients = arm.coefficients
-    if coefficients is not None and not set(modalities) <= set(coefficients):
-        raise ParamsError(
-            f"{where}.coefficients: needs one for each of {list(modalities)}, found {coefficients}"
-        )
     try:
         validate(
             arm.method,
@@ -154,11 +149,21 @@ def _validate(where: str, arm: ArmParams, modalities: Sequence[str]) -> None:
             num_models=len(modalities),
             base=arm.base is not None,
             statistics=MERGE_METHODS[arm.method].statistics == "gram",
-            coefficients=coefficients and [coefficients[m] for m in modalities],
+            coefficients=_coefficients(arm, modalities),
             options=arm.options,
         )
     except MergeError as error:
         raise ParamsError(f"{where}: {error}") from error
+
+
+def _coefficients(arm: ArmParams, modalities: Sequence[str]) -> list[float] | None:
+    """The arm's coefficients of these modalities, in their order."""
+    if arm.coefficients is None:
+        return None
+    by_modality: Mapping[str, float] = {**arm.coefficients}
+    if missing := [m for m in modalities if m not in by_modality]:
+        raise MergeError(f"coefficients {by_modality} lack {missing}")
+    return [by_modality[m] for m in modalities]
 
 
 def main(recipe: str) -> None:

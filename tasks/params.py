@@ -5,10 +5,17 @@ An unknown key is an error that names the nearest right one; there are no defaul
 
 import difflib
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 PARAMS = Path("params")
@@ -83,9 +90,12 @@ def check(recipe: str) -> None:
     """Refuse a recipe that any of its stages would refuse, before the first of them writes anything."""
     sections: dict[str, type[Section]] = {
         "prepare": PrepareParams,
+        "fetch": FetchParams,
         "collect": CollectParams,
         "align": AlignParams,
         "merge": MergeParams,
+        "register": RegisterParams,
+        "ship": ShipParams,
     }
     for name in read(recipe):
         if name not in sections:
@@ -142,6 +152,29 @@ class PrepareParams(Section):
     benchmarks: dict[str, SplitSizes] = Field(min_length=1)
 
 
+class CheckpointParams(Section):
+    """Where a checkpoint comes from, and what it must be; a plain string is a source without conditions."""
+
+    source: str  # see `tasks/sources.py`
+    revision: str | None = None  # the immutable revision that it must resolve to
+    sha256: dict[str, str] = {}  # what the hash of a file must be
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_source(cls, values: object) -> object:
+        return {"source": values} if isinstance(values, str) else values
+
+
+CheckpointName = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*$")]  # it names a folder
+
+
+class FetchParams(Section):
+    """The checkpoints that a recipe starts from."""
+
+    model_type: str | None  # what each config.json must say; null: anything
+    checkpoints: dict[CheckpointName, CheckpointParams] = Field(min_length=1)
+
+
 class CollectParams(Section):
     """Which checkpoints see the calibration data, and how much of it."""
 
@@ -182,3 +215,17 @@ class MergeParams(Section):
         if self.result not in self.arms:
             raise ValueError(f"result {self.result!r}: {nearest(self.result, list(self.arms))}")
         return self
+
+
+class RegisterParams(Section):
+    """The name under which results are registered, and which of the recipe's models is the result."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
+    model: Literal["finetuned", "merged"]
+
+
+class ShipParams(Section):
+    """Where the result is shipped to."""
+
+    target: Annotated[str, StringConstraints(pattern=r"^s3://[^/]+/.+$")] | None  # null: nowhere
+    model: Literal["finetuned", "merged"]

@@ -8,7 +8,7 @@ counts, whether truncation looks at one tensor or at all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from alloy.merge._layers import layer_of
 from alloy.merge._merge import check_alike
 from alloy.merge._method import MergeError, nearest
-from alloy.merge._select import keep_largest
+from alloy.merge._select import keep_largest, kth_largest
 from alloy.types import Weights
 
 
@@ -85,9 +85,18 @@ def distance(
     names = [name for name in first if first[name].is_floating_point()]
     if not names:
         raise MergeError("the models have no floating-point tensors to compare")
-    a, b = ({name: _vector(side, base, name) for name in names} for side in (first, second))
-    kept_a, kept_b = (_kept(side, keep, truncation) for side in (a, b))
-    sums = {name: _measure(a[name], b[name], kept_a[name], kept_b[name], zeros) for name in names}
+    thresholds = [
+        _model_threshold([_vector(side, base, name) for name in names], keep)
+        if truncation == "model"
+        else None
+        for side in (first, second)
+    ]
+    sums = {
+        name: _measure(
+            _vector(first, base, name), _vector(second, base, name), keep, thresholds, zeros
+        )
+        for name in names
+    }
     by_layer: dict[str, list[_Sums]] = {}
     for name, part in sums.items():
         by_layer.setdefault(layer_of(name), []).append(part)
@@ -128,14 +137,20 @@ class _Sums:
         return 1 - max(-1.0, min(1.0, self.product / lengths))
 
 
-def _measure(a: Tensor, b: Tensor, keep_a: Tensor, keep_b: Tensor, zeros: str) -> _Sums:
+def _measure(
+    a: Tensor, b: Tensor, keep: float, thresholds: Sequence[Tensor | None], zeros: str
+) -> _Sums:
+    large_a, large_b = (
+        v * (keep_largest(v.abs(), keep) if threshold is None else v.abs() >= threshold)
+        for v, threshold in zip((a, b), thresholds, strict=True)
+    )
     return _Sums(
         float((a - b).square().sum()),
         float((a * b).sum()),
         float(a.square().sum()),
         float(b.square().sum()),
         *_soft_sign_dissimilarity(a, b, zeros),
-        *_soft_sign_dissimilarity(a * keep_a, b * keep_b, zeros),
+        *_soft_sign_dissimilarity(large_a, large_b, zeros),
     )
 
 
@@ -155,13 +170,10 @@ def _vector(weights: Weights, base: Weights | None, name: str) -> Tensor:
     return vector
 
 
-def _kept(vectors: Mapping[str, Tensor], keep: float, truncation: str) -> dict[str, Tensor]:
-    """Which entries of each tensor are among the largest, of the tensor or of all tensors."""
-    if truncation == "tensor":
-        return {name: keep_largest(vector.abs(), keep) for name, vector in vectors.items()}
-    flat = torch.cat([vector.abs().flatten() for vector in vectors.values()])
-    parts = keep_largest(flat, keep).split([vector.numel() for vector in vectors.values()])
-    return {n: part.reshape(v.shape) for (n, v), part in zip(vectors.items(), parts, strict=True)}
+def _model_threshold(vectors: Sequence[Tensor], keep: float) -> Tensor:
+    """The smallest magnitude that is among the largest of all tensors together."""
+    magnitudes = torch.cat([vector.abs().flatten() for vector in vectors])
+    return kth_largest(magnitudes, max(1, int(keep * magnitudes.numel())))
 
 
 def _check_settings(keep: float, zeros: str, truncation: str) -> None:

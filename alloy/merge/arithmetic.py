@@ -194,7 +194,7 @@ def sce(models: Sequence[Tensor], *, base: Tensor, density: float) -> Tensor:
         variance = deltas.var(0, unbiased=False)
         selected = keep_largest(variance, density, among=int(variance.count_nonzero()))
         deltas = deltas * (selected & (variance > 0))
-    energy = deltas.double().square().flatten(1).mean(1)
+    energy = deltas.double().square().reshape(len(deltas), -1).mean(1)
     total = energy.sum()
     weights = (energy / total if total > 0 else torch.ones_like(energy) / len(energy)).tolist()
     return _elect_and_merge(base, list(deltas), weights, "mass", normalize=True, scale=1.0)

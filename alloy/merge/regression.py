@@ -16,7 +16,7 @@ so directions that no input visits (l = 0) keep the start. One solver serves the
 Shape legend: O outputs, I inputs of a layer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def wudi(
     """
     del skip  # decides which matrices come here
     deltas = [task_vector(m, base).double() for m in models]
-    origin = _START[start](deltas)
+    origin = _start(start, deltas, coefficients)
     merged = least_squares(origin, deltas, [_self_gram(d) for d in deltas], coefficients, ridge=0.0)
     return accumulator(base) + merged.to(accumulator(base).dtype)
 
@@ -100,7 +100,7 @@ def swudi(
     """
     del skip  # decides which matrices come here
     deltas = [task_vector(m, base).double() for m in models]
-    origin = _START[start](deltas)
+    origin = _start(start, deltas, coefficients)
 
     def filter_(eigenvalues: Tensor) -> Tensor:
         reached = -torch.expm1(-time * eigenvalues)
@@ -131,7 +131,7 @@ def optmerge(
     """
     del skip  # decides which matrices come here
     deltas = [task_vector(m, base).double() for m in models]
-    start = combine(deltas, [1 / len(deltas)] * len(deltas))
+    start = _start("mean", deltas, coefficients)
     cut, grams = [], []
     for delta in deltas:
         left, values, right = torch.linalg.svd(delta, full_matrices=False)
@@ -226,8 +226,7 @@ def _terms(coefficients: Sequence[float]) -> list[float]:
     return [c * len(coefficients) for c in coefficients]
 
 
-_START: Mapping[str, Callable[[Sequence[Tensor]], Tensor]] = {
-    "sum": lambda deltas: combine(deltas, [1.0] * len(deltas)),
-    "mean": lambda deltas: combine(deltas, [1 / len(deltas)] * len(deltas)),
-    "zero": lambda deltas: torch.zeros_like(deltas[0]),
-}
+def _start(kind: str, deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Where WUDI begins, and stays in directions that no task vector visits; "sum" is n times "mean"."""
+    factor = {"sum": len(deltas), "mean": 1, "zero": 0}[kind]
+    return combine(deltas, [factor * c for c in coefficients])

@@ -9,7 +9,7 @@ Shapes: N matrices alike, R rows, C columns.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -72,14 +72,13 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure=None):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             updates = _muon if group["orthogonal"] else _adam
             for parameter, update in updates(parameters, self.state, group):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update, alpha=group["lr"])
-        return None
 
 
 Updates = Iterator[tuple[nn.Parameter, Tensor]]

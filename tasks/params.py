@@ -217,6 +217,86 @@ class MergeParams(Section):
         return self
 
 
+class TrainingPlan(Section):
+    """A linear warm-up from 0, then a linear decay from the peak to the final learning rate."""
+
+    num_steps: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)  # the peak, of all but the blocks' matrices (AdamW)
+    matrix_learning_rate: float = Field(gt=0)  # the peak of the blocks' matrices (Muon)
+    final_share: float = Field(ge=0, le=1)  # of the peaks, at the end
+    warmup_steps: int = Field(ge=0)
+    weight_decay: float = Field(ge=0)  # of the matrices of linear layers alone
+    gradient_clip: float = Field(gt=0)  # the largest norm of the gradient
+    log_every: int = Field(gt=0)
+    save_every: int = Field(gt=0)  # a step checkpoint to go on from
+
+    def rate(self, step: int) -> float:
+        """The share of the peak at a step (0 is the first)."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        left = (self.num_steps - step) / max(1, self.num_steps - self.warmup_steps)
+        return self.final_share + (1 - self.final_share) * left
+
+
+class EarlyStopping(Section):
+    """Validate every so many steps; stop after `patience` validations without a better score."""
+
+    validate_every: int = Field(gt=0)
+    validation_examples: int = Field(gt=0)  # of each benchmark
+    patience: int = Field(gt=0)
+
+
+class Distillation(Section):
+    """Learn from the parent's outputs, which needs no labels (`alloy.models.objectives`)."""
+
+    weight: float = Field(ge=0)  # 0: no distillation
+
+
+class FinetuneParams(Section):
+    """A short training on the benchmarks, alike for the merged model and the arms named here."""
+
+    arms: list[str]  # merge's arms or fetch's checkpoints, beside the merged model
+    joint: bool  # one model for all benchmarks; false: one for each
+    batch_sizes: dict[str, int] = Field(min_length=1)  # examples a step, by benchmark
+    seed: int
+    task_weight: float = Field(ge=0)
+    distillation: Distillation
+    training: TrainingPlan
+    stopping: EarlyStopping
+
+    @model_validator(mode="after")
+    def _learns_from_something(self) -> "FinetuneParams":
+        if not self.task_weight and not self.distillation.weight:
+            raise ValueError("task_weight and distillation.weight are both 0: nothing to learn from")
+        return self
+
+
+class TransformerParams(Section):
+    """Sizes of the modality transformer (`alloy.models.ModalityConfig`)."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_joint_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    embedding_size: int
+    patch_size: int
+    layer_scale: float | None
+    initializer_range: float
+
+
+class PretrainParams(Section):
+    """`params/pretrain.yaml`; the scenes are those of the recipe's section `prepare`."""
+
+    recipe: str
+    seed: int
+    seed_steps: int = Field(gt=0)  # of training.num_steps; then the experts part
+    batch_size: int = Field(gt=0)
+    mask_probability: float = Field(gt=0, lt=1)
+    model: TransformerParams
+    training: TrainingPlan
+
+
 class RegisterParams(Section):
     """The name under which results are registered, and which of the recipe's models is the result."""
 

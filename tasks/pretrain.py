@@ -21,46 +21,28 @@ import torch
 from torch import Tensor
 
 from alloy.models import ModalityConfig, ModalityModel, copy_to_experts
+from alloy.models.configuration import Sharing
 from alloy.models.objectives import pretraining_losses
 from tasks import scenes
-from tasks.params import PrepareParams, Section, load, load_file
+from tasks.params import PrepareParams, PretrainParams, TransformerParams, load, load_file
 from tasks.storage import read_json, sha256, write_folder, write_json
-from tasks.training import Curves, Progress, State, TrainingPlan, load_state, step_generator, train
+from tasks.training import Curves, Progress, State, load_state, step_generator, train
 
 RELEASED = Path("released/modality")
 WORK = Path(".alloy/pretrain")  # step checkpoints
 ARMS = ("seed", "agnostic", "specific", "specific_unseeded")
-SHARING = {"seed": "all", "agnostic": "all", "specific": "none", "specific_unseeded": "none"}
+SHARING: Mapping[str, Sharing] = {
+    "seed": "all",
+    "agnostic": "all",
+    "specific": "none",
+    "specific_unseeded": "none",
+}
 FROM_SEED = ("agnostic", "specific")
 
 
-class ModelParams(Section):
-    """Sizes of the modality transformer (`alloy.models.ModalityConfig`)."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_joint_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    embedding_size: int
-    patch_size: int
-    layer_scale: float | None
-    initializer_range: float
-
-
-class PretrainParams(Section):
-    """`params/pretrain.yaml`; the scenes are those of the recipe's section `prepare`."""
-
-    recipe: str
-    seed: int
-    seed_steps: int
-    batch_size: int
-    mask_probability: float
-    model: ModelParams
-    training: TrainingPlan
-
-
-def model_config(params: ModelParams, scene: scenes.SceneParams, sharing: str) -> ModalityConfig:
+def model_config(
+    params: TransformerParams, scene: scenes.SceneParams, sharing: Sharing
+) -> ModalityConfig:
     """The model for these scenes, their words, answers and classes."""
     return ModalityConfig(
         sharing=sharing,

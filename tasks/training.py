@@ -12,48 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tasks.optimizer import MuonAdamW, parameter_groups
-from tasks.params import Section
+from tasks.params import EarlyStopping, TrainingPlan
 from tasks.storage import read_json, write_folder, write_json
 
 Losses = Mapping[str, Tensor]
 Curves = Callable[[Mapping[str, float], int], None]
-
-
-class TrainingPlan(Section):
-    """A linear warm-up from 0, then a linear decay from the peak to the final learning rate.
-
-    `matrix_learning_rate` is the peak for the blocks' matrices (Muon), `learning_rate` for all else
-    (AdamW); both follow the same course.
-    """
-
-    num_steps: PositiveInt
-    learning_rate: PositiveFloat
-    matrix_learning_rate: PositiveFloat
-    final_share: NonNegativeFloat
-    warmup_steps: NonNegativeInt
-    weight_decay: NonNegativeFloat
-    gradient_clip: PositiveFloat
-    log_every: PositiveInt
-    save_every: PositiveInt
-
-    def rate(self, step: int) -> float:
-        """The share of the peak at a step (0 is the first)."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        left = (self.num_steps - step) / max(1, self.num_steps - self.warmup_steps)
-        return self.final_share + (1 - self.final_share) * left
-
-
-class EarlyStopping(Section):
-    """Validate every so many steps; stop after `patience` validations without a better score."""
-
-    validate_every: PositiveInt
-    patience: PositiveInt
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Laws of the merge methods, each checked for every method that has it."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -169,20 +170,22 @@ def test_modality_arithmetic_takes_every_vector_from_the_unchanged_seed(family):
     """The paper's released code turns lambda .75 over v, l into .0625, .1875, .75 (seed, v, l); exact is -.5, .75, .75."""
     before = {k: v.clone() for k, v in family.base.items()}
     merged = family.merge("modality_arithmetic", models=family.models[:2], scale=0.75)
-    v, l = family.models[:2]
-    expected = {k: -0.5 * before[k] + 0.75 * v[k] + 0.75 * l[k] for k in before}
+    vision, language = family.models[:2]
+    expected = {k: -0.5 * before[k] + 0.75 * vision[k] + 0.75 * language[k] for k in before}
     assert_close(merged, expected, atol=1e-6, rtol=1e-6)
     assert_close(family.base, before, atol=0, rtol=0)
 
 
 def test_interpolation_has_the_coefficients_of_the_paper(family):
-    v, l, vl = family.models
-    two = family.merge("interpolation", models=[v, l], ratio=0.3)
-    assert_close(two, {k: 0.3 * v[k] + 0.7 * l[k] for k in v}, atol=1e-6, rtol=1e-6)
+    vision, language, joint = family.models
+    two = family.merge("interpolation", models=[vision, language], ratio=0.3)
+    assert_close(
+        two, {k: 0.3 * vision[k] + 0.7 * language[k] for k in vision}, atol=1e-6, rtol=1e-6
+    )
     three = family.merge("interpolation", ratio=0.3)
-    expected = {k: 0.2 * v[k] + 1.4 / 3 * l[k] + vl[k] / 3 for k in v}
+    expected = {k: 0.2 * vision[k] + 1.4 / 3 * language[k] + joint[k] / 3 for k in vision}
     assert_close(three, expected, atol=1e-6, rtol=1e-6)
-    assert_close(family.merge("interpolation", models=[vl]), vl, atol=0, rtol=0)
+    assert_close(family.merge("interpolation", models=[joint]), joint, atol=0, rtol=0)
 
 
 def test_every_method_takes_coefficients_by_pattern(family):
@@ -265,7 +268,7 @@ def test_an_elementwise_method_gives_the_same_bits_in_any_chunking(method, dtype
         )
 
     edges = [0, *sorted(cuts), 1037]
-    chunks = [merged(slice(a, b)) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    chunks = [merged(slice(a, b)) for a, b in pairwise(edges) if b > a]
     assert torch.equal(torch.cat(chunks), merged(slice(0, 1037)))
 
 

@@ -76,3 +76,38 @@ def pretraining_losses(
             model.statement_logits(joint[num:]), batch["statement_labels"]
         ),
     }
+
+
+def distillation_losses(
+    student: ModalityModel, teacher: ModalityModel, batch: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """How far the student's outputs are from the teacher's on images and texts, without labels.
+
+    Kullback-Leibler divergences of each pre-trained output's distribution: which text of the batch
+    belongs to an image and the reverse, the word at each token, and whether the text is true.
+    """
+    inputs = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        taught = teacher(*inputs)
+        taught_BB = teacher.logit_scale.exp() * taught.image_embeddings @ taught.text_embeddings.T
+    learned = student(*inputs)
+    learned_BB = student.logit_scale.exp() * learned.image_embeddings @ learned.text_embeddings.T
+    tokens = batch["attention_mask"].bool()
+    return {
+        "contrastive": (_divergence(learned_BB, taught_BB) + _divergence(learned_BB.T, taught_BB.T))
+        / 2,
+        "masked_words": _divergence(
+            learned.masked_word_logits[tokens], taught.masked_word_logits[tokens]
+        ),
+        "statements": _divergence(learned.statement_logits, taught.statement_logits),
+    }
+
+
+def _divergence(logits_NC: Tensor, target_logits_NC: Tensor) -> Tensor:
+    """The mean Kullback-Leibler divergence from the targets' distributions."""
+    return F.kl_div(
+        logits_NC.log_softmax(-1),
+        target_logits_NC.log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )

@@ -1,0 +1,75 @@
+"""Jobs side by side, each in a process of its own with one thread; the parent hears what they report.
+
+One thread a process makes a job's bits independent of the machine's cores, and two jobs of one thread
+do at least as much as one of two threads. Workers hold no database and print nothing: what a job
+reports comes to the parent, which writes it where it belongs.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+Report = Callable[..., None]
+
+
+def side_by_side(
+    work: Callable[..., None],
+    jobs: Mapping[str, tuple],
+    receive: Callable[..., None],
+) -> None:
+    """Run `work(*jobs[name], report)` for every name at once; `report(*x)` arrives as `receive(name, *x)`.
+
+    `work`, the jobs' arguments and what they report must pickle. The first job that raises ends the
+    others, and its exception is raised here. A worker whose parent is gone ends at its next report.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tasks.training", "tasks.models"])  # imported once for all jobs
+    workers: dict[Connection, tuple[str, multiprocessing.process.BaseProcess]] = {}
+    try:
+        for name, arguments in jobs.items():
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_work, args=(work, arguments, writer), name=name, daemon=True
+            )
+            process.start()
+            writer.close()  # only the worker holds it: its end is the end of the stream
+            workers[reader] = name, process
+        while workers:
+            for reader in wait(list(workers)):
+                assert isinstance(reader, Connection)
+                name, process = workers[reader]
+                if (message := _next(reader)) is not None:
+                    _pass_on(message, name, receive)
+                    continue
+                del workers[reader]
+                process.join()
+                if process.exitcode:
+                    raise RuntimeError(f"{name}: its process ended with status {process.exitcode}")
+    finally:
+        for _, process in workers.values():
+            process.terminate()
+
+
+def _work(work: Callable[..., None], arguments: tuple, writer: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        work(*arguments, lambda *values: writer.send(values))
+    except Exception as error:  # raised again in the parent
+        writer.send(error)
+
+
+def _next(reader: Connection) -> Any:
+    """What a worker sent next, None when it has ended."""
+    try:
+        return reader.recv()
+    except EOFError:
+        return None
+
+
+def _pass_on(message: Any, name: str, receive: Callable[..., None]) -> None:
+    if isinstance(message, Exception):
+        raise message
+    receive(name, *message)

@@ -30,7 +30,7 @@ _QUIET = {
 }
 
 
-class TrackingError(RuntimeError):
+class TrackingError(ConnectionError):
     """MLflow cannot be reached or refuses; what the stage wrote to disk stands."""
 
 

@@ -1,0 +1,93 @@
+"""A workspace of its own for each test, and the servers that sources and sinks talk to."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks import sources, transfer
+from tests import servers
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty workspace that is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def write_recipe(workspace: Path) -> Callable[..., str]:
+    """Write the sections of the recipe `toy`."""
+
+    def write(**sections: object) -> str:
+        (workspace / "params").mkdir(exist_ok=True)
+        (workspace / "params/recipes.yaml").write_text("recipes: [toy]\n")
+        (workspace / "params/toy.yaml").write_text(yaml.safe_dump(sections))
+        return "toy"
+
+    return write
+
+
+@pytest.fixture
+def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges and pauses that fit files of a few hundred kilobytes."""
+    monkeypatch.setattr(transfer, "RANGE_BYTES", 1 << 16)
+    for module in (transfer, sources):
+        monkeypatch.setattr(module, "PAUSE_SECONDS", 0.01)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.HubServer]:
+    server = servers.HubServer()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with servers.s3_server(tmp_path_factory.mktemp("s3")) as port:
+        yield port
+
+
+@pytest.fixture
+def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Relay]:
+    """The environment of somebody who may use the server; what passes the line is counted, or cut."""
+    relay = servers.Relay(s3_port)
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", relay.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", servers.ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", servers.SECRET_KEY)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    yield relay
+    relay.close()
+
+
+@pytest.fixture
+def bucket(s3: servers.Relay, request: pytest.FixtureRequest) -> Iterator["Bucket"]:
+    yield Bucket(f"bucket-{abs(hash(request.node.nodeid)) % 10**12}")
+
+
+class Bucket:
+    """An empty bucket."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.client = sources.s3_client()
+        self.client.create_bucket(Bucket=name)
+
+    def put(self, prefix: str, files: dict[str, bytes], **metadata: str) -> None:
+        for path, content in files.items():
+            self.client.put_object(
+                Bucket=self.name, Key=f"{prefix}/{path}", Body=content, Metadata=metadata
+            )
+
+    def keys(self, prefix: str = "") -> list[str]:
+        answer = self.client.list_objects_v2(Bucket=self.name, Prefix=prefix)
+        return [entry["Key"] for entry in answer.get("Contents", [])]

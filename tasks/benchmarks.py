@@ -95,6 +95,12 @@ class Benchmark:
         ]
         return torch.cat(parts)
 
+    def guess(self, data: Split) -> float:
+        """The metric, in per cent, of saying the commonest answer to every example of a kind."""
+        kinds = data.get("kinds", torch.zeros_like(data["labels"]))
+        commonest = sum(data["labels"][kinds == kind].bincount().max() for kind in kinds.unique())
+        return 100 * float(commonest) / num_examples(data)
+
     def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
         """The metrics by name; `self.metric` is the one that tables show."""
         hits = outputs.argmax(dim=1) == data["labels"]
@@ -173,6 +179,9 @@ class Retrieval(Benchmark):
         image, text = (torch.cat(side).float().cpu() for side in zip(*parts, strict=True))
         return image @ text.T
 
+    def guess(self, data: Split) -> float:
+        return 100 / num_examples(data)
+
     def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
         """Recalls; an image's right caption must beat all others strictly, so ties do not count."""
         right = outputs.diagonal()
@@ -193,6 +202,11 @@ class Segmentation(Benchmark):
 
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
         return model.segment_logits(model.image_states(batch["pixel_values"]))
+
+    def guess(self, data: Split) -> float:
+        labels = data["labels"].long()
+        background = F.one_hot(torch.zeros_like(labels), int(labels.max()) + 1).movedim(-1, 1)
+        return self.score(background, data)[self.metric].value
 
     def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
         labels, num_classes = data["labels"].long(), outputs.shape[1]

@@ -94,6 +94,7 @@ def check(recipe: str) -> None:
         "collect": CollectParams,
         "align": AlignParams,
         "merge": MergeParams,
+        "evaluate": EvaluateParams,
         "register": RegisterParams,
         "ship": ShipParams,
     }
@@ -267,7 +268,9 @@ class FinetuneParams(Section):
     @model_validator(mode="after")
     def _learns_from_something(self) -> "FinetuneParams":
         if not self.task_weight and not self.distillation.weight:
-            raise ValueError("task_weight and distillation.weight are both 0: nothing to learn from")
+            raise ValueError(
+                "task_weight and distillation.weight are both 0: nothing to learn from"
+            )
         return self
 
 
@@ -295,6 +298,17 @@ class PretrainParams(Section):
     mask_probability: float = Field(gt=0, lt=1)
     model: TransformerParams
     training: TrainingPlan
+
+
+class EvaluateParams(Section):
+    """What is measured beside the merged models, and what the report compares."""
+
+    batch_size: int = Field(gt=0)
+    checkpoints: dict[str, str]  # fetch's, in the order of the tables, with what to call them
+    ensembles: dict[str, list[str]]  # checkpoints whose outputs are averaged
+    naive: str  # the merge arm without a common seed
+    baseline: str  # the checkpoint that was modality-agnostic all along
+    tssd_keep: float = Field(gt=0, le=1)  # the share of largest weights that TSSD compares
 
 
 class RegisterParams(Section):

@@ -407,7 +407,7 @@ set -e
 mount -t tmpfs -o size=1m none models
 {sys.executable} -m tasks.resolve toy && {sys.executable} -m tasks.fetch toy
 cp models/toy/checkpoints/a/model.safetensors before
-sed -i 's/source: up/source: big/' params/toy.yaml
+sed -i 's/a: up/a: big/' params/toy.yaml
 {sys.executable} -m tasks.resolve toy
 {sys.executable} -m tasks.fetch toy && exit 3
 {sys.executable} -c "

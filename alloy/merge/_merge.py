@@ -71,7 +71,7 @@ def merge(
         inputs=data,
     )
     owner = _owners(named, settings)
-    measured = _statistics_of_owners(settings, owner, statistics)
+    measured = _statistics_of_owners(owner, statistics, len(models))
     owned = list(dict.fromkeys(owner.values()))
     if spec.scope == "model":
         merged = _merge_whole(settings, owned, models, base, data)
@@ -143,10 +143,11 @@ def merge_tensor(
     base: Tensor | None = None,
     statistics: Sequence[Any] | None = None,
     offset: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Merge one tensor, or for an elementwise method one chunk of it that starts at flat index `offset`.
 
-    The result has the dtype of the inputs. Tensors that are not floating-point must agree and pass through.
+    The result has `dtype`, by default the dtype of the inputs. Tensors that are not floating-point must agree and pass through.
 
     Raises:
         MergeError: NaN or Inf in an input or in the result; integer tensors that differ; statistics that are
@@ -182,9 +183,9 @@ def merge_tensor(
             merged = method.function(models, **keywords)
     except MergeError as error:
         raise MergeError(f"{name}: {error}") from error
-    merged = merged.to(first.dtype)
+    merged = merged.to(dtype or first.dtype)
     _require_finite(
-        merged, f"{name} in the result", f"{first.dtype} cannot hold it; lower the coefficients"
+        merged, f"{name} in the result", f"{merged.dtype} cannot hold it; lower the coefficients"
     )
     return merged
 
@@ -255,13 +256,10 @@ def _check_given(
     inputs: Iterable[str],
 ) -> None:
     """Refuse a number of models, a base, statistics or inputs that the method lacks or would ignore."""
-    most = method.max_models if method.max_models is not None else math.inf
-    if not method.min_models <= num_models <= most:
-        allowed = (
-            f"{method.min_models}"
-            if most == method.min_models
-            else f"{method.min_models} to {most}"
-        )
+    least, most = method.min_models, method.max_models
+    if num_models < least or (most is not None and num_models > most):
+        allowed = f"{least} or more" if most is None else f"{least} to {most}"
+        allowed = f"{most}" if most == least else allowed
         raise MergeError(
             f"method {name!r} merges {allowed} models (the base not counted), got {num_models}"
         )
@@ -409,9 +407,7 @@ def _ties(weights: Weights) -> dict[str, str]:
 
 
 def _statistics_of_owners(
-    settings: MergeSettings,
-    owner: Mapping[str, str],
-    statistics: Sequence[Mapping[str, Any]] | None,
+    owner: Mapping[str, str], statistics: Sequence[Mapping[str, Any]] | None, num_models: int
 ) -> dict[str, list[Any]]:
     """Statistics per tensor, one entry per model; what is measured under a tied name counts for its owner.
 
@@ -420,6 +416,10 @@ def _statistics_of_owners(
     """
     if statistics is None:
         return {}
+    if len(statistics) != num_models:
+        raise MergeError(
+            f"statistics of {len(statistics)} models, but there are {num_models} models"
+        )
     if not all(measured.keys() == statistics[0].keys() for measured in statistics):
         missing = set().union(*statistics) - set(statistics[0]).intersection(*statistics)
         raise MergeError(

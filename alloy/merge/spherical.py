@@ -40,7 +40,10 @@ def slerp_mixture(inner_nn: Tensor, *, coefficients: Sequence[float]) -> Tensor:
 
 
 def nuslerp_mixture(inner_nn: Tensor, *, coefficients: Sequence[float], vectors: str) -> Tensor:
-    """Slerp of two tensors, or of their task vectors, as whole tensors or row by row (`vectors`)."""
+    """`slerp` of two tensors or, with a base, of their task vectors; as a whole or row by row (`vectors`).
+
+    mergekit's NuSLERP (github.com/arcee-ai/mergekit).
+    """
     del vectors  # decides what the inner products are taken over
     return slerp_mixture(inner_nn, coefficients=coefficients)
 

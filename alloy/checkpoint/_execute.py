@@ -258,7 +258,7 @@ class _Schedule:
     """Hands out pieces: each lane is one output file in order, each worker prefers its own lane."""
 
     def __init__(self, shards, folder, threads, chunk_bytes, on_shard, on_bytes):
-        self._folder, self._chunk_bytes = folder, chunk_bytes
+        self._folder, self._threads, self._chunk_bytes = folder, threads, chunk_bytes
         self._on_shard, self._on_bytes = on_shard, on_bytes
         self._condition = threading.Condition()
         self._waiting = deque(shards)
@@ -292,8 +292,7 @@ class _Schedule:
         with self._condition:
             self._stopped = True
             self._condition.notify_all()
-        for _ in range(len(self._lanes) + 64):
-            self._tokens.release()
+        self._tokens.release(self._threads)
 
     def close(self) -> None:
         """Wait for the flushes; raise what went wrong."""

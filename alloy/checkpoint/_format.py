@@ -196,7 +196,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
         ]
         if wrong:
             raise CheckpointError(
-                f"{folder / INDEX} disagrees with the files about {_few(wrong)}; fetch the checkpoint again"
+                f"{folder / INDEX} disagrees with the files about {few(wrong)}; fetch the checkpoint again"
             )
     if not entries:
         raise CheckpointError(f"{folder}: no tensor in {', '.join(f.name for f in files)}")
@@ -236,7 +236,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     raise CheckpointError(
         f"{folder}: no safetensors file"
         + (
-            f", only {_few(others)}; load the model and call save_pretrained "
+            f", only {few(others)}; load the model and call save_pretrained "
             "(Alloy executes no pickle)"
             if others
             else ""
@@ -254,7 +254,7 @@ def _config(folder: Path) -> dict | None:
         raise CheckpointError(f"{path}: corrupt ({error}); fetch it again") from error
 
 
-def _few(names: Sequence[str], limit: int = 5) -> str:
+def few(names: Sequence[str], limit: int = 5) -> str:
     """Names for a message: the first few, and how many more."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(repr, names[:limit])) + more

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ class Tensors:
     sources: tuple[str, ...]
     dtype: str
     """Of the output."""
+    shape: tuple[int, ...]
+    """Of the output; the inputs' may have other numbers of rows where vocabularies differ."""
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
 
     @property
     def kind(self) -> int:
@@ -130,7 +137,7 @@ class Mixture(Mix):
     def __init__(self, tensors: Tensors, mix: Callable[..., Any], keywords: dict, *, base: bool):
         n = len(tensors.inputs) - base
         super().__init__(tensors, [0.0] * n, base=base)
-        reductions = -(-tensors.inputs[0].num_elements // kernels.REDUCTION)
+        reductions = -(-tensors.num_elements // kernels.REDUCTION)
         self.mix, self.keywords = mix, keywords
         self.sums = np.zeros((reductions, n, n))
 
@@ -192,7 +199,7 @@ class Trim(Sparse):
 
     def __init__(self, tensors: Tensors, settings: MergeSettings):
         super().__init__(tensors, settings)
-        self.ranks = _ranks(settings, tensors.inputs[0].num_elements)
+        self.ranks = _ranks(settings, tensors.num_elements)
         self.trims = np.array([_KEEP_EVERYTHING] * self.num_models, np.uint32)
         if isinstance(self.ranks, tuple):
             rounds = 2 if tensors.inputs[0].dtype == "F32" else 1
@@ -266,7 +273,7 @@ class Function(_Work):
             torch.from_numpy(row).view(dtype) for row, dtype in zip(rows, dtypes, strict=True)
         ]
         if not self.chunked:
-            values = [v.reshape(e.shape) for v, e in zip(values, tensors.inputs, strict=True)]
+            values = [value.reshape(tensors.shape) for value in values]
         if len(set(dtypes)) > 1:
             widest = torch.float64 if torch.float64 in dtypes else torch.float32
             values = [value.to(widest) for value in values]

@@ -1,0 +1,285 @@
+"""Merge checkpoints on disk, larger than memory, into one that loads."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from alloy.checkpoint._card import model_card, record
+from alloy.checkpoint._execute import CHUNK_BYTES, Shard, Step, execute
+from alloy.checkpoint._format import INDEX, CheckpointError
+from alloy.checkpoint._hash import sha256
+from alloy.checkpoint._plan import RECORD, MergePlan, Paths, PlannedTensor, plan_merge
+from alloy.checkpoint._work import Copy, Tensors, work_for
+
+INCOMPLETE = ".incomplete"
+_JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote."""
+
+    output: Path
+    files: Mapping[str, str]
+    """File name to SHA-256."""
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    resumed: tuple[str, ...]
+    """Files that an earlier, interrupted run had finished."""
+    notes: tuple[str, ...]
+
+
+def merge_checkpoints(
+    method: str,
+    sources: Paths,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    coefficients: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
+    statistics: Mapping[str, str | Path] | Sequence[str | Path] | None = None,
+    dtype: str | None = None,
+    shard_bytes: int | None = None,
+    tokenizer: str = "same",
+    copy: Mapping[str, str] | None = None,
+    drop: Sequence[str] = (),
+    allow: Sequence[str] = (),
+    threads: int | None = None,
+    hash_sources: bool = False,
+    command: str | None = None,
+    on_bytes: Callable[[int], None] = lambda _: None,
+    **options: Any,
+) -> MergeReport:
+    """Merge checkpoints into a new one, whatever their size, in bounded memory.
+
+    Everything is checked before a tensor is read. The result takes its place when it is complete and on the
+    disk; an interrupted run goes on, by file, where it stopped. Equal inputs and settings give equal bytes,
+    whatever the number of threads.
+
+    Args:
+        method: a name in `alloy.merge.MERGE_METHODS`.
+        sources: folders in the Hugging Face layout or single safetensors files, in order or by name. The
+            first one's names, order, sharding, config and tokenizer are those of the result.
+        output: a folder that does not exist or is empty.
+        base: the checkpoint that the sources were trained from, for methods with task vectors.
+        coefficients: one per source, or by glob pattern of tensor names; the first pattern that matches decides.
+        statistics: one safetensors file per source, for RegMean (Grams) and Fisher; see `_statistics`.
+        dtype: of the result: float32, float16, bfloat16, float64; by default that of the sources.
+        shard_bytes: the most that a file holds; by default as many files as the first source has.
+        tokenizer: what to do where vocabularies differ: "same" refuses, "base" keeps the base's (else the first
+            source's), "union" takes every token of every source. A row that a source lacks counts as the base's,
+            or as the mean of those that have it.
+        copy: glob pattern of tensor names to the source whose tensors are taken as they are.
+        drop: glob patterns of tensors that the result shall not have.
+        allow: glob patterns of config keys (and processor files) that may differ.
+        threads: workers; by default the cores this process may use.
+        hash_sources: also record the SHA-256 of source files of which no manifest or hub cache tells it.
+        command: how this was called, for the model card.
+        on_bytes: told the number of bytes just written, from the workers.
+        options: the method's settings.
+
+    Raises:
+        MergeError, CheckpointError: anything wrong, with names and fixes, before anything is written; NaN or
+            Inf in an input or in the result, and integer tensors that differ, when they are met.
+    """
+    plan = plan_merge(
+        method, sources, output, base=base, coefficients=coefficients, statistics=statistics, dtype=dtype,
+        shard_bytes=shard_bytes, tokenizer=tokenizer, copy=copy, drop=drop, allow=allow, **options,
+    )  # fmt: skip
+    return run_plan(
+        plan, threads=threads, hash_sources=hash_sources, command=command, on_bytes=on_bytes
+    )
+
+
+def run_plan(
+    plan: MergePlan,
+    *,
+    threads: int | None = None,
+    hash_sources: bool = False,
+    command: str | None = None,
+    on_bytes: Callable[[int], None] = lambda _: None,
+    chunk_bytes: int = CHUNK_BYTES,
+    compiled: bool = True,
+) -> MergeReport:
+    """Carry out a plan; `compiled` False computes with the methods' own functions, in torch."""
+    start = time.perf_counter()
+    threads = threads or len(os.sched_getaffinity(0))
+    folder = plan.output.with_name(plan.output.name + INCOMPLETE)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        journal = _Journal(folder, plan.digest)
+        shards = _shards(plan, compiled)
+        with _single_threaded_torch(plan):
+            execute(
+                [shard for shard in shards if shard.file not in journal.finished],
+                folder,
+                threads=threads,
+                chunk_bytes=chunk_bytes,
+                on_shard=journal.add,
+                on_bytes=on_bytes,
+            )
+        files = {shard.file: journal.finished[shard.file] for shard in shards}
+        files |= _write_beside(plan, folder, shards)
+        account = record(plan, files, hash_sources=hash_sources, command=command)
+        _write(folder / RECORD, (json.dumps(account, indent=2) + "\n").encode())
+        _write(folder / "README.md", model_card(plan, account).encode())
+        journal.remove()
+        _put_in_place(folder, plan.output)
+    return MergeReport(
+        plan.output,
+        files,
+        len(plan.tensors),
+        plan.num_bytes,
+        time.perf_counter() - start,
+        journal.resumed,
+        plan.notes,
+    )
+
+
+def _shards(plan: MergePlan, compiled: bool) -> list[Shard]:
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    return [
+        Shard(file, tuple(_step(plan, tensors[name], compiled) for name in names))
+        for file, names in plan.layout.items()
+    ]
+
+
+def _step(plan: MergePlan, tensor: PlannedTensor, compiled: bool) -> Step:
+    about = Tensors(tensor.name, tensor.inputs, tensor.sources, tensor.dtype, tensor.shape)
+    row_maps = None
+    if tensor.mapped and plan.vocabulary is not None:
+        row_maps = tuple(plan.vocabulary.row_maps[source] for source in tensor.sources)
+    measured = None
+    if plan.statistics is not None:
+        measured = partial(plan.statistics.of, plan.settings.method.statistics)
+    if tensor.how in ("copy", "agree"):
+        work = partial(Copy, about)
+    else:
+        work = work_for(
+            about, plan.settings, base=plan.base is not None, statistics=measured, compiled=compiled
+        )
+    return Step(
+        tensor.name,
+        tensor.dtype,
+        tensor.shape,
+        tensor.inputs,
+        work,
+        row_maps,
+        plan.base is not None,
+    )
+
+
+class _Journal:
+    """Which files of an unfinished result are complete on the disk, and their hashes."""
+
+    def __init__(self, folder: Path, digest: str):
+        self.path = folder / _JOURNAL
+        self.finished: dict[str, str] = {}
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        entries = [json.loads(line) for line in lines if line.endswith("}")]
+        if entries and entries[0].get("plan") == digest:
+            for entry in entries[1:]:
+                file = folder / entry["file"]
+                if file.is_file() and sha256(file) == entry["sha256"]:
+                    self.finished[entry["file"]] = entry["sha256"]
+        else:
+            for path in folder.iterdir():
+                if path.name != _LOCK:
+                    path.unlink() if not path.is_dir() else shutil.rmtree(path)
+            self._append({"plan": digest})
+        self.resumed = tuple(self.finished)
+
+    def add(self, file: str, digest: str) -> None:
+        self._append({"file": file, "sha256": digest})
+        self.finished[file] = digest
+
+    def _append(self, entry: dict) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        self.path.unlink()
+
+
+_LOCK = "lock"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The unfinished folder, ours alone; what it holds stays for the next run when this one dies."""
+    folder.mkdir(exist_ok=True)
+    with (folder / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: another run is writing it; wait for it or stop it"
+            ) from error
+        yield
+
+
+@contextmanager
+def _single_threaded_torch(plan: MergePlan) -> Iterator[None]:
+    """Workers are the parallelism: torch's own threads would compete, and change the order of its sums."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_beside(plan: MergePlan, folder: Path, shards: Sequence[Shard]) -> dict[str, str]:
+    """Config, tokenizer and the like, and the index; their hashes."""
+    contents = {
+        name: value.read_bytes() if isinstance(value, Path) else value
+        for name, value in plan.files.items()
+    }
+    if len(shards) > 1:
+        weight_map = {step.name: shard.file for shard in shards for step in shard.steps}
+        index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map}
+        contents[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    for name, content in contents.items():
+        _write(folder / name, content)
+    return {name: sha256(folder / name) for name in contents}
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _put_in_place(folder: Path, output: Path) -> None:
+    """The finished folder takes the place of the (absent or empty) output."""
+    (folder / _LOCK).unlink()
+    _sync_folder(folder)
+    folder.replace(output)
+    _sync_folder(output.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

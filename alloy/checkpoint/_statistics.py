@@ -1,0 +1,111 @@
+"""Measurements that data-based methods read beside the weights, one tensor's at a time.
+
+One safetensors file per model. Grams (RegMean): `<weight>/sum` [D, D] and `<weight>/count`. Fisher
+diagonals: a tensor of the weight's name and shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alloy.checkpoint._format import Checkpoint, Entry, few, open_checkpoint
+from alloy.merge import MergeError
+
+_TORCH = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The files of each model, opened; nothing is read before a tensor needs it."""
+
+    files_of: Mapping[str, Checkpoint]
+
+    @property
+    def files(self) -> list[Path]:
+        return [file for checkpoint in self.files_of.values() for file in checkpoint.files]
+
+    def problems(self, kind: str | None, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+        """What is wrong with them, for these tensors."""
+        result = []
+        for source, checkpoint in self.files_of.items():
+            names = {
+                name.rpartition("/")[0] if kind == "gram" else name for name in checkpoint.entries
+            }
+            if unknown := sorted(names - shapes.keys()):
+                result.append(
+                    f"{checkpoint.path}: statistics of tensors that are not merged: {few(unknown)}"
+                )
+            others = [
+                c for c in self.files_of.values() if c.entries.keys() != checkpoint.entries.keys()
+            ]
+            if others:
+                result.append(
+                    f"{checkpoint.path} and {others[0].path} measure different tensors; collect alike"
+                )
+            if kind == "fisher" and (missing := sorted(shapes.keys() - names)):
+                result.append(
+                    f"{checkpoint.path}: no Fisher diagonal of {few(missing)}; collect them all"
+                )
+            result += [
+                f"{checkpoint.path}: {name} is {list(entry.shape)}, {source!r} needs {list(wanted)}"
+                for name, entry in checkpoint.entries.items()
+                if (wanted := _wanted(name, kind, shapes)) is not None
+                and entry.shape != tuple(wanted)
+            ]
+        return result
+
+    def of(self, kind: str | None, name: str) -> list[Any] | None:
+        """One entry per model for a tensor, or None if nothing was measured of it."""
+        if kind == "gram":
+            from alloy.activations import Gram
+
+            if any(f"{name}/sum" not in c.entries for c in self.files_of.values()):
+                return None
+            return [
+                Gram(_load(c.entries[f"{name}/sum"]), int(_load(c.entries[f"{name}/count"])))
+                for c in self.files_of.values()
+            ]
+        return [_load(c.entries[name]) for c in self.files_of.values()]
+
+
+def open_statistics(
+    given: Mapping[str, str | Path] | Sequence[str | Path], models: Sequence[str]
+) -> Statistics:
+    """Open one file per model, by name or in order."""
+    by_name = dict(given) if isinstance(given, Mapping) else dict(zip(models, given, strict=False))
+    if set(by_name) != set(models) or len(given) != len(models):
+        raise MergeError(
+            f"statistics: give one file for each of {list(models)}, got {len(given)}: {list(by_name)}"
+        )
+    return Statistics({name: open_checkpoint(by_name[name]) for name in models})
+
+
+def _wanted(
+    name: str, kind: str | None, shapes: Mapping[str, Sequence[int]]
+) -> Sequence[int] | None:
+    if kind != "gram":
+        return shapes.get(name)
+    weight, _, field = name.rpartition("/")
+    shape = shapes.get(weight)
+    return (
+        (shape[1], shape[1]) if field == "sum" and shape is not None and len(shape) == 2 else None
+    )
+
+
+def _load(entry: Entry):
+    import torch
+
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        data = bytearray(file.read(entry.num_bytes))
+    return torch.frombuffer(data, dtype=getattr(torch, _TORCH[entry.dtype])).reshape(entry.shape)

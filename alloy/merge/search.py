@@ -65,9 +65,7 @@ def search(
     _check(num_models, num_trials, patterns, low, high, convex, start)
     study = optuna.create_study(
         direction="maximize" if maximize else "minimize",
-        sampler=optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, warn_independent_sampling=False
-        ),
+        sampler=optuna.samplers.TPESampler(seed=seed),
     )
     for proposal in start:
         study.enqueue_trial(

@@ -100,19 +100,23 @@ def merged_delta(method, base, deltas, **options):
 
 @pytest.mark.parametrize("start", ["sum", "mean", "zero"])
 def test_wudi_is_the_minimum_that_its_authors_descend_to(start):
-    """The gradient of the loss vanishes, and long gradient descent from the sum of task vectors arrives there."""
+    """The gradient of the loss vanishes, and descent from the sum of task vectors arrives there."""
     base, deltas = task_matrices()
     found = merged_delta("wudi", base, deltas, start=start)
     variable = found.clone().requires_grad_()
     wudi_loss(variable, deltas).backward()
     assert variable.grad.abs().max() < 1e-12
     descent = sum(deltas).clone().requires_grad_()
-    optimizer = torch.optim.SGD([descent], lr=0.2, momentum=0.9)
-    for _ in range(3000):
+    optimizer = torch.optim.LBFGS([descent], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
         optimizer.zero_grad()
-        wudi_loss(descent, deltas).backward()
-        optimizer.step()
-    torch.testing.assert_close(found, descent.detach(), atol=1e-6, rtol=1e-6)
+        loss = wudi_loss(descent, deltas)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(found, descent.detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_wudi_leaves_directions_that_no_task_vector_has_at_the_start():
@@ -131,11 +135,11 @@ def test_swudi_is_gradient_flow_for_its_time():
     base, deltas = task_matrices()
     found = merged_delta("swudi", base, deltas, rank=1.0, time=3.0)
     flow = sum(deltas).clone().requires_grad_()
-    steps = 20000
+    steps = 2000
     for _ in range(steps):
         (gradient,) = torch.autograd.grad(wudi_loss(flow, deltas) / 2, flow)
         flow = (flow - 3.0 / steps * gradient).detach().requires_grad_()
-    torch.testing.assert_close(found, flow.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, flow.detach(), atol=2e-3, rtol=2e-3)
 
 
 def test_swudi_ends_at_wudi_and_begins_at_its_start():

@@ -1,0 +1,108 @@
+"""Checkpoints small enough to write in every test."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "vocab_size": 40,
+    "tie_word_embeddings": False,
+}
+
+Write = Callable[..., Path]
+
+
+def tensors(
+    seed: int = 0, dtype: torch.dtype = torch.bfloat16, spread: float = 1.0
+) -> dict[str, Tensor]:
+    """Weights near a common origin: an embedding, matrices and vectors of odd sizes, a scalar, nothing."""
+    shapes = {
+        "model.embed_tokens.weight": (40, 24),
+        "model.layers.0.mlp.up.weight": (37, 24),
+        "model.layers.0.norm.weight": (24,),
+        "model.layers.10.mlp.up.weight": (24, 37),
+        "model.layers.2.mlp.up.weight": (300, 301),
+        "model.scale": (),
+        "model.empty": (0, 3),
+        "lm_head.weight": (40, 24),
+    }
+    result = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        origin = torch.randn(shape, generator=torch.Generator().manual_seed(i))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(100 * seed + i))
+        result[name] = (origin + 0.1 * spread * noise * (seed > 0)).to(dtype)
+    return result
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a checkpoint folder: `write("a", tensors, config=..., num_shards=...)`."""
+
+    def _write(
+        name: str,
+        weights: Mapping[str, Tensor],
+        *,
+        config: Mapping | None = CONFIG,
+        num_shards: int = 1,
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+        names = list(weights)
+        if num_shards == 1:
+            save_file(dict(weights), folder / "model.safetensors")
+            return folder
+        weight_map = {}
+        for i in range(num_shards):
+            file = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
+            part = {n: weights[n] for n in names[i::num_shards]}
+            save_file(part, folder / file)
+            weight_map |= dict.fromkeys(part, file)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return folder
+
+    return _write
+
+
+@pytest.fixture
+def sources(write: Write) -> list[Path]:
+    """Three models of one base, sharded differently."""
+    return [
+        write(name, tensors(i + 1), num_shards=shards)
+        for i, (name, shards) in enumerate((("a", 3), ("b", 1), ("c", 2)))
+    ]
+
+
+@pytest.fixture
+def base(write: Write) -> Path:
+    return write("seed", tensors(0))
+
+
+@pytest.fixture
+def weights() -> Callable[..., dict[str, Tensor]]:
+    """`weights(seed, dtype)`: those of one model; seed 0 is the base."""
+    return tensors
+
+
+@pytest.fixture
+def load() -> Callable[[Path], dict[str, Tensor]]:
+    """All tensors of a checkpoint, read by the reference implementation."""
+
+    def _load(folder: Path) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            result |= load_file(file)
+        return result
+
+    return _load

@@ -1,0 +1,188 @@
+"""The compiled loops compute what the methods' own functions compute."""
+
+import numpy as np
+import pytest
+import torch
+
+from alloy.checkpoint import _kernels as kernels
+from alloy.checkpoint import plan_merge, run_plan
+from alloy.checkpoint._merge import _step
+from alloy.checkpoint._work import Function
+from alloy.merge import MERGE_METHODS
+
+HALVES = {kernels.BF16: torch.bfloat16, kernels.F16: torch.float16}
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_decoding_is_exact_for_every_16_bit_number(kind):
+    """All 65,536 bfloat16 and float16 numbers become the float32 that torch gives; NaN and Inf stay that."""
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    decoded = np.empty(1 << 16, np.float32)
+    kernels._decode(halves.view(np.uint8), kind, 0, decoded)
+    expected = torch.from_numpy(halves.view(np.int16)).view(HALVES[kind]).float().numpy()
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(decoded[finite].view(np.uint32), expected[finite].view(np.uint32))
+    assert not np.isfinite(decoded[~finite]).any()
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_encoding_rounds_to_nearest_even(kind):
+    """float32 numbers of every size, ties, subnormals and the largest round to the bits that torch gives."""
+    bits = np.concatenate(
+        [
+            np.random.default_rng(0).integers(0, 1 << 32, 300_000, dtype=np.uint32),
+            *(
+                np.arange(c - 20_000, c + 20_000, dtype=np.uint32)
+                for c in (0x33000000, 0x38800000, 0x477FF000)
+            ),
+            *(
+                np.arange(c, c + (1 << 16), dtype=np.uint32)
+                for c in (0, 0x3F800000, 0x3F810000, 0x387F0000)
+            ),
+        ]
+    )
+    values = bits.view(np.float32)
+    values = values[np.isfinite(values)].copy()
+    out = np.empty(2 * len(values), np.uint8)
+    kernels._encode(values, kind, out, 0)
+    expected = torch.from_numpy(values).to(HALVES[kind]).view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(out.view(np.uint16), expected)
+
+
+@pytest.mark.parametrize("kind", [kernels.BF16, kernels.F16, kernels.F32])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_encoding_and_checking_notice_what_is_not_finite(kind, value):
+    """NaN, Inf, and what the output dtype cannot hold."""
+    values = np.array([1.0, value, 2.0], np.float32)
+    out = np.empty(12, np.uint8)
+    assert not kernels._encode(values, kind, out, 0)
+    assert kernels._encode(values[:1], kind, out, 0)
+    if kind == kernels.F32:
+        assert not kernels.is_finite(values.view(np.uint8), kind)
+    else:
+        assert not kernels._encode(np.array([3.4e38], np.float32), kind, out, 0)
+        assert not kernels.is_finite(out[:2].copy(), kind)
+
+
+EXACT = [
+    ("linear", {}, [0.2, 0.3, 0.4]),
+    ("linear", {"normalize": False}, [0.7, -0.3, 0.9]),
+    ("task_arithmetic", {}, [0.7, -0.3, 0.9]),
+    ("modality_arithmetic", {"scale": 0.75}, None),
+    *(
+        (
+            "ties",
+            {"density": density, "election": election, "normalize": normalize, "scale": 0.6},
+            [0.5, 0.2, 0.9],
+        )
+        for density, election, normalize in (
+            (0.5, "mass", True),
+            (0.2, "weighted mass", True),
+            (0.031, "count", False),
+            (1.0, "mass", False),
+            (0.0, "mass", True),
+        )
+    ),
+    ("dare_linear", {"density": 0.3, "seed": 7}, [0.5, 0.2, -0.9]),
+    ("dare_ties", {"density": 0.6, "rescale": False}, [0.5, 0.2, 0.9]),
+    ("dare_ties", {"density": 1.0, "election": "weighted mass"}, [0.5, 0.2, 0.9]),
+    ("breadcrumbs", {"density": 0.7, "gamma": 0.05}, [0.5, 0.2, -0.9]),
+    ("breadcrumbs_ties", {"density": 0.9, "gamma": 0.1}, [0.5, 0.2, 0.9]),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("method", "options", "coefficients"), EXACT)
+def test_compiled_loops_give_the_bits_of_the_torch_functions(
+    method, options, coefficients, dtype, write, weights, load, tmp_path
+):
+    """Every compiled method, every dtype it is compiled for: the same bytes."""
+    from alloy.merge import MERGE_METHODS
+
+    folders = [write(name, weights(i, dtype)) for i, name in enumerate(("seed", "a", "b", "c"))]
+    base = folders[0] if MERGE_METHODS[method].base == "required" else None
+    outputs = []
+    for compiled in (True, False):
+        plan = plan_merge(
+            method,
+            folders[1:],
+            tmp_path / f"out{compiled}",
+            base=base,
+            coefficients=coefficients,
+            **options,
+        )
+        run_plan(plan, compiled=compiled, threads=1)
+        outputs.append(load(plan.output))
+    for name, tensor in outputs[1].items():
+        assert outputs[0][name].shape == tensor.shape
+        ours, theirs = (t.reshape(-1).view(torch.uint8) for t in (outputs[0][name], tensor))
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
+    ("method", "with_base"),
+    [
+        ("slerp", False),
+        ("nuslerp", True),
+        ("multislerp", False),
+        ("karcher", False),
+        ("karcher", True),
+        ("model_stock", True),
+    ],
+)
+def test_compiled_mixtures_differ_from_torch_in_the_order_of_a_sum_only(
+    method, with_base, write, weights, load, tmp_path
+):
+    """Coefficients from inner products agree to float32, so at most 1 in 10,000 entries rounds to its neighbour."""
+    folders = [write(name, weights(i)) for i, name in enumerate(("seed", "a", "b"))]
+    outputs = []
+    for compiled in (True, False):
+        plan = plan_merge(
+            method, folders[1:], tmp_path / f"out{compiled}", base=folders[0] if with_base else None
+        )
+        run_plan(plan, compiled=compiled, threads=1)
+        outputs.append(load(plan.output))
+    differing = sum(int((outputs[0][n] != t).sum()) for n, t in outputs[1].items())
+    total = sum(t.numel() for t in outputs[1].values())
+    assert differing <= total / 10_000
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=2**-7, atol=1e-6)
+
+
+def test_what_has_a_compiled_loop_uses_it(sources, base, tmp_path):
+    """The methods above do not fall back to torch."""
+    for method in ("linear", "slerp", "ties", "dare_ties", "breadcrumbs", "task_arithmetic"):
+        plan = plan_merge(
+            method,
+            sources[: MERGE_METHODS[method].max_models],
+            tmp_path / "out",
+            base=base if MERGE_METHODS[method].base == "required" else None,
+        )
+        for tensor in plan.tensors:
+            assert not isinstance(_step(plan, tensor, True).work(), Function), (method, tensor.name)
+
+
+def test_float32_thresholds_are_exact(write, load, tmp_path):
+    """TIES on float32 keeps exactly int(density * n) entries when no two magnitudes tie."""
+    magnitudes = torch.randperm(200_000, generator=torch.Generator().manual_seed(0)).float() + 1
+    signs = torch.randint(0, 2, (200_000,), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    zero = write("seed", {"w": torch.zeros(200_000)}, config=None)
+    one = write("a", {"w": magnitudes * signs * 1e-6}, config=None)
+    plan = plan_merge("ties", [one], tmp_path / "out", base=zero, density=0.123)
+    run_plan(plan, threads=2)
+    merged = load(plan.output)["w"]
+    assert int((merged != 0).sum()) == int(0.123 * 200_000)
+    assert merged[merged != 0].abs().min() > (magnitudes * 1e-6)[merged == 0].max()
+
+
+def test_random_masks_are_kept_at_the_asked_rate(write, load, tmp_path):
+    """DARE keeps density n entries within 5 standard deviations, whatever the chunk."""
+    n, density = 300_000, 0.3
+    zero = write("seed", {"w": torch.zeros(n)}, config=None)
+    one = write("a", {"w": torch.ones(n)}, config=None)
+    kept = []
+    for i, chunk_bytes in enumerate((1 << 16, 1 << 20)):
+        plan = plan_merge("dare_linear", [one], tmp_path / f"out{i}", base=zero, density=density)
+        run_plan(plan, chunk_bytes=chunk_bytes)
+        kept.append(load(plan.output)["w"] != 0)
+    assert torch.equal(*kept)
+    assert abs(int(kept[0].sum()) - density * n) < 5 * (n * density * (1 - density)) ** 0.5

@@ -15,7 +15,7 @@ the unit of the *result*: `result[h, d] = source[heads[h], width[h, d]]`.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -124,17 +124,20 @@ class SymmetrySpec:
     """The symmetries of one model: pure data with a JSON round trip.
 
     `layout` gives each weight of the state dict (aliases of tied weights included) one term per dim.
+    `fixed` names dims that cannot move, but per whose units other spaces are transformed (heads that
+    ALiBi tells apart): a space may depend on them, and no transform exists for them.
     `unused` lists weights that the traced forwards never read: their layout is fixed.
     `unknown_operations` maps each operation without a rule to the module that called it first.
     """
 
     spaces: Mapping[str, Space]
     layout: Mapping[str, tuple[Term, ...]]
+    fixed: Mapping[str, int] = field(default_factory=dict)
     pinned: tuple[Pinned, ...] = ()
     unused: tuple[str, ...] = ()
-    unknown_operations: Mapping[str, str] | None = None
+    unknown_operations: Mapping[str, str] = field(default_factory=dict)
     folds: "tuple[Fold, ...]" = ()
-    unfoldable: Mapping[str, str] | None = None
+    unfoldable: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def order(self) -> tuple[str, ...]:
@@ -142,7 +145,7 @@ class SymmetrySpec:
         names: list[str] = []
 
         def visit(name: str) -> None:
-            if name not in names:
+            if name not in names and name in self.spaces:
                 for parent in self.spaces[name].depends_on:
                     visit(parent)
                 names.append(name)
@@ -157,15 +160,18 @@ class SymmetrySpec:
 
     def batch_shape(self, space: str) -> tuple[int, ...]:
         """Sizes of the spaces that `space` depends on: the leading dims of its transform."""
-        return tuple(self.spaces[parent].size for parent in self.spaces[space].depends_on)
+        return tuple(
+            self.spaces[parent].size if parent in self.spaces else self.fixed[parent]
+            for parent in self.spaces[space].depends_on
+        )
 
     def axes_of(self, parameter: str) -> Iterator[tuple[str, Axis]]:
         """Every (space, axis) of one weight, parents before their dependents."""
         found = [
-            (leaf.space, Axis(parameter, dim, path, leaf.variance))
+            (str(leaf.space), Axis(parameter, dim, path, leaf.variance))
             for dim, term in enumerate(self.layout[parameter])
             for path, leaf in leaves(term)
-            if leaf.space is not None
+            if leaf.space in self.spaces
         ]
         rank = {name: i for i, name in enumerate(self.order)}
         yield from sorted(found, key=lambda pair: rank[pair[0]])
@@ -237,7 +243,7 @@ def view_axis(
             places = {s: d + (len(sizes) - 1) * (d > dim) for s, d in places.items()}
             for i, factor in enumerate(term.factors):
                 if i != index and isinstance(factor, Leaf) and factor.space in depends_on:
-                    places[factor.space] = dim + i
+                    places[str(factor.space)] = dim + i
             dim, term = dim + index, term.factors[index]
     extra = view.ndim - tensor.ndim
     for other, other_term in reversed(list(enumerate(layout))):
@@ -246,7 +252,7 @@ def view_axis(
         at = other + extra * (other > axis.dim)
         factors = other_term.factors if isinstance(other_term, Product) else (other_term,)
         found = [
-            (i, factor.space)
+            (i, str(factor.space))
             for i, factor in enumerate(factors)
             if isinstance(factor, Leaf)
             and factor.space in depends_on
@@ -349,11 +355,12 @@ def _spec_to_data(spec: SymmetrySpec) -> dict[str, Any]:
             for space in spec.spaces.values()
         ],
         "layout": {name: [_term_to_data(t) for t in terms] for name, terms in spec.layout.items()},
+        "fixed": dict(spec.fixed),
         "pinned": [
             {"axis": _axis_to_data(p.axis), "size": p.size, "reason": p.reason} for p in spec.pinned
         ],
         "unused": list(spec.unused),
-        "unknown_operations": dict(spec.unknown_operations or {}),
+        "unknown_operations": dict(spec.unknown_operations),
         "folds": [
             {
                 "space": fold.space,
@@ -366,7 +373,7 @@ def _spec_to_data(spec: SymmetrySpec) -> dict[str, Any]:
             }
             for fold in spec.folds
         ],
-        "unfoldable": dict(spec.unfoldable or {}),
+        "unfoldable": dict(spec.unfoldable),
     }
 
 
@@ -384,6 +391,7 @@ def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
     return SymmetrySpec(
         spaces={space.name: space for space in spaces},
         layout={name: tuple(map(_term_from_data, terms)) for name, terms in data["layout"].items()},
+        fixed=data["fixed"],
         pinned=tuple(
             Pinned(_axis_from_data(p["axis"]), p["size"], p["reason"]) for p in data["pinned"]
         ),

@@ -61,7 +61,7 @@ def make_spec(kind="permutation"):
         )
         own = kind if name in ("width", "stream", "inner") else "permutation"
         spaces[name] = Space(name, size, own, own, depends.get(name, ()), axes)
-    return SymmetrySpec(spaces=spaces, layout=layout, unknown_operations={}, unfoldable={})
+    return SymmetrySpec(spaces=spaces, layout=layout)
 
 
 def make_weights(spec, seed=0):

@@ -323,3 +323,21 @@ class ShipParams(Section):
 
     target: Annotated[str, StringConstraints(pattern=r"^s3://[^/]+/.+$")] | None  # null: nowhere
     model: Literal["finetuned", "merged"]
+
+
+class SweptMerge(Section):
+    """One merge of a sweep: the checkpoints that were merged, and what came out."""
+
+    name: str
+    checkpoints: list[str] = Field(min_length=2)  # folders with *.safetensors
+    base: str | None  # null: distances of weights; otherwise of task vectors
+    outcomes: dict[str, float] = Field(min_length=1)
+
+
+class DistanceParams(Section):
+    """A sweep of merges whose distances are compared with their outcomes (`tasks/distance.py`)."""
+
+    keep: float = Field(gt=0, le=1)  # the share of largest magnitudes that TSSD compares
+    zeros: Literal["exclude", "agree"]
+    truncation: Literal["tensor", "model"]
+    merges: list[SweptMerge] = Field(min_length=2)

@@ -1,0 +1,250 @@
+"""distance: does the distance between weights foretell how well they merge?
+
+arXiv:2304.14933 claims so; this command tests it on a sweep of merges. For every distance and outcome it
+gives Pearson's and Spearman's correlation over the merges of the sweep, each with a 95 % confidence
+interval and the number of merges. A good indicator correlates negatively with scores.
+
+    python -m tasks.distance SWEEP
+
+SWEEP is either a folder that holds the reports of several runs (each with plots/scores.json and
+plots/distances.json, as `evaluate` writes them; distances are averaged over the pairs of experts, arms are also
+compared each with itself across runs), or a YAML file that lists merges of any checkpoints:
+
+    keep: 0.2              # see alloy.distance
+    zeros: exclude
+    truncation: tensor
+    merges:
+      - name: a-b
+        checkpoints: [models/a, models/b]      # folders with *.safetensors; distances are averaged over pairs
+        base: models/seed                      # null: distances of weights; otherwise of task vectors
+        outcomes: {accuracy: 61.2}
+
+Writes the table to the terminal and to reports/distance/<SWEEP>.json.
+"""
+
+import argparse
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import combinations
+from pathlib import Path
+from statistics import NormalDist, fmean
+
+import numpy as np
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+from scipy import stats
+from torch import Tensor
+
+from alloy.distance import Distances, distance
+from tasks.params import DistanceParams, ParamsError
+from tasks.storage import read_json, write_json
+
+REPORTS = Path("reports")
+CONFIDENCE = 0.95
+MEASURES = tuple(field.name for field in fields(Distances))
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One point of a sweep: what was merged, how far apart it was, what came out."""
+
+    name: str
+    group: str  # merges of one group differ in what they merge alone
+    distances: Mapping[str, float]
+    outcomes: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A correlation with its confidence interval; None where it is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """How one distance goes with one outcome over the merges of a group."""
+
+    group: str
+    measure: str
+    outcome: str
+    num_merges: int
+    pearson: Interval
+    spearman: Interval
+
+
+def correlations(merges: Sequence[Merge]) -> list[Correlation]:
+    """Every distance with every outcome, over all merges and over each group of several."""
+    groups: dict[str, list[Merge]] = {ALL: list(merges)}
+    for merge in merges:
+        groups.setdefault(merge.group, []).append(merge)
+    if len(groups) == 2:
+        del groups[merges[0].group]  # one group is all
+    found = []
+    for group, members in groups.items():
+        if len(members) < 2:
+            continue
+        for outcome in sorted({name for merge in members for name in merge.outcomes}):
+            points = [merge for merge in members if outcome in merge.outcomes]
+            y = np.array([merge.outcomes[outcome] for merge in points])
+            for measure in MEASURES:
+                x = np.array([merge.distances[measure] for merge in points])
+                pearson, spearman = correlate(x, y)
+                found.append(Correlation(group, measure, outcome, len(points), pearson, spearman))
+    return found
+
+
+def correlate(x: np.ndarray, y: np.ndarray) -> tuple[Interval, Interval]:
+    """Pearson's and Spearman's correlation of two samples [n], with intervals.
+
+    Intervals are normal on Fisher's z: variance 1/(n-3) for Pearson, (1 + r²/2)/(n-3) for Spearman (Bonett and
+    Wright, Psychometrika 65, 2000); they need n > 3. A constant sample has no correlation.
+    """
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return Interval(None, None, None), Interval(None, None, None)
+    pearson = float(np.corrcoef(x, y)[0, 1])
+    spearman = float(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1])
+    return (
+        _interval(pearson, len(x), variance=1.0),
+        _interval(spearman, len(x), variance=1 + spearman**2 / 2),
+    )
+
+
+def _interval(r: float, n: int, variance: float) -> Interval:
+    if n <= 3:
+        return Interval(r, None, None)
+    if abs(r) >= 1:
+        return Interval(r, r, r)
+    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(variance / (n - 3))
+    return Interval(r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half))
+
+
+def from_reports(folder: Path) -> list[Merge]:
+    """The merges of every report below a folder; arms of one name form a group."""
+    merges = []
+    for scores_file in sorted(folder.rglob("plots/scores.json")):
+        distances_file = scores_file.with_name("distances.json")
+        if not distances_file.is_file():
+            raise ParamsError(f"{scores_file.parent} has scores.json and no distances.json")
+        run = scores_file.parent.parent.relative_to(folder).as_posix()
+        apart: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in read_json(distances_file):
+            apart[row["model"]][row["measure"]].append(row["value"])
+        outcomes: dict[str, dict[str, float]] = defaultdict(dict)
+        for row in read_json(scores_file):
+            if row["split"] == "test" and row["kind"] == "merged":
+                when = "fine-tuned" if row["finetuned"] else "training-free"
+                outcomes[row["model"]][f"{row['benchmark']} {row['metric']} ({when})"] = row[
+                    "value"
+                ]
+        merges += [
+            Merge(
+                name=f"{run}/{model}",
+                group=model,
+                distances={measure: fmean(measures[measure]) for measure in MEASURES},
+                outcomes=outcomes[model],
+            )
+            for model, measures in apart.items()
+            if outcomes[model]
+        ]
+    if not merges:
+        raise ParamsError(
+            f"{folder}: no report of a merge below it (plots/scores.json and plots/distances.json)"
+        )
+    return merges
+
+
+def from_file(path: Path) -> list[Merge]:
+    """The merges that a YAML file lists, their distances measured now."""
+    try:
+        params = DistanceParams.model_validate(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ParamsError(f"{path}: {error}") from error
+    merges = []
+    for merge in params.merges:
+        base = None if merge.base is None else load_weights(Path(merge.base))
+        models = [load_weights(Path(checkpoint)) for checkpoint in merge.checkpoints]
+        pairs = [
+            asdict(
+                distance(
+                    a,
+                    b,
+                    base=base,
+                    keep=params.keep,
+                    zeros=params.zeros,
+                    truncation=params.truncation,
+                ).overall
+            )
+            for a, b in combinations(models, 2)
+        ]
+        mean = {measure: fmean(pair[measure] for pair in pairs) for measure in MEASURES}
+        merges.append(Merge(merge.name, ALL, mean, merge.outcomes))
+    return merges
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ParamsError(f"{folder} has no *.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def table(found: Iterable[Correlation]) -> Table:
+    result = Table("merges", "outcome", "distance", "n", "Pearson r", "Spearman ρ")
+    for row in found:
+        cells = (_cell(row.pearson), _cell(row.spearman))
+        result.add_row(row.group, row.outcome, row.measure, str(row.num_merges), *cells)
+    return result
+
+
+def _cell(interval: Interval) -> str:
+    if interval.value is None:
+        return "undefined: constant"
+    if interval.low is None:
+        return f"{interval.value:+.2f} (interval needs n > 3)"
+    return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
+def main(sweep: Path) -> Path:
+    """Measure, print and write; the path of what was written."""
+    if not sweep.exists():
+        raise ParamsError(
+            f"{sweep} does not exist; give a folder of reports or a YAML file of merges"
+        )
+    merges = from_reports(sweep) if sweep.is_dir() else from_file(sweep)
+    if len(merges) < 2:
+        raise ParamsError(f"{sweep}: a correlation needs at least 2 merges, found {len(merges)}")
+    found = correlations(merges)
+    Console().print(table(found))
+    output = REPORTS / "distance" / f"{sweep.resolve().stem}.json"
+    write_json(
+        output,
+        {
+            "confidence": CONFIDENCE,
+            "merges": [asdict(merge) for merge in merges],
+            "correlations": [asdict(row) for row in found],
+        },
+    )
+    print(f"{len(merges)} merges, {len(found)} correlations: {output}")
+    return output
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sweep", type=Path, help="a folder of reports, or a YAML file of merges")
+    try:
+        main(parser.parse_args().sweep)
+    except (ValueError, OSError) as error:
+        sys.exit(f"tasks.distance: {error}")

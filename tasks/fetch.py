@@ -1,34 +1,49 @@
-"""Bring the checkpoints that `resolve` found into `models/<recipe>/checkpoints/<name>/`, verified.
+"""Bring the checkpoints of a recipe into `models/<recipe>/checkpoints/<name>/`, verified.
 
-What is already there and unchanged is not moved. A checkpoint takes its place only when every file has the
-right size and hash, every safetensors file is whole, and its config names the architecture of the recipe.
+Every source is asked what it is now, an immutable revision; what is already here and unchanged is not moved.
+A checkpoint takes its place only when every file has the right size and hash, every safetensors file is
+whole, and its config names the architecture of the recipe.
 
-    python -m tasks.fetch modality
+    python -m tasks.fetch RECIPE
+    python -m tasks.fetch --check RECIPE    # only say what has changed upstream
 """
 
 import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tasks import params, storage, transfer
+from tasks import params, sources, storage, transfer
 from tasks.command import run_stage
 from tasks.params import CheckpointParams, FetchParams
-from tasks.resolve import refuse_other, resolved
-from tasks.sources import MANIFEST, RemoteFile, Snapshot, SourceError, files_to_bring
+from tasks.sources import MANIFEST, RemoteFile, Snapshot, SourceError
 
+MODELS = Path("models")
 _CHUNK_BYTES = 1 << 20
 
 
-def fetch(recipe: str) -> None:
-    section = params.load(recipe, "fetch", FetchParams)
-    snapshots = resolved(recipe)
+def resolve(recipe: str) -> dict[str, Snapshot]:
+    """What each source of a recipe is now; no file is moved.
+
+    Raises SourceError for one that is not there, may not be read, or is known not to be what the recipe
+    asks for; UnreachableError where nothing answers.
+    """
+    wanted = params.load(recipe, "fetch", FetchParams).checkpoints
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _snapshot(wanted[name], _folder(recipe) / name), wanted)
+        snapshots = dict(zip(wanted, found, strict=True))
     for name, snapshot in snapshots.items():
-        where = f"params/{recipe}.yaml: fetch.checkpoints.{name}"
-        refuse_other(where, section.checkpoints[name], snapshot)
-    folder = Path("models") / recipe / "checkpoints"
+        _refuse_other(f"params/{recipe}.yaml: fetch.checkpoints.{name}", wanted[name], snapshot)
+    return snapshots
+
+
+def fetch(recipe: str, snapshots: Mapping[str, Snapshot]) -> None:
+    """Bring what is not here yet, and check all of it."""
+    section = params.load(recipe, "fetch", FetchParams)
+    folder = _folder(recipe)
     # Beside the stage's output: what is under way is no part of it, and survives a failed run.
     incoming = folder.with_name(folder.name + storage.INCOMPLETE)
     num_bytes = 0
@@ -48,13 +63,62 @@ def fetch(recipe: str) -> None:
     print(f"fetched {len(snapshots)} checkpoints: {num_bytes:,} bytes moved into {folder}")
 
 
+def main(recipe: str, check: bool = False) -> None:
+    snapshots = resolve(recipe)
+    if check:
+        for name, snapshot in snapshots.items():
+            here = _manifest(_folder(recipe) / name).get("revision")
+            state = "unchanged" if here == snapshot.revision else "changed"
+            print(f"{name}: {state}: {snapshot.source} is {snapshot.revision}")
+    else:
+        fetch(recipe, snapshots)
+
+
+def _folder(recipe: str) -> Path:
+    return MODELS / recipe / "checkpoints"
+
+
+def _manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    return storage.read_json(path) if path.is_file() else {}
+
+
+def _snapshot(wanted: CheckpointParams, here: Path) -> Snapshot:
+    manifest = _manifest(here)
+    # A commit cannot change: a recipe that names one needs no network once it is here.
+    if sources.is_pinned(wanted.source) and manifest.get("source") == wanted.source:
+        return Snapshot(
+            source=wanted.source,
+            revision=manifest["revision"],
+            files=tuple(RemoteFile(path=name, **file) for name, file in manifest["files"].items()),
+            left_out=tuple(manifest["left_out"]),
+        )
+    return sources.resolve(wanted.source)
+
+
+def _refuse_other(where: str, wanted: CheckpointParams, snapshot: Snapshot) -> None:
+    """Raise SourceError where the snapshot is known not to be what the recipe asks for."""
+    if wanted.revision not in (None, snapshot.revision):
+        raise SourceError(
+            f"{where}: revision {wanted.revision} is asked for, {wanted.source} is now "
+            f"{snapshot.revision}; change the source or the revision"
+        )
+    files = {file.path: file for file in snapshot.files}
+    for name, expected in wanted.sha256.items():
+        if name not in files:
+            raise SourceError(
+                f"{where}.sha256: {wanted.source} has no {name}: {params.nearest(name, list(files))}"
+            )
+        if files[name].sha256 not in (None, expected):
+            raise SourceError(
+                f"{where}: {name} has another hash: expected {expected}, found {files[name].sha256}"
+            )
+
+
 def _stands(folder: Path, snapshot: Snapshot, wanted: CheckpointParams) -> bool:
     """Whether the folder holds the snapshot, to the byte."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return False
-    manifest = storage.read_json(path)
-    if (manifest["source"], manifest["revision"]) != (snapshot.source, snapshot.revision):
+    manifest = _manifest(folder)
+    if (manifest.get("source"), manifest.get("revision")) != (snapshot.source, snapshot.revision):
         return False
     files = manifest["files"]
     there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
@@ -76,7 +140,7 @@ def _bring(
         shutil.rmtree(incoming, ignore_errors=True)
         folder.mkdir(parents=True)
         record.write_text(snapshot.model_dump_json())
-    files = files_to_bring(snapshot)
+    files = sources.files_to_bring(snapshot)
     _refuse_full_disk(folder, sum(file.size for file in snapshot.files))
     config = [file for file in files if file.path == "config.json"]
     try:
@@ -126,7 +190,10 @@ def _verified(file: RemoteFile, folder: Path, snapshot: Snapshot, wanted: dict[s
     }
     if file.git_sha1:
         blob = b"blob %d\0" % file.size
-        expected["its source (git)"] = (file.git_sha1, _hash(path, hashlib.sha1(blob, usedforsecurity=False)))
+        expected["its source (git)"] = (
+            file.git_sha1,
+            _hash(path, hashlib.sha1(blob, usedforsecurity=False)),
+        )
     if file.md5:
         md5 = hashlib.md5(usedforsecurity=False)
         expected["its source (MD5)"] = (file.md5, _hash(path, md5))
@@ -190,4 +257,4 @@ def _remove_others(folder: Path, names: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(fetch, __doc__)
+    run_stage(main, __doc__, {"check": "only say what has changed upstream"})

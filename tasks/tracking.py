@@ -8,18 +8,21 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import getproxies, proxy_bypass
 
-DEFAULT_URI = "sqlite:///mlflow.db"
+DATABASE = Path("mlflow.db")
 ARTIFACTS = Path("mlartifacts")
 
 _PROBE_SECONDS = 5
 _FLUSH_SECONDS = 2
-_MOST_POINTS_A_REQUEST = 1000  # the limit of MLflow's log-batch
+_MOST_POINTS_A_REQUEST = 1000  # the limits of MLflow's log-batch
+_MOST_PARAMS_A_REQUEST = 100
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -34,9 +37,28 @@ class TrackingError(ConnectionError):
     """MLflow cannot be reached or refuses; what the stage wrote to disk stands."""
 
 
+class NotRegisteredError(ValueError):
+    """The registry has no such model, version or alias."""
+
+
+class Version(NamedTuple):
+    """One version of a registered model."""
+
+    number: str
+    run_id: str
+    tags: Mapping[str, str]
+
+
+class Run(NamedTuple):
+    """What MLflow remembers of a run that is over."""
+
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+
 def uri() -> str:
     """The tracking URI in force."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DATABASE.resolve()}"
 
 
 class Log:
@@ -65,15 +87,30 @@ class Log:
         """Record settings; MLflow refuses to change one that is already there."""
         from mlflow.entities import Param
 
+        params = [Param(name, str(value)) for name, value in values.items()]
         with _reaching():
-            self._client.log_batch(
-                self.run_id, params=[Param(name, str(value)) for name, value in values.items()]
-            )
+            for start in range(0, len(params), _MOST_PARAMS_A_REQUEST):
+                batch = params[start : start + _MOST_PARAMS_A_REQUEST]
+                self._client.log_batch(self.run_id, params=batch)
 
     def tags(self, values: Mapping[str, str]) -> None:
         with _reaching():
             for name, value in values.items():
                 self._client.set_tag(self.run_id, name, value)
+
+    def file(self, path: Path) -> None:
+        """Keep a copy of a file with the run."""
+        with _reaching():
+            self._client.log_artifact(self.run_id, str(path))
+
+    def dataset(self, name: str, digest: str, context: str) -> None:
+        """Name data that the result was made or measured with; a digest keeps 36 characters."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = Dataset(name=name, digest=digest[:36], source_type="local", source=name)
+        tags = [InputTag("mlflow.data.context", context)]
+        with _reaching():
+            self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, tags)])
 
     def _deliver(self) -> None:
         self._flushed = time.monotonic()
@@ -131,6 +168,219 @@ def connect():
         return MlflowClient(tracking_uri=uri(), registry_uri=os.environ.get("MLFLOW_REGISTRY_URI"))
 
 
+def register(
+    log: Log,
+    name: str,
+    *,
+    code: Path,
+    artifacts: Mapping[str, Path],
+    packages: Sequence[Path],
+    settings: Mapping[str, object],
+    requirements: Sequence[str],
+    inputs: Sequence[tuple[str, str]],
+    outputs: Sequence[tuple[str, str]],
+    options: Mapping[str, str],
+    example: Mapping[str, object],
+    tags: Mapping[str, str],
+    alias: str,
+) -> str:
+    """Keep a model with its run, register it as a new version, give the version an alias; returns its number.
+
+    Args:
+        code: the file that defines the served model (it ends with `mlflow.models.set_model`).
+        artifacts: what it finds under `context.artifacts`.
+        packages: folders of code that travel with the model.
+        inputs, outputs: columns and their types, a `[]` behind a type for a list; none is required.
+        options: the served model's string parameters and their defaults.
+        example: one row of input, by column.
+    """
+    import mlflow
+    from mlflow.models import ModelSignature
+
+    client = connect()
+    signature = ModelSignature(_schema(inputs), _schema(outputs), _option_schema(options))
+    with _reaching():
+        mlflow.set_tracking_uri(uri())
+        if registry := os.environ.get("MLFLOW_REGISTRY_URI"):
+            mlflow.set_registry_uri(registry)
+        with mlflow.start_run(run_id=log.run_id):
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(code),
+                artifacts={key: str(path) for key, path in artifacts.items()},
+                code_paths=[str(path) for path in packages],
+                model_config=dict(settings),
+                pip_requirements=list(requirements),
+                signature=signature,
+                input_example=_frame(example),
+            )
+        _create_registered_model(client, name)
+        version = client.create_model_version(
+            name, logged.model_uri, log.run_id, tags=dict(tags), model_id=logged.model_id
+        ).version
+        client.set_registered_model_alias(name, alias, version)
+    return str(version)
+
+
+def version_of(name: str, alias: str) -> str:
+    """The number of the version that has an alias; NotRegisteredError where there is none."""
+    found = aliased(name, alias)
+    if found is None:
+        raise NotRegisteredError(
+            f"MLflow at {_without_secret(uri())}: {name!r} has no version {alias!r}"
+        )
+    return found.number
+
+
+def aliased(name: str, alias: str) -> Version | None:
+    """The version that has an alias, None where there is none."""
+    client = connect()
+    with _reaching():
+        number = _registered(client, name).aliases.get(alias)
+        return None if number is None else _version(client.get_model_version(name, number))
+
+
+def versions(name: str) -> list[Version]:
+    """All versions of a registered model, the newest first; none where there is no such model."""
+    client = connect()
+    with _reaching():
+        found = client.search_model_versions(f"name = '{name}'")
+    return sorted(map(_version, found), key=lambda version: -int(version.number))
+
+
+def model_tags(name: str) -> Mapping[str, str]:
+    """The tags of a registered model."""
+    client = connect()
+    with _reaching():
+        return _registered(client, name).tags
+
+
+def finished_run(run_id: str) -> Run:
+    client = connect()
+    with _reaching():
+        data = client.get_run(run_id).data
+    return Run(data.metrics, data.tags)
+
+
+def move_alias(name: str, alias: str, number: str | None) -> None:
+    """Give an alias to a version; to none: take it away."""
+    client = connect()
+    with _reaching():
+        if number is None:
+            client.delete_registered_model_alias(name, alias)
+        else:
+            client.set_registered_model_alias(name, alias, number)
+
+
+def tag_model(name: str, tags: Mapping[str, str]) -> None:
+    client = connect()
+    with _reaching():
+        for key, value in tags.items():
+            client.set_registered_model_tag(name, key, value)
+
+
+def tag_version(name: str, number: str, tags: Mapping[str, str]) -> None:
+    client = connect()
+    with _reaching():
+        for key, value in tags.items():
+            client.set_model_version_tag(name, number, key, value)
+
+
+def model_files(name: str, number: str) -> dict[str, int]:
+    """The files of a version and their sizes in bytes."""
+    client = connect()
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    with _reaching():
+        location = _download_uri(client, name, number)
+        stored = get_artifact_repository(location, tracking_uri=uri())
+        files, folders = {}, [None]
+        while folders:
+            for entry in stored.list_artifacts(folders.pop()):
+                if entry.is_dir:
+                    folders.append(entry.path)
+                else:
+                    files[entry.path] = entry.file_size
+    return files
+
+
+@contextmanager
+def model_file(name: str, number: str, path: str) -> Generator[Path]:
+    """A copy of one file of a version, for as long as the block runs."""
+    client = connect()
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    with TemporaryDirectory() as folder:
+        with _reaching():
+            location = _download_uri(client, name, number)
+            stored = get_artifact_repository(location, tracking_uri=uri())
+            local = stored.download_artifacts(path, folder)
+        yield Path(local)
+
+
+def _download_uri(client, name: str, number: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_download_uri(name, number)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise NotRegisteredError(
+            f"MLflow at {_without_secret(uri())} has no version {number} of {name!r}"
+        ) from error
+
+
+def _registered(client, name: str):
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise NotRegisteredError(
+            f"MLflow at {_without_secret(uri())} has no registered model {name!r}; `register` makes it"
+        ) from error
+
+
+def _create_registered_model(client, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _version(found) -> Version:
+    return Version(str(found.version), str(found.run_id), dict(found.tags))
+
+
+def _schema(columns: Sequence[tuple[str, str]]):
+    from mlflow.types import ColSpec, DataType, Schema
+    from mlflow.types.schema import Array
+
+    def type_of(name: str):
+        scalar = DataType[name.removesuffix("[]")]
+        return Array(scalar) if name.endswith("[]") else scalar
+
+    return Schema([ColSpec(type_of(kind), name, required=False) for name, kind in columns])
+
+
+def _option_schema(options: Mapping[str, str]):
+    from mlflow.types import DataType, ParamSchema, ParamSpec
+
+    return ParamSchema([ParamSpec(name, DataType.string, value) for name, value in options.items()])
+
+
+def _frame(example: Mapping[str, object]):
+    from pandas import DataFrame
+
+    return DataFrame([dict(example)])
+
+
 def _experiment(client, recipe: str) -> str:
     from mlflow.exceptions import MlflowException
 
@@ -176,7 +426,7 @@ def _reaching() -> Generator[None]:
 def _unreachable(address: str, reason: str) -> TrackingError:
     return TrackingError(
         f"MLflow at {_without_secret(address)}: {reason}; "
-        f"start it or set MLFLOW_TRACKING_URI (without it: {DEFAULT_URI}), then run the stage again"
+        f"start it or set MLFLOW_TRACKING_URI (without it: {DATABASE} in the workspace), then run the stage again"
     )
 
 

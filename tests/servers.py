@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -93,10 +93,8 @@ class Relay:
         except OSError:
             pass
         for end in (source, target):
-            try:
+            with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
             end.close()
 
 
@@ -218,9 +216,10 @@ class HubServer:
 
             def _file(self, from_cdn: bool, name: str, revision: str, path: str) -> None:
                 commit = self._commit(name, revision)
-                if commit is None:
-                    return
-                content = hub.repos[name][commit].get(path)
+                if commit is not None:
+                    self._content(from_cdn, path, hub.repos[name][commit].get(path))
+
+            def _content(self, from_cdn: bool, path: str, content: bytes | None) -> None:
                 if content is None:
                     return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
                 if not from_cdn:

@@ -70,8 +70,8 @@ def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Relay]
 
 
 @pytest.fixture
-def bucket(s3: servers.Relay, request: pytest.FixtureRequest) -> Iterator["Bucket"]:
-    yield Bucket(f"bucket-{abs(hash(request.node.nodeid)) % 10**12}")
+def bucket(s3: servers.Relay, request: pytest.FixtureRequest) -> "Bucket":
+    return Bucket(f"bucket-{abs(hash(request.node.nodeid)) % 10**12}")
 
 
 class Bucket:

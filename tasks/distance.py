@@ -48,7 +48,7 @@ from tasks.storage import read_json, write_json
 REPORTS = Path("reports")
 CONFIDENCE = 0.95
 MEASURES = tuple(field.name for field in fields(Distances))
-ALL = "all"
+ALL = "all merges"
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def from_file(path: Path) -> list[Merge]:
             for a, b in combinations(models, 2)
         ]
         mean = {measure: fmean(pair[measure] for pair in pairs) for measure in MEASURES}
-        merges.append(Merge(merge.name, ALL, mean, merge.outcomes))
+        merges.append(Merge(merge.name, path.stem, mean, merge.outcomes))
     return merges
 
 
@@ -200,7 +200,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def table(found: Iterable[Correlation]) -> Table:
-    result = Table("merges", "outcome", "distance", "n", "Pearson r", "Spearman ρ")
+    result = Table("merges", "outcome", "distance", "n", "Pearson r", "Spearman rho")
     for row in found:
         cells = (_cell(row.pearson), _cell(row.spearman))
         result.add_row(row.group, row.outcome, row.measure, str(row.num_merges), *cells)

@@ -22,7 +22,7 @@ from flows.workspace import only_run, run_streaming
 from tasks import params
 
 # The stages that meet a network: they alone are tried again, after so many seconds.
-RETRIED_AFTER = {"fetch": [2, 10], "register": [2, 10]}
+RETRIED_AFTER = {"fetch": [2.0, 10.0], "register": [2.0, 10.0]}
 
 # What DVC says about itself, of no use to somebody who watches a pipeline.
 _CHATTER = (
@@ -143,7 +143,7 @@ def _run(asked: argparse.Namespace) -> int:
             )
             return 1
     if not (asked.to or asked.only) and (Path("reports") / asked.recipe / "metrics.json").is_file():
-        from tasks import report
+        from tasks import report  # imports torch, which nothing else here needs
 
         report.print_table(asked.recipe)
     return 0

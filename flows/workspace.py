@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ Say = Callable[[str], object]
 
 
 @contextmanager
-def only_run(what: str, say: Say = print) -> Iterator[int]:
+def only_run(what: str, say: Say = print) -> Generator[int]:
     """Hold the workspace for one run; wait, and say for whom, while another has it. Yields the lock's descriptor."""
     LOCK.parent.mkdir(exist_ok=True)
     descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT)
@@ -72,6 +72,7 @@ def run_streaming(command: Sequence[str], say: Say, *, lock: int) -> int:
         return process.wait()
     finally:
         _end(process)
+        process.stdout.close()
 
 
 def _environment() -> dict[str, str]:

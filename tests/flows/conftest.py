@@ -13,6 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefect.logging.handlers import APILogHandler
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.pipeline import main
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -40,7 +44,9 @@ def _answers(url: str) -> bool:
 
 def git(folder: Path, *arguments: str) -> None:
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL
+    )
 
 
 @pytest.fixture(scope="session")
@@ -48,18 +54,22 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The API address of a Prefect server on loopback."""
     url = f"http://127.0.0.1:{(port := free_port())}/api"
     home = tmp_path_factory.mktemp("prefect")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        env={**os.environ, "PREFECT_HOME": str(home)},
-        stdout=(home / "server.log").open("w"),
-        stderr=subprocess.STDOUT,
-    )
-    try:
-        wait_until(lambda: _answers(f"{url}/health"), 120)
-        yield url
-    finally:
-        server.terminate()
-        server.wait(30)
+    command = ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (
+        (home / "server.log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "prefect", *command],
+            env={**os.environ, "PREFECT_HOME": str(home)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        ) as server,
+    ):
+        try:
+            wait_until(lambda: _answers(f"{url}/health"), 120)
+            yield url
+        finally:
+            APILogHandler.flush()
+            server.terminate()
 
 
 @dataclass
@@ -121,10 +131,10 @@ def _environment(**more: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | more
 
 
-@pytest.fixture()
-def toy(tmp_path: Path, prefect_server: str) -> Workspace:
-    """A recipe `toy` of three stages that do nothing but can be slow and can fail."""
-    folder = tmp_path / "toy"
+@pytest.fixture(scope="session")
+def new_toy(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Workspace:
+    """A recipe `toy` of three stages that do nothing but can be slow and can fail; none of them has run."""
+    folder = tmp_path_factory.mktemp("new") / "toy"
     for name in ("params", "control", ".dvc"):
         (folder / name).mkdir(parents=True)
     for source, target in {
@@ -132,11 +142,12 @@ def toy(tmp_path: Path, prefect_server: str) -> Workspace:
         HERE / "toy_dvc.yaml": "dvc.yaml",
         REPOSITORY / "params" / "modality.yaml": "params/toy.yaml",
         REPOSITORY / ".dvc" / "config": ".dvc/config",
+        REPOSITORY / ".dvc" / ".gitignore": ".dvc/.gitignore",
         REPOSITORY / ".dvcignore": ".dvcignore",
     }.items():
         shutil.copy(source, folder / target)
     (folder / "params" / "recipes.yaml").write_text("recipes:\n  - toy\n")
-    (folder / ".gitignore").write_text("/out/\n/log\n/.alloy/\n/.prefect/\n/.dvc/tmp/\n/.dvc/cache/\n")
+    (folder / ".gitignore").write_text("/out/\n/log\n/.alloy/\n/.prefect/\n")
     workspace = Workspace(folder, _environment(PREFECT_API_URL=prefect_server))
     workspace.control("fetch.text", "checkpoint")
     workspace.control("merge.text", "method")
@@ -144,3 +155,44 @@ def toy(tmp_path: Path, prefect_server: str) -> Workspace:
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message", "toy")
     return workspace
+
+
+@pytest.fixture(scope="session")
+def first_run(new_toy: Workspace) -> tuple[Workspace, str]:
+    """The toy after its first run, and what that run said."""
+    (new_toy.folder / "reports" / "toy").mkdir(parents=True)
+    (new_toy.folder / "reports" / "toy" / "table.md").write_text(f"| {new_toy.folder} |\n")
+    status, said = new_toy.run("flows.pipeline", "toy")
+    assert status == 0, said
+    return new_toy, said
+
+
+@pytest.fixture
+def toy(first_run: tuple[Workspace, str], tmp_path: Path) -> Workspace:
+    """A copy of the toy in which everything is up to date."""
+    done, _ = first_run
+    shutil.copytree(done.folder, tmp_path / "toy")
+    (tmp_path / "toy" / "log").unlink()
+    return Workspace(tmp_path / "toy", done.environment)
+
+
+@pytest.fixture
+def run_here(
+    toy: Workspace,
+    prefect_server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> Callable[..., tuple[int, str]]:
+    """`python -m flows.pipeline` in this process, which saves the imports: its exit status and what it said."""
+    monkeypatch.chdir(toy.folder)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        with temporary_settings({PREFECT_API_URL: prefect_server}):
+            status = main(arguments)
+        said = capfd.readouterr()
+        logged = "\n".join(caplog.messages)
+        caplog.clear()
+        return status, said.out + said.err + logged
+
+    return run

@@ -25,7 +25,7 @@ def setting(kind: str, default: str) -> str:
 
 
 remember("start")
-print(f"{name} speaks", flush=True)
+sys.stdout.write(f"{name} speaks\n")
 failures = int(setting("failures", "0"))
 if failures:
     (control / f"{name}.failures").write_text(str(failures - 1))

@@ -94,6 +94,7 @@ def check(recipe: str) -> None:
         "collect": CollectParams,
         "align": AlignParams,
         "merge": MergeParams,
+        "finetune": FinetuneParams,
         "evaluate": EvaluateParams,
         "register": RegisterParams,
         "ship": ShipParams,

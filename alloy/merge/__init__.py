@@ -2,6 +2,7 @@
 
 from alloy.merge._merge import merge, merge_tensor, validate
 from alloy.merge._method import MergeError, MergeMethod, MergeSettings, Option
+from alloy.merge.fisher import fisher_diagonal
 from alloy.merge.methods import MERGE_METHODS
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "MergeMethod",
     "MergeSettings",
     "Option",
+    "fisher_diagonal",
     "merge",
     "merge_tensor",
     "validate",

@@ -37,8 +37,8 @@ def fisher(
 ) -> Tensor:
     """W = sum_i c_i F_i W_i / sum_i c_i F_i, entry by entry (Matena and Raffel, arXiv:2111.09832, eq. 5).
 
-    F_i is the diagonal of model i's Fisher information, of the shape of the tensor: the mean of squared
-    gradients of the log likelihood. Entries that no model's loss depends on (all F_i = 0) get the mean.
+    F_i is the diagonal of model i's Fisher information, of the shape of the tensor, as
+    `alloy.merge.fisher_diagonal` measures it. Entries that no model's loss depends on (all F_i = 0) get the mean.
 
     Raises:
         MergeError: a Fisher diagonal of another shape, or with a negative or non-finite entry.

@@ -1,36 +1,47 @@
-"""Pre-train one checkpoint of the modality recipe: the released ones were made by this.
+"""Pre-train the four checkpoints that the modality recipe starts from; they are released with it.
 
-    python -m tasks.pretrain seed | agnostic | specific | specific_unseeded
+    python -m tasks.pretrain                        # all; or the names of some
+    python -m tasks.pretrain seed specific
 
 The *seed* is a modality-agnostic model after the first part of the schedule. From it two runs go on
 with the same data, rates and optimizer moments to the schedule's end: *agnostic* as it is (so it is one
 uninterrupted run, the baseline), and *specific*, whose experts start as copies of the seed's blocks.
 *specific_unseeded* runs the whole schedule with experts that were initialised apart. All runs take
-equally many steps on the same batches and decay the same parameters.
-An interrupted run goes on from its last step checkpoint. `python -m flows.pretrain` makes all four.
+equally many steps on the same batches and decay the same parameters. They run side by side, one thread
+each; an interrupted run goes on from its last step checkpoint.
 """
 
 import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from alloy.models import ModalityConfig, ModalityModel, copy_to_experts
+from alloy.models import ModalityConfig, ModalityModel, agnostic_config, copy_to_experts
 from alloy.models.configuration import Sharing
 from alloy.models.objectives import pretraining_losses
-from tasks import scenes
-from tasks.params import PrepareParams, PretrainParams, TransformerParams, load, load_file
+from tasks import scenes, tracking
+from tasks.params import (
+    ParamsError,
+    PrepareParams,
+    PretrainParams,
+    TransformerParams,
+    load,
+    load_file,
+    nearest,
+)
 from tasks.storage import read_json, sha256, write_folder, write_json
-from tasks.training import Curves, Progress, State, load_state, step_generator, train
+from tasks.training import PROGRESS, Progress, State, load_state, step_generator, train
+from tasks.workers import Report, side_by_side
 
 RELEASED = Path("released/modality")
 WORK = Path(".alloy/pretrain")  # step checkpoints
-ARMS = ("seed", "agnostic", "specific", "specific_unseeded")
+FACTS = "pretraining.json"
 SHARING: Mapping[str, Sharing] = {
     "seed": "all",
     "agnostic": "all",
@@ -38,6 +49,7 @@ SHARING: Mapping[str, Sharing] = {
     "specific_unseeded": "none",
 }
 FROM_SEED = ("agnostic", "specific")
+CHAINS = (("seed", *FROM_SEED), ("specific_unseeded",))  # each one after the other
 
 
 def model_config(
@@ -61,12 +73,7 @@ def model_config(
 def initial_state(arm: str, config: ModalityConfig, seed: int, seed_folder: Path) -> State:
     """Where a run begins: fresh weights, or the seed's weights and moments, copied to experts."""
     if arm not in FROM_SEED:
-        torch.manual_seed(seed)
-        return State(dict(ModalityModel(config).state_dict()), {})
-    if not (seed_folder / "progress.json").exists():
-        raise FileNotFoundError(
-            f"{seed_folder}: the seed is not there; run `python -m tasks.pretrain seed`"
-        )
+        return State(_fresh_weights(config, seed), {})
     state = load_state(seed_folder)
     moments = _by_moment(state.moments)
     return State(
@@ -78,6 +85,14 @@ def initial_state(arm: str, config: ModalityConfig, seed: int, seed_folder: Path
         },
         Progress(next_step=state.progress.next_step),
     )
+
+
+def _fresh_weights(config: ModalityConfig, seed: int) -> dict[str, Tensor]:
+    """Random blocks, each expert's its own; what no modality owns starts alike in every run."""
+    torch.manual_seed(seed)
+    agnostic = ModalityModel(agnostic_config(config)).state_dict()
+    blocks = ModalityModel(config).state_dict() if config.sharing != "all" else agnostic
+    return {name: agnostic.get(name, tensor) for name, tensor in blocks.items()}
 
 
 def _by_moment(moments: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -95,9 +110,12 @@ def identity(arm: str, params: PretrainParams, bank: scenes.Bank) -> str:
 
 
 def pretrain(
-    arm: str, params: PretrainParams, bank: scenes.Bank, work: Path, curves: Curves
+    arm: str, params: PretrainParams, bank: scenes.Bank, work: Path, report: Report
 ) -> tuple[ModalityModel, Progress]:
-    """Train one arm; its step checkpoints, and the seed's, are in `work`."""
+    """Train one arm, reporting (arm, "say", line) and (arm, "curves", values, step).
+
+    Its step checkpoints, and the seed's, are in `work`.
+    """
     config = model_config(params.model, bank.params, SHARING[arm])
     model = ModalityModel(config)
     generator = scenes.SceneGenerator(bank, "train", params.seed)
@@ -117,8 +135,8 @@ def pretrain(
         params.training,
         folder=work / arm,
         identity=identity(arm, params, bank),
-        curves=curves,
-        say=lambda line: print(f"{arm}: {line}", flush=True),
+        curves=lambda values, step: report(arm, "curves", dict(values), step),
+        say=lambda line: report(arm, "say", line),
         start=initial_state(arm, config, params.seed, work / "seed"),
         stop_step=params.seed_steps if arm == "seed" else None,
     )
@@ -126,10 +144,14 @@ def pretrain(
 
 
 def release(
-    arm: str, model: ModalityModel, progress: Progress, params: PretrainParams, bank: scenes.Bank
+    arm: str,
+    model: ModalityModel,
+    progress: Progress,
+    params: PretrainParams,
+    bank: scenes.Bank,
+    target: Path,
 ) -> None:
     """Write the checkpoint, its tokenizer, how it was made, and its card."""
-    target = RELEASED / arm
     with write_folder(target) as partial:
         model.save_pretrained(partial)
         scenes.tokenizer().save_pretrained(partial)
@@ -147,10 +169,8 @@ def release(
             "params": params.model_dump(),
             "scenes": bank.params.model_dump(),
         }
-        write_json(partial / "pretraining.json", facts)
+        write_json(partial / FACTS, facts)
         (partial / "README.md").write_text(card(facts))
-    size = sum(path.stat().st_size for path in target.iterdir())
-    print(f"{arm}: wrote {target} ({size / 1e6:.1f} MB), losses {progress.losses}")
 
 
 DESCRIPTIONS = {
@@ -198,24 +218,68 @@ Drawings: OpenMoji, CC BY-SA 4.0. Digits: MNIST, CC BY-SA 3.0. The NOTICE file n
 """
 
 
-def main(arm: str) -> None:
-    params = load_file("pretrain", PretrainParams)
+def run_chain(arms: Sequence[str], params: PretrainParams, report: Report) -> None:
+    """Pre-train and release the arms one after the other, but for those that are there already."""
     bank = scenes.load_bank(load(params.recipe, "prepare", PrepareParams).scenes)
-    made = RELEASED / arm / "pretraining.json"
-    if made.exists() and read_json(made)["identity"] == identity(arm, params, bank):
-        print(f"{arm}: {made.parent} is what these params give; nothing to do")
-        return
-    torch.set_num_threads(1)  # equal bits on every machine; arms run side by side instead
-    model, progress = pretrain(arm, params, bank, WORK, lambda values, step: None)
-    release(arm, model, progress, params, bank)
+    stale = [arm for arm in arms if not _is_made(RELEASED / arm / FACTS, arm, params, bank)]
+    if set(stale) & set(FROM_SEED) and "seed" not in stale and not _has_state(params, bank):
+        stale = ["seed", *stale]
+    for arm in arms:
+        if arm not in stale:
+            report(arm, "say", f"{RELEASED / arm} is what these params give: nothing to do")
+    for arm in stale:
+        model, progress = pretrain(arm, params, bank, WORK, report)
+        release(arm, model, progress, params, bank, RELEASED / arm)
+        size = sum(path.stat().st_size for path in (RELEASED / arm).iterdir())
+        report(arm, "say", f"wrote {RELEASED / arm}, {size / 1e6:.1f} MB")
+
+
+def _is_made(facts: Path, arm: str, params: PretrainParams, bank: scenes.Bank) -> bool:
+    return facts.exists() and read_json(facts)["identity"] == identity(arm, params, bank)
+
+
+def _has_state(params: PretrainParams, bank: scenes.Bank) -> bool:
+    """Whether the seed's optimizer moments, which are not released, are still here."""
+    facts = WORK / "seed" / PROGRESS
+    made = _is_made(facts, "seed", params, bank)
+    return made and read_json(facts)["next_step"] == params.seed_steps
+
+
+def main(arms: Sequence[str]) -> None:
+    for arm in arms:
+        if arm not in SHARING:
+            raise ParamsError(f"{arm!r} is no checkpoint: {nearest(arm, list(SHARING))}")
+    params = load_file("pretrain", PretrainParams)
+    scenes.load_bank(load(params.recipe, "prepare", PrepareParams).scenes)  # built once, for all
+    chains = [[arm for arm in chain if arm in arms] for chain in CHAINS]
+    with ExitStack() as stack:
+        logs: dict[str, tracking.Log] = {}
+
+        def receive(_: str, arm: str, kind: str, *values) -> None:
+            if kind == "say":
+                print(f"{arm}: {values[0]}", flush=True)
+                return
+            if arm not in logs:
+                run = tracking.run("pretraining", arm, {"stage": "pretrain"})
+                logs[arm] = stack.enter_context(run)
+            logs[arm].metrics(*values)
+
+        jobs = {" ".join(chain): (chain, params) for chain in chains if chain}
+        side_by_side(run_chain, jobs, receive)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(SHARING)}")
+    return parser
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("arm", choices=ARMS)
     try:
-        main(parser.parse_args().arm)
-    except (ValueError, OSError) as error:
+        main(_parser().parse_args().arms or list(SHARING))
+    except (ValueError, OSError, tracking.TrackingError) as error:
         sys.exit(f"tasks.pretrain: {error}")

@@ -19,6 +19,8 @@ from tasks.optimizer import MuonAdamW, parameter_groups
 from tasks.params import EarlyStopping, TrainingPlan
 from tasks.storage import read_json, write_folder, write_json
 
+PROGRESS = "progress.json"  # of a step checkpoint: where the run stands, and its identity
+
 Losses = Mapping[str, Tensor]
 Curves = Callable[[Mapping[str, float], int], None]
 
@@ -185,12 +187,12 @@ def _save(
         save_file(dict(model.state_dict()), partial / "model.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
         save_file(dict(best), partial / "best.safetensors")
-        write_json(partial / "progress.json", {"identity": identity, **vars(progress)})
+        write_json(partial / PROGRESS, {"identity": identity, **vars(progress)})
 
 
 def load_state(folder: Path) -> State:
     """The last step checkpoint of a run."""
-    saved = read_json(folder / "progress.json")
+    saved = read_json(folder / PROGRESS)
     saved.pop("identity")
     return State(
         load_file(folder / "model.safetensors"),
@@ -201,9 +203,9 @@ def load_state(folder: Path) -> State:
 
 
 def _last_state(folder: Path, identity: str, say: Callable[[str], None]) -> State | None:
-    if not (folder / "progress.json").exists():
+    if not (folder / PROGRESS).exists():
         return None
-    if read_json(folder / "progress.json")["identity"] != identity:
+    if read_json(folder / PROGRESS)["identity"] != identity:
         say(f"{folder} is a run with other inputs or params: starting anew")
         return None
     state = load_state(folder)

@@ -1,0 +1,39 @@
+"""Pre-train the checkpoints that the modality recipe starts from, as a Prefect flow.
+
+    python -m flows.pretrain            # all four: at most an hour on two CPU cores
+
+It is apart from the recipe's graph: `make merge` starts from the released checkpoints and never trains them.
+The arms run side by side inside one task, `python -m tasks.pretrain`; the flow shows their progress.
+"""
+
+import sys
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed, State
+
+from flows.workspace import only_run, run_streaming
+from tasks.pretrain import SHARING
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def train(arms: list[str], lock: int) -> State:
+    """Train the arms; each line they write is a line of the Prefect log."""
+    command = [sys.executable, "-m", "tasks.pretrain", *arms]
+    status = run_streaming(command, get_run_logger().info, lock=lock)
+    if status != 0:
+        return Failed(message=f"pre-training failed (exit status {status}); its output says why")
+    return Completed(message=f"{', '.join(arms)}: done")
+
+
+@flow(name="pretrain", persist_result=False)
+def pretrain(arms: list[str] | None = None) -> State:
+    """Make the released checkpoints anew where the params, the data or a digest say so."""
+    with only_run("pre-training in Prefect", get_run_logger().warning) as lock:
+        return train(arms or list(SHARING), lock, return_state=True)
+
+
+if __name__ == "__main__":
+    # ty does not match Prefect's overloads of a flow's call
+    result = pretrain(sys.argv[1:], return_state=True)  # ty: ignore[no-matching-overload]
+    sys.exit(0 if result.is_completed() else 1)

@@ -1002,7 +1002,9 @@ def gather(engine: Engine, call: Call) -> None:
     dim = call.inputs["dim"] % len(x.shape)
     _choose(engine, indices, x, dim)
     dims = _aligned(engine, engine.get(x), indices, [], dim)
-    dims[dim] = engine.get(indices)[dim]
+    for d, node in enumerate(engine.get(indices)):
+        if d == dim or find(dims[d]).size != indices.shape[d]:
+            dims[d] = node
     engine.set(out, dims)
 
 
@@ -1041,7 +1043,6 @@ def _aligned(
             pin(node, reason)
             for value in (indices, *others):
                 engine.pin_dims(value, [d], reason)
-            dims[d] = Node(size, reason) if not others else node
     return dims
 
 

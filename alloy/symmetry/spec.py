@@ -288,10 +288,10 @@ def differences(first: SymmetrySpec, second: SymmetrySpec) -> Iterator[str]:
         if ours is None or theirs is None:
             yield f"space {name!r} is only in the {'first' if theirs is None else 'second'} spec"
             continue
-        for field in ("size", "kind", "depends_on"):
-            a, b = getattr(ours, field), getattr(theirs, field)
+        for part in ("size", "kind", "depends_on"):
+            a, b = getattr(ours, part), getattr(theirs, part)
             if a != b:
-                yield f"space {name!r} has {field} {a!r} in the first spec and {b!r} in the second"
+                yield f"space {name!r} has {part} {a!r} in the first spec and {b!r} in the second"
 
 
 def require_equal(first: SymmetrySpec, second: SymmetrySpec) -> None:

@@ -1,0 +1,234 @@
+"""Check a spec by the model itself: random transforms must leave its outputs as they are.
+
+Everything runs in float64 on a copy whose parameters are drawn at random, so that zeros and ones hide
+nothing. What no output shows cannot be checked: a key bias, which softmax cancels, goes unnoticed.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from alloy.symmetry.spec import SymmetryError, SymmetrySpec
+from alloy.symmetry.trace import Inputs, Observe, observe_outputs, plain_kernels, refuse_untraceable
+from alloy.symmetry.transforms import Transforms, random_transforms, transport
+
+TOLERANCE = 1e-9
+"""Largest change of an output, relative to its spread, that counts as none (float64)."""
+DEGENERATE = 1e-7
+"""An output whose spread is below this part of its size proves nothing."""
+_HUGE = 1e30  # masks write the lowest number; it says nothing about the units
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class NotProvenError(SymmetryError):
+    """The outputs hardly vary, so that they would not show a wrong transform."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What `validate` measured: the worst relative change, and the outputs that proved nothing."""
+
+    worst_change: float
+    spreads: tuple[float, ...]
+    not_proven: tuple[int, ...]
+
+
+def validate(
+    model: nn.Module,
+    spec: SymmetrySpec,
+    example_inputs: Inputs | Sequence[Inputs],
+    *,
+    observe: Observe | None = None,
+    trials: int = 3,
+    seed: int = 0,
+) -> Validation:
+    """Raise SymmetryError, naming the space, unless random transforms leave the outputs unchanged.
+
+    `trials` random elements of the whole group are tried; if one changes an output by more than
+    1e-9 of its spread (standard deviation over the batch), each space is tried alone to find the
+    culprit. Raises NotProvenError if no output varies enough to prove anything; outputs that do not,
+    among others that do, are listed in the result.
+    """
+    prober = Prober(model, spec, example_inputs, observe=observe, seed=seed)
+    worst = 0.0
+    for _ in range(trials):
+        change = prober.change(random_transforms(spec, prober.generator))
+        if not change <= TOLERANCE:
+            raise SymmetryError(prober.accuse(change))
+        worst = max(worst, change)
+    return Validation(worst, prober.spreads, prober.not_proven)
+
+
+class Prober:
+    """A float64 copy of a model with random weights, and the outputs it should keep."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: SymmetrySpec,
+        example_inputs: Inputs | Sequence[Inputs],
+        *,
+        observe: Observe | None = None,
+        seed: int = 0,
+    ) -> None:
+        refuse_untraceable(model)
+        if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
+            raise SymmetryError(
+                "validate computes with the model: it needs weights, not a meta model"
+            )
+        self.spec = spec
+        self.observe = observe or observe_outputs
+        self.generator = torch.Generator().manual_seed(seed)
+        self.model = copy.deepcopy(model).to("cpu").double()
+        examples = [example_inputs] if isinstance(example_inputs, Mapping) else example_inputs
+        self.examples = [tree_map(_double, dict(example)) for example in examples]
+        self.slots = {
+            name: tensor
+            for name, tensor in self.model.state_dict(keep_vars=True).items()
+            if isinstance(tensor, Tensor)
+        }
+        self.weights = random_weights(
+            self.slots, set(dict(self.model.named_buffers())), self.generator
+        )
+        self.outputs = self.run(self.weights)
+        self.spreads = tuple(_spread(y) for y in self.outputs)
+        scales = [_scale(y) for y in self.outputs]
+        self.not_proven = tuple(
+            i
+            for i, (spread, scale) in enumerate(zip(self.spreads, scales, strict=True))
+            if not spread > DEGENERATE * scale
+        )
+        if len(self.not_proven) == len(self.outputs):
+            raise NotProvenError(
+                f"not proven: none of the {len(self.outputs)} outputs varies over the batch (spreads "
+                f"{[f'{s:.1e}' for s in self.spreads]}): give inputs that differ, or another observe="
+            )
+
+    def run(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        """The observed outputs of the copy with these weights."""
+        with torch.no_grad():
+            for name, slot in self.slots.items():
+                slot.data.copy_(weights[name])
+        outputs: list[Tensor] = []
+        with plain_kernels(self.model), torch.no_grad(), torch.random.fork_rng():
+            for example in self.examples:
+                torch.manual_seed(0)
+                with _Float64():
+                    observed = self.observe(self.model(**copy.deepcopy(example)))
+                outputs += [t.clone() for t in tree_leaves(observed) if isinstance(t, Tensor)]
+        return outputs
+
+    def change(self, transforms: Transforms, weights: Mapping[str, Tensor] | None = None) -> float:
+        """The largest change of an output, relative to its spread, when the weights are transported."""
+        moved = transport(self.weights, self.spec, transforms) if weights is None else weights
+        return max(
+            _change(before, after) / self.spreads[i]
+            for i, (before, after) in enumerate(zip(self.outputs, self.run(moved), strict=True))
+            if i not in self.not_proven
+        )
+
+    def accuse(self, change: float) -> str:
+        """Name the spaces that change the outputs on their own."""
+        changes = {
+            name: self.change({name: random_transforms(self.spec, self.generator)[name]})
+            for name in self.spec.spaces
+        }
+        guilty = sorted(
+            (n for n in changes if not changes[n] <= TOLERANCE), key=lambda n: -changes[n]
+        )
+        if not guilty:
+            return (
+                f"random transforms of all spaces change the outputs by {change:.1e} of their spread, "
+                "although each space alone leaves them unchanged: a dependency between spaces is wrong"
+            )
+        worst = self.spec.spaces[guilty[0]]
+        return (
+            f"space {worst.name!r} ({worst.kind}, {worst.size} units) is no symmetry: a random transform "
+            f"of it changes the outputs by {changes[worst.name]:.1e} of their spread, {TOLERANCE:.0e} "
+            f"is allowed; {len(guilty)} of {len(changes)} spaces do"
+        )
+
+
+def random_weights(
+    weights: Mapping[str, Tensor], buffers: Iterable[str], generator: Generator
+) -> dict[str, Tensor]:
+    """Weights that hide nothing: no zeros, no ones, gains and variances positive.
+
+    Matrices have rows of norm about 1. Of the buffers only constant ones (fresh batch statistics) are
+    drawn; others may be tables or flags.
+    """
+    drawn: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
+    buffers = set(buffers)
+    for name, tensor in weights.items():
+        if id(tensor) in seen:
+            drawn[name] = drawn[seen[id(tensor)]]
+            continue
+        seen[id(tensor)] = name
+        old = tensor.detach()
+        constant = old.numel() > 1 and bool((old == old.flatten()[0]).all())
+        if not old.dtype.is_floating_point or (name in buffers and not constant):
+            drawn[name] = old.clone()
+        elif old.ndim >= 2 and old[0].numel() > 1:
+            noise = torch.randn(old.shape, generator=generator, dtype=torch.float64)
+            drawn[name] = noise / old[0].numel() ** 0.5
+        elif old.numel() and bool((old > 0).all()):
+            drawn[name] = 0.5 + torch.rand(old.shape, generator=generator, dtype=torch.float64)
+        else:
+            drawn[name] = 0.3 * torch.randn(old.shape, generator=generator, dtype=torch.float64)
+    return drawn
+
+
+def _double(value: Any) -> Any:
+    narrow = isinstance(value, Tensor) and value.dtype in _NARROW
+    return value.double() if narrow else value
+
+
+class _Float64(TorchDispatchMode):
+    """Computes in float64 where a model's code asks for less (norms and softmax in float32)."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = {k: torch.float64 if v in _NARROW else v for k, v in (kwargs or {}).items()}
+        writes = any(
+            a.alias_info is not None and a.alias_info.is_write for a in operation._schema.arguments
+        )
+        if not writes:
+            args, kwargs = tree_map(_widen, (tuple(args), kwargs))
+        return operation(*args, **kwargs)
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in _NARROW else value
+    return _double(value)
+
+
+def _finite(y: Tensor) -> Tensor:
+    return y.isfinite() & (y.abs() < _HUGE)
+
+
+def _scale(y: Tensor) -> float:
+    finite = y[_finite(y)]
+    return float(finite.abs().mean()) if finite.numel() else 0.0
+
+
+def _spread(y: Tensor) -> float:
+    """Standard deviation over the batch, on average; over all elements where there is one example."""
+    y = torch.where(_finite(y), y, 0)
+    if y.ndim and y.shape[0] > 1:
+        return float(y.std(0).mean())
+    return float(y.std()) if y.numel() > 1 else 0.0
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    if before.shape != after.shape or not torch.equal(_finite(before), _finite(after)):
+        return float("inf")
+    finite = _finite(before)
+    return float((before - after)[finite].abs().max()) if finite.any() else 0.0

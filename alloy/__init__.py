@@ -13,14 +13,50 @@ if TYPE_CHECKING:
     from alloy.checkpoint import merge_checkpoints
     from alloy.distance import distance
     from alloy.merge import merge
+    from alloy.symmetry import (
+        SymmetrySpec,
+        compose,
+        find_symmetries,
+        identity,
+        invert,
+        random_transforms,
+        transport,
+        validate,
+    )
 
-__all__ = ["align", "distance", "merge", "merge_checkpoints"]
+__all__ = [
+    "SymmetrySpec",
+    "align",
+    "compose",
+    "distance",
+    "find_symmetries",
+    "identity",
+    "invert",
+    "merge",
+    "merge_checkpoints",
+    "random_transforms",
+    "transport",
+    "validate",
+]
 
 _HOMES = {
     "align": "alloy.align",
     "distance": "alloy.distance",
     "merge": "alloy.merge",
     "merge_checkpoints": "alloy.checkpoint",
+    **dict.fromkeys(
+        (
+            "SymmetrySpec",
+            "compose",
+            "find_symmetries",
+            "identity",
+            "invert",
+            "random_transforms",
+            "transport",
+            "validate",
+        ),
+        "alloy.symmetry",
+    ),
 }
 
 

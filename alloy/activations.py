@@ -196,6 +196,7 @@ class UnitPoint(NamedTuple):
     """A point at which the units of a space can be read: which columns of the activation they are."""
 
     space: str
+    axis: Axis
     point: Point
     columns: Tensor
     """int64, the units with the spaces they depend on flattened in front: `activation[..., columns]`."""
@@ -227,5 +228,5 @@ def unit_points(spec: SymmetrySpec, linear: Collection[str]) -> list[UnitPoint]:
             columns = view_axis(
                 torch.arange(layout[0].size), layout, space.depends_on, Axis("", 0, axis.path)
             )
-            found.append(UnitPoint(space.name, point, columns.flatten()))
+            found.append(UnitPoint(space.name, axis, point, columns.flatten()))
     return found

@@ -3,8 +3,18 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from tasks.params import PARAMS, recipes
+from tasks.params import KINDS, PARAMS, kind, recipes
+from tasks.storage import write_folder, write_json
+
+# What the stages write that a recipe may do without.
+OPTIONAL_OUTPUTS = {
+    "prepare": ["data/{recipe}"],
+    "collect": ["models/{recipe}/statistics"],
+    "align": ["models/{recipe}/transforms"],
+    "finetune": ["models/{recipe}/finetuned", "models/{recipe}/finetuned_arms"],
+}
 
 
 def run_stage(
@@ -13,16 +23,39 @@ def run_stage(
     """Parse `RECIPE`, run the stage; what a user can get wrong ends with its message, not a traceback.
 
     `switches` are `--names` with their help; none of them changes a stage's result (params do).
+    A stage that the recipe's kind has no section for writes its outputs empty, so that the graph holds.
     """
+    stage = _module_name()
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m tasks.{stage}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     known = recipes() if (PARAMS / "recipes.yaml").is_file() else []
     parser.add_argument("recipe", help=f"a recipe of params/recipes.yaml: {', '.join(known)}")
     for name, text in (switches or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     options = vars(parser.parse_args())
+    recipe = options["recipe"]
     try:
-        main(**options)
+        if stage in OPTIONAL_OUTPUTS and stage not in KINDS[kind(recipe)]:
+            leave_out(stage, recipe)
+        else:
+            main(**options)
     except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog.removesuffix('.py')}: {error}")
+        sys.exit(f"{stage}: {error}")
+
+
+def leave_out(stage: str, recipe: str) -> None:
+    """Write empty outputs with a note; the manifest of no data lists no files."""
+    note = f"recipe {recipe!r} is of kind {kind(recipe)!r}, which has no stage {stage!r}"
+    for pattern in OPTIONAL_OUTPUTS[stage]:
+        with write_folder(Path(pattern.format(recipe=recipe))) as folder:
+            write_json(folder / "manifest.json", {"files": {}, "packages": {}, "note": note})
+    print(f"{stage}: {note}")
+
+
+def _module_name() -> str:
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "a stage is run as python -m tasks.<stage>"
+    return spec.name.rpartition(".")[2]

@@ -86,21 +86,21 @@ def load(recipe: str, name: str, section: type[S]) -> S:
         raise ParamsError("\n".join(lines)) from error
 
 
+def kind(recipe: str) -> str:
+    """What a recipe merges, a key of KINDS: the experts of one model, or whole checkpoints."""
+    found = read(recipe).get("kind")
+    if found not in KINDS:
+        raise ParamsError(
+            f"{PARAMS / recipe}.yaml: kind {found!r}: {nearest(str(found), [*KINDS])}"
+        )
+    return str(found)
+
+
 def check(recipe: str) -> None:
     """Refuse a recipe that any of its stages would refuse, before the first of them writes anything."""
-    sections: dict[str, type[Section]] = {
-        "prepare": PrepareParams,
-        "fetch": FetchParams,
-        "collect": CollectParams,
-        "align": AlignParams,
-        "merge": MergeParams,
-        "finetune": FinetuneParams,
-        "evaluate": EvaluateParams,
-        "register": RegisterParams,
-        "ship": ShipParams,
-    }
+    sections = KINDS[kind(recipe)]
     for name in read(recipe):
-        if name not in sections:
+        if name != "kind" and name not in sections:
             known = nearest(name, list(sections))
             raise ParamsError(f"{PARAMS / recipe}.yaml: section {name!r} is unknown: {known}")
     for name, section in sections.items():
@@ -342,3 +342,48 @@ class DistanceParams(Section):
     zeros: Literal["exclude", "agree"]
     truncation: Literal["tensor", "model"]
     merges: list[SweptMerge] = Field(min_length=2)
+
+
+class WeightsMergeParams(Section):
+    """Whole checkpoints of one architecture, merged tensor by tensor (`alloy.merge_checkpoints`)."""
+
+    method: str  # a key of alloy's MERGE_METHODS
+    sources: list[str] = Field(
+        min_length=1
+    )  # fetch's checkpoints; the first gives names and config
+    base: str | None  # the checkpoint that task vectors start from
+    coefficients: (
+        list[float] | dict[str, list[float]] | None
+    )  # by glob pattern of names; null: alike
+    options: dict[str, bool | int | float | str]  # the method's settings
+    dtype: str | None  # of the result; null: that of the sources
+    tokenizer: Literal["same", "base", "union"]  # what to do where vocabularies differ
+
+
+class WeightsEvaluateParams(Section):
+    """Distances of the sources from each other and from the merged model (`alloy.distance`)."""
+
+    tssd_keep: float = Field(gt=0, le=1)  # the share of largest weights that TSSD compares
+
+
+KINDS: dict[str, dict[str, type[Section]]] = {
+    "modality": {
+        "fetch": FetchParams,
+        "prepare": PrepareParams,
+        "collect": CollectParams,
+        "align": AlignParams,
+        "merge": MergeParams,
+        "finetune": FinetuneParams,
+        "evaluate": EvaluateParams,
+        "register": RegisterParams,
+        "ship": ShipParams,
+    },
+    "weights": {
+        "fetch": FetchParams,
+        "merge": WeightsMergeParams,
+        "evaluate": WeightsEvaluateParams,
+        "register": RegisterParams,
+        "ship": ShipParams,
+    },
+}
+"""The sections of each kind of recipe; a stage without one writes nothing but a note that says so."""

@@ -172,4 +172,5 @@ class _Collector:
 
 
 def _key(unit: UnitPoint) -> str:
-    return f"{unit.space}@{unit.point.module}.{unit.point.side}"
+    """The axis that was observed: queries and keys are one space, seen in one output."""
+    return str(unit.axis)

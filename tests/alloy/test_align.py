@@ -9,8 +9,7 @@ from alloy.activations import CrossMoments, observe, unit_points
 from alloy.align import AlignmentError, align, describe, flat_order, score
 from alloy.matching import assign
 from alloy.similarity import Similarity
-from alloy.symmetry import Transform, identity, random_transforms, transport
-from alloy.symmetry.parts import restrict
+from alloy.symmetry import identity, random_transforms, restrict, transport, with_kind
 
 SIZE = 12  # hidden = intermediate = positions = vocabulary: nothing fits by the luck of its shape
 
@@ -48,20 +47,7 @@ def spec(model, inputs):
 
 
 def _permutations(spec, seed):
-    drawn = random_transforms(spec, torch.Generator().manual_seed(seed))
-    return {
-        name: t
-        if t.permutation is not None and t.signs is None
-        else Transform(
-            permutation=torch.rand(
-                *spec.batch_shape(name),
-                spec.spaces[name].size,
-                generator=torch.Generator().manual_seed(seed),
-            ).argsort(-1),
-            depends_on=t.depends_on,
-        )
-        for name, t in drawn.items()
-    }
+    return random_transforms(with_kind(spec, "permutation"), torch.Generator().manual_seed(seed))
 
 
 def _statistics(reference, other, spec, inputs):

@@ -16,7 +16,7 @@ from alloy.models import (
     split_experts,
 )
 from alloy.models.observe import collect_experts, expert_spec
-from alloy.symmetry import random_transforms
+from alloy.symmetry import random_transforms, with_kind
 from tasks import align, collect, merge
 from tasks.params import ParamsError
 
@@ -36,6 +36,7 @@ CONFIG = {
     "num_segment_classes": 4,
 }
 RECIPE = {
+    "kind": "modality",
     "collect": {"checkpoints": ["specific"], "calibration_examples": 10, "batch_size": 4},
     "align": {"space": "dual", "weight_share": 0.5, "method": "permute", "max_sweeps": 10},
     "merge": {
@@ -226,7 +227,7 @@ def test_planted_orders_of_units_and_heads_do_not_change_the_aligned_merge(works
     experts = split_experts(near, specific.config)
     for modality in ("l", "vl"):
         inner = expert_spec(spec, experts[modality])
-        drawn = random_transforms(inner, generator, kind="permutation")
+        drawn = random_transforms(with_kind(inner, "permutation"), generator)
         experts[modality] = alloy.transport(experts[modality], inner, drawn)
     specific.load_state_dict(join(experts, shared_weights(near, specific.config), specific.config))
     specific.save_pretrained(folder)
@@ -298,5 +299,5 @@ def test_too_little_calibration_data_is_refused(workspace):
 
 
 def test_an_unknown_recipe_is_refused(workspace):
-    with pytest.raises(ParamsError, match="recipe 'tyni' is unknown: did you mean 'tiny'"):
-        merge.main("tyni")
+    with pytest.raises(ParamsError, match="recipe 'tinyy' is unknown: did you mean 'tiny'"):
+        merge.main("tinyy")

@@ -1,0 +1,187 @@
+"""Make one modality-agnostic model of a checkpoint's experts, in every way that the recipe names.
+
+The merge stage of recipes of kind "modality". The arm that `merge.result` names becomes
+`models/<recipe>/merged/`; all of them, for comparison, go to `models/<recipe>/arms/<arm>/`.
+Embeddings and heads are the checkpoint's own.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+import alloy
+from alloy.merge import MERGE_METHODS, MergeError, validate
+from alloy.models import ModalityModel, agnostic_config, shared_weights, split_experts
+from alloy.models.observe import REFERENCE, expert_spec
+from alloy.symmetry import SymmetrySpec, transforms_from_tensors
+from tasks.collect import load_statistics
+from tasks.models import load_model
+from tasks.params import ArmParams, MergeParams, ParamsError, load, nearest
+from tasks.storage import folder_digest, write_folder
+
+Experts = Mapping[str, Mapping[str, Tensor]]
+LOWER_EXPERTS = ("v", "l")  # the blocks below the joint ones have no others
+
+
+def merge_experts(
+    experts: Experts,
+    arm: ArmParams,
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    grams: Mapping[str, Mapping] | None = None,
+) -> dict[str, Tensor]:
+    """Merge the experts of every block: v and l in the lower ones, `arm.joint_experts` in the joint."""
+    joint = experts["vl"]
+    lower = [name for name in experts[REFERENCE] if name not in joint]
+    merged: dict[str, Tensor] = {}
+    for names, modalities in ((lower, LOWER_EXPERTS), (list(joint), arm.joint_experts)):
+        if not names:
+            continue
+        statistics = (
+            None
+            if grams is None
+            else [{n: grams[m][n] for n in names if n in grams[m]} for m in modalities]
+        )
+        merged |= alloy.merge(
+            arm.method,
+            [{name: experts[m][name] for name in names} for m in modalities],
+            base=None if base is None else {name: base[name] for name in names},
+            coefficients=_coefficients(arm, modalities),
+            statistics=statistics,
+            **arm.options,
+        )
+    return merged
+
+
+def aligned(experts: Experts, transforms: Path) -> dict[str, Mapping[str, Tensor]]:
+    """The experts with the units of each moved as align found best."""
+    spec = SymmetrySpec.from_json((transforms / "spec.json").read_text())
+    moved = dict(experts)
+    for modality, weights in experts.items():
+        file = transforms / f"{modality}.safetensors"
+        if modality == REFERENCE or not weights:
+            continue
+        inner = expert_spec(spec, weights)
+        moved[modality] = alloy.transport(
+            weights, inner, transforms_from_tensors(load_file(file), inner)
+        )
+    return moved
+
+
+def merge_arm(arm: ArmParams, models: Path) -> ModalityModel:
+    """The agnostic model of one arm."""
+    source = load_model(models / "checkpoints" / arm.checkpoint).cpu()
+    weights = source.state_dict()
+    experts = split_experts(weights, source.config)
+    if arm.align:
+        experts = aligned(experts, models / "transforms" / arm.checkpoint)
+    base = None
+    if arm.base is not None:
+        base = load_model(models / "checkpoints" / arm.base).cpu().state_dict()
+    grams = None
+    if MERGE_METHODS[arm.method].statistics == "gram":
+        grams = load_statistics(models / "statistics" / arm.checkpoint).grams
+    merged = merge_experts(experts, arm, base=base, grams=grams)
+    model = ModalityModel(agnostic_config(source.config))
+    model.load_state_dict({**shared_weights(weights, source.config), **merged}, strict=True)
+    return model.eval()
+
+
+def write_checkpoint(model: ModalityModel, source: Path, card: str, folder: Path) -> None:
+    """A folder that `from_pretrained` loads: weights, config, the source's tokenizer, a card."""
+    model.save_pretrained(folder)
+    for file in sorted(source.glob("token*.json")) + sorted(source.glob("special_tokens*.json")):
+        shutil.copy(file, folder)
+    (folder / "README.md").write_text(card)
+
+
+def card(recipe: str, name: str, arm: ArmParams, models: Path) -> str:
+    """What was merged, how, and from which bytes."""
+    sources = {arm.checkpoint, *([arm.base] if arm.base else [])}
+    digests = "\n".join(
+        f"| `{source}` | `{folder_digest(models / 'checkpoints' / source)}` |"
+        for source in sorted(sources)
+    )
+    settings = "\n".join(f"- {key}: `{value}`" for key, value in arm.model_dump().items())
+    return f"""---
+library_name: transformers
+tags: [merge, alloy]
+license: apache-2.0
+---
+# {name}: a merged modality-agnostic transformer
+
+The vision, language and cross-modal experts of one checkpoint merged into one model that serves images, texts
+and pairs (arXiv:2304.14933). Made by `python -m tasks.merge {recipe}`; load it with
+`import alloy.models; AutoModel.from_pretrained(folder)`.
+
+| source | SHA-256 of its files |
+|---|---|
+{digests}
+
+{settings}
+"""
+
+
+def _refuse_impossible(params: MergeParams, recipe: str, models: Path) -> None:
+    """Everything that can be wrong with an arm, before the first is merged."""
+    known = sorted(folder.name for folder in (models / "checkpoints").iterdir() if folder.is_dir())
+    for name, arm in params.arms.items():
+        where = f"params/{recipe}.yaml: merge.arms.{name}"
+        for key, asked, right in (
+            ("method", arm.method, list(MERGE_METHODS)),
+            ("checkpoint", arm.checkpoint, known),
+            ("base", arm.base, known),
+        ):
+            if asked is not None and asked not in right:
+                raise ParamsError(f"{where}.{key}: {asked!r}: {nearest(asked, right)}")
+        for modalities in (LOWER_EXPERTS, arm.joint_experts):
+            _validate(where, arm, modalities)
+
+
+def _validate(where: str, arm: ArmParams, modalities: Sequence[str]) -> None:
+    try:
+        validate(
+            arm.method,
+            [],
+            num_models=len(modalities),
+            base=arm.base is not None,
+            statistics=MERGE_METHODS[arm.method].statistics == "gram",
+            coefficients=_coefficients(arm, modalities),
+            options=arm.options,
+        )
+    except MergeError as error:
+        raise ParamsError(f"{where}: {error}") from error
+
+
+def _coefficients(arm: ArmParams, modalities: Sequence[str]) -> list[float] | None:
+    """The arm's coefficients of these modalities, in their order."""
+    if arm.coefficients is None:
+        return None
+    by_modality: Mapping[str, float] = {**arm.coefficients}
+    if missing := [m for m in modalities if m not in by_modality]:
+        raise MergeError(f"coefficients {by_modality} lack {missing}")
+    return [by_modality[m] for m in modalities]
+
+
+def main(recipe: str) -> None:
+    params = load(recipe, "merge", MergeParams)
+    models = Path("models") / recipe
+    _refuse_impossible(params, recipe, models)
+    with write_folder(models / "arms") as arms:
+        for name, arm in params.arms.items():
+            print(
+                f"merge: {name}: {arm.method} of {arm.checkpoint}{', aligned' if arm.align else ''}"
+            )
+            (arms / name).mkdir()
+            write_checkpoint(
+                merge_arm(arm, models),
+                models / "checkpoints" / arm.checkpoint,
+                card(recipe, name, arm, models),
+                arms / name,
+            )
+    with write_folder(models / "merged") as merged:
+        shutil.copytree(models / "arms" / params.result, merged, dirs_exist_ok=True)
+    print(f"merge: wrote {models / 'arms'}; {models / 'merged'} is the arm {params.result!r}")

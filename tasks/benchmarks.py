@@ -261,3 +261,4 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 FINETUNED = ("vqa", "retrieval", "retrieval_hard", "pair_reasoning", "segmentation")
 TRAINING_FREE = ("retrieval", "retrieval_hard", "masked_words", "statements")
+METRIC_TITLES = {"accuracy": "accuracy", "recall_at_1": "R@1", "mean_iou": "mIoU"}

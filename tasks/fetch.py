@@ -215,7 +215,7 @@ def _hash(path: Path, digest) -> str:
 
 
 def _refuse_broken_weights(folder: Path, incoming: Path, snapshot: Snapshot) -> None:
-    from alloy.checkpoint._format import CheckpointError, open_checkpoint
+    from alloy.checkpoint import CheckpointError, open_checkpoint
 
     try:
         open_checkpoint(folder)

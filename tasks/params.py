@@ -387,3 +387,21 @@ KINDS: dict[str, dict[str, type[Section]]] = {
     },
 }
 """The sections of each kind of recipe; a stage without one writes nothing but a note that says so."""
+
+
+class Gates(Section):
+    """What a challenger must show to become the champion: the scores of one model on one split."""
+
+    split: str
+    model: str  # its name in metrics.json
+    benchmarks: dict[str, str] = Field(min_length=1)  # benchmark: its metric; larger is better
+    minimal_gain: float  # of the mean over the benchmarks, in its standard errors
+    maximal_regression: float = Field(
+        ge=0
+    )  # of any benchmark, in standard errors of the difference
+
+
+class PromoteParams(Section):
+    """`params/promote.yaml`: the gates of each recipe."""
+
+    gates: dict[str, Gates]

@@ -8,6 +8,7 @@ import os
 import socket
 import sqlite3
 import time
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -203,7 +204,7 @@ def register(
         mlflow.set_tracking_uri(uri())
         if registry := os.environ.get("MLFLOW_REGISTRY_URI"):
             mlflow.set_registry_uri(registry)
-        with mlflow.start_run(run_id=log.run_id):
+        with mlflow.start_run(run_id=log.run_id), _without_known_warnings():
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(code),
@@ -220,6 +221,19 @@ def register(
         ).version
         client.set_registered_model_alias(name, alias, version)
     return str(version)
+
+
+@contextmanager
+def _without_known_warnings() -> Generator[None]:
+    """MLflow 3.17 warns about its own imports and about what it does to pandas; none of it is about us."""
+    with warnings.catch_warnings():
+        for message in (
+            ".*Any type hint is inferred as AnyType",
+            ".*Add type hints to the `predict` method",
+            "Operation with range is deprecated",
+        ):
+            warnings.filterwarnings("ignore", message)
+        yield
 
 
 def version_of(name: str, alias: str) -> str:

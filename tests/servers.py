@@ -131,6 +131,13 @@ def s3_server(folder: Path) -> Iterator[int]:
         process.wait()
 
 
+class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """A client that goes away is no news."""
+
+
 class HubServer:
     """A hub with the part of Hugging Face's API that fetching a model uses.
 
@@ -147,8 +154,7 @@ class HubServer:
         self.corrupt: set[str] = set()  # paths that are sent with one bit wrong
         self.failures: list[int] = []  # the next answers have these statuses
         self.knows_ranges = True
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _QuietServer(("127.0.0.1", 0), self._handler())
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     @property

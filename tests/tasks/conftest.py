@@ -1,13 +1,14 @@
 """A workspace of its own for each test, and the servers that sources and sinks talk to."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tasks import sources, transfer
+from tasks import sources, tracking, transfer
 from tests import servers
 
 
@@ -91,3 +92,25 @@ class Bucket:
     def keys(self, prefix: str = "") -> list[str]:
         answer = self.client.list_objects_v2(Bucket=self.name, Prefix=prefix)
         return [entry["Key"] for entry in answer.get("Contents", [])]
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs: its tables take seconds to make."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        tracking.connect().search_experiments()
+    return path
+
+
+@pytest.fixture
+def mlflow_workspace(
+    workspace: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A workspace with an MLflow database of its own."""
+    # MLflow sets these for its children; put back what was there.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "")
+    shutil.copy(empty_database, workspace / "mlflow.db")
+    return workspace

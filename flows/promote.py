@@ -1,0 +1,165 @@
+"""Make the challenger the champion, if its gates are met; or undo the last promotion.
+
+    python -m flows.promote modality
+    python -m flows.promote modality --regardless "the champion was measured on retired data"
+    python -m flows.promote modality --rollback
+
+`models:/NAME@champion` is what others load. The registered model remembers its champions in the tag
+`alloy.champions`, so that a rollback finds the one before; each version remembers why it was moved.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed, State
+
+from tasks import params, promotion, tracking
+from tasks.params import Gates, RegisterParams
+from tasks.promotion import Decision
+from tasks.register import CHALLENGER
+from tasks.tracking import Version
+
+CHAMPION = "champion"
+CHAMPIONS = "alloy.champions"  # tag of the registered model: the versions so far, the newest last
+PROMOTED, ROLLED_BACK = "alloy.promoted", "alloy.rolled_back"  # tags of a version: when and why
+RETRIED_AFTER = [2.0, 10.0]  # seconds, where there is a network
+_LONGEST_TAG = 5000  # MLflow's limit
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=RETRIED_AFTER)
+def find(name: str, alias: str) -> Version | None:
+    """The version of a registered model that has an alias."""
+    return tracking.aliased(name, alias)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=RETRIED_AFTER)
+def compare(gates: Gates, champion: Version | None, challenger: Version) -> Decision:
+    """What the gates say about a challenger."""
+    new = _result(gates, challenger)
+    if champion is None:
+        return Decision(True, ("there is no champion yet",))
+    return promotion.decide(gates, _result(gates, champion), new)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def move(name: str, champion: Version | None, challenger: Version, reason: str) -> None:
+    """Make a version the champion and remember the one before it."""
+    champions = promotion.promoted(
+        _champions(name), champion.number if champion else None, challenger.number
+    )
+    # The history first: should this die in between, a rollback still finds the way back.
+    tracking.tag_model(name, {CHAMPIONS: json.dumps(champions)})
+    tracking.move_alias(name, CHAMPION, challenger.number)
+    tracking.tag_version(name, challenger.number, {PROMOTED: _now(reason)})
+
+
+@flow(name="promote", flow_run_name="promote {recipe}", persist_result=False)
+def promote(recipe: str = "modality", regardless: str | None = None) -> State:
+    """Move the alias `champion` to the challenger if the gates are met; say why not otherwise.
+
+    `regardless` is a reason to promote without a comparison, for a person who knows better.
+    """
+    log = get_run_logger()
+    name = _name(recipe)
+    gates = promotion.load_gates(recipe)
+    try:
+        challenger, champion = find(name, CHALLENGER), find(name, CHAMPION)
+        if challenger is None:
+            return Failed(message=f"{name} has no version {CHALLENGER!r}: register one first")
+        if champion and champion.number == challenger.number:
+            return Completed(message=f"{name} version {champion.number} is the champion already")
+        if ROLLED_BACK in challenger.tags and regardless is None:
+            return Completed(
+                message=f"{name} version {challenger.number} stays {CHALLENGER}: it was rolled back "
+                f"({challenger.tags[ROLLED_BACK]})"
+            )
+        decision = Decision(True, (f"regardless of the gates: {regardless}",))
+        if regardless is None:
+            decision = compare(gates, champion, challenger)
+    except (promotion.IncomparableError, tracking.NotRegisteredError) as error:
+        return Failed(message=str(error))
+    reasons = "; ".join(decision.reasons)
+    if decision.comparisons:
+        log.info("\n%s", promotion.table(decision))
+        create_markdown_artifact(promotion.table(decision), key=f"{recipe}-promotion".lower())
+    if not decision.promote:
+        return Completed(
+            message=f"{name} version {challenger.number} stays {CHALLENGER}: {reasons}"
+        )
+    move(name, champion, challenger, reasons)
+    return Completed(message=f"{name} version {challenger.number} is the champion: {reasons}")
+
+
+@flow(name="rollback", flow_run_name="rollback {recipe}", persist_result=False)
+def rollback(recipe: str = "modality", reason: str = "asked for") -> State:
+    """Give the alias `champion` back to the version that had it before; none if there was none."""
+    name = _name(recipe)
+    try:
+        champion = find(name, CHAMPION)
+        if champion is None:
+            return Failed(message=f"{name} has no {CHAMPION}: there is nothing to roll back")
+        champions = promotion.rolled_back(_champions(name), champion.number)
+    except tracking.NotRegisteredError as error:
+        return Failed(message=str(error))
+    before = champions[-1] if champions else None
+    # The mark first: a scheduled promotion must not bring back what is being taken away.
+    tracking.tag_version(name, champion.number, {ROLLED_BACK: _now(reason)})
+    tracking.move_alias(name, CHAMPION, before)
+    tracking.tag_model(name, {CHAMPIONS: json.dumps(champions)})
+    again = (
+        f"version {before} is the {CHAMPION} again" if before else f"no version is {CHAMPION} now"
+    )
+    return Completed(message=f"{name} version {champion.number} was rolled back; {again}")
+
+
+def _name(recipe: str) -> str:
+    return params.load(recipe, "register", RegisterParams).name
+
+
+def _result(gates: Gates, version: Version) -> promotion.Result:
+    run = tracking.finished_run(version.run_id)
+    return promotion.read_result(version.number, gates, run.metrics, run.tags)
+
+
+def _champions(name: str) -> list[str]:
+    return json.loads(tracking.model_tags(name).get(CHAMPIONS, "[]"))
+
+
+def _now(reason: str) -> str:
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {reason}"[:_LONGEST_TAG]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", nargs="?", default="modality")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--rollback", action="store_true", help="undo the last promotion")
+    choice.add_argument("--regardless", metavar="REASON", help="promote without a comparison")
+    asked = parser.parse_args(arguments)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)  # a closed terminal is a Ctrl-C
+    try:
+        _name(asked.recipe)
+        promotion.load_gates(asked.recipe)
+        tracking.connect()
+    except (params.ParamsError, tracking.TrackingError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if asked.rollback:
+        state = rollback(asked.recipe, return_state=True)
+    else:
+        state = promote(asked.recipe, asked.regardless, return_state=True)
+    print(state.message, file=sys.stdout if state.is_completed() else sys.stderr)
+    return 0 if state.is_completed() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

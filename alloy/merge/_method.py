@@ -17,9 +17,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Coefficients = Sequence[float] | Mapping[str, Sequence[float]]
 """One float per model; or by glob pattern of names, the first that matches a name decides."""
@@ -90,7 +92,8 @@ class MergeMethod:
     mappings from name to tensor, and the function also receives the keywords in `inputs`.
     """
 
-    function: Callable[..., Any]
+    implementation: str | None = None
+    """The module in `alloy.merge` and the name of `function`."""
     coefficients: Literal["weights", "nonnegative weights", "scales"] | None
     """What the coefficients mean. "weights" of a mean: default 1/n each, divided by their sum before the
     function sees them unless the option `normalize` is false. "scales" of task vectors: `default_scale`."""
@@ -105,10 +108,8 @@ class MergeMethod:
     tensor, its base and its "fisher" statistics may be cut anywhere, with the same result to the bit."""
     two_pass: bool = False
     """Elementwise, given a few numbers measured over the whole tensor first: norms, a threshold."""
-    mix: Callable[..., Tensor] | None = None
-    """For a two-pass method that only mixes: `mix(inner_nn, coefficients=..., **options) -> mixture_n`, with
-    inner_nn float64 [..., n, n] the inner products of the task vectors (of the models, without a base).
-    The result is base + sum of mixture_n[i] * (model i - base), or the sum of mixture_n[i] * model i."""
+    mixture: str | None = None
+    """The module in `alloy.merge` and the name of `mix`, in place of `implementation`."""
     random: bool = False
     matrices_only: bool = False
     """Defined for matrices [d_out, d_in]. Every other tensor, one without statistics, or one that the
@@ -118,6 +119,23 @@ class MergeMethod:
     options: Mapping[str, Option] = field(default_factory=dict)
     check: Callable[..., None] | None = None
     """`check(**options)` raises MergeError for options that are right alone and wrong together."""
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The merge itself."""
+        if self.mixture is not None:
+            return _imported("spherical.mixture_of")(self.mix)
+        assert self.implementation is not None, "a method has a function or mixes"
+        return _imported(self.implementation)
+
+    @property
+    def mix(self) -> Callable[..., Tensor] | None:
+        """For a two-pass method that only mixes: `mix(inner_nn, coefficients=..., **options) -> mixture_n`.
+
+        inner_nn are float64 [..., n, n], the inner products of the task vectors (of the models, without a
+        base). The result is base + sum of mixture_n[i] * (model i - base), or the sum of mixture_n[i] * model i.
+        """
+        return None if self.mixture is None else _imported(self.mixture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +147,11 @@ class MergeSettings:
     options: Mapping[str, Any]
     coefficients: Mapping[str, tuple[float, ...]]
     """By tensor name, weights divided by their sum. Empty for a method that takes none."""
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(".")
+    return getattr(import_module(f"alloy.merge.{module}"), name)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,10 +13,13 @@ float64. The key of a stream is the first 8 bytes, little-endian, of BLAKE2b-64 
 `seed NUL name NUL model`: the numbers in decimal, the tensor's name, the index of the model.
 """
 
-from hashlib import blake2b
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -34,6 +37,8 @@ def keep(key: int, probability: float | Tensor, like: Tensor, *, offset: int = 0
         probability: of survival: one number, or one per entry (float64).
         offset: the flat index of the first entry in the tensor that `like` is a chunk of.
     """
+    import torch  # the compiled kernels need the keys alone
+
     index = torch.arange(offset + 1, offset + 1 + like.numel(), device=like.device)
     bits = _mix(index * _signed(GOLDEN) + _signed(key)).reshape(like.shape)
     return _shift(bits, 11).double() < probability * 2.0**53

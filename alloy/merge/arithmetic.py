@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from alloy.merge._method import MergeError
 from alloy.merge._random import keep, stream_key
 from alloy.merge._select import (
     accumulator,
@@ -198,22 +197,6 @@ def sce(models: Sequence[Tensor], *, base: Tensor, density: float) -> Tensor:
     total = energy.sum()
     weights = (energy / total if total > 0 else torch.ones_like(energy) / len(energy)).tolist()
     return _elect_and_merge(base, list(deltas), weights, "mass", normalize=True, scale=1.0)
-
-
-def check_breadcrumbs(*, density: float, gamma: float, **_) -> None:
-    if density + gamma > 1:
-        raise MergeError(
-            f"density {density} and gamma {gamma} keep and set aside more than there is; "
-            "their sum must be at most 1 (dense: density=1, gamma=0)"
-        )
-
-
-def check_della(*, density: float, epsilon: float, **_) -> None:
-    if not (density - epsilon > 0 and density + epsilon <= 1):
-        raise MergeError(
-            f"density {density} ± epsilon {epsilon} are not probabilities in (0, 1]: take epsilon "
-            f"below {min(density, 1 - density):g} (epsilon=0 is DARE)"
-        )
 
 
 def _add(base: Tensor, deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

@@ -1,9 +1,29 @@
-"""Every merge method, what it needs and what can be set, as data. The functions say what they compute."""
+"""Every merge method, what it needs and what can be set, as data. The functions say what they compute.
+
+They are named here and imported when they are first looked at: torch takes longer to import than many a merge
+of checkpoints, which needs the registry but not the functions where it has compiled loops.
+"""
 
 from collections.abc import Mapping
 
-from alloy.merge import adaptive, arithmetic, averages, regression, spectral, spherical
-from alloy.merge._method import MergeMethod, Option
+from alloy.merge._method import MergeError, MergeMethod, Option
+
+
+def _check_breadcrumbs(*, density: float, gamma: float, **_) -> None:
+    if density + gamma > 1:
+        raise MergeError(
+            f"density {density} and gamma {gamma} keep and set aside more than there is; "
+            "their sum must be at most 1 (dense: density=1, gamma=0)"
+        )
+
+
+def _check_della(*, density: float, epsilon: float, **_) -> None:
+    if not (density - epsilon > 0 and density + epsilon <= 1):
+        raise MergeError(
+            f"density {density} ± epsilon {epsilon} are not probabilities in (0, 1]: take epsilon "
+            f"below {min(density, 1 - density):g} (epsilon=0 is DARE)"
+        )
+
 
 _DENSITY = Option(type=float, default=0.5, minimum=0, maximum=1)
 _SURVIVAL = Option(type=float, default=0.5, minimum=0, maximum=1, excludes=(0,))
@@ -35,84 +55,79 @@ _BREADCRUMBS_OPTIONS = {
 
 MERGE_METHODS: Mapping[str, MergeMethod] = {
     "linear": MergeMethod(
-        function=averages.linear,
+        implementation="averages.linear",
         coefficients="weights",
         elementwise=True,
         options={"normalize": _NORMALIZE},
     ),
     "interpolation": MergeMethod(
-        function=averages.interpolation,
+        implementation="averages.interpolation",
         coefficients=None,
         elementwise=True,
         max_models=3,
         options={"ratio": Option(type=float, default=0.5, minimum=0, maximum=1)},
     ),
     "fisher": MergeMethod(
-        function=averages.fisher,
+        implementation="averages.fisher",
         coefficients="nonnegative weights",
         statistics="fisher",
         elementwise=True,
     ),
     "slerp": MergeMethod(
-        function=spherical.mixture_of(spherical.slerp_mixture),
         coefficients="weights",
         two_pass=True,
-        mix=spherical.slerp_mixture,
+        mixture="spherical.slerp_mixture",
         min_models=2,
         max_models=2,
     ),
     "nuslerp": MergeMethod(
-        function=spherical.mixture_of(spherical.nuslerp_mixture),
         coefficients="weights",
         base="optional",
         two_pass=True,
-        mix=spherical.nuslerp_mixture,
+        mixture="spherical.nuslerp_mixture",
         min_models=2,
         max_models=2,
         options={"vectors": _WHOLE_OR_ROWS},
     ),
     "multislerp": MergeMethod(
-        function=spherical.mixture_of(spherical.multislerp_mixture),
         coefficients="nonnegative weights",
         base="optional",
         two_pass=True,
-        mix=spherical.multislerp_mixture,
+        mixture="spherical.multislerp_mixture",
     ),
     "karcher": MergeMethod(
-        function=spherical.mixture_of(spherical.karcher_mixture),
         coefficients="nonnegative weights",
         base="optional",
         two_pass=True,
-        mix=spherical.karcher_mixture,
+        mixture="spherical.karcher_mixture",
         options={
             "max_iterations": Option(type=int, default=100, minimum=1),
             "tolerance": Option(type=float, default=1e-9, minimum=0),
         },
     ),
     "model_stock": MergeMethod(
-        function=spherical.mixture_of(spherical.model_stock_mixture),
         coefficients=None,
         base="required",
         two_pass=True,
-        mix=spherical.model_stock_mixture,
+        mixture="spherical.model_stock_mixture",
         min_models=2,
         options={"vectors": _WHOLE_OR_ROWS},
     ),
     "task_arithmetic": MergeMethod(
-        function=arithmetic.task_arithmetic,
+        implementation="arithmetic.task_arithmetic",
         coefficients="scales",
         base="required",
         elementwise=True,
     ),
     "modality_arithmetic": MergeMethod(
-        function=arithmetic.modality_arithmetic,
+        implementation="arithmetic.modality_arithmetic",
         coefficients=None,
         base="required",
         elementwise=True,
         options={"scale": Option(type=float, default=0.75)},
     ),
     "nearswap": MergeMethod(
-        function=arithmetic.nearswap,
+        implementation="arithmetic.nearswap",
         coefficients=None,
         base="required",
         elementwise=True,
@@ -120,7 +135,7 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         options={"t": Option(type=float, default=1e-3, minimum=0)},
     ),
     "ties": MergeMethod(
-        function=arithmetic.ties,
+        implementation="arithmetic.ties",
         coefficients="nonnegative weights",
         base="required",
         two_pass=True,
@@ -130,7 +145,7 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         },
     ),
     "dare_linear": MergeMethod(
-        function=arithmetic.dare_linear,
+        implementation="arithmetic.dare_linear",
         coefficients="scales",
         base="required",
         elementwise=True,
@@ -138,7 +153,7 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         options=_DARE_OPTIONS,
     ),
     "dare_ties": MergeMethod(
-        function=arithmetic.dare_ties,
+        implementation="arithmetic.dare_ties",
         coefficients="nonnegative weights",
         base="required",
         elementwise=True,
@@ -146,39 +161,39 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         options={**_DARE_OPTIONS, **_ELECTION_OPTIONS},
     ),
     "della_linear": MergeMethod(
-        function=arithmetic.della_linear,
+        implementation="arithmetic.della_linear",
         coefficients="scales",
         base="required",
         random=True,
         options=_DELLA_OPTIONS,
-        check=arithmetic.check_della,
+        check=_check_della,
     ),
     "della": MergeMethod(
-        function=arithmetic.della,
+        implementation="arithmetic.della",
         coefficients="nonnegative weights",
         base="required",
         random=True,
         options={**_DELLA_OPTIONS, **_ELECTION_OPTIONS},
-        check=arithmetic.check_della,
+        check=_check_della,
     ),
     "breadcrumbs": MergeMethod(
-        function=arithmetic.breadcrumbs,
+        implementation="arithmetic.breadcrumbs",
         coefficients="scales",
         base="required",
         two_pass=True,
         options=_BREADCRUMBS_OPTIONS,
-        check=arithmetic.check_breadcrumbs,
+        check=_check_breadcrumbs,
     ),
     "breadcrumbs_ties": MergeMethod(
-        function=arithmetic.breadcrumbs_ties,
+        implementation="arithmetic.breadcrumbs_ties",
         coefficients="nonnegative weights",
         base="required",
         two_pass=True,
         options={**_BREADCRUMBS_OPTIONS, **_ELECTION_OPTIONS},
-        check=arithmetic.check_breadcrumbs,
+        check=_check_breadcrumbs,
     ),
     "sce": MergeMethod(
-        function=arithmetic.sce,
+        implementation="arithmetic.sce",
         coefficients=None,
         base="required",
         two_pass=True,
@@ -186,28 +201,28 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         options={"density": _DENSITY},
     ),
     "regmean": MergeMethod(
-        function=regression.regmean,
+        implementation="regression.regmean",
         coefficients="nonnegative weights",
         statistics="gram",
         matrices_only=True,
         options=_GRAM_OPTIONS,
     ),
     "regmean_plus_plus": MergeMethod(
-        function=adaptive.regmean_plus_plus,
+        implementation="adaptive.regmean_plus_plus",
         coefficients="nonnegative weights",
         scope="model",
         inputs=("module", "batches", "blocks"),
         options=_GRAM_OPTIONS,
     ),
     "wudi": MergeMethod(
-        function=regression.wudi,
+        implementation="regression.wudi",
         coefficients="nonnegative weights",
         base="required",
         matrices_only=True,
         options={"start": _START, "skip": _SKIP},
     ),
     "swudi": MergeMethod(
-        function=regression.swudi,
+        implementation="regression.swudi",
         coefficients="nonnegative weights",
         base="required",
         matrices_only=True,
@@ -219,7 +234,7 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         },
     ),
     "optmerge": MergeMethod(
-        function=regression.optmerge,
+        implementation="regression.optmerge",
         coefficients="nonnegative weights",
         base="required",
         matrices_only=True,
@@ -229,28 +244,28 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         },
     ),
     "tsv_m": MergeMethod(
-        function=spectral.tsv_m,
+        implementation="spectral.tsv_m",
         coefficients="scales",
         base="required",
         matrices_only=True,
         options={"skip": _SKIP},
     ),
     "iso_c": MergeMethod(
-        function=spectral.iso_c,
+        implementation="spectral.iso_c",
         coefficients="scales",
         base="required",
         matrices_only=True,
         options={"skip": _SKIP},
     ),
     "iso_cts": MergeMethod(
-        function=spectral.iso_cts,
+        implementation="spectral.iso_cts",
         coefficients="scales",
         base="required",
         matrices_only=True,
         options={"common": _SHARE, "skip": _SKIP},
     ),
     "adamerging": MergeMethod(
-        function=adaptive.adamerging,
+        implementation="adaptive.adamerging",
         coefficients="scales",
         default_scale=0.3,
         base="required",

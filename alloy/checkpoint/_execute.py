@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -70,7 +71,7 @@ class Step:
     dtype: str
     shape: tuple[int, ...]
     inputs: tuple[Entry, ...]
-    work: Callable[[], Work]
+    work: partial[Work]
     row_maps: tuple[RowMap, ...] | None = None
     """For a tensor with one row per token, where the sources' vocabularies differ."""
     prefer_first: bool = False

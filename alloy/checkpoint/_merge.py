@@ -19,7 +19,8 @@ from alloy.checkpoint._execute import CHUNK_BYTES, Shard, Step, execute
 from alloy.checkpoint._format import INDEX, CheckpointError
 from alloy.checkpoint._hash import sha256
 from alloy.checkpoint._plan import RECORD, MergePlan, Paths, PlannedTensor, plan_merge
-from alloy.checkpoint._work import Copy, Tensors, work_for
+from alloy.checkpoint._work import Copy, Function, Tensors, work_for
+from alloy.merge import MergeError
 
 INCOMPLETE = ".incomplete"
 _JOURNAL = "journal.jsonl"
@@ -117,33 +118,54 @@ def run_plan(
     folder = plan.output.with_name(plan.output.name + INCOMPLETE)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        journal = _Journal(folder, plan.digest)
-        shards = _shards(plan, compiled)
-        with _single_threaded_torch(plan):
-            execute(
-                [shard for shard in shards if shard.file not in journal.finished],
-                folder,
-                threads=threads,
-                chunk_bytes=chunk_bytes,
-                on_shard=journal.add,
-                on_bytes=on_bytes,
+        try:
+            files, resumed = _write_result(
+                plan, folder, threads, chunk_bytes, hash_sources, command, on_bytes, compiled
             )
-        files = {shard.file: journal.finished[shard.file] for shard in shards}
-        files |= _write_beside(plan, folder, shards)
-        account = record(plan, files, hash_sources=hash_sources, command=command)
-        _write(folder / RECORD, (json.dumps(account, indent=2) + "\n").encode())
-        _write(folder / "README.md", model_card(plan, account).encode())
-        journal.remove()
-        _put_in_place(folder, plan.output)
+        except (MergeError, CheckpointError):
+            shutil.rmtree(folder)  # trying again changes nothing; an interrupted run stays
+            raise
     return MergeReport(
         plan.output,
         files,
         len(plan.tensors),
         plan.num_bytes,
         time.perf_counter() - start,
-        journal.resumed,
+        resumed,
         plan.notes,
     )
+
+
+def _write_result(
+    plan: MergePlan,
+    folder: Path,
+    threads: int,
+    chunk_bytes: int,
+    hash_sources: bool,
+    command: str | None,
+    on_bytes: Callable[[int], None],
+    compiled: bool,
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Write everything into the folder and put it in place; the files' hashes, and which were there before."""
+    journal = _Journal(folder, plan.digest)
+    shards = _shards(plan, compiled)
+    with _single_threaded_torch(shards):
+        execute(
+            [shard for shard in shards if shard.file not in journal.finished],
+            folder,
+            threads=threads,
+            chunk_bytes=chunk_bytes,
+            on_shard=journal.add,
+            on_bytes=on_bytes,
+        )
+    files = {shard.file: journal.finished[shard.file] for shard in shards}
+    files |= _write_beside(plan, folder, shards)
+    account = record(plan, files, hash_sources=hash_sources, command=command)
+    _write(folder / RECORD, (json.dumps(account, indent=2) + "\n").encode())
+    _write(folder / "README.md", model_card(plan, account).encode())
+    journal.remove()
+    _put_in_place(folder, plan.output)
+    return files, journal.resumed
 
 
 def _shards(plan: MergePlan, compiled: bool) -> list[Shard]:
@@ -231,14 +253,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _single_threaded_torch(plan: MergePlan) -> Iterator[None]:
+def _single_threaded_torch(shards: Sequence[Shard]) -> Iterator[None]:
     """Workers are the parallelism: torch's own threads would compete, and change the order of its sums."""
-    import sys
-
-    torch = sys.modules.get("torch")
-    if torch is None:
+    if not any(step.work.func is Function for shard in shards for step in shard.steps):
         yield
         return
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

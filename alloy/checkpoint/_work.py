@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from alloy.checkpoint import _kernels as kernels
 from alloy.checkpoint._format import Entry
-from alloy.merge import MergeError, MergeSettings
+from alloy.merge import MergeError, MergeMethod, MergeSettings
 
 Rows = Sequence[np.ndarray]
 """One row of bytes per input; an array [inputs, bytes] where all have one dtype."""
@@ -134,11 +135,11 @@ class Mixture(Mix):
     num_measures = 1
     alignment = kernels.REDUCTION
 
-    def __init__(self, tensors: Tensors, mix: Callable[..., Any], keywords: dict, *, base: bool):
+    def __init__(self, tensors: Tensors, method: MergeMethod, keywords: dict, *, base: bool):
         n = len(tensors.inputs) - base
         super().__init__(tensors, [0.0] * n, base=base)
         reductions = -(-tensors.num_elements // kernels.REDUCTION)
-        self.mix, self.keywords = mix, keywords
+        self.method, self.keywords = method, keywords
         self.sums = np.zeros((reductions, n, n))
 
     def measure(self, round_: int, rows: Rows, start: int) -> None:
@@ -150,7 +151,8 @@ class Mixture(Mix):
 
         inner = np.add.accumulate(self.sums, axis=0)[-1]  # in order, unlike a pairwise sum
         if np.isfinite(inner).all():
-            mixture = self.mix(torch.from_numpy(inner), **self.keywords)
+            assert self.method.mix is not None, "only mixtures come here"
+            mixture = self.method.mix(torch.from_numpy(inner), **self.keywords)
             self.coefficients = mixture.float().numpy()
         # otherwise an input is not finite, and so is its multiple by zero: `compute` finds it
 
@@ -301,29 +303,27 @@ def work_for(
     base: bool,
     statistics: Callable[[str], Sequence[Any] | None] | None = None,
     compiled: bool = True,
-) -> Callable[[], _Work]:
-    """A fresh piece of work per run; `compiled` False forces the method's own function."""
-    name, options = settings.name, settings.options
+) -> partial[_Work]:
+    """How to merge a tensor; `compiled` False forces the method's own function."""
+    method, options = settings.method, settings.options
     if compiled and tensors.compiled and statistics is None:
-        match name:
-            case "linear":
-                return lambda: Mix(tensors, settings.coefficients[tensors.name], base=False)
-            case "task_arithmetic":
-                return lambda: Mix(tensors, settings.coefficients[tensors.name], base=True)
+        coefficients = settings.coefficients.get(tensors.name)
+        match settings.name:
+            case "linear" | "task_arithmetic":
+                return partial(Mix, tensors, coefficients, base=base)
             case "modality_arithmetic":
                 row = [options["scale"]] * (len(tensors.inputs) - 1)
-                return lambda: Mix(tensors, row, base=True)
+                return partial(Mix, tensors, row, base=True)
             case "ties" | "breadcrumbs" | "breadcrumbs_ties":
-                return lambda: Trim(tensors, settings)
+                return partial(Trim, tensors, settings)
             case "dare_linear" | "dare_ties":
-                return lambda: Drop(tensors, settings)
-        mix = settings.method.mix
-        if mix is not None and options.get("vectors", "tensor") == "tensor":
+                return partial(Drop, tensors, settings)
+        if method.mixture is not None and options.get("vectors", "tensor") == "tensor":
             keywords = dict(options)
-            if settings.method.coefficients is not None:
-                keywords["coefficients"] = settings.coefficients[tensors.name]
-            return lambda: Mixture(tensors, mix, keywords, base=base)
-    return lambda: Function(tensors, settings, base=base, statistics=statistics)
+            if coefficients is not None:
+                keywords["coefficients"] = coefficients
+            return partial(Mixture, tensors, method, keywords, base=base)
+    return partial(Function, tensors, settings, base=base, statistics=statistics)
 
 
 def _ranks(settings: MergeSettings, num_elements: int) -> tuple[int, ...] | bool:

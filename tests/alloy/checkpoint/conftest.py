@@ -106,3 +106,8 @@ def load() -> Callable[[Path], dict[str, Tensor]]:
         return result
 
     return _load
+
+
+@pytest.fixture
+def config() -> dict:
+    return dict(CONFIG)

@@ -1,6 +1,7 @@
 """Prefect flows over DVC's stages: one workspace, its history in `.prefect/`."""
 
 import os
+import urllib.request
 from pathlib import Path
 
 import tasks as tasks  # before Prefect: it keeps the tools quiet
@@ -13,3 +14,18 @@ for _name, _value in {
     "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(asctime)s %(task_run_name)s | %(message)s",
 }.items():
     os.environ.setdefault(_name, _value)
+
+SERVER = Path(os.environ["PREFECT_HOME"]) / "server-url"  # written while `make serve` runs
+
+
+def answers(url: str) -> bool:
+    """Whether a Prefect server answers at this address."""
+    try:
+        return urllib.request.urlopen(f"{url}/health", timeout=2).status == 200
+    except OSError:
+        return False
+
+
+# Runs show where `make serve` shows them; Prefect reads its environment when it is imported, so: here.
+if "PREFECT_API_URL" not in os.environ and SERVER.is_file() and answers(SERVER.read_text()):
+    os.environ["PREFECT_API_URL"] = SERVER.read_text()

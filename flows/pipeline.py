@@ -18,7 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
 from flows.graph import WorkspaceBusyError, select, stale_stages
-from flows.workspace import only_run, run_streaming
+from flows.workspace import dvc, only_run, run_streaming
 from tasks import params
 
 # The stages that meet a network: they alone are tried again, after so many seconds.
@@ -60,8 +60,8 @@ def reproduce(address: str, lock: int, force: bool = False) -> State:
         if words:
             (log.debug if words.startswith(_CHATTER) else log.info)(line)
 
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", address]
-    status = run_streaming([*command, *(["--force"] if force else [])], say, lock=lock)
+    command = dvc("repro", "--single-item", *(["--force"] if force else []), address)
+    status = run_streaming(command, say, lock=lock)
     if status != 0:
         # A state, not an exception: the lines above say what happened, a traceback of ours would bury them.
         return Failed(message=f"stage {address} failed (exit status {status}); its output says why")

@@ -50,7 +50,12 @@ def _holder() -> str:
     return f"{holder['run']} (process {holder['pid']}, since {holder['since']})"
 
 
-def run_streaming(command: Sequence[str], say: Say, *, lock: int) -> int:
+def dvc(*arguments: str) -> list[str]:
+    """The command that runs DVC; it waits for the moments in which another DVC process has the repository."""
+    return [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+
+
+def run_streaming(command: Sequence[str], say: Say, *, lock: int | None = None) -> int:
     """Run a command in a process group of its own, hand each line it writes to `say`, return its exit status.
 
     Whatever ends this call early (Ctrl-C, a termination, a cancelled flow) ends the whole group before it goes on.
@@ -62,7 +67,7 @@ def run_streaming(command: Sequence[str], say: Say, *, lock: int) -> int:
         text=True,
         errors="replace",
         start_new_session=True,
-        pass_fds=[lock],
+        pass_fds=[] if lock is None else [lock],
         env=_environment(),
     )
     assert process.stdout is not None

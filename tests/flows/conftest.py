@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prefect.logging.handlers import APILogHandler
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.pipeline import main
@@ -68,8 +68,8 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             wait_until(lambda: _answers(f"{url}/health"), 120)
             yield url
         finally:
-            APILogHandler.flush()
-            server.terminate()
+            APILogWorker.drain_all(timeout=5)
+            server.kill()  # it would wait for this process's connections
 
 
 @dataclass
@@ -119,7 +119,8 @@ class Workspace:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.cwd() == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                here = process.cwd() == str(self.folder) and process.pid != os.getpid()
+                if here and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(" ".join(process.cmdline()))
             except psutil.Error:
                 continue

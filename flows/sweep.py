@@ -1,0 +1,137 @@
+"""Many settings of a recipe at once, each in a copy of the workspace of its own.
+
+    python -m flows.sweep modality merge.result=regmean,aligned finetune.seed=2,3 --workers 2
+
+runs the four combinations as DVC experiments (`dvc exp run --temp`): stages that a setting does not touch come
+from DVC's cache, the workspace stays as it is, and `dvc exp apply NAME` brings one back. The workers are threads
+that wait for processes; on a cluster, give the flow a Dask or Ray task runner (`sweep.with_options`).
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.graph import select
+from flows.workspace import dvc, run_streaming
+from tasks import params
+from tasks.params import ParamsError, nearest
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def experiment(recipe: str, name: str, settings: Sequence[str], to: str) -> State:
+    """Run one combination up to a stage; it becomes the DVC experiment of this name."""
+    changes = [f"--set-param=params/{recipe}.yaml:{setting}" for setting in settings]
+    command = dvc("exp", "run", "--temp", "--name", name, *changes, f"{to}@{recipe}")
+    status = run_streaming(command, get_run_logger().info)
+    if status != 0:
+        return Failed(message=f"{name} failed (exit status {status}); its output says why")
+    return Completed(message=f"{name} is done")
+
+
+@flow(name="sweep", flow_run_name="sweep {recipe}", persist_result=False)
+def sweep(recipe: str, settings: list[str], to: str = "evaluate", name: str = "sweep") -> State:
+    """Run every combination of the settings (`section.key=value,value`) up to a stage."""
+    table = combinations(recipe, settings)
+    select(recipe, to=to)
+    runs = {f"{name}-{i}": combination for i, combination in enumerate(table, start=1)}
+    futures = {
+        key: experiment.with_options(task_run_name=key).submit(recipe, key, combination, to)
+        for key, combination in runs.items()
+    }
+    failed = [key for key, future in futures.items() if not _end(future).is_completed()]
+    lines = [f"| {key} | {', '.join(combination)} |" for key, combination in runs.items()]
+    shown = subprocess.run(
+        dvc("exp", "show", "--md", "--only-changed", "--sha"), capture_output=True, text=True
+    )
+    create_markdown_artifact(
+        "\n".join(["| experiment | settings |", "|---|---|", *lines, "", shown.stdout]),
+        key=f"{recipe}-sweep",
+    )
+    if failed:
+        return Failed(message=f"{', '.join(failed)} of {len(runs)} experiments failed")
+    return Completed(message=f"{len(runs)} experiments: {', '.join(runs)}")
+
+
+def _end(future) -> State:
+    future.wait()
+    return future.state
+
+
+def combinations(recipe: str, settings: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every combination of the values of all settings; `ParamsError` where a setting names no key of the recipe."""
+    choices = []
+    for setting in settings:
+        key, separator, values = setting.partition("=")
+        if not separator:
+            raise ParamsError(f"setting {setting!r}: expected section.key=value,value")
+        _refuse_unknown(recipe, key)
+        choices.append([f"{key}={value}" for value in values.split(",")])
+    return list(itertools.product(*choices))
+
+
+def _refuse_unknown(recipe: str, key: str) -> None:
+    level: object = params.read(recipe)
+    for depth, part in enumerate(parts := key.split(".")):
+        if not isinstance(level, dict) or part not in level:
+            known = list(level) if isinstance(level, dict) else []
+            where = ".".join([f"params/{recipe}.yaml", *parts[:depth]])
+            raise ParamsError(f"{where} has no {part!r}: {nearest(part, known)}")
+        level = level[part]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    asked = _parser().parse_args(arguments)
+    try:
+        params.check(asked.recipe)
+        combinations(asked.recipe, asked.settings)
+        select(asked.recipe, to=asked.to)
+    except ParamsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    _keep_curves()
+    runner = ThreadPoolTaskRunner(max_workers=asked.workers)
+    state = sweep.with_options(task_runner=runner)(
+        asked.recipe, asked.settings, to=asked.to, name=asked.name, return_state=True
+    )
+    print(state.message)
+    print("Compare them: dvc exp show --only-changed    Take one: dvc exp apply NAME")
+    return 0 if state.is_completed() else 1
+
+
+def _keep_curves() -> None:
+    """Experiments run in temporary folders; their curves go where the workspace's go."""
+    database = Path("mlflow.db").resolve()
+    if database.is_file():
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="one of params/recipes.yaml")
+    parser.add_argument("settings", nargs="+", metavar="section.key=value,value")
+    parser.add_argument("--workers", type=int, default=2, help="experiments at a time (2)")
+    parser.add_argument(
+        "--to", metavar="STAGE", default="evaluate", help="end with this stage (evaluate)"
+    )
+    parser.add_argument(
+        "--name", default="sweep", help="the experiments are NAME-1, NAME-2, ... (sweep)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

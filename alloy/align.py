@@ -8,15 +8,17 @@ never falls, and a sweep without a change is the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from alloy.activations import Gram
 from alloy.matching import MATCHING_METHODS, children
 from alloy.similarity import Similarity, Statistics
-from alloy.symmetry.spec import SymmetrySpec
+from alloy.symmetry.spec import Leaf, SymmetrySpec
 from alloy.symmetry.transforms import Transform, Transforms, identity, transport
 from alloy.types import Weights
 
@@ -163,6 +165,31 @@ def _shuffled(names: list[str], generator: torch.Generator | None) -> list[str]:
     if generator is None:
         return names
     return [names[i] for i in torch.randperm(len(names), generator=generator)]
+
+
+def transport_grams(
+    grams: Mapping[str, Gram], spec: SymmetrySpec, transforms: Transforms
+) -> dict[str, Gram]:
+    """The Grams of layers' inputs after `transport` of the layers: T G Tᵀ where the inputs become T x.
+
+    Args:
+        grams: by weight [out, in]; those whose inputs no transform touches come back as they are.
+    """
+    moved = {}
+    for name, gram in grams.items():
+        inputs = spec.layout[name][1]
+        alone = replace(
+            spec, layout={name: (Leaf(inputs.size), inputs)}, pinned=(), unused=(), folds=()
+        )
+        # A weight that is the identity becomes T⁻¹: it must undo what its inputs undergo.
+        eye_DD = torch.eye(inputs.size, dtype=torch.float64)
+        inverse_DD = transport({name: eye_DD}, alone, transforms)[name]
+        if torch.equal(inverse_DD, eye_DD):
+            moved[name] = gram
+        else:
+            map_DD = torch.linalg.inv(inverse_DD)
+            moved[name] = Gram(map_DD @ gram.sum_DD @ map_DD.T, gram.count)
+    return moved
 
 
 class SpaceAlignment(NamedTuple):

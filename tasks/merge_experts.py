@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import alloy
+from alloy.activations import Gram
+from alloy.align import transport_grams
 from alloy.merge import MERGE_METHODS, MergeError, validate
 from alloy.models import ModalityModel, agnostic_config, shared_weights, split_experts
 from alloy.models.observe import REFERENCE, expert_spec
@@ -23,6 +25,7 @@ from tasks.params import ArmParams, MergeParams, ParamsError, load, nearest
 from tasks.storage import folder_digest, write_folder
 
 Experts = Mapping[str, Mapping[str, Tensor]]
+Grams = Mapping[str, Gram]
 LOWER_EXPERTS = ("v", "l")  # the blocks below the joint ones have no others
 
 
@@ -31,7 +34,7 @@ def merge_experts(
     arm: ArmParams,
     *,
     base: Mapping[str, Tensor] | None = None,
-    grams: Mapping[str, Mapping] | None = None,
+    grams: Mapping[str, Grams] | None = None,
 ) -> dict[str, Tensor]:
     """Merge the experts of every block: v and l in the lower ones, `arm.joint_experts` in the joint."""
     joint = experts["vl"]
@@ -56,34 +59,37 @@ def merge_experts(
     return merged
 
 
-def aligned(experts: Experts, transforms: Path) -> dict[str, Mapping[str, Tensor]]:
-    """The experts with the units of each moved as align found best."""
+def aligned(
+    experts: Experts, transforms: Path, grams: Mapping[str, Grams] | None = None
+) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Grams]]:
+    """The experts with the units of each moved as align found best, and their Grams with them."""
     spec = SymmetrySpec.from_json((transforms / "spec.json").read_text())
-    moved = dict(experts)
+    moved, moved_grams = dict(experts), dict(grams or {})
     for modality, weights in experts.items():
-        file = transforms / f"{modality}.safetensors"
         if modality == REFERENCE or not weights:
             continue
         inner = expert_spec(spec, weights)
-        moved[modality] = alloy.transport(
-            weights, inner, transforms_from_tensors(load_file(file), inner)
-        )
-    return moved
+        found = transforms_from_tensors(load_file(transforms / f"{modality}.safetensors"), inner)
+        moved[modality] = alloy.transport(weights, inner, found)
+        if grams is not None:
+            moved_grams[modality] = transport_grams(grams[modality], inner, found)
+    return moved, moved_grams
 
 
 def merge_arm(arm: ArmParams, models: Path) -> ModalityModel:
     """The agnostic model of one arm."""
     source = load_model(models / "checkpoints" / arm.checkpoint).cpu()
     weights = source.state_dict()
-    experts = split_experts(weights, source.config)
+    experts: Experts = split_experts(weights, source.config)
+    grams: Mapping[str, Grams] | None = None
+    if MERGE_METHODS[arm.method].statistics == "gram":
+        grams = load_statistics(models / "statistics" / arm.checkpoint).grams
     if arm.align:
-        experts = aligned(experts, models / "transforms" / arm.checkpoint)
+        experts, grams_moved = aligned(experts, models / "transforms" / arm.checkpoint, grams)
+        grams = None if grams is None else grams_moved
     base = None
     if arm.base is not None:
         base = load_model(models / "checkpoints" / arm.base).cpu().state_dict()
-    grams = None
-    if MERGE_METHODS[arm.method].statistics == "gram":
-        grams = load_statistics(models / "statistics" / arm.checkpoint).grams
     merged = merge_experts(experts, arm, base=base, grams=grams)
     model = ModalityModel(agnostic_config(source.config))
     model.load_state_dict({**shared_weights(weights, source.config), **merged}, strict=True)

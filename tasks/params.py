@@ -5,7 +5,7 @@ An unknown key is an error that names the nearest right one; there are no defaul
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -203,7 +203,7 @@ class ArmParams(Section):
     base: str | None = None  # the checkpoint that task vectors start from
     coefficients: dict[Literal["v", "l", "vl"], float] | None = None  # the method's own without
     joint_experts: list[Literal["v", "l", "vl"]] = ["v", "l", "vl"]  # merged in the joint blocks
-    options: dict[str, bool | int | float | str] = {}
+    options: dict[str, Any] = {}  # checked against the method's own
 
 
 class MergeParams(Section):
@@ -355,7 +355,7 @@ class WeightsMergeParams(Section):
     coefficients: (
         list[float] | dict[str, list[float]] | None
     )  # by glob pattern of names; null: alike
-    options: dict[str, bool | int | float | str]  # the method's settings
+    options: dict[str, Any]  # the method's settings, checked against its own
     dtype: str | None  # of the result; null: that of the sources
     tokenizer: Literal["same", "base", "union"]  # what to do where vocabularies differ
 

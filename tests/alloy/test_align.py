@@ -5,8 +5,8 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 import alloy
-from alloy.activations import CrossMoments, observe, unit_points
-from alloy.align import AlignmentError, align, describe, flat_order, score
+from alloy.activations import CrossMoments, Gram, Point, observe, unit_points
+from alloy.align import AlignmentError, align, describe, flat_order, score, transport_grams
 from alloy.matching import assign
 from alloy.similarity import Similarity
 from alloy.symmetry import identity, random_transforms, restrict, transport, with_kind
@@ -137,6 +137,32 @@ def test_a_flat_order_moves_units_as_transport_does(model, spec):
     value = "bert.encoder.layer.0.attention.self.value.bias"
     (space,) = [s for s, axis in spec.axes_of(value) if not spec.dependents(s)]
     assert torch.equal(moved[value], weights[value][flat_order(space, spec, transforms)])
+
+
+def test_grams_follow_the_layers_they_belong_to(model, inputs, spec):
+    """Transported Grams equal the Grams that the transported model collects."""
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    points = {f"{name}.weight": Point(name, "input") for name in linear}
+
+    def collect(of):
+        grams = {}
+        with (
+            torch.no_grad(),
+            observe(
+                of,
+                points,
+                lambda n, x: grams.update({n: Gram.zero(x.shape[-1]).update(x.flatten(0, 1))}),
+            ),
+        ):
+            of(**inputs)
+        return grams
+
+    transforms = random_transforms(with_kind(spec, "orthogonal"), torch.Generator().manual_seed(6))
+    other = _bert(0)
+    other.load_state_dict(transport(model.state_dict(), spec, transforms))
+    found = transport_grams(collect(model), spec, transforms)
+    for name, gram in collect(other).items():
+        torch.testing.assert_close(found[name].sum_DD, gram.sum_DD, rtol=1e-4, atol=1e-3)
 
 
 def test_restriction_to_some_weights_leaves_the_shared_stream_alone(model, spec):

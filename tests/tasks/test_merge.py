@@ -1,5 +1,8 @@
 """collect, align and merge on a real (tiny) modality transformer, in a workspace of their own."""
 
+import contextlib
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -38,7 +41,7 @@ CONFIG = {
 RECIPE = {
     "kind": "modality",
     "collect": {"checkpoints": ["specific"], "calibration_examples": 10, "batch_size": 4},
-    "align": {"space": "dual", "weight_share": 0.5, "method": "permute", "max_sweeps": 10},
+    "align": {"space": "dual", "weight_share": 0.9, "method": "permute", "max_sweeps": 10},
     "merge": {
         "result": "regmean",
         "arms": {
@@ -51,7 +54,7 @@ RECIPE = {
                 "checkpoint": "specific",
                 "method": "modality_arithmetic",
                 "base": "seed",
-                "coefficients": {"v": 0.5, "l": 0.5, "vl": 0.5},
+                "options": {"scale": 0.5},
             },
             "regmean": {"checkpoint": "specific", "method": "regmean"},
             "aligned": {"checkpoint": "specific", "method": "regmean", "align": True},
@@ -83,18 +86,28 @@ def _calibration(num: int = 10) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.fixture
-def workspace(tmp_path, monkeypatch):
-    """A folder with a recipe `tiny`, its checkpoints and calibration data; the working directory."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "params").mkdir()
-    (tmp_path / "params/recipes.yaml").write_text("recipes: [tiny]\n")
-    (tmp_path / "params/tiny.yaml").write_text(yaml.safe_dump(RECIPE))
-    checkpoints = tmp_path / "models/tiny/checkpoints"
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a recipe `tiny`, its checkpoints and calibration data, collected, aligned, merged."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "params").mkdir()
+    (folder / "params/recipes.yaml").write_text("recipes: [tiny]\n")
+    (folder / "params/tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    checkpoints = folder / "models/tiny/checkpoints"
     _model("none", 0).save_pretrained(checkpoints / "specific")
     _model("all", 1).save_pretrained(checkpoints / "seed")
-    (tmp_path / "data/tiny").mkdir(parents=True)
-    save_file(_calibration(), tmp_path / "data/tiny/calibration.safetensors")
+    (folder / "data/tiny").mkdir(parents=True)
+    save_file(_calibration(), folder / "data/tiny/calibration.safetensors")
+    with contextlib.chdir(folder):
+        _run()
+    return folder
+
+
+@pytest.fixture
+def workspace(finished, tmp_path, monkeypatch):
+    """A copy of the finished workspace of one's own; the working directory."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -170,7 +183,6 @@ def test_statistics_survive_the_disk(workspace, spec):
 
 
 def test_every_arm_loads_and_the_result_is_one_of_them(workspace):
-    _run()
     arms = sorted(p.name for p in (workspace / "models/tiny/arms").iterdir())
     assert arms == sorted(RECIPE["merge"]["arms"])
     for folder in [*(workspace / "models/tiny/arms").iterdir(), workspace / "models/tiny/merged"]:
@@ -183,7 +195,6 @@ def test_every_arm_loads_and_the_result_is_one_of_them(workspace):
 
 
 def test_interpolation_has_the_papers_coefficients_in_lower_and_joint_blocks(workspace):
-    _run()
     merged = load_file(workspace / "models/tiny/arms/interpolation/model.safetensors")
     source = _model("none", 0)
     experts = split_experts(source.state_dict(), source.config)
@@ -267,7 +278,6 @@ def test_planted_orders_of_units_and_heads_do_not_change_the_aligned_merge(works
     ],
 )
 def test_a_wrong_recipe_is_refused_and_the_old_result_stands(workspace, change, message):
-    _run()
     before = sorted((workspace / "models/tiny/arms").rglob("*"))
     _change(workspace, change)
     with pytest.raises(ValueError, match=message):

@@ -31,6 +31,11 @@ Statistics = Mapping[str, Sequence[CrossMoments]]
 """For each space, the cross-moments of its units (batch dims flattened in front) at each point."""
 
 
+def mean_correlation(moments: Sequence[CrossMoments]) -> Tensor:
+    """The correlation of a space's units, averaged over the points where they were observed."""
+    return torch.stack([m.correlation_DE() for m in moments]).mean(0)
+
+
 @dataclass(frozen=True)
 class Similarity:
     """J of a pair of models: everything that stays fixed while transforms are searched."""
@@ -71,7 +76,7 @@ class Similarity:
 
     def _by_activation(self, space: str) -> Tensor:
         moments = self.statistics[space]
-        correlation = torch.stack([m.correlation_DE() for m in moments]).mean(0)
+        correlation = mean_correlation(moments)
         weight = len(self.spec.spaces[space].axes) / len(correlation)
         return self._pairs(space, weight * correlation)
 
@@ -107,7 +112,7 @@ class Similarity:
         if self.weight_share < 1:
             for space, moments in self.statistics.items():
                 order = transforms_applied[space]
-                correlation = torch.stack([m.correlation_DE() for m in moments]).mean(0)
+                correlation = mean_correlation(moments)
                 matched = correlation[torch.arange(len(order)), order].mean()
                 weight = len(self.spec.spaces[space].axes)
                 j += (1 - self.weight_share) * weight * float(matched)

@@ -5,8 +5,22 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from alloy.symmetry.engine import Engine, Requests
+from alloy.symmetry.fold import NoFoldError, plan_folds
+from alloy.symmetry.kinds import Kinds
 from alloy.symmetry.rules import RULES
-from alloy.symmetry.spec import Axis, Leaf, Pinned, Space, SymmetrySpec, Term, leaves
+from alloy.symmetry.spec import (
+    Axis,
+    Fold,
+    Kind,
+    Leaf,
+    Pinned,
+    Product,
+    Space,
+    Sum,
+    SymmetrySpec,
+    Term,
+    leaves,
+)
 from alloy.symmetry.structure import acyclic, atoms_in_weights, dependencies, term_of
 from alloy.symmetry.terms import find
 from alloy.symmetry.terms import leaves as node_leaves
@@ -48,42 +62,84 @@ def apply_rules(log: Log) -> Engine:
 
 
 def spec_of(log: Log) -> SymmetrySpec:
+    """Read the spaces of a log off its terms."""
     engine = apply_rules(log)
     on_weights = atoms_in_weights(engine)
     rank = {atom: i for i, atom in enumerate(on_weights)}
     free = {atom: leaf for atom, leaf in on_weights.items() if leaf.reason is None}
     parents = acyclic(dependencies(engine, free), rank)
     used = {p for atom in free for p in parents[atom]}
-    named = {atom for atom in on_weights if atom in free or atom in used}
-    names = _names(engine, named)
-    layout = _layout(log, engine, names)
+    names = _names(engine, {atom for atom in on_weights if atom in free or atom in used})
+    kinds = Kinds(engine, free)
     primary = _primary_names(log)
-    places: dict[str, list[Axis]] = {}
-    for weight in primary:
-        for dim, term in enumerate(layout[weight]):
-            for path, leaf in leaves(term):
-                if leaf.space is not None:
-                    places.setdefault(leaf.space, []).append(Axis(weight, dim, path, leaf.variance))
+    groups = {names[atom]: "permutation" if atom in used else kinds.kind(atom) for atom in free}
+    variances = _variances(kinds, {atom: groups[names[atom]] for atom in free})
+    layout = _layout(log, engine, names, variances)
+    axes = _axes(layout, primary)
+    folds: list[Fold] = []
+    unfoldable: dict[str, str] = {}
     spaces = {}
     for atom, leaf in free.items():
         name = names[atom]
-        spaces[name] = Space(
-            name,
-            leaf.size,
-            "permutation",
-            "permutation",
-            tuple(names[p] for p in parents[atom]),
-            tuple(places[name]),
-        )
-    fixed = {names[a]: on_weights[a].size for a in used if a not in free}
+        folded_kind = groups[name]
+        facts = kinds.facts[atom]
+        if atom not in used and facts.gains and not facts.forbidden:
+            try:
+                folds += plan_folds(kinds, atom, name, axes[name])
+                ones = any(use.centres for use in facts.gains)
+                folded_kind = "orthogonal fixing ones" if ones else "orthogonal"
+            except NoFoldError as reason:
+                unfoldable[name] = str(reason)
+        depends_on = tuple(names[p] for p in parents[atom])
+        where = tuple(axes[name].values())
+        spaces[name] = Space(name, leaf.size, groups[name], folded_kind, depends_on, where)
+    first = {value.id: name for name, value in reversed(log.weights.items())}
     return SymmetrySpec(
         spaces=spaces,
         layout=layout,
-        fixed=fixed,
-        pinned=tuple(_pinned(log, engine, layout, primary)),
+        fixed={names[a]: on_weights[a].size for a in used if a not in free},
+        pinned=tuple(_pinned(log, engine, primary)),
+        tied={n: first[v.id] for n, v in log.weights.items() if first[v.id] != n},
         unused=tuple(name for name, value in log.weights.items() if value.id not in engine.dims),
         unknown_operations=dict(engine.unknown),
+        folds=tuple(folds),
+        unfoldable=unfoldable,
     )
+
+
+def _variances(kinds: Kinds, groups: dict[int, Kind]) -> dict[tuple[str, int, int], list[int]]:
+    """How each place of a space on a weight follows it: (weight, dim, atom) -> variances in order."""
+    found: dict[tuple[str, int, int], list[int]] = {}
+    for atom, kind in groups.items():
+        flipped = kinds.sign_solution(atom) if kind == "signed permutation" else set()
+        start = None
+        for name, dim, _, variable in kinds.weight_variables(atom):
+            variance = 1
+            if kind == "signed permutation":
+                variance = int(kinds.signs.find(variable)[0] in flipped)
+            elif kind == "general linear":
+                _, bit = kinds.linear.find(variable)
+                start = bit if start is None else start
+                variance = 1 if bit == start else -1
+            found.setdefault((name, dim, atom), []).append(variance)
+    return found
+
+
+def _axes(
+    layout: dict[str, tuple[Term, ...]], primary: list[str]
+) -> dict[str, dict[tuple[str, int, int], Axis]]:
+    """Space -> (weight, dim, how many places of it come before in the dim) -> axis."""
+    axes: dict[str, dict[tuple[str, int, int], Axis]] = {}
+    for weight in primary:
+        for dim, term in enumerate(layout[weight]):
+            places: dict[str, int] = {}
+            for path, leaf in leaves(term):
+                if leaf.space is not None:
+                    place = places.get(leaf.space, 0)
+                    places[leaf.space] = place + 1
+                    axis = Axis(weight, dim, path, leaf.variance)
+                    axes.setdefault(leaf.space, {})[weight, dim, place] = axis
+    return axes
 
 
 def _primary_names(log: Log) -> list[str]:
@@ -107,19 +163,47 @@ def _names(engine: Engine, wanted: set[int]) -> dict[int, str]:
     return names
 
 
-def _layout(log: Log, engine: Engine, names: dict[int, str]) -> dict[str, tuple[Term, ...]]:
-    layout = {}
+def _layout(
+    log: Log,
+    engine: Engine,
+    names: dict[int, str],
+    variances: dict[tuple[str, int, int], list[int]],
+) -> dict[str, tuple[Term, ...]]:
+    first = {value.id: name for name, value in reversed(log.weights.items())}
+    atoms = {name: atom for atom, name in names.items()}
+    layout: dict[str, tuple[Term, ...]] = {}
     for weight, value in log.weights.items():
-        if value.id in engine.dims:
-            layout[weight] = tuple(term_of(node, names) for node in engine.dims[value.id])
+        if first[value.id] != weight:
+            layout[weight] = layout[first[value.id]]
+        elif value.id in engine.dims:
+            layout[weight] = tuple(
+                _with_variances(
+                    term_of(node, names),
+                    {
+                        name: iter(variances.get((weight, dim, atom), ()))
+                        for name, atom in atoms.items()
+                        if (weight, dim, atom) in variances
+                    },
+                )
+                for dim, node in enumerate(engine.dims[value.id])
+            )
         else:
             layout[weight] = tuple(Leaf(n) for n in value.shape)
     return layout
 
 
-def _pinned(
-    log: Log, engine: Engine, layout: dict[str, tuple[Term, ...]], primary: list[str]
-) -> Iterator[Pinned]:
+def _with_variances(term: Term, variances: dict[str, Iterator[int]]) -> Term:
+    match term:
+        case Leaf(size, space) if space in variances:
+            return Leaf(size, space, next(variances[space]))
+        case Product(factors):
+            return Product(tuple(_with_variances(f, variances) for f in factors))
+        case Sum(parts):
+            return Sum(tuple(_with_variances(p, variances) for p in parts))
+    return term
+
+
+def _pinned(log: Log, engine: Engine, primary: list[str]) -> Iterator[Pinned]:
     for weight in primary:
         for dim, node in enumerate(engine.dims.get(log.weights[weight].id, ())):
             reasons = {str(id(leaf)): leaf.reason for leaf in node_leaves(node) if leaf.reason}

@@ -126,7 +126,10 @@ class SymmetrySpec:
     `layout` gives each weight of the state dict (aliases of tied weights included) one term per dim.
     `fixed` names dims that cannot move, but per whose units other spaces are transformed (heads that
     ALiBi tells apart): a space may depend on them, and no transform exists for them.
+    `tied` maps further names of a tied weight to its first one; axes are listed under the first only.
     `unused` lists weights that the traced forwards never read: their layout is fixed.
+    `folds` are the gains that `fold_norms` can move, `unfoldable` says for each space why it cannot;
+    `folded` lists gains that have been moved: the spec holds only while they stay one.
     `unknown_operations` maps each operation without a rule to the module that called it first.
     """
 
@@ -134,9 +137,11 @@ class SymmetrySpec:
     layout: Mapping[str, tuple[Term, ...]]
     fixed: Mapping[str, int] = field(default_factory=dict)
     pinned: tuple[Pinned, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     unknown_operations: Mapping[str, str] = field(default_factory=dict)
     folds: "tuple[Fold, ...]" = ()
+    folded: tuple[str, ...] = ()
     unfoldable: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -359,8 +364,10 @@ def _spec_to_data(spec: SymmetrySpec) -> dict[str, Any]:
         "pinned": [
             {"axis": _axis_to_data(p.axis), "size": p.size, "reason": p.reason} for p in spec.pinned
         ],
+        "tied": dict(spec.tied),
         "unused": list(spec.unused),
         "unknown_operations": dict(spec.unknown_operations),
+        "folded": list(spec.folded),
         "folds": [
             {
                 "space": fold.space,
@@ -395,6 +402,7 @@ def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
         pinned=tuple(
             Pinned(_axis_from_data(p["axis"]), p["size"], p["reason"]) for p in data["pinned"]
         ),
+        tied=data["tied"],
         unused=tuple(data["unused"]),
         unknown_operations=data["unknown_operations"],
         folds=tuple(
@@ -409,6 +417,7 @@ def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
             )
             for fold in data["folds"]
         ),
+        folded=tuple(data["folded"]),
         unfoldable=data["unfoldable"],
     )
 

@@ -58,19 +58,19 @@ def neighbours(dims: Sequence[Node]) -> Iterator[tuple[Atom, set[Atom]]]:
         tops = [[f for f in flatten_product([d]) if f.form == "leaf"] for d in variant]
         for d, node in enumerate(variant):
             outside = [f for i, top in enumerate(tops) if i != d for f in top]
-            yield from _neighbours_in(node, outside)
+            yield from _neighbours_in(flatten_product([node]), outside)
 
 
-def _neighbours_in(node: Node, outside: list[Node]) -> Iterator[tuple[Atom, set[Atom]]]:
-    factors = flatten_product([node])
+def _neighbours_in(factors: list[Node], outside: list[Node]) -> Iterator[tuple[Atom, set[Atom]]]:
     for i, factor in enumerate(factors):
         beside = [f for j, f in enumerate(factors) if j != i and f.form == "leaf"] + outside
         if factor.form == "leaf":
             ids = [id(f) for f in beside]
             yield id(factor), {a for a in ids if ids.count(a) == 1}
-        else:
-            for part in flatten_sum([factor]):
-                yield from _neighbours_in(part, beside)
+            continue
+        for part in flatten_sum([factor]):
+            for variant in unfold_families(flatten_product([part])):
+                yield from _neighbours_in(flatten_product(variant), beside)
 
 
 def dependencies(engine: Engine, atoms: Mapping[Atom, Node]) -> dict[Atom, set[Atom]]:

@@ -392,6 +392,8 @@ def narrow(node: Node, index: Node, start: int, end: int, sliced: Node) -> Node:
     if node.form == PRODUCT:
         factors = flatten_product([node])
         return product([narrow(factor, index, start, end, sliced) for factor in factors])
+    if node.form == SUM and any(find(i) is find(index) for _, i in family_indices([node])):
+        return direct_sum([narrow(part, index, start, end, sliced) for part in node.parts])
     if node.form != FAMILY or find(node.index) is not find(index):
         return node
     members, widths = [], []
@@ -406,9 +408,15 @@ def narrow(node: Node, index: Node, start: int, end: int, sliced: Node) -> Node:
 
 
 def family_indices(nodes: Iterable[Node]) -> Iterator[tuple[Node, Node]]:
-    """Every (family, index) among dims."""
+    """Every (family, index) among dims; those with both inside one part of a sum are left out."""
     for node in map(find, nodes):
         if node.form == FAMILY:
             yield node, find(node.index)
         if node.form in (PRODUCT, FAMILY):
             yield from family_indices(node.parts)
+        if node.form == SUM:
+            for part in flatten_sum([node]):
+                inside = {id(factor) for factor in flatten_product([part])}
+                for member, index in family_indices([part]):
+                    if id(index) not in inside:
+                        yield member, index

@@ -141,9 +141,9 @@ class PairReasoning(Benchmark):
     """Is a statement true of two images: "there is cat in both"? `pixel_values` is [N, 2, 3, S, S]."""
 
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
+        text = _text(batch)
         left, right = (
-            model.encode_joint(images, batch["input_ids"], batch["attention_mask"])
-            for images in batch["pixel_values"].unbind(1)
+            model.encode_joint(images, *text) for images in batch["pixel_values"].unbind(1)
         )
         return model.pair_logits(left, right)
 
@@ -223,13 +223,18 @@ class Segmentation(Benchmark):
         }
 
 
+def _text(batch: Split) -> tuple[Tensor, Tensor]:
+    """Ids and mask without the columns in which every text of the batch is padding."""
+    longest = int(batch["attention_mask"].sum(1).max())
+    return batch["input_ids"][:, :longest], batch["attention_mask"][:, :longest]
+
+
 def _joint(model: ModalityModel, batch: Split) -> Tensor:
-    return model.encode_joint(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
+    return model.encode_joint(batch["pixel_values"], *_text(batch))
 
 
 def _embeddings(model: ModalityModel, batch: Split) -> tuple[Tensor, Tensor]:
-    text = model.encode_text(batch["input_ids"], batch["attention_mask"])
-    return model.encode_image(batch["pixel_values"]), text
+    return model.encode_image(batch["pixel_values"]), model.encode_text(*_text(batch))
 
 
 def _mean_iou(overlap: Tensor, union: Tensor) -> Tensor:

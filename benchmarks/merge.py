@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -147,13 +146,13 @@ class Bench:
         with (self.folder / "log").open("w") as log:
             start = time.perf_counter()
             process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
-            with _anonymous_peak(process.pid) as peak:
+            with _memory_peak(process.pid) as peak:
                 _, status, usage = os.wait4(process.pid, 0)
             wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             sys.exit(f"{name} failed:\n{(self.folder / 'log').read_text()[-2000:]}")
-        run = Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, max(peak))
+        run = Run(wall, usage.ru_utime + usage.ru_stime, peak_mb=peak[1], anonymous_mb=peak[0])
         if record:
             self.runs.setdefault(name, []).append(run)
 
@@ -192,11 +191,11 @@ class Worker:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        with _anonymous_peak(self.process.pid) as peak:
+        with _memory_peak(self.process.pid) as peak:
             answer = self.process.stdout.readline()
         if not answer:
             sys.exit(f"the worker died on {request}")
-        return Run(**json.loads(answer), anonymous_mb=max(peak))
+        return Run(**json.loads(answer), peak_mb=peak[1], anonymous_mb=peak[0])
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -213,14 +212,13 @@ def serve() -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         alloy.merge_checkpoints(request.pop("method"), **request)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"wall": wall, "cpu": cpu, "peak_mb": peak}), flush=True)
+        print(json.dumps({"wall": wall, "cpu": cpu}), flush=True)
 
 
 @contextmanager
-def _anonymous_peak(pid: int) -> Iterator[list[float]]:
-    """The most anonymous memory that a process was seen to hold, MB."""
-    seen, stop = [0.0], threading.Event()
+def _memory_peak(pid: int) -> Generator[list[float]]:
+    """The most memory (anonymous, and in all) that a process was seen to hold, MB."""
+    seen, stop = [0.0, 0.0], threading.Event()
 
     def watch() -> None:
         while not stop.wait(_SAMPLE_SECONDS):
@@ -229,8 +227,9 @@ def _anonymous_peak(pid: int) -> Iterator[list[float]]:
             except OSError:
                 return
             for line in status.splitlines():
-                if line.startswith("RssAnon:"):
-                    seen[0] = max(seen[0], int(line.split()[1]) / 1024)
+                for i, field in enumerate(("RssAnon:", "VmRSS:")):
+                    if line.startswith(field):
+                        seen[i] = max(seen[i], int(line.split()[1]) / 1024)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -243,19 +242,16 @@ def _anonymous_peak(pid: int) -> Iterator[list[float]]:
 
 def mergekit_command(folder: Path, method: str, models: Sequence[str]) -> list[str]:
     """mergekit-yaml with its default settings; equal weights, density 0.5."""
-    entries = [
-        {"model": str(folder / m), "parameters": {"weight": 1 / len(models), "density": 0.5}}
-        for m in models
-    ]
+    parameters = {"weight": 1 / len(models)}
+    if method in ("ties", "dare_ties"):
+        parameters["density"] = 0.5
+    entries = [{"model": str(folder / m), "parameters": parameters} for m in models]
     config: dict = {"merge_method": method, "models": entries, "dtype": "bfloat16"}
     if method == "slerp":
         config |= {"base_model": str(folder / models[0]), "parameters": {"t": 0.5}}
         config["models"] = [{"model": str(folder / m)} for m in models]
     elif method != "linear":
         config["base_model"] = str(folder / BASE)
-    if method in ("linear", "task_arithmetic"):
-        for entry in entries:
-            entry["parameters"].pop("density")
     file = folder / f"{method}.yml"
     file.write_text(json.dumps(config))
     return [str(Path(sys.executable).with_name("mergekit-yaml")), str(file), str(folder / "out")]

@@ -100,6 +100,8 @@ def compare_processors(
 ) -> tuple[list[str], list[str]]:
     """Problems and notes about processors and generation settings that differ from the first source's."""
     problems, notes = [], []
+    if not folders:
+        return problems, notes
     (reference, first), *others = folders.items()
     for source, folder in others:
         for name in (*_MUST_AGREE, "generation_config.json"):

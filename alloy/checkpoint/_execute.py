@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,7 +36,8 @@ _FLUSH_BYTES = 16 << 20
 _PREFETCH_CHUNKS = 8
 _SYNC_FILE_RANGE_WRITE = 2
 
-Rows = Sequence[np.ndarray]
+Rows = np.ndarray | Sequence[np.ndarray]
+"""One row of bytes per input; an array [inputs, bytes] where all have one dtype."""
 RowMap = np.ndarray
 """For each row of the output, the row of a source's tensor; -1 where the source has none."""
 
@@ -71,7 +72,7 @@ class Step:
     dtype: str
     shape: tuple[int, ...]
     inputs: tuple[Entry, ...]
-    work: partial[Work]
+    work: partial[Any]  # makes a Work
     row_maps: tuple[RowMap, ...] | None = None
     """For a tensor with one row per token, where the sources' vocabularies differ."""
     prefer_first: bool = False
@@ -194,14 +195,11 @@ class _Output:
         self._sha256 = hashlib.sha256()
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         _reserve(self._descriptor, shard.num_bytes)
-        self._append(shard.header, at=0)
+        header = memoryview(shard.header)
+        self.write(header, 0)
+        self._hash(header)
 
-    def _append(self, data: bytes | np.ndarray, at: int) -> None:
-        self.write(data, at)
-        self._hash(data)
-
-    def write(self, data: bytes | np.ndarray, offset: int) -> None:
-        view = memoryview(data)
+    def write(self, view: memoryview, offset: int) -> None:
         while view:
             count = os.pwrite(self._descriptor, view, offset)
             view, offset = view[count:], offset + count
@@ -220,7 +218,7 @@ class _Output:
                     self._hashing = False
                     return self._done()
                 self._next += 1
-            self._hash(due)
+            self._hash(due.data)
             release(due)
 
     def seal(self) -> bool:
@@ -236,7 +234,7 @@ class _Output:
         self._sealed = False
         return True
 
-    def _hash(self, data: bytes | np.ndarray) -> None:
+    def _hash(self, data: memoryview) -> None:
         self._sha256.update(data)
         self._hashed += len(data)
         if self._hashed - self._flushed >= _FLUSH_BYTES:
@@ -386,7 +384,7 @@ class _Schedule:
             out = self._buffer(num_bytes)
             work.compute(rows, piece.start, out)
             del rows
-        task.output.write(out, task.offset + piece.start * ITEM_BYTES[step.dtype])
+        task.output.write(out.data, task.offset + piece.start * ITEM_BYTES[step.dtype])
         self._on_bytes(num_bytes)
         with self._condition:
             task.remaining -= 1
@@ -427,7 +425,7 @@ class _Schedule:
         for entry, descriptor, row in zip(step.inputs, task.descriptors, rows, strict=True):
             start = piece.start * ITEM_BYTES[entry.dtype]
             _prefetch(descriptor, entry, start, len(row))
-            read_into(descriptor, memoryview(row), entry.start + start, entry.file)
+            read_into(descriptor, row.data, entry.start + start, entry.file)
         return buffer, rows
 
     def _buffer(self, num_bytes: int) -> np.ndarray:
@@ -469,7 +467,7 @@ def read_mapped(step: Step, descriptors: Sequence[int], start: int, stop: int) -
         breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
         for run in np.split(np.arange(end - begin), breaks):
             if wanted[run[0]] >= 0:
-                target = memoryview(rows[i, run[0] : run[-1] + 1].reshape(-1))
+                target = rows[i, run[0] : run[-1] + 1].reshape(-1).data
                 read_into(descriptor, target, entry.start + int(wanted[run[0]]) * width, entry.file)
     for column in np.flatnonzero(missing.any(0)):
         _fill(rows[:, column], missing[:, column], step.prefer_first, KINDS[first.dtype])

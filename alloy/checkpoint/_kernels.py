@@ -7,6 +7,8 @@ way of cutting a tensor gives another result. The GIL is released, so each worke
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -25,10 +27,11 @@ NUM_MAGNITUDES = 1 << 15
 
 _INFINITY = 0x7F800000
 _u32 = np.uint32
+_primitive: Any = intrinsic  # a decorator whose type says it takes the typing context from callers
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
-@intrinsic
+@_primitive
 def _float_of(typing_context, bits):
     """The float32 that has these 32 bits."""
 
@@ -38,7 +41,7 @@ def _float_of(typing_context, bits):
     return types.float32(types.uint32), generate
 
 
-@intrinsic
+@_primitive
 def _bits_of(typing_context, value):
     """The 32 bits of a float32."""
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -239,7 +239,7 @@ _LOCK = "lock"
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Generator[None]:
     """The unfinished folder, ours alone; what it holds stays for the next run when this one dies."""
     folder.mkdir(exist_ok=True)
     with (folder / _LOCK).open("w") as file:
@@ -253,7 +253,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _single_threaded_torch(shards: Sequence[Shard]) -> Iterator[None]:
+def _single_threaded_torch(shards: Sequence[Shard]) -> Generator[None]:
     """Workers are the parallelism: torch's own threads would compete, and change the order of its sums."""
     if not any(step.work.func is Function for shard in shards for step in shard.steps):
         yield

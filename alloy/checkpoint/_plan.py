@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -572,8 +572,7 @@ def _with_method(tensor: PlannedTensor, settings: MergeSettings) -> PlannedTenso
     if tensor.how != "merge":
         return tensor
     row = settings.coefficients.get(tensor.name, ())
-    values = {**vars(tensor), "how": settings.name, "coefficients": tuple(row)}
-    return PlannedTensor(**values)
+    return replace(tensor, how=settings.name, coefficients=tuple(row))
 
 
 def _layout(

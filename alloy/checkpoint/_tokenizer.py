@@ -210,9 +210,9 @@ def _extended(
 
 def _add_merges(model: dict, merges: Sequence, tokens: set[str]) -> None:
     """Merges that make new tokens, after the ones there are."""
-    ours = model.get("merges")
-    if not ours and not merges:
+    if not merges:
         return
+    ours = model.setdefault("merges", [])
     as_text = bool(ours) and isinstance(ours[0], str)
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge

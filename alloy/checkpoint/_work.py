@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 
 from alloy.checkpoint import _kernels as kernels
+from alloy.checkpoint._execute import Rows
 from alloy.checkpoint._format import Entry
 from alloy.merge import MergeError, MergeMethod, MergeSettings
-
-Rows = Sequence[np.ndarray]
-"""One row of bytes per input; an array [inputs, bytes] where all have one dtype."""
 
 _TORCH_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -88,6 +86,9 @@ class _Work:
         raise NotImplementedError
 
     def prepare(self, round_: int) -> None:
+        raise NotImplementedError
+
+    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
         raise NotImplementedError
 
 

@@ -1,6 +1,9 @@
 """Checkpoints small enough to write in every test."""
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -43,34 +46,36 @@ def tensors(
     return result
 
 
+def write_checkpoint(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: Mapping | None = CONFIG,
+    num_shards: int = 1,
+) -> Path:
+    folder.mkdir()
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    names = list(weights)
+    if num_shards == 1:
+        save_file(dict(weights), folder / "model.safetensors")
+        return folder
+    weight_map = {}
+    for i in range(num_shards):
+        file = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = {n: weights[n] for n in names[i::num_shards]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Write a checkpoint folder: `write("a", tensors, config=..., num_shards=...)`."""
 
-    def _write(
-        name: str,
-        weights: Mapping[str, Tensor],
-        *,
-        config: Mapping | None = CONFIG,
-        num_shards: int = 1,
-    ) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        if config is not None:
-            (folder / "config.json").write_text(json.dumps(config))
-        names = list(weights)
-        if num_shards == 1:
-            save_file(dict(weights), folder / "model.safetensors")
-            return folder
-        weight_map = {}
-        for i in range(num_shards):
-            file = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
-            part = {n: weights[n] for n in names[i::num_shards]}
-            save_file(part, folder / file)
-            weight_map |= dict.fromkeys(part, file)
-        index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-        return folder
+    def _write(name: str, weights: Mapping[str, Tensor], **keywords) -> Path:
+        return write_checkpoint(tmp_path / name, weights, **keywords)
 
     return _write
 
@@ -111,3 +116,50 @@ def load() -> Callable[[Path], dict[str, Tensor]]:
 @pytest.fixture
 def config() -> dict:
     return dict(CONFIG)
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from alloy.checkpoint import plan_merge, run_plan
+
+output, *sources = map(Path, sys.argv[1:])
+journal = output.with_name(output.name + ".incomplete") / "journal.jsonl"
+plan = plan_merge("linear", sources, output)
+first = len(next(iter(plan.layout.values())))
+written = []
+
+def die(num_bytes):
+    written.append(num_bytes)
+    if len(written) > first:
+        while "sha256" not in journal.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run_plan(plan, threads=1, on_bytes=die)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed_once(tmp_path_factory) -> tuple[list[Path], Path, Path]:
+    """Sources, the output of a run killed in its second file, and a copy of what it left."""
+    folder = tmp_path_factory.mktemp("killed")
+    sources = [write_checkpoint(folder / n, tensors(i), num_shards=3) for i, n in enumerate("ab")]
+    output = folder / "out"
+    command = [sys.executable, "-c", KILLED, str(output), *map(str, sources)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == -9, done.stderr.decode()
+    assert not output.exists()
+    (folder / "out.incomplete").rename(folder / "left")
+    return sources, output, folder / "left"
+
+
+@pytest.fixture
+def killed(killed_once) -> tuple[list[Path], Path, Path]:
+    """Sources, output and unfinished folder as the killed run left them."""
+    sources, output, left = killed_once
+    unfinished = output.with_name("out.incomplete")
+    for folder in (output, unfinished):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(left, unfinished)
+    return sources, output, unfinished

@@ -252,6 +252,7 @@ def test_refused_with_name_and_fix_and_nothing_is_written(case, write, weights, 
             world.method, sources, output, base=folders["seed"] if world.base else None, **keywords
         )
     assert (sorted(output.rglob("*")) if output.exists() else None) == before
+    assert not list(tmp_path.glob("*.incomplete"))
 
 
 def test_the_probed_table_is_complete():

@@ -1,0 +1,415 @@
+"""The engine's laws: streaming changes nothing, results are whole or absent, an interrupted run goes on."""
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import alloy
+from alloy.activations import Gram
+from alloy.checkpoint import CheckpointError, open_checkpoint, plan_merge, run_plan
+from alloy.merge import MERGE_METHODS, MergeError
+
+STREAMED = sorted(name for name, method in MERGE_METHODS.items() if method.scope == "tensor")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+
+
+def statistics_of(
+    kind: str, weights: dict[str, torch.Tensor], seed: int
+) -> dict[str, torch.Tensor]:
+    """Random statistics in the files' format."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "fisher":
+        return {name: torch.rand(w.shape, generator=generator) for name, w in weights.items()}
+    result = {}
+    for name, weight in weights.items():
+        if weight.ndim == 2 and weight.numel() and "layers.0" in name:
+            x = torch.randn(64, weight.shape[1], generator=generator).double()
+            result |= {f"{name}/sum": x.T @ x, f"{name}/count": torch.tensor(64)}
+    return result
+
+
+@pytest.mark.parametrize("method", STREAMED)
+def test_streamed_merge_is_the_merge_in_memory(method, write, weights, load, tmp_path):
+    """Every method that works tensor by tensor gives from disk what `alloy.merge` gives from memory."""
+    spec = MERGE_METHODS[method]
+    n = min(3, spec.max_models or 3)
+    models = [weights(i + 1) for i in range(n)]
+    seed = weights(0)
+    folders = [write(f"m{i}", model, num_shards=i + 1) for i, model in enumerate(models)]
+    base = spec.base != "unused"
+    files, measured = None, None
+    if spec.statistics:
+        stored = [statistics_of(spec.statistics, model, i) for i, model in enumerate(models)]
+        files = [tmp_path / f"s{i}.safetensors" for i in range(n)]
+        for file, tensors in zip(files, stored, strict=True):
+            save_file(tensors, file)
+        measured = stored
+        if spec.statistics == "gram":
+            measured = [
+                {
+                    k[:-4]: Gram(v, int(s[k[:-4] + "/count"]))
+                    for k, v in s.items()
+                    if k.endswith("/sum")
+                }
+                for s in stored
+            ]
+    alloy.merge_checkpoints(
+        method,
+        folders,
+        tmp_path / "out",
+        base=write("seed", seed) if base else None,
+        statistics=files,
+        threads=2,
+    )
+    expected = alloy.merge(method, models, base=seed if base else None, statistics=measured)
+    merged = load(tmp_path / "out")
+    assert list(open_checkpoint(tmp_path / "out").entries) == list(
+        open_checkpoint(folders[0]).entries
+    )
+    assert merged.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if spec.mix is None:
+            assert torch.equal(merged[name], tensor), name
+        else:  # inner products summed in another order: at most a neighbour (test_kernels.py counts)
+            torch.testing.assert_close(merged[name], tensor, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method", ["linear", "ties", "dare_ties", "slerp", "karcher", "nearswap", "sce", "della"]
+)
+def test_result_does_not_depend_on_threads_or_chunks(method, write, weights, tmp_path):
+    """Equal bytes with 1, 2 and 5 workers, with the smallest chunks and with whole tensors."""
+    spec = MERGE_METHODS[method]
+    large = {
+        **weights(1),
+        "large": torch.randn(300_001, generator=torch.Generator().manual_seed(9)).bfloat16(),
+    }
+    models = [
+        {name: tensor * (1 + i / 10) for name, tensor in large.items()}
+        for i in range(spec.max_models or 3)
+    ]
+    folders = [write(f"m{i}", model, num_shards=3) for i, model in enumerate(models)]
+    base = (
+        write("seed", {n: t * 0.9 for n, t in large.items()}) if spec.base == "required" else None
+    )
+    seen = set()
+    for i, (threads, chunk_bytes) in enumerate(((1, 1 << 24), (2, 1 << 12), (5, 1 << 17))):
+        plan = plan_merge(method, folders, tmp_path / f"out{i}", base=base)
+        run_plan(plan, threads=threads, chunk_bytes=chunk_bytes)
+        seen.add(json.dumps(digests(plan.output)))
+    assert len(seen) == 1
+
+
+def test_merging_a_model_with_itself_returns_its_bytes(write, weights, load, tmp_path):
+    """Linear with weights 0.3 and 0.7, TIES on itself as base: the same tensors, names, order."""
+    folder = write("a", weights(1), num_shards=2)
+    alloy.merge_checkpoints("ties", [folder, folder], tmp_path / "out", base=folder)
+    for name, tensor in weights(1).items():
+        assert torch.equal(load(tmp_path / "out")[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("shard_bytes", "num_files"), [(None, 3), (10**9, 1), (185_000, 2), (1, 8)]
+)
+def test_result_is_sharded_as_asked(shard_bytes, num_files, sources, tmp_path):
+    """By default as the first source; else each file holds at most what was said, or one tensor."""
+    alloy.merge_checkpoints("linear", sources, tmp_path / "out", shard_bytes=shard_bytes)
+    merged = open_checkpoint(tmp_path / "out")  # checks the index against the files
+    assert len(merged.files) == num_files
+    assert list(merged.entries) == list(open_checkpoint(sources[0]).entries)
+
+
+def test_every_file_is_hashed_on_the_way(sources, tmp_path):
+    """The report, the record and the card tell the SHA-256 of every file as it lies on the disk."""
+    report = alloy.merge_checkpoints("linear", sources, tmp_path / "out", threads=3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    account = json.loads((tmp_path / "out" / "alloy_merge.json").read_text())
+    written = {p.name for p in (tmp_path / "out").iterdir()}
+    assert report.files.keys() == written - {"README.md", "alloy_merge.json"}
+    assert account["files"] == report.files
+    for name, digest in report.files.items():
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
+        assert digest in card
+
+
+def test_the_card_tells_sources_revisions_hashes_coefficients_and_command(write, weights, tmp_path):
+    """What `fetch` wrote about a source is in the card; without it the size, or on demand the hash."""
+    a, b = write("a", weights(1)), write("b", weights(2))
+    content = (a / "model.safetensors").read_bytes()
+    manifest = {
+        "source": "hf://org/a@main",
+        "revision": "f" * 40,
+        "files": {"model.safetensors": {"size": len(content), "sha256": "0123" * 16}},
+    }
+    (a / "manifest.json").write_text(json.dumps(manifest))
+    for i, hash_sources in enumerate((False, True)):
+        out = tmp_path / f"out{i}"
+        alloy.merge_checkpoints(
+            "linear",
+            [a, b],
+            out,
+            coefficients=[3, 1],
+            hash_sources=hash_sources,
+            command="make it so",
+        )
+        card = (out / "README.md").read_text()
+        for part in (
+            "hf://org/a@main",
+            "f" * 40,
+            "0123" * 16,
+            "`a`: 0.75",
+            "`b`: 0.25",
+            "make it so",
+        ):
+            assert part in card
+        digest = hashlib.sha256((b / "model.safetensors").read_bytes()).hexdigest()
+        assert (digest in card) == hash_sources
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_dtype_is_as_asked(dtype, write, weights, load, tmp_path):
+    """Weights, copied ones too, have the dtype asked for, computed in float32 from the inputs; so says the config."""
+    folders = []
+    for i in (1, 2):
+        integers = {"ids": torch.arange(5)}
+        folders.append(write(f"m{i}", {**weights(i), **integers}))
+    alloy.merge_checkpoints(
+        "linear", folders, tmp_path / "out", dtype=dtype, copy={"lm_head*": "m2"}
+    )
+    merged = load(tmp_path / "out")
+    wanted = getattr(torch, dtype)
+    assert {t.dtype for n, t in merged.items() if n != "ids"} == {wanted}
+    assert torch.equal(merged["ids"], torch.arange(5))
+    assert torch.equal(merged["lm_head.weight"], weights(2)["lm_head.weight"].to(wanted))
+    name = "model.layers.2.mlp.up.weight"
+    mean = (weights(1)[name].float() * 0.5 + weights(2)[name].float() * 0.5).to(wanted)
+    assert torch.equal(merged[name], mean)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+def test_sources_of_different_dtypes_merge_when_the_result_has_one(write, weights, load, tmp_path):
+    """float16 and bfloat16 into float32: each is exact in float32."""
+    a, b = weights(1, torch.float16), weights(2, torch.bfloat16)
+    alloy.merge_checkpoints(
+        "linear",
+        [write("a", a), write("b", b)],
+        tmp_path / "out",
+        dtype="float32",
+        coefficients=[1, 3],
+    )
+    for name, tensor in load(tmp_path / "out").items():
+        assert torch.equal(tensor, a[name].float() * 0.25 + b[name].float() * 0.75), name
+
+
+def test_copy_and_drop_account_for_tensors_of_one_source(write, weights, load, tmp_path):
+    """A head that only one source has is copied by name, another is left out by pattern."""
+    a = {**weights(1), "head.a": torch.ones(3).bfloat16()}
+    b = {**weights(2), "junk.x": torch.ones(3).bfloat16(), "junk.y": torch.ones(3).bfloat16()}
+    alloy.merge_checkpoints(
+        "linear",
+        {"a": write("a", a), "b": write("b", b)},
+        tmp_path / "out",
+        copy={"head*": "a"},
+        drop=["junk.*"],
+    )
+    assert load(tmp_path / "out").keys() == a.keys()
+    assert torch.equal(load(tmp_path / "out")["head.a"], a["head.a"])
+
+
+def test_weights_tied_and_stored_twice_are_stored_once(write, weights, config, load, tmp_path):
+    """A head equal to the embeddings that the config ties is left out, as save_pretrained does."""
+    folders = []
+    for i in (1, 2):
+        tied = weights(i)
+        tied["lm_head.weight"] = tied["model.embed_tokens.weight"].clone()
+        folders.append(write(f"m{i}", tied, config={**config, "tie_word_embeddings": True}))
+    report = alloy.merge_checkpoints("linear", folders, tmp_path / "out")
+    assert load(tmp_path / "out").keys() == weights(1).keys() - {"lm_head.weight"}
+    assert any("stored once" in note for note in report.notes)
+
+
+def test_a_single_file_is_a_source(write, weights, load, tmp_path):
+    """Files without a config merge too; the result is a folder with the weights and the card."""
+    files = [write(f"m{i}", weights(i), config=None) / "model.safetensors" for i in (1, 2)]
+    alloy.merge_checkpoints("linear", files, tmp_path / "out")
+    assert load(tmp_path / "out").keys() == weights(1).keys()
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_differing_settings_of_training_are_told_not_refused(write, weights, config, tmp_path):
+    """Dropout does not change what the merged model computes: the first source's, with a note."""
+    folders = [
+        write(n, weights(1), config={**config, "attention_dropout": p})
+        for n, p in (("a", 0.0), ("b", 0.1))
+    ]
+    report = alloy.merge_checkpoints("linear", folders, tmp_path / "out")
+    assert any("attention_dropout" in note for note in report.notes)
+
+
+def test_allow_takes_the_first_sources_value(write, weights, config, tmp_path):
+    """A config key that may differ is named; the result has the first source's."""
+    folders = [
+        write(n, weights(1), config={**config, "rope_theta": t})
+        for n, t in (("a", 1e4), ("b", 1e6))
+    ]
+    alloy.merge_checkpoints("linear", folders, tmp_path / "out", allow=["rope_*"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 1e4
+
+
+def test_dry_run_tells_every_tensor_and_writes_nothing(sources, base, tmp_path):
+    """The plan names each output tensor, its sources, method, coefficients and bytes."""
+    plan = plan_merge("ties", sources, tmp_path / "out", base=base, coefficients=[0.5, 0.3, 0.2])
+    text = str(plan)
+    for name, entry in open_checkpoint(sources[0]).entries.items():
+        line = next(line for line in text.splitlines() if line.startswith(name + " "))
+        assert all(
+            part in line
+            for part in ("ties", "base, a, b, c", "0.5, 0.3, 0.2", f"{entry.num_bytes:,}")
+        )
+    assert str(plan.output) in text
+    assert " s on two cores" in text
+    assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished(killed):
+    """No output, and the unfinished folder is no checkpoint."""
+    _, output, unfinished = killed
+    assert not output.exists()
+    assert not (unfinished / "config.json").exists()
+    assert not (unfinished / "model.safetensors.index.json").exists()
+
+
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(killed, tmp_path):
+    """Finished files are not made again; a damaged one is; the result equals that of an undisturbed run."""
+    sources, output, unfinished = killed
+    entries = [
+        json.loads(line) for line in (unfinished / "journal.jsonl").read_text().splitlines()[1:]
+    ]
+    before = (unfinished / entries[0]["file"]).stat().st_ino
+    report = alloy.merge_checkpoints("linear", sources, output)
+    assert report.resumed == tuple(entry["file"] for entry in entries)
+    assert (output / entries[0]["file"]).stat().st_ino == before
+    alloy.merge_checkpoints("linear", sources, tmp_path / "undisturbed")
+    assert digests(output) == digests(tmp_path / "undisturbed")
+    assert not unfinished.exists()
+
+
+def test_a_damaged_finished_file_is_made_again(killed):
+    """The journal's hash is checked before a file is trusted."""
+    sources, output, unfinished = killed
+    entry = json.loads((unfinished / "journal.jsonl").read_text().splitlines()[1])
+    data = bytearray((unfinished / entry["file"]).read_bytes())
+    data[-1] ^= 1
+    (unfinished / entry["file"]).write_bytes(data)
+    report = alloy.merge_checkpoints("linear", sources, output)
+    assert entry["file"] not in report.resumed
+    assert report.files[entry["file"]] == entry["sha256"]
+
+
+def test_what_another_plan_left_is_not_resumed(killed, tmp_path):
+    """Other coefficients: nothing of the killed run is used."""
+    sources, output, _ = killed
+    report = alloy.merge_checkpoints("linear", sources, output, coefficients=[1, 2])
+    assert report.resumed == ()
+    alloy.merge_checkpoints("linear", sources, tmp_path / "undisturbed", coefficients=[1, 2])
+    assert digests(output) == digests(tmp_path / "undisturbed")
+
+
+def test_two_runs_do_not_share_an_output(sources, tmp_path):
+    """A second run is refused while the first one writes."""
+    unfinished = tmp_path / "out.incomplete"
+    unfinished.mkdir()
+    with (unfinished / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="another run is writing"):
+            alloy.merge_checkpoints("linear", sources, tmp_path / "out")
+    alloy.merge_checkpoints("linear", sources, tmp_path / "out")
+
+
+def test_a_failed_merge_leaves_no_folder(write, weights, tmp_path):
+    """NaN in an input is met after writing began; neither the output nor an unfinished folder stays."""
+    bad = weights(2)
+    bad["model.layers.2.mlp.up.weight"].view(-1)[12345] = torch.nan
+    folders = [write("a", weights(1), num_shards=3), write("b", bad)]
+    with pytest.raises(MergeError, match=r"in 'b' .* at flat index 12345"):
+        alloy.merge_checkpoints("linear", folders, tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_a_source_that_shrinks_is_noticed(sources, tmp_path):
+    """A file truncated between the plan and the run is an error that names it, not a crash."""
+    plan = plan_merge("linear", sources, tmp_path / "out")
+    file = sources[1] / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(
+        CheckpointError, match=r"b/model.safetensors: ended at byte \d+ while it was read"
+    ):
+        run_plan(plan)
+
+
+def test_the_compiled_path_needs_no_torch(write, weights, tmp_path):
+    """Linear, TIES and DARE through the command: torch, which takes longer to import than the merge, stays out."""
+    folders = [str(write(n, weights(i))) for i, n in enumerate(("seed", "a", "b"))]
+    code = (
+        "import sys; from tasks.merge_weights import main\n"
+        "for method in ('linear', 'ties', 'dare_ties'):\n"
+        "    base = [] if method == 'linear' else ['--base', sys.argv[1]]\n"
+        "    main([method, f'{sys.argv[4]}/{method}', *sys.argv[2:4], *base])\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *folders, str(tmp_path)], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    """Beyond what the imports take, merging three 0.6 GB checkpoints by TIES holds less than 64 MB."""
+    code = """
+import sys, threading
+from pathlib import Path
+import numpy as np
+import alloy.checkpoint
+from alloy.checkpoint._format import encode_header
+folder = Path(sys.argv[1])
+n = 100_000_000
+values = np.random.default_rng(0).integers(0x3c00, 0x3f00, n, dtype=np.uint16)
+for name in ("base", "a", "b"):
+    with (folder / f"{name}.safetensors").open("wb") as file:
+        file.write(encode_header([(f"w{i}", "BF16", (n,)) for i in range(3)]))
+        for i in range(3):
+            file.write(np.roll(values, i + len(name)).data)
+del values
+def anonymous():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+for size in ("warm", "big"):
+    peak, before = [0.0], anonymous()
+    paths = [folder / f"{n}.safetensors" for n in ("a", "b")]
+    def watch(_):
+        peak[0] = max(peak[0], anonymous())
+    plan = alloy.checkpoint.plan_merge("ties", paths, folder / size, base=folder / "base.safetensors", density=0.3)
+    alloy.checkpoint.run_plan(plan, on_bytes=watch)
+print(peak[0] - before, peak[0])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    growth, peak = map(float, done.stdout.split())
+    assert growth < 64
+    assert peak < 256

@@ -69,23 +69,27 @@ def find_lineage(recipe: str) -> dict[str, Any]:
     `parents`: source, revision and digest by checkpoint; `data`: SHA-256 by file; the params file, the git
     revision (with `+changes` for a dirty tree) and the SHA-256 of `dvc.lock`.
     """
-    parents = {
+    lock, data = Path("dvc.lock"), DATA / recipe / "manifest.json"
+    return {
+        "recipe": recipe,
+        "parents": find_parents(recipe),
+        "data": storage.read_json(data)["files"] if data.is_file() else {},
+        "metrics": storage.sha256(REPORTS / recipe / SCORES),
+        "params": storage.sha256(params.PARAMS / f"{recipe}.yaml"),
+        "git": git_revision(),
+        "dvc_lock": storage.sha256(lock) if lock.is_file() else None,
+    }
+
+
+def find_parents(recipe: str) -> dict[str, dict[str, str]]:
+    """Source, revision and digest of each fetched checkpoint, by name."""
+    return {
         path.parent.name: {
             name: value
             for name, value in storage.read_json(path).items()
             if name in ("source", "revision", "digest")
         }
         for path in sorted((MODELS / recipe / "checkpoints").glob("*/manifest.json"))
-    }
-    lock = Path("dvc.lock")
-    return {
-        "recipe": recipe,
-        "parents": parents,
-        "data": storage.read_json(DATA / recipe / "manifest.json")["files"],
-        "metrics": storage.sha256(REPORTS / recipe / SCORES),
-        "params": storage.sha256(params.PARAMS / f"{recipe}.yaml"),
-        "git": git_revision(),
-        "dvc_lock": storage.sha256(lock) if lock.is_file() else None,
     }
 
 

@@ -374,7 +374,7 @@ class ShipManifest(_Data):
     folder: str = ""
     files: dict[str, ShippedFile]
     recipe: str | None = None
-    parents: dict[str, str] = {}
+    parents: dict[str, dict[str, str]] = {}
 
 
 def read_manifest(client, bucket: str, prefix: str) -> ShipManifest | None:

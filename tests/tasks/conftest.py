@@ -89,7 +89,7 @@ class Bucket:
                 Bucket=self.name, Key=f"{prefix}/{path}", Body=content, Metadata=metadata
             )
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def listed(self, prefix: str = "") -> list[str]:
         answer = self.client.list_objects_v2(Bucket=self.name, Prefix=prefix)
         return [entry["Key"] for entry in answer.get("Contents", [])]
 

@@ -7,14 +7,16 @@ nothing to clean up, and the next one goes on where it ended.
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefect import flow, get_run_logger, task
+from prefect import Task, flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import TaskRun
 from prefect.states import Completed, Failed, State
 
 from flows.graph import WorkspaceBusyError, select, stale_stages
@@ -24,6 +26,9 @@ from tasks import params
 # The stages that meet a network: they alone are tried again, after so many seconds.
 RETRIED_AFTER = {"fetch": [2.0, 10.0], "register": [2.0, 10.0]}
 
+UNREACHABLE = "Unreachable"  # the state of a stage to which nothing answered
+
+_VERDICT = "ERROR: failed to reproduce"
 # What DVC says about itself, of no use to somebody who watches a pipeline.
 _CHATTER = (
     "> ",
@@ -49,23 +54,36 @@ class _NoEmptyTraceback(logging.Filter):
 _NO_EMPTY_TRACEBACK = _NoEmptyTraceback()
 
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+def _is_unreachable(task: Task, run: TaskRun, state: State) -> bool:
+    return state.name == UNREACHABLE
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=_is_unreachable)
 def reproduce(address: str, lock: int, force: bool = False) -> State:
     """Run one stage through DVC."""
     log = get_run_logger()
     logging.getLogger("prefect.task_runs").addFilter(_NO_EMPTY_TRACEBACK)
+    heard = [""]
 
     def say(line: str) -> None:
         words = line.strip()
-        if words:
-            (log.debug if words.startswith(_CHATTER) else log.info)(line)
+        if words.startswith(_CHATTER):
+            log.debug(line)
+        elif words:
+            log.info(line)
+            heard.append(words)
 
     command = dvc("repro", "--single-item", *(["--force"] if force else []), address)
     status = run_streaming(command, say, lock=lock)
-    if status != 0:
-        # A state, not an exception: the lines above say what happened, a traceback of ours would bury them.
-        return Failed(message=f"stage {address} failed (exit status {status}); its output says why")
-    return Completed(message=f"{address} is done")
+    if status == 0:
+        return Completed(message=f"{address} is done")
+    # A state, not an exception: the stage has said what happened, a traceback of ours would bury it.
+    verdict = heard[-1]  # DVC's, after the stage's last words
+    reason = next((words for words in reversed(heard) if not words.startswith(_VERDICT)), verdict)
+    unreachable = verdict.endswith(f"exited with {os.EX_TEMPFAIL}")
+    return Failed(
+        name=UNREACHABLE if unreachable else None, message=f"stage {address} failed: {reason}"
+    )
 
 
 @flow(name="pipeline", flow_run_name="{recipe}", persist_result=False)
@@ -138,7 +156,7 @@ def _run(asked: argparse.Namespace) -> int:
         )
         if not state.is_completed():
             print(
-                f"{state.message}. Mend it and run the same command: it goes on from here.",
+                f"{state.message}\nMend it and run the same command: it goes on from here.",
                 file=sys.stderr,
             )
             return 1

@@ -1,6 +1,7 @@
 """What every stage's command line shares: `python -m tasks.<stage> RECIPE`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -42,6 +43,10 @@ def run_stage(
             leave_out(stage, recipe)
         else:
             main(**options)
+    except ConnectionError as error:
+        # Nothing is wrong with what was asked: flows try such a stage again.
+        print(f"{stage}: {error}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
     except (ValueError, OSError) as error:
         sys.exit(f"{stage}: {error}")
 

@@ -13,10 +13,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+import yaml
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from alloy.models import ModalityConfig, ModalityModel, copy_to_experts
 from flows.pipeline import main
+from tasks.params import PrepareParams, PretrainParams, load, load_file
+from tasks.pretrain import model_config
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -197,3 +202,113 @@ def run_here(
         return status, said.out + said.err + logged
 
     return run
+
+
+SMALL = {
+    "prepare": {
+        "calibration_examples": 32,
+        "scenes": {"train_cells": 16, "cells": 8},
+        "benchmarks": {
+            name: {"train": 64 * finetuned, "validation": 32, "test": 32}
+            for name, finetuned in {
+                "vqa": 1,
+                "retrieval": 1,
+                "retrieval_hard": 1,
+                "pair_reasoning": 1,
+                "segmentation": 1,
+                "masked_words": 0,
+                "statements": 0,
+            }.items()
+        },
+    },
+    "collect": {"calibration_examples": 32, "batch_size": 16},
+    "finetune": {
+        "batch_sizes": dict.fromkeys(
+            ["vqa", "retrieval", "retrieval_hard", "pair_reasoning", "segmentation"], 8
+        ),
+        "training": {"num_steps": 4, "warmup_steps": 1, "log_every": 2, "save_every": 2},
+        "stopping": {"validate_every": 2, "validation_examples": 16},
+    },
+    "evaluate": {"batch_size": 32},
+}
+"""What the small configuration changes of params/modality.yaml."""
+
+
+def updated(params: dict, changes: dict) -> dict:
+    """Nested settings with some of them changed; a change of what is not there is a mistake of the test."""
+    assert changes.keys() <= params.keys(), changes.keys() - params.keys()
+    return params | {
+        key: updated(params[key], value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+
+
+def small_checkpoints(folder: Path) -> None:
+    """Models of the released checkpoints' kinds, tiny and hardly trained: related as the released ones are."""
+    generator = torch.Generator().manual_seed(0)
+    params = load_file("pretrain", PretrainParams)
+    scene = load(params.recipe, "prepare", PrepareParams).scenes
+    sizes = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "embedding_size": 24,
+        "num_attention_heads": 2,
+    }
+    shape = params.model.model_copy(update={**sizes, "num_hidden_layers": 2, "num_joint_layers": 1})
+
+    def fresh(config: ModalityConfig, seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        return ModalityModel(config).state_dict()
+
+    shared = model_config(shape, scene, "all")
+    experts = model_config(shape, scene, "none")
+    seed = fresh(shared, 0)
+    for name, config, weights, noise in (
+        ("seed", shared, seed, 0.0),
+        ("agnostic", shared, seed, 0.01),
+        ("specific", experts, copy_to_experts(seed, experts), 0.01),
+        ("specific_unseeded", experts, fresh(experts, 1), 0.0),
+    ):
+        model = ModalityModel(config)
+        model.load_state_dict(
+            {k: w + noise * torch.randn(w.shape, generator=generator) for k, w in weights.items()}
+        )
+        model.save_pretrained(folder / name)
+
+
+@pytest.fixture(scope="session")
+def new_small(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Workspace:
+    """This repository as a newcomer would clone it, with a small configuration of its recipe."""
+    folder = tmp_path_factory.mktemp("small") / "alloy"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (REPOSITORY / name).is_file() and not name.startswith(
+            ("released/", "dvc.lock", "reports/")
+        ):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, folder / name)
+    recipe = folder / "params" / "modality.yaml"
+    recipe.write_text(
+        yaml.safe_dump(updated(yaml.safe_load(recipe.read_text()), SMALL), sort_keys=False)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        small_checkpoints(folder / "released" / "modality")
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "small")
+    return Workspace(folder, _environment(PREFECT_API_URL=prefect_server))
+
+
+@pytest.fixture(scope="session")
+def small_run(new_small: Workspace) -> tuple[Workspace, str]:
+    """The small workspace after `make merge`'s own command, and what that said."""
+    status, said = new_small.run("flows.pipeline", "modality")
+    assert status == 0, said
+    return new_small, said

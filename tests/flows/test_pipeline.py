@@ -74,16 +74,20 @@ def test_nothing_stale_nothing_runs(toy: Workspace) -> None:
     assert time.process_time() - before < 15
 
 
-def test_only_what_meets_a_network_is_tried_again(toy: Workspace, run_here: Here) -> None:
-    """fetch fails once and is tried again; merge fails once and the run ends; the next run goes on with merge."""
+def test_only_a_network_that_does_not_answer_is_tried_again(toy: Workspace, run_here: Here) -> None:
+    """fetch reaches nothing once and is tried again; another stage or another failure ends the run.
+
+    The next run goes on with the stage that failed.
+    """
     toy.control("fetch.text", "another checkpoint")
+    toy.control("fetch.status", os.EX_TEMPFAIL)
     toy.control("fetch.failures", 1)
+    toy.control("merge.status", os.EX_TEMPFAIL)
     toy.control("merge.failures", 1)
     status, said = run_here("toy")
     assert status == 1
     assert toy.log() == ["start fetch", *ran("fetch"), "start merge"]
-    assert "merge: the toy broke" in said
-    assert "stage merge@toy failed" in said
+    assert "stage merge@toy failed: merge: the toy broke" in said
     assert "Traceback" not in said
     assert "NoneType" not in said
 
@@ -92,6 +96,12 @@ def test_only_what_meets_a_network_is_tried_again(toy: Workspace, run_here: Here
     assert toy.log() == ran(
         "merge"
     )  # which writes what it wrote before: register has nothing to do
+
+    toy.control("fetch.text", "a third checkpoint")
+    toy.control("fetch.status", 1)
+    toy.control("fetch.failures", 1)
+    assert run_here("toy")[0] == 1
+    assert toy.log() == ["start fetch"]
 
 
 def test_refresh_asks_the_sources_and_stops_there_when_they_are_the_same(

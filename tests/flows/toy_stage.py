@@ -1,6 +1,7 @@
 """A stage for tests of the flows: python toy_stage.py NAME. Writes `out/NAME` whole or not at all.
 
-`control/NAME.seconds` makes it slow, `control/NAME.failures` makes it fail so often, `control/NAME.text` is what
+`control/NAME.seconds` makes it slow, `control/NAME.failures` makes it fail so often
+with the exit status in `control/NAME.status`, `control/NAME.text` is what
 it writes (its DVC parameter, so to say). `log` remembers every start and every end.
 """
 
@@ -29,7 +30,8 @@ sys.stdout.write(f"{name} speaks\n")
 failures = int(setting("failures", "0"))
 if failures:
     (control / f"{name}.failures").write_text(str(failures - 1))
-    sys.exit(f"{name}: the toy broke")
+    sys.stderr.write(f"{name}: the toy broke\n")
+    sys.exit(int(setting("status", "1")))
 with write_folder(Path("out") / name) as folder:
     (folder / "first").write_text(setting("text", "text"))
     time.sleep(float(setting("seconds", "0")))

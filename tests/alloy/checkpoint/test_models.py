@@ -1,0 +1,227 @@
+"""The result is a model: transformers loads it whole, it computes, and what surrounds it came along."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPConfig,
+    CLIPModel,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
+
+import alloy
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}  # fmt: skip
+IDS = torch.arange(12).reshape(2, 6)
+PIXELS = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
+SOUND = torch.linspace(-1, 1, 2 * 400).reshape(2, 400)
+
+ARCHITECTURES = {
+    "Llama": (LlamaForCausalLM, LlamaConfig(**TEXT, num_key_value_heads=2), {"input_ids": IDS}),
+    "Llama, tied": (
+        LlamaForCausalLM,
+        LlamaConfig(**TEXT, num_key_value_heads=2, tie_word_embeddings=True),
+        {"input_ids": IDS},
+    ),
+    "BERT": (BertForMaskedLM, BertConfig(**TEXT), {"input_ids": IDS}),
+    "ViT": (ViTForImageClassification, ViTConfig(**VISION, num_labels=5), {"pixel_values": PIXELS}),
+    "CLIP": (
+        CLIPModel,
+        CLIPConfig(text_config={**TEXT, "max_position_embeddings": 8, "eos_token_id": 11}, vision_config=VISION, projection_dim=16),
+        {"input_ids": IDS, "pixel_values": PIXELS},
+    ),
+    "T5": (
+        T5ForConditionalGeneration,
+        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0),
+        {"input_ids": IDS, "decoder_input_ids": IDS},
+    ),
+    "Wav2Vec2": (
+        Wav2Vec2Model,
+        Wav2Vec2Config(
+            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 8), num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=4, num_feat_extract_layers=2,
+        ),
+        {"input_values": SOUND},
+    ),
+}  # fmt: skip
+
+
+def build(kind, config, seed):
+    torch.manual_seed(seed)
+    return kind(config).eval()
+
+
+def first_output(model, inputs):
+    with torch.no_grad():
+        outputs = model(**inputs)
+    return next(v for k, v in outputs.items() if k != "loss" and isinstance(v, torch.Tensor))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_transformers_loads_the_result_whole(architecture, method, tmp_path):
+    """No missing and no unexpected key; what it computes is what the merge of the state dicts computes."""
+    kind, config, inputs = ARCHITECTURES[architecture]
+    built = {name: build(kind, config, seed) for seed, name in enumerate(("seed", "a", "b"))}
+    for i, (name, model) in enumerate(built.items()):
+        model.save_pretrained(tmp_path / name, max_shard_size="50KB" if i == 1 else "5GB")
+    base = tmp_path / "seed" if method == "ties" else None
+    alloy.merge_checkpoints(method, [tmp_path / "a", tmp_path / "b"], tmp_path / "out", base=base)
+
+    loaded, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    weights = {name: dict(model.state_dict()) for name, model in built.items()}
+    merged = alloy.merge(
+        method, [weights["a"], weights["b"]], base=weights["seed"] if method == "ties" else None
+    )
+    expected = build(kind, config, 9)
+    expected.load_state_dict(merged)
+    assert torch.equal(first_output(loaded.eval(), inputs), first_output(expected, inputs))
+
+
+def test_tied_weights_stay_tied_and_are_stored_once(tmp_path):
+    """Embeddings and head share memory after loading, and the file holds one of them."""
+    kind, config, _ = ARCHITECTURES["Llama, tied"]
+    for seed, name in enumerate("ab"):
+        build(kind, config, seed).save_pretrained(tmp_path / name)
+    alloy.merge_checkpoints("linear", [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    loaded = kind.from_pretrained(tmp_path / "out")
+    assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - not a mapping
+
+
+def word_tokenizer(words):
+    """A tokenizer that splits at spaces."""
+    vocab = {word: i for i, word in enumerate(["[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def test_what_surrounds_the_weights_comes_along(tmp_path):
+    """Tokenizer, generation config and processor files are there and load; the dtype is as asked, in config and weights."""
+    kind, config, _ = ARCHITECTURES["Llama"]
+    for seed, name in enumerate("ab"):
+        model = build(kind, config, seed)
+        model.generation_config = GenerationConfig(max_new_tokens=7, do_sample=False)
+        model.save_pretrained(tmp_path / name)
+        word_tokenizer([f"w{i}" for i in range(63)]).save_pretrained(tmp_path / name)
+        (tmp_path / name / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+        (tmp_path / name / "training_args.bin").write_bytes(b"never copied")
+    alloy.merge_checkpoints(
+        "linear", [tmp_path / "a", tmp_path / "b"], tmp_path / "out", dtype="bfloat16"
+    )
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w3 w5").input_ids == [4, 6]
+    assert GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 7
+    assert (tmp_path / "out" / "preprocessor_config.json").exists()
+    assert not (tmp_path / "out" / "training_args.bin").exists()
+    assert AutoModel.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.fixture
+def differing(tmp_path):
+    """Three Llamas over different vocabularies: `b` has another order, lacks a word and has a new one."""
+    words = {
+        "seed": ["cat", "dog", "sun"],
+        "a": ["cat", "dog", "sun"],
+        "b": ["sun", "moon", "cat"],
+    }
+    kind, _, _ = ARCHITECTURES["Llama"]
+    built = {}
+    for seed, (name, vocabulary) in enumerate(words.items()):
+        size = len(vocabulary) + 1 + 2 * (name == "seed")  # the base has two rows of padding
+        config = LlamaConfig(**{**TEXT, "vocab_size": size}, num_key_value_heads=2)
+        built[name] = build(kind, config, seed)
+        built[name].save_pretrained(tmp_path / name)
+        word_tokenizer(vocabulary).save_pretrained(tmp_path / name)
+    return built
+
+
+def test_union_takes_every_token_and_pairs_rows_by_token(differing, tmp_path):
+    """A shared word is the mean of both sources' rows, a word of one source keeps that source's row; it tokenizes."""
+    alloy.merge_checkpoints(
+        "linear", [tmp_path / "a", tmp_path / "b"], tmp_path / "out", tokenizer="union"
+    )
+    merged, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert merged.config.vocab_size == len(tokenizer) == 5
+    a, b = differing["a"], differing["b"]
+    for layer in ("model.embed_tokens.weight", "lm_head.weight"):
+        ours, theirs = a.state_dict()[layer], b.state_dict()[layer]
+        expected = {
+            "[UNK]": (ours[0] + theirs[0]) / 2,
+            "cat": (ours[1] + theirs[3]) / 2,
+            "dog": ours[2],
+            "sun": (ours[3] + theirs[1]) / 2,
+            "moon": theirs[2],
+        }
+        for word, row in expected.items():
+            (index,) = tokenizer(word).input_ids
+            torch.testing.assert_close(merged.state_dict()[layer][index], row, rtol=1e-6, atol=1e-8)
+    with torch.no_grad():
+        assert merged(**tokenizer("cat moon dog", return_tensors="pt")).logits.shape == (1, 3, 5)
+
+
+def test_base_policy_keeps_the_bases_tokenizer(differing, tmp_path):
+    """The base's ids and padding stay; a word that a model lacks adds no task vector; its new words are gone."""
+    alloy.merge_checkpoints(
+        "task_arithmetic",
+        [tmp_path / "a", tmp_path / "b"],
+        tmp_path / "out",
+        base=tmp_path / "seed",
+        tokenizer="base",
+        coefficients=[0.5, 0.25],
+    )
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert merged.config.vocab_size == 6
+    assert tokenizer("moon").input_ids == [0]
+    seed, a, b = (differing[n].state_dict()["lm_head.weight"] for n in ("seed", "a", "b"))
+    got = merged.state_dict()["lm_head.weight"]
+    torch.testing.assert_close(got[1], seed[1] + 0.5 * (a[1] - seed[1]) + 0.25 * (b[3] - seed[1]))
+    torch.testing.assert_close(got[2], seed[2] + 0.5 * (a[2] - seed[2]))
+    torch.testing.assert_close(got[5], seed[5])
+
+
+def test_byte_pair_union_merges_what_only_one_source_could(tmp_path):
+    """A BPE union has both sources' merges: text that either wrote as one token is one token again."""
+    kind, _, _ = ARCHITECTURES["Llama"]
+    for seed, (name, pair) in enumerate((("a", ("c", "a")), ("b", ("d", "o")))):
+        vocab = {c: i for i, c in enumerate(["c", "a", "d", "o", "".join(pair)])}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab, [pair])))
+        config = LlamaConfig(**{**TEXT, "vocab_size": 5}, num_key_value_heads=2)
+        build(kind, config, seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    alloy.merge_checkpoints(
+        "linear", [tmp_path / "a", tmp_path / "b"], tmp_path / "out", tokenizer="union"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("cado").input_ids) == ["ca", "do"]
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 6

@@ -2,14 +2,15 @@
 
 import os
 
-# Nothing phones home. Stages and flows both import this package before the tool that would report, so this
-# is the one place (DVC run by hand reads `.dvc/config`). What the user has set stands.
-for _name, _value in {
+# Nothing phones home. Stages and flows both import this package before the tool that would report, and
+# `.venv/bin/activate` sets the same for commands by hand, so this is the one place. What the user has set stands.
+QUIET = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-}.items():
+}
+for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)

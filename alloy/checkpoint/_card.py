@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from alloy.checkpoint._format import Checkpoint
 from alloy.checkpoint._hash import known_sha256, manifest, sha256
 from alloy.checkpoint._plan import MergePlan
 
@@ -27,7 +26,7 @@ def record(
             else {t.name: list(t.coefficients) for t in plan.tensors if t.coefficients}
         ),
         "settings": dict(plan.choices),
-        "sources": {name: _source(source, hash_sources) for name, source in plan.sources.items()},
+        "sources": _sources(plan, hash_sources),
         "command": command,
         "num_tensors": len(plan.tensors),
         "num_bytes": plan.num_bytes,
@@ -36,7 +35,7 @@ def record(
     }
 
 
-def model_card(plan: MergePlan, account: Mapping[str, Any]) -> str:
+def model_card(plan: MergePlan, account: Mapping[str, Any], title: str) -> str:
     """README.md of the result."""
     models = [name for name in plan.sources if name != plan.base]
     coefficients = account["coefficients"]
@@ -57,7 +56,7 @@ def model_card(plan: MergePlan, account: Mapping[str, Any]) -> str:
 library_name: transformers
 tags: [merge, alloy]
 ---
-# {plan.output.name}
+# {title}
 
 {" + ".join(models)} merged by `{account["method"]}`{f" on the base `{plan.base}`" if plan.base else ""}.
 
@@ -84,21 +83,25 @@ tags: [merge, alloy]
 """
 
 
-def _source(source: Checkpoint, hash_all: bool) -> dict[str, Any]:
-    folder = source.path if source.path.is_dir() else source.path.parent
-    told = manifest(folder)
-    return {
-        "source": told.get("source") or source.path.name,
-        "revision": told.get("revision"),
-        "files": {
-            file.name: known_sha256(file) or _fingerprint(file, hash_all) for file in source.files
-        },
-    }
+def _sources(plan: MergePlan, hash_all: bool) -> dict[str, dict[str, Any]]:
+    """Where each source is from, and the hashes of its files: those already known, the others on demand.
 
-
-def _fingerprint(file: Path, hash_it: bool) -> str | int:
-    """The hash if asked for, else the size: hashing costs more than a merge."""
-    return sha256(file) if hash_it else file.stat().st_size
+    Hashing three sources takes longer than merging them; without it the sizes are told.
+    """
+    known = {f: known_sha256(f) for source in plan.sources.values() for f in source.files}
+    if hash_all:
+        unknown = [file for file, digest in known.items() if digest is None]
+        with ThreadPoolExecutor() as pool:
+            known |= dict(zip(unknown, pool.map(sha256, unknown), strict=True))
+    result = {}
+    for name, source in plan.sources.items():
+        told = manifest(source.path if source.path.is_dir() else source.path.parent)
+        result[name] = {
+            "source": told.get("source") or source.path.name,
+            "revision": told.get("revision"),
+            "files": {file.name: known[file] or file.stat().st_size for file in source.files},
+        }
+    return result
 
 
 def _hashes(files: Mapping[str, str | int]) -> str:

@@ -499,7 +499,7 @@ def _prefetch(descriptor: int, entry: Entry, start: int, num_bytes: int) -> None
     """Let the kernel read the next chunks while this one is computed."""
     first = start if start == 0 else start + _PREFETCH_CHUNKS * num_bytes
     stop = min(start + (1 + _PREFETCH_CHUNKS) * num_bytes, entry.num_bytes)
-    if first < stop:
+    if first < stop and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, entry.start + first, stop - first, os.POSIX_FADV_WILLNEED)
 
 
@@ -507,10 +507,10 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
     """Give the file its size; OSError at once where the disk has no room for it."""
     try:
         os.posix_fallocate(descriptor, 0, num_bytes)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
-        os.ftruncate(descriptor, num_bytes)  # a file system that cannot reserve
+        os.ftruncate(descriptor, num_bytes)  # a system that cannot reserve
 
 
 def _start_flush(descriptor: int, offset: int, num_bytes: int) -> None:

@@ -58,6 +58,7 @@ def merge_checkpoints(
     threads: int | None = None,
     hash_sources: bool = False,
     command: str | None = None,
+    title: str | None = None,
     on_bytes: Callable[[int], None] = lambda _: None,
     **options: Any,
 ) -> MergeReport:
@@ -86,6 +87,7 @@ def merge_checkpoints(
         threads: workers; by default the cores this process may use.
         hash_sources: also record the SHA-256 of source files of which no manifest or hub cache tells it.
         command: how this was called, for the model card.
+        title: of the model card; by default the output's name.
         on_bytes: told the number of bytes just written, from the workers.
         options: the method's settings.
 
@@ -98,7 +100,12 @@ def merge_checkpoints(
         shard_bytes=shard_bytes, tokenizer=tokenizer, copy=copy, drop=drop, allow=allow, **options,
     )  # fmt: skip
     return run_plan(
-        plan, threads=threads, hash_sources=hash_sources, command=command, on_bytes=on_bytes
+        plan,
+        threads=threads,
+        hash_sources=hash_sources,
+        command=command,
+        title=title,
+        on_bytes=on_bytes,
     )
 
 
@@ -108,19 +115,20 @@ def run_plan(
     threads: int | None = None,
     hash_sources: bool = False,
     command: str | None = None,
+    title: str | None = None,
     on_bytes: Callable[[int], None] = lambda _: None,
     chunk_bytes: int = CHUNK_BYTES,
     compiled: bool = True,
 ) -> MergeReport:
     """Carry out a plan; `compiled` False computes with the methods' own functions, in torch."""
     start = time.perf_counter()
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or _num_cores()
     folder = plan.output.with_name(plan.output.name + INCOMPLETE)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         try:
             files, resumed = _write_result(
-                plan, folder, threads, chunk_bytes, hash_sources, command, on_bytes, compiled
+                plan, folder, threads, chunk_bytes, hash_sources, command, title, on_bytes, compiled
             )
         except (MergeError, CheckpointError):
             shutil.rmtree(folder)  # trying again changes nothing; an interrupted run stays
@@ -136,6 +144,13 @@ def run_plan(
     )
 
 
+def _num_cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _write_result(
     plan: MergePlan,
     folder: Path,
@@ -143,6 +158,7 @@ def _write_result(
     chunk_bytes: int,
     hash_sources: bool,
     command: str | None,
+    title: str | None,
     on_bytes: Callable[[int], None],
     compiled: bool,
 ) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -162,7 +178,7 @@ def _write_result(
     files |= _write_beside(plan, folder, shards)
     account = record(plan, files, hash_sources=hash_sources, command=command)
     _write(folder / RECORD, (json.dumps(account, indent=2) + "\n").encode())
-    _write(folder / "README.md", model_card(plan, account).encode())
+    _write(folder / "README.md", model_card(plan, account, title or plan.output.name).encode())
     journal.remove()
     _put_in_place(folder, plan.output)
     return files, journal.resumed

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alloy.activations import Gram
 from alloy.matching import MATCHING_METHODS, children
-from alloy.similarity import Similarity, Statistics, mean_correlation
+from alloy.similarity import Similarity, Statistics
 from alloy.symmetry.spec import Leaf, SymmetrySpec
 from alloy.symmetry.transforms import Transform, Transforms, identity, transport
 from alloy.types import Weights
@@ -218,8 +218,7 @@ def describe(
     for name in spec.order:
         units = torch.arange(_num_units(spec, name))
         order = flat_order(name, spec, transforms)
-        moments = similarity.statistics.get(name, ())
-        correlation = mean_correlation(moments) if moments else None
+        correlation = similarity.correlations.get(name)
         rows.append(
             SpaceAlignment(
                 name,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Similarity:
     spec: SymmetrySpec
     statistics: Statistics
     weight_share: float
+
+    @cached_property
+    def correlations(self) -> dict[str, Tensor]:
+        """By space, what does not change while transforms are searched."""
+        return {space: mean_correlation(moments) for space, moments in self.statistics.items()}
 
     def unit_similarity(self, space: str, other: Weights) -> Tensor:
         """What matching unit i of the reference with unit j of the other model adds to J.
@@ -75,8 +81,7 @@ class Similarity:
         return self._pairs(space, rows[0] @ rows[1].T / norms)
 
     def _by_activation(self, space: str) -> Tensor:
-        moments = self.statistics[space]
-        correlation = mean_correlation(moments)
+        correlation = self.correlations[space]
         weight = len(self.spec.spaces[space].axes) / len(correlation)
         return self._pairs(space, weight * correlation)
 
@@ -110,9 +115,8 @@ class Similarity:
                     inner = (ours.double() * other[name].double()).sum()
                     j += self.weight_share * float(inner / norms)
         if self.weight_share < 1:
-            for space, moments in self.statistics.items():
+            for space, correlation in self.correlations.items():
                 order = transforms_applied[space]
-                correlation = mean_correlation(moments)
                 matched = correlation[torch.arange(len(order)), order].mean()
                 weight = len(self.spec.spaces[space].axes)
                 j += (1 - self.weight_share) * weight * float(matched)

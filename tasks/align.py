@@ -1,7 +1,7 @@
 """align: find the order of heads and units in which the experts resemble the vision experts most.
 
-Writes, for each checkpoint that was collected, `<modality>.safetensors` (the transforms), and
-`report.json` (every space's similarity before and after); `spec.json` is the symmetries they are of.
+Writes, for each checkpoint that was collected, `<modality>.safetensors` (the transforms of the spaces of
+collect's `spec.json`) and `report.json` (every space's similarity before and after).
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from alloy.models import split_experts
 from alloy.models.observe import REFERENCE, ExpertStatistics, expert_spec
 from alloy.symmetry import SymmetrySpec, Transform, transforms_to_tensors
 from alloy.types import Weights
-from tasks.collect import agnostic_symmetries, load_statistics
+from tasks.collect import load_spec, load_statistics
 from tasks.command import run_stage
 from tasks.models import load_model
 from tasks.params import AlignParams, CollectParams, load
@@ -56,11 +56,10 @@ def main(recipe: str) -> None:
     with write_folder(out) as folder:
         for name in load(recipe, "collect", CollectParams).checkpoints:
             model = load_model(models / "checkpoints" / name)
-            spec = agnostic_symmetries(model.config)
+            spec = load_spec(models / "statistics" / name)
             experts = split_experts(model.state_dict(), model.config)
             statistics = load_statistics(models / "statistics" / name)
             (folder / name).mkdir()
-            (folder / name / "spec.json").write_text(spec.to_json())
             report = {}
             for modality, (transforms, rows) in align_experts(
                 experts, statistics, spec, params

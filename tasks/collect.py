@@ -1,7 +1,8 @@
 """collect: run the calibration data through the parents and keep what merging and aligning need.
 
 Writes one folder a checkpoint: `grams.safetensors` (second moments of every linear layer's inputs) and
-`moments.safetensors` (cross-moments of the experts' units), both sums over the calibration data.
+`moments.safetensors` (cross-moments of the experts' units), both sums over the calibration data, and
+`spec.json`, the symmetries that say which units there are.
 """
 
 from collections.abc import Iterator
@@ -48,6 +49,11 @@ def agnostic_symmetries(config: ModalityConfig) -> SymmetrySpec:
         "input_ids": torch.randint(1, shared.vocab_size, (2, shared.max_position_embeddings)),
     }
     return alloy.find_symmetries(ModalityModel(shared).eval(), inputs)
+
+
+def load_spec(folder: Path) -> SymmetrySpec:
+    """The symmetries that a checkpoint's statistics are of."""
+    return SymmetrySpec.from_json((folder / "spec.json").read_text())
 
 
 def save_statistics(statistics: ExpertStatistics, folder: Path) -> None:
@@ -98,8 +104,10 @@ def main(recipe: str) -> None:
             with torch.autocast(
                 device().type, dtype=torch.bfloat16, enabled=device().type == "cuda"
             ):
-                statistics = collect_experts(model, examples, agnostic_symmetries(model.config))
+                spec = agnostic_symmetries(model.config)
+                statistics = collect_experts(model, examples, spec)
             (folder / name).mkdir()
+            (folder / name / "spec.json").write_text(spec.to_json())
             save_statistics(statistics, folder / name)
             num_layers = sum(map(len, statistics.grams.values()))
             print(

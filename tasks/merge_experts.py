@@ -18,8 +18,8 @@ from alloy.align import transport_grams
 from alloy.merge import MERGE_METHODS, MergeError, validate
 from alloy.models import ModalityModel, agnostic_config, shared_weights, split_experts
 from alloy.models.observe import REFERENCE, expert_spec
-from alloy.symmetry import SymmetrySpec, transforms_from_tensors
-from tasks.collect import load_statistics
+from alloy.symmetry import transforms_from_tensors
+from tasks.collect import load_spec, load_statistics
 from tasks.models import load_model
 from tasks.params import ArmParams, MergeParams, ParamsError, load, nearest
 from tasks.storage import folder_digest, write_folder
@@ -60,10 +60,11 @@ def merge_experts(
 
 
 def aligned(
-    experts: Experts, transforms: Path, grams: Mapping[str, Grams] | None = None
+    experts: Experts, checkpoint: str, models: Path, grams: Mapping[str, Grams] | None = None
 ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Grams]]:
     """The experts with the units of each moved as align found best, and their Grams with them."""
-    spec = SymmetrySpec.from_json((transforms / "spec.json").read_text())
+    spec = load_spec(models / "statistics" / checkpoint)
+    transforms = models / "transforms" / checkpoint
     moved, moved_grams = dict(experts), dict(grams or {})
     for modality, weights in experts.items():
         if modality == REFERENCE or not weights:
@@ -85,7 +86,7 @@ def merge_arm(arm: ArmParams, models: Path) -> ModalityModel:
     if MERGE_METHODS[arm.method].statistics == "gram":
         grams = load_statistics(models / "statistics" / arm.checkpoint).grams
     if arm.align:
-        experts, grams_moved = aligned(experts, models / "transforms" / arm.checkpoint, grams)
+        experts, grams_moved = aligned(experts, arm.checkpoint, models, grams)
         grams = None if grams is None else grams_moved
     base = None
     if arm.base is not None:

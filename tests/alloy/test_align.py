@@ -9,7 +9,9 @@ from alloy.activations import CrossMoments, Gram, Point, observe, unit_points
 from alloy.align import AlignmentError, align, describe, flat_order, score, transport_grams
 from alloy.matching import assign
 from alloy.similarity import Similarity
-from alloy.symmetry import identity, random_transforms, restrict, transport, with_kind
+from alloy.symmetry import identity, random_transforms, transport
+from alloy.symmetry.parts import restrict
+from alloy.symmetry.spec import with_kind
 
 SIZE = 12  # hidden = intermediate = positions = vocabulary: nothing fits by the luck of its shape
 

@@ -19,7 +19,8 @@ from alloy.models import (
     split_experts,
 )
 from alloy.models.observe import collect_experts, expert_spec
-from alloy.symmetry import random_transforms, with_kind
+from alloy.symmetry import random_transforms
+from alloy.symmetry.spec import with_kind
 from tasks import align, collect, merge
 from tasks.params import ParamsError
 

@@ -33,6 +33,13 @@ _QUIET = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
 }
 
+# MLflow 3.17 warns of its own imports and of what it does to pandas; none of it is about us.
+_NOISE = (
+    ".*Any type hint is inferred as AnyType",
+    ".*Add type hints to the `predict` method",
+    "Operation with range is deprecated",
+)
+
 
 class TrackingError(ConnectionError):
     """MLflow cannot be reached or refuses; what the stage wrote to disk stands."""
@@ -165,6 +172,8 @@ def connect():
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 
+    for message in _NOISE:  # after the import, which sets filters of its own
+        warnings.filterwarnings("ignore", message)
     with _reaching():
         return MlflowClient(tracking_uri=uri(), registry_uri=os.environ.get("MLFLOW_REGISTRY_URI"))
 
@@ -204,7 +213,7 @@ def register(
         mlflow.set_tracking_uri(uri())
         if registry := os.environ.get("MLFLOW_REGISTRY_URI"):
             mlflow.set_registry_uri(registry)
-        with mlflow.start_run(run_id=log.run_id), _without_known_warnings():
+        with mlflow.start_run(run_id=log.run_id):
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(code),
@@ -221,19 +230,6 @@ def register(
         ).version
         client.set_registered_model_alias(name, alias, version)
     return str(version)
-
-
-@contextmanager
-def _without_known_warnings() -> Generator[None]:
-    """MLflow 3.17 warns about its own imports and about what it does to pandas; none of it is about us."""
-    with warnings.catch_warnings():
-        for message in (
-            ".*Any type hint is inferred as AnyType",
-            ".*Add type hints to the `predict` method",
-            "Operation with range is deprecated",
-        ):
-            warnings.filterwarnings("ignore", message)
-        yield
 
 
 def version_of(name: str, alias: str) -> str:

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     _keep_curves()
     runner = ThreadPoolTaskRunner(max_workers=asked.workers)
-    state = sweep.with_options(task_runner=runner)(
+    state = sweep.with_options(task_runner=runner)(  # ty: ignore[invalid-argument-type]
         asked.recipe, asked.settings, to=asked.to, name=asked.name, return_state=True
     )
     print(state.message)

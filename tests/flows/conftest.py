@@ -1,5 +1,6 @@
 """Workspaces with a toy graph, real DVC in them and one real Prefect server for the session."""
 
+import json
 import os
 import shutil
 import socket
@@ -27,7 +28,7 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
+def wait_until(holds: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
@@ -52,6 +53,22 @@ def git(folder: Path, *arguments: str) -> None:
     subprocess.run(
         ["git", *identity, *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL
     )
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not {".git", ".prefect", "tmp"} & set(path.relative_to(folder).parts)
+    }
+
+
+def ask(api: str, path: str, body: dict) -> list[dict]:
+    request = urllib.request.Request(
+        f"{api}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
 
 
 @pytest.fixture(scope="session")
@@ -83,11 +100,12 @@ class Workspace:
 
     folder: Path
     environment: dict[str, str]
+    python: str = sys.executable
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         """Start a Python module; both its streams are one pipe, its process group is its own."""
         return subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [self.python, "-m", *command],
             cwd=self.folder,
             env=self.environment,
             text=True,
@@ -134,7 +152,8 @@ class Workspace:
 
 def _environment(**more: str) -> dict[str, str]:
     ours = ("PREFECT_", "DVC_", "MLFLOW_")
-    return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | more
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"PATH": path} | more
 
 
 @pytest.fixture(scope="session")

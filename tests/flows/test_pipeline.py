@@ -1,40 +1,22 @@
 """The flow around DVC's stages: what runs, what is tried again, what an early end leaves behind."""
 
-import json
 import os
 import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from flows.workspace import only_run
-from tests.flows.conftest import Workspace, wait_until
+from tests.flows.conftest import Workspace, ask, snapshot, wait_until
 
 RUN = ("flows.pipeline", "toy")
 
 
 def ran(*names: str) -> list[str]:
     return [f"{event} {name}" for name in names for event in ("start", "end")]
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not {".git", ".prefect", "tmp"} & set(path.relative_to(folder).parts)
-    }
-
-
-def ask(api: str, path: str, body: dict) -> list[dict]:
-    request = urllib.request.Request(
-        f"{api}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
 
 
 Here = Callable[..., tuple[int, str]]
@@ -133,7 +115,7 @@ def test_ctrl_c_leaves_nothing_half_done(toy: Workspace, run_here: Here) -> None
     run = toy.start(*RUN)
     wait_until(lambda: toy.reached("start merge"))
     os.killpg(run.pid, signal.SIGINT)
-    said, _ = run.communicate(timeout=60)
+    said, _ = run.communicate(timeout=120)
     assert run.returncode == 130
     assert said.splitlines()[-1].startswith("Interrupted. Nothing is half-done")
     assert "Traceback" not in said
@@ -158,7 +140,7 @@ def test_a_termination_is_as_clean_as_ctrl_c(toy: Workspace, number: signal.Sign
     run = toy.start(*RUN)
     wait_until(lambda: toy.reached("start merge"))
     run.send_signal(number)
-    said, _ = run.communicate(timeout=60)
+    said, _ = run.communicate(timeout=120)
     assert run.returncode != 0
     assert toy.processes() == [], said
     assert toy.log() == ["start merge"]
@@ -193,7 +175,7 @@ def test_the_second_of_two_runs_waits(toy: Workspace) -> None:
     first = toy.start(*RUN)
     wait_until(lambda: toy.reached("start merge"))
     status, said = toy.run(*RUN)
-    first.communicate(timeout=60)
+    first.communicate(timeout=120)
     assert first.returncode == 0
     assert status == 0, said
     assert f"toy in Prefect (process {first.pid}" in said

@@ -1,8 +1,28 @@
-"""Find, check and apply the symmetries of any model that PyTorch can run."""
+"""Find, check and apply the symmetries of any model that PyTorch can run.
+
+`find_symmetries` traces a model and gives a `SymmetrySpec`: pure data. `transport` applies transforms
+of its spaces to weights; `validate` checks that the model's function stays; `fold_norms` enlarges the
+group. docs/symmetry.md explains the idea.
+"""
 
 from alloy.symmetry.discover import find_symmetries
-from alloy.symmetry.parts import owned_axes, restrict
-from alloy.symmetry.spec import Axis, Space, SymmetryError, SymmetrySpec, unit_view, with_kind
+from alloy.symmetry.fold import fold_norms
+from alloy.symmetry.spec import (
+    Axis,
+    Fold,
+    Leaf,
+    Pinned,
+    Product,
+    Space,
+    Sum,
+    SymmetryError,
+    SymmetrySpec,
+    differences,
+    require_equal,
+    unit_view,
+    with_kind,
+)
+from alloy.symmetry.trace import observe_outputs
 from alloy.symmetry.transforms import (
     Transform,
     Transforms,
@@ -14,22 +34,31 @@ from alloy.symmetry.transforms import (
     transforms_to_tensors,
     transport,
 )
-from alloy.symmetry.validate import validate
+from alloy.symmetry.validate import NotProvenError, Validation, validate
 
 __all__ = [
     "Axis",
+    "Fold",
+    "Leaf",
+    "NotProvenError",
+    "Pinned",
+    "Product",
     "Space",
+    "Sum",
     "SymmetryError",
     "SymmetrySpec",
     "Transform",
     "Transforms",
+    "Validation",
     "compose",
+    "differences",
     "find_symmetries",
+    "fold_norms",
     "identity",
     "invert",
-    "owned_axes",
+    "observe_outputs",
     "random_transforms",
-    "restrict",
+    "require_equal",
     "transforms_from_tensors",
     "transforms_to_tensors",
     "transport",

@@ -107,7 +107,7 @@ class Engine:
                 self.give_up(call)
         self._default_links(call, first_link)
         self._keep_families(call)
-        if call.name not in KEEPS_INDICES:
+        if call.name not in KEEPS_INDICES | SHAPE_ONLY:
             for value in call.tensors():
                 self.pin_indices(value, f"{call.name} computes with its indices")
 
@@ -122,6 +122,8 @@ class Engine:
 
     def _default_links(self, call: Call, first: int) -> None:
         """Where a rule said nothing, an operation allows reordering only."""
+        if call.name in SHAPE_ONLY:
+            return
         said = {(v.id, d) for link in self.links[first:] for v, d in link.slots}
         for value in [*call.tensors(), *call.outputs]:
             for dim in range(len(value.shape)):
@@ -281,6 +283,10 @@ def _random(engine: Engine, call: Call) -> None:
         engine.pin_all(value, f"random numbers of {call.name}")
 
 
+SHAPE_ONLY = {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty")}
+SHAPE_ONLY |= {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
+"""Operations that take a tensor for its shape and type only."""
+
 KEEPS_INDICES: set[str] = set()
 """Operations that neither compute with an index tensor's numbers nor lose what they count along."""
 
@@ -295,7 +301,7 @@ def live_calls(log: Log) -> list[Call]:
         writes = any(v.storage in storages for v in written(call))
         if reads or writes or any(v.id in live for v in call.outputs):
             kept.append(call)
-            for value in call.tensors():
+            for value in call.tensors() if call.name not in SHAPE_ONLY else ():
                 live.add(value.id)
                 storages.add(value.storage)
     return kept[::-1]

@@ -94,9 +94,10 @@ class Prober:
             for name, tensor in self.model.state_dict(keep_vars=True).items()
             if isinstance(tensor, Tensor)
         }
-        self.weights = random_weights(
-            self.slots, set(dict(self.model.named_buffers())), self.generator
-        )
+        buffers = set(dict(self.model.named_buffers()))
+        drawn = random_weights(self.slots, buffers, self.generator)
+        kept = {name: self.slots[name].detach().clone() for name in spec.folded}
+        self.weights = {**drawn, **kept}
         self.outputs = self.run(self.weights)
         self.spreads = tuple(_spread(y) for y in self.outputs)
         scales = [_scale(y) for y in self.outputs]

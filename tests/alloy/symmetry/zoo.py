@@ -144,7 +144,7 @@ CASES: dict[str, Case] = {
             "hidden_size": N,
             "projection_dim": N,
         },
-        lambda: {**text(), **pixels(), "input_ids_masked": ids(), "skip_unmasked_multimodal_encoder": False},
+        lambda: {**text(), **pixels(), "input_ids_masked": ids(), "bool_masked_pos": torch.ones(BATCH, 16, dtype=torch.long), "codebook_pixel_values": noise(BATCH, 3, 32, 32), "return_loss": False},
     ),
     "vilt": case(
         "ViltForQuestionAnswering",

@@ -49,6 +49,7 @@ SHARING: Mapping[str, Sharing] = {
     "specific_unseeded": "none",
 }
 FROM_SEED = ("agnostic", "specific")
+UNTRAINED_HEADS = ("answer_head.", "pair_head.", "segment_head.")
 CHAINS = (("seed", *FROM_SEED), ("specific_unseeded",))  # each one after the other
 
 
@@ -88,11 +89,12 @@ def initial_state(arm: str, config: ModalityConfig, seed: int, seed_folder: Path
 
 
 def _fresh_weights(config: ModalityConfig, seed: int) -> dict[str, Tensor]:
-    """Random blocks, each expert's its own; what no modality owns starts alike in every run."""
+    """Random weights; the heads that only fine-tuning trains are the same in every run."""
+    torch.manual_seed(seed)
+    weights = dict(ModalityModel(config).state_dict())
     torch.manual_seed(seed)
     agnostic = ModalityModel(agnostic_config(config)).state_dict()
-    blocks = ModalityModel(config).state_dict() if config.sharing != "all" else agnostic
-    return {name: agnostic.get(name, tensor) for name, tensor in blocks.items()}
+    return weights | {n: t for n, t in agnostic.items() if n.startswith(UNTRAINED_HEADS)}
 
 
 def _by_moment(moments: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

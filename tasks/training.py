@@ -21,6 +21,8 @@ from tasks.storage import read_json, write_folder, write_json
 
 PROGRESS = "progress.json"  # of a step checkpoint: where the run stands, and its identity
 
+_MOST_STEPS = 1_000_003  # of a run, so that no two seeds share a step's generator
+
 Losses = Mapping[str, Tensor]
 Curves = Callable[[Mapping[str, float], int], None]
 
@@ -51,9 +53,9 @@ class State:
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The source of everything random in one step; also sets torch's global one (dropout)."""
-    generator = torch.Generator().manual_seed((seed << 32) + step)
-    torch.manual_seed((seed << 32) + step)
-    return generator
+    own = (_MOST_STEPS * seed + step) % 2**32  # the CPU's generator takes no more bits
+    torch.manual_seed(own)
+    return torch.Generator().manual_seed(own)
 
 
 def train(

@@ -1,9 +1,9 @@
 """How far apart two models are, by measures that should foretell how well they merge.
 
-"An Empirical Study of Multimodal Model Merging" (arXiv:2304.14933) proposes that the distance between the
-weights to be merged indicates the outcome, and names soft sign dissimilarity and its truncated form. Its
-code has neither, so what it leaves open is a parameter here: the share that truncation keeps, what 0/0
-counts, whether truncation looks at one tensor or at all of them.
+"An Empirical Study of Multimodal Model Merging" (arXiv:2304.14933) proposes that the distance
+between the weights to be merged indicates the outcome, and names soft sign dissimilarity and its
+truncated form. Its code has neither, so what it leaves open is a parameter here: the share that
+truncation keeps, what 0/0 counts, whether truncation looks at one tensor or at all of them.
 """
 
 from __future__ import annotations
@@ -31,19 +31,22 @@ class Distances:
     cosine: float
     """1 - cosine similarity, in [0, 2]; 0 if both vectors are 0, 1 if one is."""
     ssd: float
-    """Soft sign dissimilarity in [0, 1]: the mean over entries of 1 - |x + y| / (|x| + |y|). An entry gives 0
-    where the signs agree or one side is 0, and 1 where the signs are opposite and the magnitudes equal."""
+    """Soft sign dissimilarity in [0, 1]: the mean over entries of 1 - |x + y| / (|x| + |y|). An
+    entry gives 0 where the signs agree or one side is 0, and 1 where the signs are opposite and
+    the magnitudes equal."""
     tssd: float
-    """Truncated soft sign dissimilarity: the same after the smaller entries of each vector are set to 0."""
+    """Truncated soft sign dissimilarity: the same after the smaller entries of each vector are set
+    to 0.
+    """
 
 
 @dataclass(frozen=True)
 class ModelDistances:
     """Distances of two models: by tensor, by layer, and over all.
 
-    A layer is the tensors that share the numbered part of their name (`encoder.layer.3`). The vector of a
-    layer, and that of the model (`overall`), is the concatenation of its tensors: every parameter counts
-    alike. In `layer_mean` every layer counts alike.
+    A layer is the tensors that share the numbered part of their name (`encoder.layer.3`). The
+    vector of a layer, and that of the model (`overall`), is the concatenation of its tensors: every
+    parameter counts alike. In `layer_mean` every layer counts alike.
     """
 
     tensors: Mapping[str, Distances]
@@ -67,17 +70,19 @@ def distance(
     """Distances between two models, or with a base between their task vectors, summed in float64.
 
     Args:
-        first, second, base: state dicts with the same names, shapes and dtypes; tensors that are not
-            floating-point are left out.
+        first, second, base: state dicts with the same names, shapes and dtypes; tensors that are
+            not floating-point are left out.
         keep: the share of largest magnitudes that truncation leaves, (0, 1].
-        zeros: whether an entry that is 0 in both vectors is left out of the mean, or counts as agreement.
+        zeros: whether an entry that is 0 in both vectors is left out of the mean, or counts as
+            agreement.
         truncation: whether magnitudes are ranked within each tensor or within the whole model.
 
     Returns:
         l2, cosine, ssd and tssd (arXiv:2304.14933) per tensor, per layer and overall.
 
     Raises:
-        MergeError: names, shapes, dtypes or devices that differ; a setting outside its range; NaN or Inf.
+        MergeError: names, shapes, dtypes or devices that differ; a setting outside its range; NaN
+            or Inf.
     """
     _check_settings(keep, zeros, truncation)
     named = {"first": first, "second": second} | ({} if base is None else {"base": base})

@@ -1,22 +1,25 @@
 """distance: does the distance between weights foretell how well they merge?
 
-arXiv:2304.14933 claims so; this command tests it on a sweep of merges. For every distance and outcome it
-gives Pearson's and Spearman's correlation over the merges of the sweep, each with a 95 % confidence
-interval and the number of merges. A good indicator correlates negatively with scores.
+arXiv:2304.14933 claims so; this command tests it on a sweep of merges. For every distance and
+outcome it gives Pearson's and Spearman's correlation over the merges of the sweep, each with a 95 %
+confidence interval and the number of merges. A good indicator correlates negatively with scores.
 
     python -m tasks.distance SWEEP
 
 SWEEP is either a folder that holds the reports of several runs (each with plots/scores.json and
-plots/distances.json, as `evaluate` writes them; distances are averaged over the pairs of experts, arms are also
-compared each with itself across runs), or a YAML file that lists merges of any checkpoints:
+plots/distances.json, as `evaluate` writes them; distances are averaged over the pairs of experts,
+arms are also compared each with itself across runs), or a YAML file that lists merges of any
+checkpoints:
 
     keep: 0.2              # see alloy.distance
     zeros: exclude
     truncation: tensor
     merges:
       - name: a-b
-        checkpoints: [models/a, models/b]      # folders with *.safetensors; distances are averaged over pairs
-        base: models/seed                      # null: distances of weights; otherwise of task vectors
+        checkpoints: [models/a, models/b]      # folders with *.safetensors; distances are averaged
+            over pairs
+        base: models/seed                      # null: distances of weights; otherwise of task
+            vectors
         outcomes: {accuracy: 61.2}
 
 Writes the table to the terminal and to reports/distance/<SWEEP>.json.
@@ -106,8 +109,9 @@ def correlations(merges: Sequence[Merge]) -> list[Correlation]:
 def correlate(x: np.ndarray, y: np.ndarray) -> tuple[Interval, Interval]:
     """Pearson's and Spearman's correlation of two samples [n], with intervals.
 
-    Intervals are normal on Fisher's z: variance 1/(n-3) for Pearson, (1 + r²/2)/(n-3) for Spearman (Bonett and
-    Wright, Psychometrika 65, 2000); they need n > 3. A constant sample has no correlation.
+    Intervals are normal on Fisher's z: variance 1/(n-3) for Pearson, (1 + r²/2)/(n-3) for Spearman
+    (Bonett and Wright, Psychometrika 65, 2000); they need n > 3. A constant sample has no
+    correlation.
     """
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return Interval(None, None, None), Interval(None, None, None)

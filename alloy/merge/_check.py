@@ -38,10 +38,10 @@ def validate(
         inputs: which of the method's `inputs` are given.
 
     Raises:
-        MergeError: unknown method or option (the nearest right name is offered), a value outside its
-            range, a wrong number of models or coefficients, weights whose sum is 0, a pattern that
-            matches nothing or a name that no pattern matches, a base, statistics or inputs that are
-            missing or that the method would ignore.
+        MergeError: unknown method or option (the nearest right name is offered), a value outside
+            its range, a wrong number of models or coefficients, weights whose sum is 0, a pattern
+            that matches nothing or a name that no pattern matches, a base, statistics or inputs
+            that are missing or that the method would ignore.
     """
     spec, names, options = known_method(method), list(names), dict(options or {})
     _check_given(method, spec, num_models, base, statistics, inputs)
@@ -77,7 +77,9 @@ def _check_given(
     statistics: bool,
     inputs: Iterable[str],
 ) -> None:
-    """Refuse a number of models, a base, statistics or inputs that the method lacks or would ignore."""
+    """Refuse a number of models, a base, statistics or inputs that the method lacks or would
+    ignore.
+    """
     least, most = method.min_models, method.max_models
     if num_models < least or (most is not None and num_models > most):
         allowed = f"{least} or more" if most is None else f"{least} to {most}"

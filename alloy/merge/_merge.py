@@ -33,23 +33,25 @@ def merge(
     """Merge models into one: every tensor of every model is accounted for.
 
     Args:
-        method: a name in `MERGE_METHODS`; its function's docstring has formula, source and requirements.
+        method: a name in `MERGE_METHODS`; its function's docstring has formula, source and
+            requirements.
         models: state dicts with the same names, shapes and dtypes.
         base: the checkpoint that the models were trained from, for methods with task vectors.
-        coefficients: one float per model, or a mapping from glob pattern of names to that (layer-wise):
-            the first pattern that matches a name decides, and every name must match one.
-        statistics: per model, parameter name to `alloy.activations.Gram` of the layer's inputs (RegMean)
-            or to the diagonal of the Fisher information (Fisher).
+        coefficients: one float per model, or a mapping from glob pattern of names to that
+            (layer-wise): the first pattern that matches a name decides, and every name must match
+            one.
+        statistics: per model, parameter name to `alloy.activations.Gram` of the layer's inputs
+            (RegMean) or to the diagonal of the Fisher information (Fisher).
         options: settings of the method, and for methods that run the model what they run.
 
     Returns:
-        The merged weights, in the models' names, order and dtypes; computed in float32 or better. Tensors that
-        share storage in every model share it in the result, and are merged once. Tensors that are not
-        floating-point must agree and pass through.
+        The merged weights, in the models' names, order and dtypes; computed in float32 or better.
+        Tensors that share storage in every model share it in the result, and are merged once.
+        Tensors that are not floating-point must agree and pass through.
 
     Raises:
-        MergeError: anything that `validate` refuses; names, shapes, dtypes or ties that differ between models;
-            NaN or Inf in an input or in the result.
+        MergeError: anything that `validate` refuses; names, shapes, dtypes or ties that differ
+            between models; NaN or Inf in an input or in the result.
     """
     named = {f"models[{i}]": model for i, model in enumerate(models)}
     if base is not None:
@@ -97,13 +99,15 @@ def merge_tensor(
     offset: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Merge one tensor, or for an elementwise method one chunk of it that starts at flat index `offset`.
+    """Merge one tensor, or for an elementwise method one chunk of it that starts at flat index
+    `offset`.
 
-    The result has `dtype`, by default the dtype of the inputs. Tensors that are not floating-point must agree and pass through.
+    The result has `dtype`, by default the dtype of the inputs. Tensors that are not floating-point
+    must agree and pass through.
 
     Raises:
-        MergeError: NaN or Inf in an input or in the result; integer tensors that differ; statistics that are
-            missing.
+        MergeError: NaN or Inf in an input or in the result; integer tensors that differ; statistics
+            that are missing.
     """
     method, first = settings.method, models[0]
     inputs = {f"models[{i}]": model for i, model in enumerate(models)}
@@ -156,7 +160,9 @@ def _mean(
     base: Tensor | None,
     coefficients: Sequence[float],
 ) -> Tensor:
-    """What a matrix method does with everything else: the weighted mean, or base + mean of scaled task vectors."""
+    """What a matrix method does with everything else: the weighted mean, or base + mean of scaled
+    task vectors.
+    """
     if method.coefficients != "scales":
         return combine(models, coefficients)
     assert base is not None, "only task vectors have scales"
@@ -254,7 +260,8 @@ def _ties(weights: Weights) -> dict[str, str]:
 def _statistics_of_owners(
     owner: Mapping[str, str], statistics: Sequence[Mapping[str, Any]] | None, num_models: int
 ) -> dict[str, list[Any]]:
-    """Statistics per tensor, one entry per model; what is measured under a tied name counts for its owner.
+    """Statistics per tensor, one entry per model; what is measured under a tied name counts for its
+    owner.
 
     Raises:
         MergeError: statistics of unknown tensors, or of some models only.

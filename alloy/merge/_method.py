@@ -1,7 +1,7 @@
 """What a merge method is: a function over one tensor, and what that function needs.
 
-A method sees one named tensor of every model at a time, so a checkpoint of any size streams through it.
-The few that look at the whole model (`scope="model"`: they run it) cannot be streamed.
+A method sees one named tensor of every model at a time, so a checkpoint of any size streams through
+it. The few that look at the whole model (`scope="model"`: they run it) cannot be streamed.
 
 How a caller runs a method, whether it holds the models in memory or streams them:
 
@@ -77,43 +77,49 @@ class Option:
 class MergeMethod:
     """A merge method and what it needs.
 
-    `function(models, **keywords) -> Tensor` takes the models' tensors of one name in the dtype they are
-    stored in, and returns the merged tensor in the dtype it accumulates in (float32, or float64 for
-    float64 inputs). It receives by keyword exactly:
+    `function(models, **keywords) -> Tensor` takes the models' tensors of one name in the dtype they
+    are stored in, and returns the merged tensor in the dtype it accumulates in (float32, or float64
+    for float64 inputs). It receives by keyword exactly:
 
     - `coefficients`, a tuple of one float per model, unless `coefficients` here is None;
     - `base`, a tensor (or None where `base` here is "optional"), unless `base` here is "unused";
     - `statistics`, one entry per model, if `statistics` here names a kind: "gram"
-      (`alloy.activations.Gram` of the layer's inputs) or "fisher" (a diagonal of the tensor's shape);
+      (`alloy.activations.Gram` of the layer's inputs) or "fisher" (a diagonal of the tensor's
+      shape);
     - `name` and `offset` (flat index of the chunk's first entry), if `random`;
     - every option, by its name, always.
 
-    With `scope="model"` the models, the base, the coefficients (a tuple per name) and the result are
-    mappings from name to tensor, and the function also receives the keywords in `inputs`.
+    With `scope="model"` the models, the base, the coefficients (a tuple per name) and the result
+    are mappings from name to tensor, and the function also receives the keywords in `inputs`.
     """
 
     implementation: str | None = None
     """The module in `alloy.merge` and the name of `function`."""
     coefficients: Literal["weights", "nonnegative weights", "scales"] | None
-    """What the coefficients mean. "weights" of a mean: default 1/n each, divided by their sum before the
-    function sees them unless the option `normalize` is false. "scales" of task vectors: `default_scale`."""
+    """What the coefficients mean. "weights" of a mean: default 1/n each, divided by their sum
+    before the function sees them unless the option `normalize` is false. "scales" of task
+    vectors: `default_scale`."""
     default_scale: float = 1.0
     base: Literal["required", "optional", "unused"] = "unused"
     statistics: Literal["gram", "fisher"] | None = None
     scope: Literal["tensor", "model"] = "tensor"
     inputs: tuple[str, ...] = ()
-    """What only the caller has, passed through by keyword: a callable that runs the model, its batches."""
+    """What only the caller has, passed through by keyword: a callable that runs the model, its
+    batches.
+    """
     elementwise: bool = False
-    """Each entry of the result depends on the same entry of the inputs (and its flat index) alone: a
-    tensor, its base and its "fisher" statistics may be cut anywhere, with the same result to the bit."""
+    """Each entry of the result depends on the same entry of the inputs (and its flat index) alone:
+    a tensor, its base and its "fisher" statistics may be cut anywhere, with the same result to
+    the bit."""
     two_pass: bool = False
     """Elementwise, given a few numbers measured over the whole tensor first: norms, a threshold."""
     mixture: str | None = None
     """The module in `alloy.merge` and the name of `mix`, in place of `implementation`."""
     random: bool = False
     matrices_only: bool = False
-    """Defined for matrices [d_out, d_in]. Every other tensor, one without statistics, or one that the
-    option `skip` names, gets the mean: of the models, or of the task vectors where there is a base."""
+    """Defined for matrices [d_out, d_in]. Every other tensor, one without statistics, or one that
+    the option `skip` names, gets the mean: of the models, or of the task vectors where there is
+    a base."""
     min_models: int = 1
     max_models: int | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
@@ -130,10 +136,12 @@ class MergeMethod:
 
     @property
     def mix(self) -> Callable[..., Tensor] | None:
-        """For a two-pass method that only mixes: `mix(inner_nn, coefficients=..., **options) -> mixture_n`.
+        """For a two-pass method that only mixes: `mix(inner_nn, coefficients=..., **options) ->
+        mixture_n`.
 
-        inner_nn are float64 [..., n, n], the inner products of the task vectors (of the models, without a
-        base). The result is base + sum of mixture_n[i] * (model i - base), or the sum of mixture_n[i] * model i.
+        inner_nn are float64 [..., n, n], the inner products of the task vectors (of the models,
+        without a base). The result is base + sum of mixture_n[i] * (model i - base), or the sum of
+        mixture_n[i] * model i.
         """
         return None if self.mixture is None else _imported(self.mixture)
 

@@ -1,16 +1,18 @@
-"""Random numbers that depend on where they are used, not on when: any chunking, any thread, the same mask.
+"""Random numbers that depend on where they are used, not on when: any chunking, any thread, the
+same mask.
 
-The number at flat index i of a stream is the (i+1)-th output of SplitMix64 (Steele, Lea, Flood 2014),
-which is a bijective mix of `key + (i + 1) * GOLDEN`, all modulo 2^64:
+The number at flat index i of a stream is the (i+1)-th output of SplitMix64 (Steele, Lea, Flood
+2014), which is a bijective mix of `key + (i + 1) * GOLDEN`, all modulo 2^64:
 
     z = key + (i + 1) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z = z ^ (z >> 31)
 
-Entry i is kept with probability p when `z >> 11`, an integer below 2^53, is less than `p * 2^53`, compared as
-float64. The key of a stream is the first 8 bytes, little-endian, of BLAKE2b-64 over the UTF-8 text
-`seed NUL name NUL model`: the numbers in decimal, the tensor's name, the index of the model.
+Entry i is kept with probability p when `z >> 11`, an integer below 2^53, is less than `p * 2^53`,
+compared as float64. The key of a stream is the first 8 bytes, little-endian, of BLAKE2b-64 over the
+UTF-8 text `seed NUL name NUL model`: the numbers in decimal, the tensor's name, the index of the
+model.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """Shift right with zeros coming in; torch has no unsigned arithmetic, its int64 shift keeps the sign."""
+    """Shift right with zeros coming in; torch has no unsigned arithmetic, its int64 shift keeps the
+    sign.
+    """
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

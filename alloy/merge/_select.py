@@ -1,10 +1,10 @@
 """Which entries of a task vector are large: an order that a histogram can find exactly.
 
-Magnitudes are compared after rounding the float32 (float64) difference of model and base to the dtype that
-the weights are stored in. For bfloat16 and float16 a magnitude is then one of 32,768 values, so one
-histogram of the task vector's absolute bits selects exactly, without a sort.
-Entries of equal magnitude share their fate: both are kept or both are dropped. So a selection does not depend on
-the order of entries, and may keep a few more than asked for where magnitudes tie.
+Magnitudes are compared after rounding the float32 (float64) difference of model and base to the
+dtype that the weights are stored in. For bfloat16 and float16 a magnitude is then one of 32,768
+values, so one histogram of the task vector's absolute bits selects exactly, without a sort. Entries
+of equal magnitude share their fate: both are kept or both are dropped. So a selection does not
+depend on the order of entries, and may keep a few more than asked for where magnitudes tie.
 """
 
 import torch
@@ -32,9 +32,11 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
 
 
 def keep_largest(values: Tensor, density: float, among: int | None = None) -> Tensor:
-    """True for the int(density * n) largest of n values, at least one, and for all that tie with the last.
+    """True for the int(density * n) largest of n values, at least one, and for all that tie with
+    the last.
 
-    Density 1 keeps everything, density 0 nothing. `among` is n where it is not the number of values.
+    Density 1 keeps everything, density 0 nothing. `among` is n where it is not the number of
+    values.
     """
     if density >= 1 or values.numel() == 0:
         return torch.ones_like(values, dtype=torch.bool)
@@ -45,7 +47,8 @@ def keep_largest(values: Tensor, density: float, among: int | None = None) -> Te
 
 
 def keep_middle(values: Tensor, density: float, gamma: float) -> Tensor:
-    """True for the int(density * n) largest values once the int(gamma * n) very largest are set aside.
+    """True for the int(density * n) largest values once the int(gamma * n) very largest are set
+    aside.
 
     Both ends are inclusive: what ties with the first or the last that is kept is kept.
     """
@@ -58,7 +61,9 @@ def keep_middle(values: Tensor, density: float, gamma: float) -> Tensor:
 
 
 def midranks(values: Tensor) -> Tensor:
-    """Rank of each value among its row (last dim), from 1; equal values share their mean rank. float64."""
+    """Rank of each value among its row (last dim), from 1; equal values share their mean rank.
+    float64.
+    """
     ordered = values.sort(-1).values.contiguous()
     values = values.contiguous()
     below = torch.searchsorted(ordered, values, right=False)

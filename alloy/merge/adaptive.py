@@ -1,6 +1,7 @@
 """Merges that run the model while they merge it: AdaMerging and RegMean++.
 
-They see whole models and what the caller brings: a callable or a module, and batches without labels.
+They see whole models and what the caller brings: a callable or a module, and batches without
+labels.
 """
 
 from __future__ import annotations
@@ -34,17 +35,20 @@ def adamerging(
     num_steps: int,
     learning_rate: float,
 ) -> dict[str, Tensor]:
-    """Task arithmetic whose coefficients minimise the entropy of predictions (AdaMerging, arXiv:2310.02575).
+    """Task arithmetic whose coefficients minimise the entropy of predictions (AdaMerging,
+    arXiv:2310.02575).
 
-    W = W_0 + sum_i λ_i τ_i with one λ_i per task (`per="task"`) or per task and layer (`per="layer"`). A layer is
-    the tensors that share the numbered part of their name (`encoder.layer.3`); a tensor without a number is a layer
-    by itself. Adam descends on the sum over tasks of the mean entropy; no labels. The coefficients
-    given are the start (the paper starts at 0.3).
+    W = W_0 + sum_i λ_i τ_i with one λ_i per task (`per="task"`) or per task and layer
+    (`per="layer"`). A layer is the tensors that share the numbered part of their name
+    (`encoder.layer.3`); a tensor without a number is a layer by itself. Adam descends on the sum
+    over tasks of the mean entropy; no labels. The coefficients given are the start (the paper
+    starts at 0.3).
 
     Args:
-        forward: `forward(weights, batch, task)` gives logits [..., classes] of the merged weights under the
-            head of that task; it must be differentiable in the weights.
-        batches: one re-iterable of batches per task; a step takes the next batch of every task, around and around.
+        forward: `forward(weights, batch, task)` gives logits [..., classes] of the merged weights
+            under the head of that task; it must be differentiable in the weights.
+        batches: one re-iterable of batches per task; a step takes the next batch of every task,
+            around and around.
 
     Raises:
         MergeError: not one iterable per model, or an empty one; logits that are not finite.
@@ -100,19 +104,21 @@ def regmean_plus_plus(
 ) -> dict[str, Tensor]:
     """RegMean on the inputs that the merged model itself computes (RegMean++, arXiv:2508.03121).
 
-    The blocks are merged in order. The Grams of model i in a block are measured with model i's weights in that block,
-    after blocks that are already merged, on data of model i; so a block adapts to what it will be fed.
-    Weights of linear layers inside the blocks are merged by RegMean, everything else is averaged first.
+    The blocks are merged in order. The Grams of model i in a block are measured with model i's
+    weights in that block, after blocks that are already merged, on data of model i; so a block
+    adapts to what it will be fed. Weights of linear layers inside the blocks are merged by RegMean,
+    everything else is averaged first.
 
     Args:
         module: the architecture; its parameters have the names of the models, and are not changed.
         batches: one re-iterable of batches per model; a batch is a mapping of keyword arguments of
-            `module`. Where it has `attention_mask` [B, T] and a layer's input is [B, T, D], padding is left out.
+            `module`. Where it has `attention_mask` [B, T] and a layer's input is [B, T, D], padding
+            is left out.
         blocks: name prefixes of the blocks, in the order of computation (`encoder.layer.0`).
 
     Raises:
-        MergeError: not one iterable per model, a block without a linear layer, one that its data never reaches,
-            or parameters of the module that the models do not have.
+        MergeError: not one iterable per model, a block without a linear layer, one that its data
+            never reaches, or parameters of the module that the models do not have.
     """
     _require_one_each(batches, models)
     unset = _parameters_without_weights(module, models[0])
@@ -178,7 +184,9 @@ def _input_grams(
 
 
 def _parameters_without_weights(module: nn.Module, weights: Weights) -> list[str]:
-    """Names of the module's parameters for which the weights have no value, under this or a tied name."""
+    """Names of the module's parameters for which the weights have no value, under this or a tied
+    name.
+    """
     given = {
         id(p) for name, p in module.named_parameters(remove_duplicate=False) if name in weights
     }

@@ -15,7 +15,8 @@ from alloy.merge._select import accumulator
 def linear(models: Sequence[Tensor], *, coefficients: Sequence[float], normalize: bool) -> Tensor:
     """W = sum_i c_i W_i; the average where every c_i is 1/n (model soups, arXiv:2203.05482).
 
-    With `normalize` the coefficients were divided by their sum; without it they are used as they are.
+    With `normalize` the coefficients were divided by their sum; without it they are used as they
+    are.
     """
     del normalize  # done where the coefficients are checked
     return combine(models, coefficients)
@@ -24,8 +25,8 @@ def linear(models: Sequence[Tensor], *, coefficients: Sequence[float], normalize
 def interpolation(experts: Sequence[Tensor], *, ratio: float) -> Tensor:
     """Interpolate modality experts with the paper's coefficients (arXiv:2304.14933).
 
-    W = a W_v + (1-a) W_l for two experts; W = 2/3 a W_v + 2/3 (1-a) W_l + 1/3 W_vl for three; a single
-    expert is itself. The order of the experts is v, l, vl; a is `ratio`.
+    W = a W_v + (1-a) W_l for two experts; W = 2/3 a W_v + 2/3 (1-a) W_l + 1/3 W_vl for three; a
+    single expert is itself. The order of the experts is v, l, vl; a is `ratio`.
     """
     pair = (ratio, 1 - ratio)
     coefficients = {1: (1.0,), 2: pair, 3: (2 / 3 * pair[0], 2 / 3 * pair[1], 1 / 3)}
@@ -35,10 +36,11 @@ def interpolation(experts: Sequence[Tensor], *, ratio: float) -> Tensor:
 def fisher(
     models: Sequence[Tensor], *, coefficients: Sequence[float], statistics: Sequence[Tensor]
 ) -> Tensor:
-    """W = sum_i c_i F_i W_i / sum_i c_i F_i, entry by entry (Matena and Raffel, arXiv:2111.09832, eq. 5).
+    """W = sum_i c_i F_i W_i / sum_i c_i F_i, entry by entry (Matena and Raffel, arXiv:2111.09832).
 
     F_i is the diagonal of model i's Fisher information, of the shape of the tensor, as
-    `alloy.merge.fisher_diagonal` measures it. Entries that no model's loss depends on (all F_i = 0) get the mean.
+    `alloy.merge.fisher_diagonal` measures it. Entries that no model's loss depends on (all F_i = 0)
+    get the mean.
 
     Raises:
         MergeError: a Fisher diagonal of another shape, or with a negative or non-finite entry.

@@ -15,17 +15,19 @@ from alloy.types import Weights
 def fisher_diagonal(
     forward: Callable[[Weights, Any], Tensor], weights: Weights, examples: Iterable[Any]
 ) -> dict[str, Tensor]:
-    """F = mean over x of E_{y ~ p(y|x)} [(d log p(y|x) / dθ)²], entry by entry (arXiv:2111.09832, eq. 3).
+    """F = mean over x of E_{y ~ p(y|x)} [(d log p(y|x) / dθ)²], entry by entry (arXiv:2111.09832).
 
-    The expectation over the model's own predictions is exact: one backward pass per class, so no labels are
-    needed and nothing is sampled.
+    The expectation over the model's own predictions is exact: one backward pass per class, so no
+    labels are needed and nothing is sampled.
 
     Args:
-        forward: `forward(weights, example)` gives the logits [classes] of one example; differentiable.
+        forward: `forward(weights, example)` gives the logits [classes] of one example;
+            differentiable.
         examples: one at a time, because the square of a batch's gradient is not the sum of squares.
 
     Returns:
-        A float32 tensor of each floating-point weight's shape; 0 where the logits do not depend on it.
+        A float32 tensor of each floating-point weight's shape; 0 where the logits do not depend on
+        it.
 
     Raises:
         MergeError: no examples, logits that are not [classes], a diagonal that is not finite.

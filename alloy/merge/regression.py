@@ -1,13 +1,14 @@
 """Merges that solve a least-squares problem per matrix: RegMean and the WUDI family.
 
-All minimise sum_i c_i tr[(W - W_i) G_i (W - W_i)ᵀ], the error of the merged layer on the inputs of every
-model's layer. RegMean measures the Grams G_i of those inputs; WUDI guesses them from the task vector
-itself, whose rows are sums of inputs (a gradient step of a linear layer is an outer product with its
-input). From a start W_0, the minimum is
+All minimise sum_i c_i tr[(W - W_i) G_i (W - W_i)ᵀ], the error of the merged layer on the inputs of
+every model's layer. RegMean measures the Grams G_i of those inputs; WUDI guesses them from the task
+vector itself, whose rows are sums of inputs (a gradient step of a linear layer is an outer product
+with its input). From a start W_0, the minimum is
 
     W = W_0 + R C⁻¹,   C = sum_i c_i G_i,   R = sum_i c_i (W_i - W_0) G_i
 
-and with C = V diag(l) Vᵀ anything short of the minimum, a ridge or an early stop, is a filter f(l) in
+and with C = V diag(l) Vᵀ anything short of the minimum, a ridge or an early stop, is a filter f(l)
+in
 
     W = W_0 + R V diag(f(l) / l) Vᵀ
 
@@ -38,16 +39,17 @@ def regmean(
     ridge: float,
     normalize_grams: bool,
 ) -> Tensor:
-    """W = (sum_i c_i W_i G_i)(sum_i c_i G_i)⁻¹ (RegMean, arXiv:2212.09849, eq. 2), in float64.
+    """W = (sum_i c_i W_i G_i)(sum_i c_i G_i)⁻¹ (RegMean, arXiv:2212.09849), in float64.
 
-    Off-diagonal entries of the Grams are multiplied by 1 - `shrinkage` (the paper's alpha). `ridge`, in units of the
-    mean eigenvalue of sum_i c_i G_i, pulls towards the weighted mean, which is also what unvisited
-    directions get. `normalize_grams` divides each Gram by its number of tokens, so that a model with long inputs
-    does not outweigh the others.
+    Off-diagonal entries of the Grams are multiplied by 1 - `shrinkage` (the paper's alpha).
+    `ridge`, in units of the mean eigenvalue of sum_i c_i G_i, pulls towards the weighted mean,
+    which is also what unvisited directions get. `normalize_grams` divides each Gram by its number
+    of tokens, so that a model with long inputs does not outweigh the others.
 
     Raises:
-        MergeError: a Gram of another size than the layer's input (a transposed weight, such as GPT-2's
-            Conv1D, has its inputs in dim 0 and is refused when it is not square), or of no tokens.
+        MergeError: a Gram of another size than the layer's input (a transposed weight, such as
+            GPT-2's Conv1D, has its inputs in dim 0 and is refused when it is not square), or of no
+            tokens.
     """
     for model, gram in zip(models, statistics, strict=True):
         if gram.sum_DD.shape != (model.shape[1], model.shape[1]):
@@ -70,10 +72,11 @@ def wudi(
     start: str,
     skip: tuple[str, ...],
 ) -> Tensor:
-    """The exact minimum of sum_i c_i ||(τ - τ_i) τ_iᵀ||² / ||τ_i||² (WUDI, arXiv:2503.08099): G_i = τ_iᵀτ_i / ||τ_i||².
+    """The exact minimum of sum_i c_i ||(τ - τ_i) τ_iᵀ||² / ||τ_i||² (WUDI, arXiv:2503.08099): G_i =
+    τ_iᵀτ_i / ||τ_i||².
 
-    The paper descends with Adam from the sum of the task vectors; here directions outside every τ_i's row space keep
-    the `start`: the sum of the task vectors, their mean, or zero.
+    The paper descends with Adam from the sum of the task vectors; here directions outside every
+    τ_i's row space keep the `start`: the sum of the task vectors, their mean, or zero.
     """
     del skip  # decides which matrices come here
     deltas = [task_vector(m, base).double() for m in models]
@@ -92,11 +95,13 @@ def swudi(
     time: float,
     skip: tuple[str, ...],
 ) -> Tensor:
-    """WUDI along the leading eigenvectors, stopped early (SWUDI, github.com/WalkerWorldPeace/MLLMerging).
+    """WUDI along the leading eigenvectors, stopped early (SWUDI,
+    github.com/WalkerWorldPeace/MLLMerging).
 
-    Gradient flow on WUDI's loss for the time t reaches the share f(l) = 1 - exp(-t l) of the minimum along an eigenvector
-    of C with eigenvalue l; only the share `rank` of largest eigenvalues is followed (the authors take 0.65,
-    and 0.85 for language and vision-language models).
+    Gradient flow on WUDI's loss for the time t reaches the share f(l) = 1 - exp(-t l) of the
+    minimum along an eigenvector of C with eigenvalue l; only the share `rank` of largest
+    eigenvalues is followed (the authors take 0.65, and 0.85 for language and vision-language
+    models).
     """
     del skip  # decides which matrices come here
     deltas = [task_vector(m, base).double() for m in models]
@@ -123,8 +128,9 @@ def optmerge(
     """WUDI's loss against low-rank task vectors, from their mean (OptMerge, arXiv:2505.19892).
 
     Each τ_i of n is cut to the share 1/n of its rank, τ~_i = U S Vᵀ; the loss is
-    sum_i ||(τ - τ~_i)(S Vᵀ)ᵀ||² / ||τ_i||². The authors take 300 steps of SGD with momentum 0.9; on a quadratic
-    loss every eigenvector moves by itself, so those steps are computed as one filter, to the same result.
+    sum_i ||(τ - τ~_i)(S Vᵀ)ᵀ||² / ||τ_i||². The authors take 300 steps of SGD with momentum 0.9; on
+    a quadratic loss every eigenvector moves by itself, so those steps are computed as one filter,
+    to the same result.
 
     Raises:
         MergeError: a learning rate at which those steps diverge.
@@ -166,7 +172,8 @@ def least_squares(
     *,
     ridge: float = 0.0,
 ) -> Tensor:
-    """The W that minimises sum_i c_i tr[(W - W_i) G_i (W - W_i)ᵀ] + ridge l̄ ||W - start||², in float64.
+    """The W that minimises sum_i c_i tr[(W - W_i) G_i (W - W_i)ᵀ] + ridge l̄ ||W - start||², in
+    float64.
 
     l̄ is the mean eigenvalue of sum_i c_i G_i. Without a ridge, directions in which that sum is
     singular keep the start.
@@ -189,7 +196,9 @@ def _filtered(
     coefficients: Sequence[float],
     filter_: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """start + R V diag(f(l) / l) Vᵀ, see the module's docstring; eigenvalues that are rounding count as 0."""
+    """start + R V diag(f(l) / l) Vᵀ, see the module's docstring; eigenvalues that are rounding
+    count as 0.
+    """
     curvature_II, residual_OI = _normal_equations(start, targets_OI, grams_II, coefficients)
     eigenvalues_I, vectors_II = torch.linalg.eigh(curvature_II)
     noise = eigenvalues_I.abs().max() * len(eigenvalues_I) * torch.finfo(torch.float64).eps
@@ -227,6 +236,8 @@ def _terms(coefficients: Sequence[float]) -> list[float]:
 
 
 def _start(kind: str, deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """Where WUDI begins, and stays in directions that no task vector visits; "sum" is n times "mean"."""
+    """Where WUDI begins, and stays in directions that no task vector visits; "sum" is n times
+    "mean".
+    """
     factor = {"sum": len(deltas), "mean": 1, "zero": 0}[kind]
     return combine(deltas, [factor * c for c in coefficients])

@@ -1,7 +1,8 @@
 """Search for the coefficients of a merge that score best on a benchmark.
 
-The benchmark is a function of the coefficients: whoever calls this merges and evaluates. Proposals come from
-Optuna's tree-structured Parzen estimator with a seed, so equal scores give an equal search.
+The benchmark is a function of the coefficients: whoever calls this merges and evaluates. Proposals
+come from Optuna's tree-structured Parzen estimator with a seed, so equal scores give an equal
+search.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ def search(
     """Find the coefficients with the best score.
 
     Args:
-        score: merges with the coefficients it is given and evaluates the result; a trial whose score is NaN counts
-            as the worst. An exception ends the search.
+        score: merges with the coefficients it is given and evaluates the result; a trial whose
+            score is NaN counts as the worst. An exception ends the search.
         num_models: coefficients per pattern.
         num_trials: how often `score` is called, the proposals in `start` included.
-        patterns: globs of tensor names, each with coefficients of its own (layer-wise search); the first that
-            matches a name decides, so "*" comes last.
+        patterns: globs of tensor names, each with coefficients of its own (layer-wise search); the
+            first that matches a name decides, so "*" comes last.
         low, high: the range of every coefficient.
-        convex: divide each pattern's coefficients by their sum, so that they are weights of a mean; `low`
-            must not be negative. Where they are all 0 they become 1/n.
+        convex: divide each pattern's coefficients by their sum, so that they are weights of a mean;
+            `low` must not be negative. Where they are all 0 they become 1/n.
         start: proposals to try first: the average, or the best of an earlier search.
 
     Raises:

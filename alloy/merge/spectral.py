@@ -1,7 +1,7 @@
 """Merges in the singular spaces of task matrices: TSV-M, Iso-C, Iso-CTS.
 
-A task matrix is the task vector of one weight matrix, Δ_i = W_i - W_0 [d_out, d_in]; here each is first scaled
-by its coefficient. All is computed in float64.
+A task matrix is the task vector of one weight matrix, Δ_i = W_i - W_0 [d_out, d_in]; here each is
+first scaled by its coefficient. All is computed in float64.
 
 Shape legend: O outputs, I inputs, K directions kept.
 """
@@ -17,10 +17,11 @@ from alloy.merge._select import accumulator, task_vector
 def tsv_m(
     models: Sequence[Tensor], *, base: Tensor, coefficients: Sequence[float], skip: tuple[str, ...]
 ) -> Tensor:
-    """Task singular vectors without interference (TSV-Merge, arXiv:2412.00081, algorithm 1).
+    """Task singular vectors without interference (TSV-Merge, arXiv:2412.00081).
 
-    Of each of n task matrices the share 1/n of leading singular triplets is kept; the left (right) singular
-    vectors of all tasks, side by side, are replaced by the nearest orthonormal ones; W = W_0 + U S Vᵀ.
+    Of each of n task matrices the share 1/n of leading singular triplets is kept; the left (right)
+    singular vectors of all tasks, side by side, are replaced by the nearest orthonormal ones; W =
+    W_0 + U S Vᵀ.
     """
     del skip  # decides which matrices come here
     deltas = _task_matrices(models, base, coefficients)
@@ -35,9 +36,10 @@ def tsv_m(
 def iso_c(
     models: Sequence[Tensor], *, base: Tensor, coefficients: Sequence[float], skip: tuple[str, ...]
 ) -> Tensor:
-    """Isotropic merging in the common subspace (Iso-C, arXiv:2502.04959, algorithm 1).
+    """Isotropic merging in the common subspace (Iso-C, arXiv:2502.04959).
 
-    The singular values of the sum of task matrices are all replaced by their mean: W = W_0 + s̄ U Vᵀ.
+    The singular values of the sum of task matrices are all replaced by their mean: W = W_0 + s̄ U
+    Vᵀ.
     """
     del skip  # decides which matrices come here
     total = torch.stack(_task_matrices(models, base, coefficients)).sum(0)
@@ -53,11 +55,12 @@ def iso_cts(
     common: float,
     skip: tuple[str, ...],
 ) -> Tensor:
-    """Isotropic merging in common and task-specific subspaces (Iso-CTS, arXiv:2502.04959, algorithm 2).
+    """Isotropic merging in common and task-specific subspaces (Iso-CTS, arXiv:2502.04959).
 
-    The share `common` of the singular directions comes from the sum of task matrices; the rest is divided evenly
-    over the tasks, each giving the leading directions of its task matrix outside the common left space. The
-    directions of all are made orthonormal and get the mean of their singular values.
+    The share `common` of the singular directions comes from the sum of task matrices; the rest is
+    divided evenly over the tasks, each giving the leading directions of its task matrix outside the
+    common left space. The directions of all are made orthonormal and get the mean of their singular
+    values.
     """
     del skip  # decides which matrices come here
     deltas = _task_matrices(models, base, coefficients)

@@ -1,9 +1,10 @@
-"""Means along great circles, and other mixtures whose coefficients depend on the angles between models.
+"""Means along great circles, and other mixtures whose coefficients depend on the angles between
+models.
 
 Whatever such a method does with directions, its result is a linear combination of the tensors, and
-the coefficients depend on nothing but their inner products. So each method here is a function from the
-inner products (n numbers by n, however large the tensor) to the mixture; `mixture_of` turns it into a
-merge method. One pass over the tensors measures, a second one mixes.
+the coefficients depend on nothing but their inner products. So each method here is a function from
+the inner products (n numbers by n, however large the tensor) to the mixture; `mixture_of` turns it
+into a merge method. One pass over the tensors measures, a second one mixes.
 
 With a base all of it happens to task vectors, and the result is added to the base.
 
@@ -23,10 +24,11 @@ _LINEAR_COSINE = 0.9995  # nearer to parallel or antiparallel, the great circle 
 
 
 def slerp_mixture(inner_nn: Tensor, *, coefficients: Sequence[float]) -> Tensor:
-    """Spherical interpolation of two tensors (Shoemake 1985): W = sin((1-t)θ)/sin θ W_0 + sin(tθ)/sin θ W_1.
+    """Spherical interpolation of two tensors (Shoemake 1985): W = sin((1-t)θ)/sin θ W_0 +
+    sin(tθ)/sin θ W_1.
 
-    t is the second coefficient's share, θ the angle between the tensors; tensors that are parallel or
-    opposite (|cos θ| > 0.9995) or zero are interpolated linearly.
+    t is the second coefficient's share, θ the angle between the tensors; tensors that are parallel
+    or opposite (|cos θ| > 0.9995) or zero are interpolated linearly.
     """
     t = coefficients[1]
     norm_n = inner_nn.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -40,7 +42,8 @@ def slerp_mixture(inner_nn: Tensor, *, coefficients: Sequence[float]) -> Tensor:
 
 
 def nuslerp_mixture(inner_nn: Tensor, *, coefficients: Sequence[float], vectors: str) -> Tensor:
-    """`slerp` of two tensors or, with a base, of their task vectors; as a whole or row by row (`vectors`).
+    """`slerp` of two tensors or, with a base, of their task vectors; as a whole or row by row
+    (`vectors`).
 
     mergekit's NuSLERP (github.com/arcee-ai/mergekit).
     """
@@ -51,8 +54,8 @@ def nuslerp_mixture(inner_nn: Tensor, *, coefficients: Sequence[float], vectors:
 def multislerp_mixture(inner_nn: Tensor, *, coefficients: Sequence[float]) -> Tensor:
     """Barycentre in one tangent space: mergekit's multislerp (goddard.blog, 2025).
 
-    The directions are projected to the tangent space at their weighted mean direction, averaged there and
-    brought back to the sphere; the length is the weighted mean of the lengths.
+    The directions are projected to the tangent space at their weighted mean direction, averaged
+    there and brought back to the sphere; the length is the weighted mean of the lengths.
     """
 
     def mean(inner_nn: Tensor) -> Tensor:
@@ -64,10 +67,11 @@ def multislerp_mixture(inner_nn: Tensor, *, coefficients: Sequence[float]) -> Te
 def karcher_mixture(
     inner_nn: Tensor, *, coefficients: Sequence[float], max_iterations: int, tolerance: float
 ) -> Tensor:
-    """The weighted Karcher mean of the directions, times the weighted mean of the lengths (arXiv:2603.04972).
+    """The weighted Karcher mean of the directions, times the weighted mean of the lengths
+    (arXiv:2603.04972).
 
-    The Karcher mean minimises the weighted sum of squared angles; this is gradient descent with step 1 in
-    the tangent space, until a step is shorter than `tolerance` radians.
+    The Karcher mean minimises the weighted sum of squared angles; this is gradient descent with
+    step 1 in the tangent space, until a step is shorter than `tolerance` radians.
     """
 
     def stretch(angle_n: Tensor) -> Tensor:
@@ -80,11 +84,12 @@ def karcher_mixture(
 
 
 def model_stock_mixture(inner_nn: Tensor, *, vectors: str) -> Tensor:
-    """W = t mean_i(W_i) + (1-t) W_0, t = n cos θ / (1 + (n-1) cos θ) (Model Stock, arXiv:2403.19522, eq. 7).
+    """W = t mean_i(W_i) + (1-t) W_0, t = n cos θ / (1 + (n-1) cos θ) (Model Stock,
+    arXiv:2403.19522).
 
-    θ is the mean angle between task vectors (its cosine is averaged over pairs), over the whole tensor or
-    row by row. Where the task vectors oppose each other (cos θ <= 0) the base is kept: the formula there
-    leaves the segment between base and mean, and has a pole.
+    θ is the mean angle between task vectors (its cosine is averaged over pairs), over the whole
+    tensor or row by row. Where the task vectors oppose each other (cos θ <= 0) the base is kept:
+    the formula there leaves the segment between base and mean, and has a pole.
     """
     del vectors  # decides what the inner products are taken over
     n = inner_nn.shape[-1]
@@ -138,10 +143,12 @@ def _mean_direction(
     *,
     stretch: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The mean of n directions on the sphere, scaled to the mean length, as a mixture of the n vectors.
+    """The mean of n directions on the sphere, scaled to the mean length, as a mixture of the n
+    vectors.
 
     Vectors in the span of the directions are kept as their coordinates, with the cosines as metric.
-    `stretch` of an angle is how long the tangent vector towards a direction is, over its projection.
+    `stretch` of an angle is how long the tangent vector towards a direction is, over its
+    projection.
     Directions that cancel have no mean on the sphere: the vectors are averaged linearly.
     """
     weight_n = torch.tensor(coefficients, dtype=inner_nn.dtype, device=inner_nn.device)

@@ -95,7 +95,9 @@ def test_layers_and_the_whole_are_distances_of_the_concatenation():
 
 
 def test_truncation_ranks_within_tensors_or_within_the_model():
-    """A tensor of small numbers vanishes from the truncated distance when the whole model is ranked together."""
+    """A tensor of small numbers vanishes from the truncated distance when the whole model is ranked
+    together.
+    """
     a = {"large": torch.tensor([10.0, 9.0, 8.0, 7.0]), "small": torch.tensor([0.1, 0.2, 0.3, 0.4])}
     b = {"large": torch.tensor([10.0, 9.0, 8.0, 7.0]), "small": -a["small"]}
     assert distance(a, b, keep=0.5, truncation="tensor").tensors["small"].tssd == 1

@@ -1,4 +1,6 @@
-"""Three experts trained (here: drawn) from one base, with the statistics that the data-based methods need."""
+"""Three experts trained (here: drawn) from one base, with the statistics that the data-based
+methods need.
+"""
 
 from dataclasses import dataclass
 

@@ -28,7 +28,9 @@ def bert(seed: int) -> BertForSequenceClassification:
 
 
 def family():
-    """A base and two experts near it, as state dicts, and batches of token ids with padding for each."""
+    """A base and two experts near it, as state dicts, and batches of token ids with padding for
+    each.
+    """
     module = bert(0)
     base = {k: v.detach().clone() for k, v in module.state_dict().items()}
     experts = [
@@ -89,7 +91,9 @@ def test_adamerging_without_steps_is_task_arithmetic(adaptive):
 
 
 def test_adamerging_moves_all_of_a_layer_by_one_coefficient_per_task(adaptive):
-    """The merged task vector of a layer is a combination of the experts' with the same coefficients throughout."""
+    """The merged task vector of a layer is a combination of the experts' with the same coefficients
+    throughout.
+    """
     _, base, experts, _, run = adaptive
     merged = run(per="layer", num_steps=5, learning_rate=0.05)
     layer = [k for k in base if k.startswith("bert.encoder.layer.0.")]
@@ -123,7 +127,9 @@ class Mlp(nn.Module):
 
 
 def test_regmean_plus_plus_measures_later_blocks_behind_merged_earlier_ones():
-    """Two layers by hand: the second layer's Grams come from inputs that the merged first layer computes."""
+    """Two layers by hand: the second layer's Grams come from inputs that the merged first layer
+    computes.
+    """
     torch.manual_seed(0)
     models = [dict(Mlp().double().state_dict()) for _ in range(2)]
     inputs = [torch.randn(40, 4).double(), torch.randn(60, 4).double()]

@@ -167,7 +167,9 @@ def test_negating_the_task_vectors_negates_the_merged_one(family, method):
 
 
 def test_modality_arithmetic_takes_every_vector_from_the_unchanged_seed(family):
-    """The paper's released code turns lambda .75 over v, l into .0625, .1875, .75 (seed, v, l); exact is -.5, .75, .75."""
+    """The paper's released code turns lambda .75 over v, l into .0625, .1875, .75 (seed, v, l);
+    exact is -.5, .75, .75.
+    """
     before = {k: v.clone() for k, v in family.base.items()}
     merged = family.merge("modality_arithmetic", models=family.models[:2], scale=0.75)
     vision, language = family.models[:2]

@@ -291,7 +291,9 @@ def test_coefficients_are_divided_by_their_sum_unless_told_otherwise():
 
 
 def test_matrix_methods_take_the_mean_of_everything_else(family):
-    """Biases, norms, skipped and unmeasured matrices: the weighted mean, or base + mean of scaled task vectors."""
+    """Biases, norms, skipped and unmeasured matrices: the weighted mean, or base + mean of scaled
+    task vectors.
+    """
     mean = family.merge("linear")
     for method in ("regmean", "wudi", "swudi", "optmerge", "tsv_m", "iso_c", "iso_cts"):
         merged = family.merge(method)

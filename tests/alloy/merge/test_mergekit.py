@@ -1,4 +1,5 @@
-"""Where Alloy and mergekit 0.1.5 define a method alike the numbers agree; where not, the difference is stated.
+"""Where Alloy and mergekit 0.1.5 define a method alike the numbers agree; where not, the difference
+is stated.
 
 Each table row gives Alloy's method and options, and mergekit's, that mean the same.
 """
@@ -72,7 +73,9 @@ def test_nuslerp(setting, vectors, theirs, with_base):
 
 @pytest.mark.parametrize("with_base", [False, True])
 def test_multislerp(setting, with_base):
-    """But for tensors of a single number, which have no direction to speak of: there mergekit rounds."""
+    """But for tensors of a single number, which have no direction to speak of: there mergekit
+    rounds.
+    """
     base, models = setting
     models = [{k: v for k, v in m.items() if v.numel() > 1} for m in models]
     base = {k: base[k] for k in models[0]} if with_base else None
@@ -118,7 +121,8 @@ def test_ties(setting, normalize):
 
 
 def test_ties_elects_by_the_paper_where_mergekit_elects_by_weighted_values(setting):
-    """arXiv:2306.01708 elects by the sum of trimmed task vectors; mergekit multiplies them by the weights first.
+    """arXiv:2306.01708 elects by the sum of trimmed task vectors; mergekit multiplies them by the
+    weights first.
 
     Only entries whose elected sign differs may differ, and with equal weights there are none.
     """
@@ -146,7 +150,9 @@ def test_a_draw_elects_nobody_where_mergekit_elects_plus():
 
 
 def test_magnitudes_that_tie_share_their_fate_where_mergekit_keeps_some():
-    """In bfloat16 many magnitudes are equal; mergekit keeps as many as asked, by the order of an unstable sort."""
+    """In bfloat16 many magnitudes are equal; mergekit keeps as many as asked, by the order of an
+    unstable sort.
+    """
     delta = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.5, 0.25, 2.0, 0.125], dtype=torch.bfloat16)
     base = {"x": torch.zeros(8, dtype=torch.bfloat16)}
     ours = merge("ties", [{"x": delta}], base=base, density=0.25)["x"]
@@ -173,7 +179,8 @@ def test_breadcrumbs(setting, method, gamma):
 def test_dare_and_della_with_a_given_mask(setting, method, rescale, monkeypatch):
     """mergekit's sparsification gets our masks in place of its unseeded ones; all else is its own.
 
-    Where `rescale` is on, mergekit restores the tensor's l1 norm; the papers divide by the probability.
+    Where `rescale` is on, mergekit restores the tensor's l1 norm; the papers divide by the
+    probability.
     """
     base, models = setting
     from mergekit import sparsify as theirs
@@ -243,7 +250,9 @@ def test_sce(setting, density):
 
 
 def test_sce_weighs_small_task_vectors_where_mergekit_makes_them_equal(setting):
-    """mergekit takes equal weights once the mean squares sum to less than 1e-6, as fine-tuning often leaves them."""
+    """mergekit takes equal weights once the mean squares sum to less than 1e-6, as fine-tuning
+    often leaves them.
+    """
     base, models = setting
     near = [
         {k: base[k] + 1e-4 * f * (m[k] - base[k]) for k in base}
@@ -267,7 +276,9 @@ def test_sce_weighs_small_task_vectors_where_mergekit_makes_them_equal(setting):
 
 @pytest.mark.parametrize("rows", [False, True])
 def test_model_stock_where_the_task_vectors_agree(setting, rows):
-    """Task vectors within 90 degrees of each other: beyond that ours keeps the base, mergekit leaves the segment."""
+    """Task vectors within 90 degrees of each other: beyond that ours keeps the base, mergekit
+    leaves the segment.
+    """
     base, models = setting
     drift = {k: torch.ones_like(v) for k, v in base.items()}
     models = [{k: m[k] + drift[k] for k in m} for m in models]

@@ -69,11 +69,13 @@ def bits_histogram_threshold(values: torch.Tensor, k: int) -> int:
     n=st.integers(1, 300),
     density=st.floats(0.01, 0.99),
     seed=st.integers(0, 999),
-    levels=st.integers(1, 50),
+    levels=st.integers(1, 5000),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
 )
 def test_selection_equals_a_histogram_of_magnitude_bits(n, density, seed, levels, dtype):
-    """What the engine's kernel does: the float32 difference, rounded to the storage dtype, ranked by its bits."""
+    """What the engine's kernel does: the float32 difference, rounded to the storage dtype, ranked
+    by its bits.
+    """
     generator = torch.Generator().manual_seed(seed)
     delta = torch.randint(-levels, levels + 1, (n,), generator=generator) * 0.37
     rounded = delta.to(dtype).abs()

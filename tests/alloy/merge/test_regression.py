@@ -30,7 +30,9 @@ def regmean(weights, inputs, **options):
 
 
 def test_regmean_is_the_least_squares_fit_to_all_outputs():
-    """W minimises sum_i ||X_i Wᵀ - X_i W_iᵀ||², as numpy's least squares on the stacked data finds it."""
+    """W minimises sum_i ||X_i Wᵀ - X_i W_iᵀ||², as numpy's least squares on the stacked data finds
+    it.
+    """
     weights, inputs = problem()
     stacked = torch.cat(inputs)
     outputs = torch.cat([x @ w.T for w, x in zip(weights, inputs, strict=True)])
@@ -46,7 +48,9 @@ def test_equal_grams_give_the_mean_with_or_without_ridge_and_shrinkage():
 
 
 def test_directions_without_inputs_get_the_mean():
-    """With singular Grams the inverse of the paper does not exist; what no token visits is averaged."""
+    """With singular Grams the inverse of the paper does not exist; what no token visits is
+    averaged.
+    """
     weights, inputs = problem(tokens=(50, 40))
     blind = torch.eye(6, dtype=torch.float64)
     blind[0, 0] = 0  # no input ever has coordinate 0
@@ -120,7 +124,9 @@ def test_wudi_is_the_minimum_that_its_authors_descend_to(start):
 
 
 def test_wudi_leaves_directions_that_no_task_vector_has_at_the_start():
-    """More inputs than rows of task vectors: the minimum is not unique, descent stays where it began."""
+    """More inputs than rows of task vectors: the minimum is not unique, descent stays where it
+    began.
+    """
     base, deltas = task_matrices(outputs=2, inputs=9, n=2)
     found = merged_delta("wudi", base, deltas, start="mean")
     outside = torch.eye(9, dtype=torch.float64) - torch.linalg.pinv(torch.cat(deltas)) @ torch.cat(

@@ -27,7 +27,9 @@ def orthogonal_tasks():
 
 
 def test_tsv_m_adds_tasks_that_do_not_interfere():
-    """Orthogonal singular spaces of rank 1/n are already as TSV-M wants them: the result is the sum."""
+    """Orthogonal singular spaces of rank 1/n are already as TSV-M wants them: the result is the
+    sum.
+    """
     tasks = orthogonal_tasks()
     torch.testing.assert_close(merged_delta("tsv_m", tasks), tasks[0] + tasks[1])
     scaled = merged_delta("tsv_m", tasks, coefficients=[0.5, 2.0])
@@ -74,7 +76,9 @@ def test_iso_cts_has_equal_singular_values_in_the_full_rank(common, shape):
 
 
 def test_iso_cts_gives_room_to_a_task_that_the_sum_drowns():
-    """A weak task outside the sum's leading space is in the merged space, equal in size to the strong ones."""
+    """A weak task outside the sum's leading space is in the merged space, equal in size to the
+    strong ones.
+    """
     strong, weak = orthogonal_tasks()
     weak = weak * 1e-3
     merged = merged_delta("iso_cts", [strong, strong, weak], common=0.5)

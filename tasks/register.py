@@ -172,10 +172,16 @@ def _log_model(log: tracking.Log, name: str, folder: Path, tags: Mapping[str, st
         inputs=serving.INPUTS,
         outputs=serving.OUTPUTS,
         options=serving.OPTIONS,
-        example={"image": _grey(config["image_size"]), "text": f"where is {scenes.CONCEPTS[0]}"},
+        example=_example(config),
         tags=tags,
         alias=CHALLENGER,
     )
+
+
+def _example(config: Mapping[str, Any]) -> dict[str, str]:
+    """One row of input; with an image where the model takes images."""
+    text = {"text": "where is cat"}
+    return {"image": _grey(config["image_size"]), **text} if "image_size" in config else text
 
 
 def requirement(package: str) -> str:

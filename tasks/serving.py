@@ -25,6 +25,8 @@ from mlflow.pyfunc import PythonModel
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from alloy.models import ModalityModel
+
 INPUTS = (("image", "string"), ("text", "string"))
 OUTPUTS = (
     ("answer", "string"),
@@ -54,11 +56,12 @@ class ServedModel(PythonModel):
     def load_context(self, context) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        import alloy.models  # noqa: F401 (registers the architecture)
-
         folder = Path(context.artifacts["checkpoint"])
         self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        has_words = (folder / "tokenizer.json").is_file()
+        self.tokenizer = (
+            AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_words else None
+        )
         self.answers: Sequence[str] = context.model_config["answers"]
         if torch.cuda.is_available():
             self.model.to("cuda")
@@ -66,6 +69,11 @@ class ServedModel(PythonModel):
     def predict(self, context, model_input, params=None):
         """One answer a row; BadRequestError says which row cannot be answered and why."""
         output = (params or {}).get("output", OPTIONS["output"])
+        if not isinstance(self.model, ModalityModel):
+            raise BadRequestError(
+                f"only modality transformers answer; this {type(self.model).__name__} is kept to be loaded: "
+                "mlflow.artifacts.download_artifacts, then from_pretrained on artifacts/"
+            )
         if output not in _ANSWER:
             raise BadRequestError(f"output {output!r} is unknown; choose one of {sorted(_ANSWER)}")
         rows = [
@@ -128,7 +136,10 @@ class ServedModel(PythonModel):
 
     def _tokens(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         longest = self.model.config.max_position_embeddings
-        assert self.tokenizer is not None
+        if self.tokenizer is None:
+            raise BadRequestError(
+                "this model was registered without a tokenizer: it takes no texts"
+            )
         encoded = self.tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
         num_tokens = encoded["input_ids"].shape[1]
         if num_tokens > longest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint._hash import known_sha256, manifest, sha256
@@ -96,12 +97,22 @@ def _sources(plan: MergePlan, hash_all: bool) -> dict[str, dict[str, Any]]:
     result = {}
     for name, source in plan.sources.items():
         told = manifest(source.path if source.path.is_dir() else source.path.parent)
+        told = told or _hub_snapshot(source.path)
         result[name] = {
             "source": told.get("source") or source.path.name,
             "revision": told.get("revision"),
             "files": {file.name: known[file] or file.stat().st_size for file in source.files},
         }
     return result
+
+
+def _hub_snapshot(folder: Path) -> dict[str, str]:
+    """Source and revision of a folder in the hub's cache: `models--org--name/snapshots/<commit>`."""
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return {}
+    name = repository.removeprefix("models--").replace("--", "/")
+    return {"source": f"hf://{name}", "revision": folder.name}
 
 
 def _hashes(files: Mapping[str, str | int]) -> str:

@@ -122,6 +122,8 @@ def run_plan(
 ) -> MergeReport:
     """Carry out a plan; `compiled` False computes with the methods' own functions, in torch."""
     start = time.perf_counter()
+    if threads is not None and threads < 1:
+        raise MergeError(f"threads={threads}: give at least 1, or leave it out for all cores")
     threads = threads or _num_cores()
     folder = plan.output.with_name(plan.output.name + INCOMPLETE)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Everything about a merge that can be known before a tensor is read: checked in full, then printed or run.
 
-Every tensor of every source is accounted for: merged, copied, left out by name, or a problem. All
-problems are told at once.
+Every tensor of every source is accounted for: merged, copied, left out by name, or a problem. Problems
+of files are told together, then problems of what they hold.
 """
 
 from __future__ import annotations
@@ -207,8 +207,6 @@ def plan_merge(
     problems: list[str] = []
     paths = _named(sources)
     if base is not None:
-        if BASE in paths:
-            raise MergeError(f"a source is called {BASE!r}, like the base; give it another name")
         paths = {BASE: Path(base), **paths}
     opened = {name: _attempt(problems, open_checkpoint, path) for name, path in paths.items()}
     _check_choices(problems, paths, dtype, tokenizer, shard_bytes, Path(output))
@@ -227,8 +225,6 @@ def plan_merge(
     ):
         problems += found
         notes += told
-    _raise(problems)
-
     vocabulary = _vocabulary(problems, notes, checkpoints, folders, reference, tokenizer)
     untied = _without_tied_copies(problems, notes, checkpoints)
     tensors = _tensors(
@@ -254,7 +250,7 @@ def plan_merge(
             settings.method.statistics, {t.name: t.shape for t in tensors if t.how == "merge"}
         )
     tensors = tuple(_with_method(t, settings) for t in tensors)
-    layout = _layout(tensors, shard_bytes)
+    layout = _layout(tensors, checkpoints[reference].entries, shard_bytes)
     _check_room(problems, Path(output), sum(t.num_bytes for t in tensors))
     _raise(problems)
     choices = {
@@ -292,15 +288,19 @@ def _named(sources: Paths) -> dict[str, Path]:
     """The sources by name: as given, or after their folders (`#2` and so on where those repeat)."""
     if isinstance(sources, str | Path):
         raise MergeError("give several sources, as a list of paths or a mapping from name to path")
+    if not sources:
+        raise MergeError("no source: give at least one checkpoint")
     if isinstance(sources, Mapping):
+        if BASE in sources:
+            raise MergeError(
+                f"a source is called {BASE!r}, which means the base; give it another name"
+            )
         return {name: Path(path) for name, path in sources.items()}
     named: dict[str, Path] = {}
     for path in map(Path, sources):
         stem = path.stem if path.suffix == ".safetensors" else path.name
         count = sum(name == stem or name.startswith(f"{stem}#") for name in named)
-        named[f"{stem}#{count + 1}" if count else stem] = path
-    if not named:
-        raise MergeError("no source: give at least one checkpoint")
+        named[f"{stem}#{count + 1}" if count or stem == BASE else stem] = path
     return named
 
 
@@ -576,16 +576,14 @@ def _with_method(tensor: PlannedTensor, settings: MergeSettings) -> PlannedTenso
 
 
 def _layout(
-    tensors: Sequence[PlannedTensor], shard_bytes: int | None
+    tensors: Sequence[PlannedTensor], reference: Mapping[str, Entry], shard_bytes: int | None
 ) -> dict[str, tuple[str, ...]]:
-    """Which file holds which tensors: as the first source's files do, or files of at most `shard_bytes`."""
+    """Which file holds which tensors: as the reference's files do, or files of at most `shard_bytes`."""
     groups: list[list[str]] = []
-    last: object = None
+    last: Path | None = None
     size = 0
     for tensor in tensors:
-        file = next(
-            (e.file for s, e in zip(tensor.sources, tensor.inputs, strict=True) if s != BASE), last
-        )
+        file = reference[tensor.name].file if tensor.name in reference else last
         full = size + tensor.num_bytes > shard_bytes if shard_bytes is not None else file != last
         if not groups or full:
             groups.append([])

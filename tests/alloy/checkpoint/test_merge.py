@@ -180,6 +180,23 @@ def test_the_card_tells_sources_revisions_hashes_coefficients_and_command(write,
         assert (digest in card) == hash_sources
 
 
+def test_the_hubs_cache_tells_repository_commit_and_hashes(write, weights, tmp_path):
+    """`models--org--name/snapshots/<commit>` links to blobs that are named by their SHA-256."""
+    folder = write("plain", weights(1))
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "model.safetensors").rename(tmp_path / digest)
+    (snapshot / "model.safetensors").symlink_to(tmp_path / digest)
+    alloy.merge_checkpoints("linear", [snapshot], tmp_path / "out")
+    (source,) = json.loads((tmp_path / "out" / "alloy_merge.json").read_text())["sources"].values()
+    assert source == {
+        "source": "hf://org/name",
+        "revision": "c" * 40,
+        "files": {"model.safetensors": digest},
+    }
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_dtype_is_as_asked(dtype, write, weights, load, tmp_path):
     """Weights, copied ones too, have the dtype asked for, computed in float32 from the inputs; so says the config."""
@@ -226,6 +243,7 @@ def test_copy_and_drop_account_for_tensors_of_one_source(write, weights, load, t
         copy={"head*": "a"},
         drop=["junk.*"],
     )
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert load(tmp_path / "out").keys() == a.keys()
     assert torch.equal(load(tmp_path / "out")["head.a"], a["head.a"])
 

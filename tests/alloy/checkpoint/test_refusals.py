@@ -223,6 +223,10 @@ OURS = [
     Case("negative share", lambda w: (w.ties(), w.keywords.update(coefficients=[1, -0.5])), "must not be negative"),
     Case("infinite coefficient", call(coefficients=[1, float("inf")]), "must be finite"),
     Case("shard of nothing", call(shard_bytes=0), "shard_bytes=0: give a positive number"),
+    Case("no worker", call(threads=0), "threads=0: give at least 1"),
+    Case("no source", call(sources=[]), "no source: give at least one"),
+    Case("one path", call(sources="a"), "give several sources"),
+    Case("source called base", call(sources={"base": "a"}), "'base', which means the base"),
     Case("several problems at once", lambda w: (edit(hidden_size=32)(w), edit(num_attention_heads=8)(w)), "2 problems:"),
     Case("output inside a source", lambda w: w.keywords.update(output="a/merged"), "lies inside the source 'a'"),
 ]  # fmt: skip

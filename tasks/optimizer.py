@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from alloy.models import FRESH_HEADS
+
 NEWTON_SCHULZ = (
     3.4445,
     -4.7750,
@@ -23,21 +25,20 @@ _FUSED_QKV = 3  # rows of a fused projection are three matrices
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The blocks' matrices (`orthogonal`), the heads' matrices, and everything else.
+    """The blocks' matrices ("blocks", by Muon), the heads that pre-training leaves ("fresh heads"), the "rest".
 
     Matrices of linear layers decay, in every model alike; norms, biases, embeddings and gains never.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    groups: dict[str, list[nn.Parameter]] = {"blocks": [], "heads": [], "others": []}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        if id(parameter) not in linear:
-            groups["others"].append(parameter)
-        else:
-            groups["blocks" if name.startswith("blocks.") else "heads"].append(parameter)
+        decays = id(parameter) in linear
+        fresh = "fresh heads" if name.startswith(FRESH_HEADS) else "rest"
+        group = "blocks" if decays and name.startswith("blocks.") else fresh
+        groups[group, decays].append(parameter)
     return [
-        {"params": groups["blocks"], "weight_decay": weight_decay, "orthogonal": True},
-        {"params": groups["heads"], "weight_decay": weight_decay, "orthogonal": False},
-        {"params": groups["others"], "weight_decay": 0.0, "orthogonal": False},
+        {"name": name, "params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        for (name, decays), parameters in groups.items()
     ]
 
 
@@ -55,7 +56,7 @@ def orthogonalize(matrices_NRC: Tensor, num_steps: int = 5) -> Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon with Nesterov momentum for `orthogonal` groups, AdamW for the others; decoupled decay.
+    """Muon with Nesterov momentum for the group "blocks", AdamW for the others; decoupled decay.
 
     A fused qkv projection counts as three matrices.
     """
@@ -75,7 +76,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            updates = _muon if group["orthogonal"] else _adam
+            updates = _muon if group["name"] == "blocks" else _adam
             for parameter, update in updates(parameters, self.state, group):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update, alpha=group["lr"])

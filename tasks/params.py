@@ -232,12 +232,25 @@ class TrainingPlan(Section):
     log_every: int = Field(gt=0)
     save_every: int = Field(gt=0)  # a step checkpoint to go on from
 
+    def peak(self, group: str) -> float:
+        """The peak of one of `tasks.optimizer`'s groups of parameters."""
+        return self.matrix_learning_rate if group == "blocks" else self.learning_rate
+
     def rate(self, step: int) -> float:
-        """The share of the peak at a step (0 is the first)."""
+        """The share of the peaks at a step (0 is the first)."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         left = (self.num_steps - step) / max(1, self.num_steps - self.warmup_steps)
         return self.final_share + (1 - self.final_share) * left
+
+
+class FinetunePlan(TrainingPlan):
+    """A training in which the heads that start fresh learn at a rate of their own."""
+
+    head_learning_rate: float = Field(gt=0)
+
+    def peak(self, group: str) -> float:
+        return self.head_learning_rate if group == "fresh heads" else super().peak(group)
 
 
 class EarlyStopping(Section):
@@ -263,7 +276,7 @@ class FinetuneParams(Section):
     seed: int
     task_weight: float = Field(ge=0)
     distillation: Distillation
-    training: TrainingPlan
+    training: FinetunePlan
     stopping: EarlyStopping
 
     @model_validator(mode="after")

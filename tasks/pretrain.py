@@ -22,7 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alloy.models import ModalityConfig, ModalityModel, agnostic_config, copy_to_experts
+from alloy.models import (
+    FRESH_HEADS,
+    ModalityConfig,
+    ModalityModel,
+    agnostic_config,
+    copy_to_experts,
+)
 from alloy.models.configuration import Sharing
 from alloy.models.objectives import pretraining_losses
 from tasks import scenes, tracking
@@ -49,7 +55,6 @@ SHARING: Mapping[str, Sharing] = {
     "specific_unseeded": "none",
 }
 FROM_SEED = ("agnostic", "specific")
-UNTRAINED_HEADS = ("answer_head.", "pair_head.", "segment_head.")
 CHAINS = (("seed", *FROM_SEED), ("specific_unseeded",))  # each one after the other
 
 
@@ -94,7 +99,7 @@ def _fresh_weights(config: ModalityConfig, seed: int) -> dict[str, Tensor]:
     weights = dict(ModalityModel(config).state_dict())
     torch.manual_seed(seed)
     agnostic = ModalityModel(agnostic_config(config)).state_dict()
-    return weights | {n: t for n, t in agnostic.items() if n.startswith(UNTRAINED_HEADS)}
+    return weights | {n: t for n, t in agnostic.items() if n.startswith(FRESH_HEADS)}
 
 
 def _by_moment(moments: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

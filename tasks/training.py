@@ -117,8 +117,7 @@ def _descend(
 ) -> dict[str, float]:
     """One step of the optimizer; returns the losses."""
     for group in optimizer.param_groups:
-        peak = plan.matrix_learning_rate if group["orthogonal"] else plan.learning_rate
-        group["lr"] = plan.rate(step) * peak
+        group["lr"] = plan.rate(step) * plan.peak(group["name"])
     losses = losses_at(step)
     total = torch.stack(list(losses.values())).sum()
     if not total.isfinite():

@@ -9,10 +9,11 @@ from alloy.models.experts import (
     shared_weights,
     split_experts,
 )
-from alloy.models.modeling import ModalityModel, ModalityOutput
+from alloy.models.modeling import FRESH_HEADS, ModalityModel, ModalityOutput
 
 __all__ = [
     "EXPERT_PARTS",
+    "FRESH_HEADS",
     "MODALITIES",
     "ModalityConfig",
     "ModalityModel",

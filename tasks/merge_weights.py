@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint import MergePlan, plan_merge, run_plan
-from alloy.checkpoint._tokenizer import POLICIES
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _REDRAW_SECONDS = 0.2
@@ -97,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--dtype", help="of the result; by default that of the sources")
     add("--shard-bytes", metavar="SIZE", help="the most that a file holds, as 5GB")
-    add("--tokenizer", default="same", help=f"where vocabularies differ: {', '.join(POLICIES)}")
+    add("--tokenizer", default="same", help="where vocabularies differ: same (refuse), base, union")
     add(
         "--copy",
         action="append",

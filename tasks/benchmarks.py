@@ -255,10 +255,10 @@ def _bootstrap_error(overlap_NC: Tensor, union_NC: Tensor) -> float:
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
-        VisualQuestions("vqa", "Visual questions", "accuracy", ("position", "relation", "where")),
+        VisualQuestions("vqa", "VQA", "accuracy", ("position", "relation", "where")),
         Retrieval("retrieval", "Retrieval", "recall_at_1"),
-        Retrieval("retrieval_hard", "Retrieval, hard", "recall_at_1", group=4),
-        PairReasoning("pair_reasoning", "Pair reasoning", "accuracy", ("both", "one", "first")),
+        Retrieval("retrieval_hard", "Hard retrieval", "recall_at_1", group=4),
+        PairReasoning("pair_reasoning", "Pairs", "accuracy", ("both", "one", "first")),
         Segmentation("segmentation", "Segmentation", "mean_iou"),
         MaskedWords("masked_words", "Masked words", "accuracy"),
         Statements("statements", "Statements", "accuracy", ("presence", "position")),

@@ -1,0 +1,140 @@
+"""Write and print what evaluation found.
+
+    python -m tasks.report RECIPE        # print the tables of the last evaluation
+
+`write` makes metrics.json, plots/ (PNG and the rows as JSON for `dvc plots`), table.md and report.html in
+`reports/<recipe>/`. Only test scores are shown; metrics.json and plots/scores.json have both splits.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tasks.benchmarks import BENCHMARKS, FINETUNED, METRIC_TITLES, TRAINING_FREE
+from tasks.command import run_stage
+from tasks.results import Results, ScoreRow
+from tasks.storage import read_json, write_file, write_folder, write_json
+
+REPORTS = Path("reports")
+CAPTIONS = {
+    False: "Training-free: test score in per cent ± standard error",
+    True: "After fine-tuning: test score in per cent ± standard error",
+}
+
+
+def write(results: Results) -> None:
+    """Everything that `reports/<recipe>/` holds, each output whole or as it was."""
+    from tasks import charts, page  # matplotlib is slow to import, and printing does not need it
+
+    folder = REPORTS / results.recipe
+    with write_folder(folder / "plots") as plots:
+        for name, rows in (("scores", results.scores), ("distances", results.distances)):
+            write_json(plots / f"{name}.json", [asdict(row) for row in rows])
+        drawn = charts.draw(results, plots)
+        html = page.render(results, {plots / name: text for name, text in drawn.items()})
+    with write_file(folder / "report.html") as partial:
+        partial.write_text(html)
+    with write_file(folder / "table.md") as partial:
+        partial.write_text(markdown(results.scores))
+    write_json(folder / "metrics.json", metrics(results.scores))
+
+
+def metrics(scores: Sequence[ScoreRow]) -> dict:
+    """split -> model -> benchmark -> its main metric and that metric's standard error."""
+    nested: dict = {}
+    for row in scores:
+        if row.kind != "guess" and row.metric == BENCHMARKS[row.benchmark].metric:
+            nested.setdefault(row.split, {}).setdefault(row.model, {})[row.benchmark] = {
+                row.metric: row.value,
+                f"{row.metric}_standard_error": row.standard_error,
+            }
+    return nested
+
+
+def cells(scores: Sequence[ScoreRow], finetuned: bool) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one table of test scores."""
+    benchmarks = FINETUNED if finetuned else TRAINING_FREE
+    shown = {
+        (row.title, row.benchmark): row
+        for row in scores
+        if row.split == "test"
+        and row.finetuned == finetuned
+        and row.metric == BENCHMARKS[row.benchmark].metric
+    }
+    titles = dict.fromkeys(title for title, _ in shown)
+    header = [
+        "",
+        *(f"{BENCHMARKS[b].title}, {METRIC_TITLES[BENCHMARKS[b].metric]}" for b in benchmarks),
+    ]
+    return header, [[t, *(_cell(shown.get((t, b))) for b in benchmarks)] for t in titles]
+
+
+def _cell(row: ScoreRow | None) -> str:
+    if row is None:
+        return ""
+    if row.kind == "guess":
+        return f"{row.value:.1f}"
+    return f"{row.value:.1f} ± {row.standard_error:.1f}"
+
+
+def markdown(scores: Sequence[ScoreRow]) -> str:
+    parts = []
+    for finetuned, caption in CAPTIONS.items():
+        header, rows = cells(scores, finetuned)
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+        parts.append(f"{caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def read_scores(recipe: str) -> list[ScoreRow]:
+    """The rows that the last evaluation wrote.
+
+    Raises ValueError where there was none.
+    """
+    path = REPORTS / recipe / "plots" / "scores.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: run `dvc repro evaluate@{recipe}` first")
+    return [ScoreRow(**row) for row in read_json(path)]
+
+
+def print_table(recipe: str, console: Console | None = None) -> None:
+    """Print the tables of the last evaluation on the terminal, 80 columns wide."""
+    console = console or Console()
+    scores = read_scores(recipe)
+    for finetuned, caption in CAPTIONS.items():
+        header, rows = cells(scores, finetuned)
+        table = Table(
+            title=caption,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 0, 0, 1),
+        )
+        for place, name in enumerate(header):
+            stacked = name.replace(", ", "\n")
+            table.add_column(stacked, justify="right" if place else "left", no_wrap=not place)
+        best = _best(rows)
+        for i, row in enumerate(rows):
+            narrow = [escape(cell.replace(" ± ", "±")) for cell in row]
+            table.add_row(*(f"[bold]{c}[/]" if (i, j) in best else c for j, c in enumerate(narrow)))
+        console.print(table)
+    console.print(f"The whole story: {os.fspath(REPORTS / recipe / 'report.html')}")
+
+
+def _best(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
+    """The places of the highest number of each column."""
+    best = set()
+    for column in range(1, len(rows[0]) if rows else 0):
+        values = [float(row[column].split()[0]) if row[column] else -1.0 for row in rows]
+        best.add((max(range(len(rows)), key=values.__getitem__), column))
+    return best
+
+
+if __name__ == "__main__":
+    run_stage(print_table, __doc__)

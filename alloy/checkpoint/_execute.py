@@ -28,8 +28,10 @@ import numpy as np
 from alloy.checkpoint._format import ITEM_BYTES, Entry, encode_header, read_into
 from alloy.checkpoint._kernels import KINDS, mix
 
-CHUNK_BYTES = 1 << 20
-"""Bytes of each model's chunk: a few models' chunks and the result stay in the cache."""
+_CHUNK_BYTES = 1 << 20
+_SMALLEST_CHUNK_BYTES = 1 << 16
+_BUFFER_BYTES = 96 << 20
+_CHUNKS_PER_WORKER = 7  # four of inputs, one of output, two that wait to be hashed
 LARGE_BYTES = 32 << 20
 """Inputs beyond this, which only a method that needs whole tensors asks for, are held by one worker at a time."""
 _FLUSH_BYTES = 16 << 20
@@ -106,12 +108,21 @@ class Shard:
         return len(self.header) + sum(step.num_bytes for step in self.steps)
 
 
+def chunk_bytes_for(threads: int) -> int:
+    """Bytes of a model's chunk: a few of them stay in the cache, and all buffers together in `_BUFFER_BYTES`."""
+    share = _BUFFER_BYTES // (_CHUNKS_PER_WORKER * threads)
+    return max(
+        _SMALLEST_CHUNK_BYTES,
+        min(_CHUNK_BYTES, share // _SMALLEST_CHUNK_BYTES * _SMALLEST_CHUNK_BYTES),
+    )
+
+
 def execute(
     shards: Sequence[Shard],
     folder: Path,
     *,
     threads: int,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int,
     on_shard: Callable[[str, str], None],
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint._card import model_card, record
-from alloy.checkpoint._execute import CHUNK_BYTES, Shard, Step, execute
+from alloy.checkpoint._execute import Shard, Step, chunk_bytes_for, execute
 from alloy.checkpoint._format import INDEX, CheckpointError
 from alloy.checkpoint._hash import sha256
 from alloy.checkpoint._plan import RECORD, MergePlan, Paths, PlannedTensor, plan_merge
@@ -117,7 +117,7 @@ def run_plan(
     command: str | None = None,
     title: str | None = None,
     on_bytes: Callable[[int], None] = lambda _: None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     compiled: bool = True,
 ) -> MergeReport:
     """Carry out a plan; `compiled` False computes with the methods' own functions, in torch."""
@@ -125,6 +125,7 @@ def run_plan(
     if threads is not None and threads < 1:
         raise MergeError(f"threads={threads}: give at least 1, or leave it out for all cores")
     threads = threads or _num_cores()
+    chunk_bytes = chunk_bytes or chunk_bytes_for(threads)
     folder = plan.output.with_name(plan.output.name + INCOMPLETE)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):

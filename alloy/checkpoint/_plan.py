@@ -97,7 +97,6 @@ class MergePlan:
     """What lies beside the weights: contents, or the file to copy."""
     vocabulary: Vocabulary | None
     statistics: Statistics | None
-    dtype: str | None
     notes: tuple[str, ...] = ()
     choices: Mapping[str, Any] = field(default_factory=dict)
     """The engine's settings that are not the defaults, for the record."""
@@ -267,7 +266,6 @@ def plan_merge(
         files=_files(checkpoints, folders, reference, tokenizer, vocabulary, tensors, dtype),
         vocabulary=vocabulary,
         statistics=measured,
-        dtype=dtype,
         notes=tuple(notes),
         choices={
             key: value for key, value in choices.items() if value not in (None, "same", {}, [])

@@ -5,7 +5,7 @@ Two kinds of notes are left for later, when all terms are final (`structure.py`,
 depend on what; `links` say how an operation treats a dim beyond reordering, which decides the kind.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -242,12 +242,16 @@ class Engine:
         nodes = self.get(value)
         for j in sorted(j for (number, j) in self.requests if number == self.number):
             self._cut_ahead(nodes, shape, j)
-        dims = regroup(nodes, shape)
-        if dims is None:
-            reason = "a view that does not respect its structure"
-            for node in nodes:
-                pin(node, reason)
-            return [Node(n, reason) for n in shape]
+        dims = []
+        for block, sizes in _blocks(nodes, shape):
+            regrouped = regroup(block, sizes)
+            if regrouped is None:
+                reason = "a view that does not respect its structure"
+                for node in block:
+                    pin(node, reason)
+                self.mix(value, [d for d, n in enumerate(nodes) if any(n is m for m in block)])
+                regrouped = [Node(n, reason) for n in sizes]
+            dims += regrouped
         if len(flatten_product(dims)) > 1:
             for j, node in enumerate(map(find, dims)):
                 if node.form == "leaf" and node.birth is None and not is_uniform(node):
@@ -289,6 +293,26 @@ SHAPE_ONLY |= {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_stri
 
 KEEPS_INDICES: set[str] = set()
 """Operations that neither compute with an index tensor's numbers nor lose what they count along."""
+
+
+def _blocks(
+    nodes: Sequence[Node], shape: Sequence[int]
+) -> Iterator[tuple[Sequence[Node], Sequence[int]]]:
+    """The smallest runs of dims that a view regroups among themselves."""
+    start = done = 0
+    before = after = 1
+    j = 0
+    for i, node in enumerate(nodes):
+        before *= find(node).size
+        while j < len(shape) and after < before:
+            after *= shape[j]
+            j += 1
+        if before == after and before > 1:
+            yield nodes[start : i + 1], shape[done:j]
+            start, done = i + 1, j
+            before = after = 1
+    if done < len(shape) or start < len(nodes):
+        yield nodes[start:], shape[done:]
 
 
 def live_calls(log: Log) -> list[Call]:

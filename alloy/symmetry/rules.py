@@ -546,6 +546,9 @@ def convolution(engine: Engine, call: Call) -> None:
         and x.shape[1] == groups == out.shape[1]
     ):
         engine.link("quotient", (x, 1), (weight, 0), (out, 1))  # per channel: signs multiply
+    else:
+        for slot in ((x, 1), (weight, 0), (weight, 1), (out, 1)):
+            engine.link("order", slot)
 
 
 # Normalisation and attention

@@ -6,6 +6,8 @@ is repeated with the real ones.
 """
 
 import contextlib
+import logging
+import sys
 import types
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ Observe = Callable[[Any], Any]
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 _WHOLE_KERNELS = ("eager", "sdpa")  # attention that runs as operations the log can see
+_EXPLORATIONS = 8
 _SMALL = 4096  # values of integer constants up to this many elements are kept
 
 
@@ -267,7 +270,8 @@ def trace(model: nn.Module, example_inputs: Inputs | Sequence[Inputs], observe: 
         )
     with plain_kernels(model):
         try:
-            return _trace_fake(model, examples, observe)
+            with _unchanged(model):
+                return _trace_fake(model, examples, observe)
         except Exception as failure:  # the real forward decides whether anything is wrong
             if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
                 raise SymmetryError(
@@ -275,6 +279,38 @@ def trace(model: nn.Module, example_inputs: Inputs | Sequence[Inputs], observe: 
                     "Load its weights, or pass example inputs whose path does not depend on data"
                 ) from failure
         return _trace_real(model, examples, observe)
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Generator[None]:
+    """Forget what a forward without values left behind: attributes, caches of functions, log lines."""
+    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
+    collections = [
+        (value, value.copy())
+        for _, before in attributes
+        for value in before.values()
+        if type(value) in (dict, list)
+    ]
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for current, before in attributes:
+            current.clear()
+            current.update(before)
+        for value, before in collections:
+            value.clear()
+            value.update(before) if isinstance(value, dict) else value.extend(before)
+        sources = {type(module).__module__ for module in model.modules()}
+        for source in sources:
+            for function in list(vars(sys.modules[source]).values()):
+                cells = getattr(function, "__closure__", None) or ()
+                for cached in (function, *(cell.cell_contents for cell in cells)):
+                    if hasattr(cached, "cache_clear") and hasattr(cached, "__wrapped__"):
+                        cached.cache_clear()
 
 
 def _say(failure: BaseException) -> str:
@@ -292,11 +328,40 @@ def _trace_real(model: nn.Module, examples: list[Inputs], observe: Observe) -> L
         with torch.random.fork_rng(), _Reads(recorder):
             torch.manual_seed(0)
             _run(recorder, model, examples, observe)
+            _explore(recorder, model, examples, observe)
     except SymmetryError:
         raise
     except Exception as failure:
         raise SymmetryError(f"the model's forward failed: {_say(failure)}") from failure
     return log
+
+
+def _explore(
+    recorder: _Recorder, model: nn.Module, examples: list[Inputs], observe: Observe
+) -> None:
+    """Where data decides the path (routing to experts), try other weights until all were reached."""
+    log = recorder.log
+    generator = torch.Generator().manual_seed(0)
+
+    def unread() -> set[int]:
+        return log.trainable - {v.id for call in log.calls for v in call.tensors()}
+
+    for _ in range(_EXPLORATIONS):
+        missing = unread()
+        if not missing or not log.read:
+            return
+        with _swapped(model, lambda tensor: _redrawn(recorder, tensor, generator)):
+            _run(recorder, model, examples, observe)
+
+
+def _redrawn(recorder: _Recorder, tensor: Any, generator: torch.Generator) -> Any:
+    """Another draw of a matrix, known to the log as the same weight."""
+    if not isinstance(tensor, nn.Parameter) or tensor.ndim < 2 or not tensor.is_floating_point():
+        return tensor
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+    other = nn.Parameter((noise * tensor.detach().float().std()).to(tensor), requires_grad=False)
+    recorder._register(other, as_value=recorder.value(tensor))
+    return other
 
 
 def _trace_fake(model: nn.Module, examples: list[Inputs], observe: Observe) -> Log:
@@ -437,7 +502,9 @@ def plain_kernels(model: nn.Module) -> Generator[None]:
     """
     training = [(module, module.training) for module in model.modules()]
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    onednn = torch._C._get_mkldnn_enabled()
     with contextlib.ExitStack() as stack:
+        stack.callback(torch._C._set_mkldnn_enabled, onednn)
         stack.callback(lambda: [setattr(m, "training", flag) for m, flag in training])
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         for module, _ in training:
@@ -446,6 +513,7 @@ def plain_kernels(model: nn.Module) -> Generator[None]:
                 vars(module)["forward"] = types.MethodType(_all_experts, module)
                 stack.callback(vars(module).pop, "forward")
         torch.backends.mha.set_fastpath_enabled(False)
+        torch._C._set_mkldnn_enabled(False)
         stack.enter_context(_plain_attention(model))
         yield
 
@@ -495,8 +563,9 @@ def observe_outputs(output: Any) -> Any:
     """The tensors of a model's output that count by default.
 
     All of them, except internal states: of an output with heads (`logits`, `pred_boxes`) the hidden
-    states, attentions, caches, embeddings and pooled features are internal; an output of nothing else
-    (a bare encoder) is observed at its last hidden state and pooled features.
+    states, attentions, caches and pooled features are internal, and so are embeddings that the output
+    also compares (`logits_per_image`); an output of nothing else (a bare encoder) is observed at its
+    last hidden state and pooled features.
     """
     if not isinstance(output, Mapping):
         return _floating(output)
@@ -508,7 +577,9 @@ def observe_outputs(output: Any) -> Any:
         )
         and key not in ("hidden_states", "state", "rnn_state")
     }
-    internal = ("hidden_state", "pooler", "_embeds", "embeds", "pooled", "_output", "embeddings")
+    internal = ["hidden_state", "_states", "pooler", "embeds", "pooled", "_output"]
+    if any("logits_per" in key for key in state):
+        internal.append("embeddings")
     heads = {
         key: value
         for key, value in state.items()

@@ -162,7 +162,7 @@ def random_weights(
 ) -> dict[str, Tensor]:
     """Weights that hide nothing: no zeros, no ones, gains and variances positive.
 
-    Matrices have rows of norm about 1. Of the buffers only constant ones (fresh batch statistics) are
+    Matrices have rows of norm about 1.5: deep stacks neither fade nor explode. Of the buffers only constant ones (fresh batch statistics) are
     drawn; others may be tables or flags.
     """
     drawn: dict[str, Tensor] = {}
@@ -179,7 +179,7 @@ def random_weights(
             drawn[name] = old.clone()
         elif old.ndim >= 2 and old[0].numel() > 1:
             noise = torch.randn(old.shape, generator=generator, dtype=torch.float64)
-            drawn[name] = noise / old[0].numel() ** 0.5
+            drawn[name] = 1.5 * noise / old[0].numel() ** 0.5
         elif old.numel() and bool((old > 0).all()):
             drawn[name] = 0.5 + torch.rand(old.shape, generator=generator, dtype=torch.float64)
         else:

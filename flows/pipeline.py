@@ -39,6 +39,7 @@ _CHATTER = (
     "Use `dvc push`",
     "git add",
     "dvc config",
+    "Writing model shards",
 )
 
 
@@ -160,11 +161,22 @@ def _run(asked: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 1
-    if not (asked.to or asked.only) and (Path("reports") / asked.recipe / "metrics.json").is_file():
-        from tasks import report  # imports torch, which nothing else here needs
-
-        report.print_table(asked.recipe)
+    if not (asked.to or asked.only):
+        show(asked.recipe)
     return 0
+
+
+def show(recipe: str) -> None:
+    """Print the table of the last evaluation, if there was one."""
+    table = Path("reports") / recipe / "table.md"
+    if not table.is_file():
+        return
+    if params.kind(recipe) != "modality":
+        print(table.read_text())
+        return
+    from tasks import report  # imports torch, which nothing else here needs
+
+    report.print_table(recipe)
 
 
 def _parser() -> argparse.ArgumentParser:

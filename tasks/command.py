@@ -15,6 +15,7 @@ OPTIONAL_OUTPUTS = {
     "collect": ["models/{recipe}/statistics"],
     "align": ["models/{recipe}/transforms"],
     "finetune": ["models/{recipe}/finetuned", "models/{recipe}/finetuned_arms"],
+    "register": ["models/{recipe}/registered.json"],
 }
 
 
@@ -54,9 +55,13 @@ def run_stage(
 def leave_out(stage: str, recipe: str) -> None:
     """Write empty outputs with a note; the manifest of no data lists no files."""
     note = f"recipe {recipe!r} is of kind {kind(recipe)!r}, which has no stage {stage!r}"
-    for pattern in OPTIONAL_OUTPUTS[stage]:
-        with write_folder(Path(pattern.format(recipe=recipe))) as folder:
-            write_json(folder / "manifest.json", {"files": {}, "packages": {}, "note": note})
+    nothing = {"files": {}, "note": note}
+    for output in (Path(pattern.format(recipe=recipe)) for pattern in OPTIONAL_OUTPUTS[stage]):
+        if output.suffix == ".json":
+            write_json(output, nothing)
+            continue
+        with write_folder(output) as folder:
+            write_json(folder / "manifest.json", nothing)
     print(f"{stage}: {note}")
 
 

@@ -99,10 +99,17 @@ def kind(recipe: str) -> str:
 def check(recipe: str) -> None:
     """Refuse a recipe that any of its stages would refuse, before the first of them writes anything."""
     sections = KINDS[kind(recipe)]
-    for name in read(recipe):
-        if name != "kind" and name not in sections:
+    every = {name for known in KINDS.values() for name in known}
+    given = read(recipe)
+    for name in given:
+        if name != "kind" and name not in every:
             known = nearest(name, list(sections))
             raise ParamsError(f"{PARAMS / recipe}.yaml: section {name!r} is unknown: {known}")
+    for name in sorted(every - set(sections)):
+        if given.get(name, "absent") is not None:  # DVC, too, must find the key
+            raise ParamsError(
+                f"{PARAMS / recipe}.yaml: kind {kind(recipe)!r} has no stage {name!r}: write `{name}: null`"
+            )
     for name, section in sections.items():
         load(recipe, name, section)
 
@@ -395,7 +402,6 @@ KINDS: dict[str, dict[str, type[Section]]] = {
         "fetch": FetchParams,
         "merge": WeightsMergeParams,
         "evaluate": WeightsEvaluateParams,
-        "register": RegisterParams,
         "ship": ShipParams,
     },
 }

@@ -21,6 +21,7 @@ from alloy.checkpoint._config import (
     compare_configs,
     compare_processors,
     files_like,
+    flatten,
     result_config,
     vocabulary_size,
 )
@@ -352,15 +353,13 @@ def _vocabulary(
     tokenizers: dict[str, Tokenizer] = {name: t for name, t in found.items() if t is not None}
     sizes = {name: vocabulary_size(c.config) for name, c in checkpoints.items()}
     owner = BASE if policy == "base" and BASE in tokenizers else reference
-    if owner in tokenizers:
-        differences = [
-            text
-            for name, other in tokenizers.items()
-            if name != owner
-            and (text := difference(owner, tokenizers[owner], name, other)) is not None
-        ]
-    else:
-        differences = []
+    if owner not in tokenizers:
+        owner = next(iter(tokenizers), owner)
+    differences = [
+        text
+        for name, other in tokenizers.items()
+        if name != owner and (text := difference(owner, tokenizers[owner], name, other)) is not None
+    ]
     known_sizes = {name: size for name, size in sizes.items() if size is not None}
     if not differences:
         if len(set(known_sizes.values())) > 1:
@@ -408,7 +407,7 @@ def _without_tied_copies(
         if checkpoint.config is not None and checkpoint.config.get("tie_word_embeddings") and size:
             rows = [e for e in entries.values() if len(e.shape) == 2 and e.shape[0] == size]
             embeddings = [e for e in rows if _is_embedding(e.name)]
-            for head in (e for e in rows if not _is_embedding(e.name)):
+            for head in (e for e in rows if _is_head(e.name)):
                 for embedding in embeddings:
                     if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
                         continue
@@ -429,7 +428,27 @@ def _without_tied_copies(
 
 
 def _is_embedding(name: str) -> bool:
-    return any(word in name for word in ("embed", "wte", "shared"))
+    return any(word in name for word in ("embed", "wte", "shared")) and not _is_head(name)
+
+
+def _is_head(name: str) -> bool:
+    return any(word in name for word in ("head", "predictions", "embed_out"))
+
+
+def _has_row_per_token(
+    name: str, found: Mapping[str, Entry], configs: Mapping[str, Mapping | None]
+) -> bool:
+    """Whether a tensor's rows are tokens: there are as many, and no other dimension of the model is that large."""
+    sizes = {source: vocabulary_size(configs[source]) for source in found}
+    if not all(entry.shape and entry.shape[0] == sizes[source] for source, entry in found.items()):
+        return False
+    others = {
+        value
+        for source in found
+        for key, value in flatten(configs[source] or {})
+        if not key.endswith("vocab_size") and value == sizes[source]
+    }
+    return not others or _is_embedding(name) or _is_head(name)
 
 
 def _same_bytes(a: Entry, b: Entry) -> bool:
@@ -470,7 +489,7 @@ def _tensors(
             )
     if problems:
         return ()
-    sizes = {name: vocabulary_size(c.config) for name, c in checkpoints.items()}
+    configs = {name: c.config for name, c in checkpoints.items()}
     out_dtype = None if dtype is None else DTYPE_NAMES[dtype]
     result: list[PlannedTensor] = []
     lacking: dict[tuple[str, ...], list[str]] = {}
@@ -483,7 +502,7 @@ def _tensors(
                 problems.append(f"copy says {name!r} comes from {owner!r}, which lacks it")
                 continue
             entry = entries[owner][name]
-            if vocabulary is not None and entry.shape and entry.shape[0] == sizes[owner]:
+            if vocabulary is not None and _has_row_per_token(name, {owner: entry}, configs):
                 problems.append(
                     f"copy says {name!r} comes from {owner!r}, whose rows are not the common vocabulary's; merge it"
                 )
@@ -498,7 +517,7 @@ def _tensors(
             lacking.setdefault(missing, []).append(name)
             continue
         found = {source: entries[source][name] for source in entries}
-        planned = _planned(problems, name, found, reference, sizes, vocabulary, out_dtype)
+        planned = _planned(problems, name, found, reference, configs, vocabulary, out_dtype)
         if planned is not None:
             result.append(planned)
     for missing, absent in lacking.items():
@@ -518,16 +537,14 @@ def _planned(
     name: str,
     found: Mapping[str, Entry],
     reference: str,
-    sizes: Mapping[str, int | None],
+    configs: Mapping[str, Mapping | None],
     vocabulary: Vocabulary | None,
     dtype: str | None,
 ) -> PlannedTensor | None:
     """A tensor that every source has."""
     first = found[reference]
     sources, inputs = tuple(found), tuple(found.values())
-    mapped = vocabulary is not None and all(
-        entry.shape and entry.shape[0] == sizes[source] for source, entry in found.items()
-    )
+    mapped = vocabulary is not None and _has_row_per_token(name, found, configs)
     shape = (vocabulary.size, *first.shape[1:]) if mapped and vocabulary else first.shape
     trailing = {e.shape[1:] if mapped else e.shape for e in inputs}
     if len(trailing) > 1:

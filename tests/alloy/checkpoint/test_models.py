@@ -210,6 +210,30 @@ def test_base_policy_keeps_the_bases_tokenizer(differing, tmp_path):
     torch.testing.assert_close(got[5], seed[5])
 
 
+def test_hidden_size_equal_to_the_vocabulary_confuses_nothing(tmp_path):
+    """4 tokens in another order, hidden size 4: embeddings and head are paired by token, square weights as they are."""
+    kind, _, _ = ARCHITECTURES["Llama"]
+    config = LlamaConfig(
+        vocab_size=4, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
+    )
+    built = {}
+    for seed, (name, words) in enumerate(
+        (("a", ["cat", "dog", "sun"]), ("b", ["sun", "cat", "dog"]))
+    ):
+        built[name] = build(kind, config, seed).state_dict()
+        build(kind, config, seed).save_pretrained(tmp_path / name)
+        word_tokenizer(words).save_pretrained(tmp_path / name)
+    alloy.merge_checkpoints(
+        "linear", [tmp_path / "a", tmp_path / "b"], tmp_path / "out", tokenizer="base"
+    )
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in built["a"].items():
+        other = built["b"][name]
+        if "embed" in name or "lm_head" in name:
+            other = other[[0, 2, 3, 1]]
+        torch.testing.assert_close(merged[name], (tensor + other) / 2, rtol=1e-6, atol=1e-8)
+
+
 def test_byte_pair_union_merges_what_only_one_source_could(tmp_path):
     """A BPE union has both sources' merges: text that either wrote as one token is one token again."""
     kind, _, _ = ARCHITECTURES["Llama"]

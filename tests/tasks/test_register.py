@@ -17,6 +17,8 @@ from PIL import Image
 
 from alloy.models import ModalityConfig, ModalityModel
 from tasks import register, scenes, storage, tracking
+from tasks.fetch import main as fetch
+from tasks.sources import resolve
 from tests import servers
 
 SIDE = 16
@@ -93,7 +95,7 @@ def load(address: str):
     return mlflow.pyfunc.load_model(address)
 
 
-def test_a_result_is_registered_with_its_lineage_and_answers(recipe, mlflow_workspace) -> None:
+def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recipe) -> None:
     """The challenger that MLflow loads says what the model on disk says, in all three ways."""
     subprocess.run(["git", "init", "-q"], check=True)
     commit = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "one"]
@@ -162,13 +164,14 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, mlflow_work
             served.predict(bad, params=params)
 
     # The registry is a source of checkpoints as well.
-    from tasks.sources import place, resolve
-
-    snapshot = resolve("mlflow:models/toy-model@challenger")
-    assert snapshot.revision == "1"
-    weights = next(file for file in snapshot.files if file.path == "model.safetensors")
-    content = b"".join(place(snapshot.source).read(snapshot, weights, 0, weights.size))
-    assert content == Path("models/toy/finetuned/model.safetensors").read_bytes()
+    write_recipe(
+        fetch={"model_type": "modality", "checkpoints": {"a": "mlflow:models/toy-model@challenger"}}
+    )
+    fetch("toy")
+    fetched = Path("models/toy/checkpoints/a")
+    assert storage.read_json(fetched / "manifest.json")["revision"] == "1"
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (fetched / name).read_bytes() == (Path("models/toy/finetuned") / name).read_bytes()
     with pytest.raises(ValueError, match="has no version 'champion'"):
         resolve("mlflow:models/toy-model@champion")
 
@@ -216,13 +219,15 @@ def test_mlflow_serves_the_model_over_http(recipe, tmp_path) -> None:
     command += ["-m", "models:/toy-model@challenger", "-p", str(port), "-h", "127.0.0.1"]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking.uri()}
+    # `mlflow models serve` looks for uvicorn on the path, as an activated environment has it.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking.uri(), "PATH": path}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=elsewhere, env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        servers.wait_for_port(port, process, seconds=120)
+        servers.wait_for_port(port, process, seconds=300)  # seconds on a quiet machine
         image, _ = picture()
         body = {"dataframe_records": [{"image": image, "text": "where is cat"}]}
         answer = _post(port, body)

@@ -9,8 +9,8 @@ that scored best on validation data. An interrupted run goes on from its last st
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from alloy.models.objectives import distillation_losses
 from tasks import tracking
 from tasks.benchmarks import BENCHMARKS, FINETUNED, load_split, take
 from tasks.command import run_stage
-from tasks.models import load_model
+from tasks.models import device, load_model
 from tasks.params import FinetuneParams, MergeParams, ParamsError, load, nearest
 from tasks.storage import folder_digest, read_json, write_folder, write_json
 from tasks.training import step_generator, train
@@ -145,6 +145,7 @@ def identity(job: Job) -> str:
         folder_digest(job.source),
         None if job.teacher is None else folder_digest(job.teacher),
         {name: folder_digest(data / name) for name in job.benchmarks},
+        device().type,
         torch.__version__,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -208,12 +209,7 @@ def main(recipe: str) -> None:
     params = load(recipe, "finetune", FinetuneParams)
     jobs = plan(recipe, params, load(recipe, "merge", MergeParams))
     with ExitStack() as stack:
-        logs = {
-            name: stack.enter_context(
-                tracking.run(recipe, f"finetune {name}", {"stage": "finetune"})
-            )
-            for name in jobs
-        }
+        logs = {name: stack.enter_context(_open_run(name, job)) for name, job in jobs.items()}
 
         def receive(name: str, kind: str, *values) -> None:
             if kind == "curves":
@@ -223,6 +219,18 @@ def main(recipe: str) -> None:
 
         side_by_side(finetune, {name: (job,) for name, job in jobs.items()}, receive)
     _publish(Path("models") / recipe, jobs)
+
+
+@contextmanager
+def _open_run(name: str, job: Job) -> Generator[tracking.Log]:
+    """The job's MLflow run: that of the interrupted training, if it is the same training."""
+    file, digest = job.work / "run.json", identity(job)
+    before = read_json(file) if file.exists() else {}
+    resume = before.get("run_id") if before.get("identity") == digest else None
+    tags = {"stage": "finetune"}
+    with tracking.run(job.recipe, f"finetune {name}", tags, resume=resume) as log:
+        write_json(file, {"identity": digest, "run_id": log.run_id})
+        yield log
 
 
 def _publish(models: Path, jobs: Mapping[str, Job]) -> None:

@@ -219,4 +219,5 @@ def _load(state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> N
     parameters = dict(model.named_parameters())
     for name, value in state.moments.items():
         moment, parameter = name.split("/", 1)
-        optimizer.state[parameters[parameter]][moment] = value
+        owner = parameters[parameter]
+        optimizer.state[owner][moment] = value.to(owner.device) if value.dim() else value

@@ -6,6 +6,8 @@ reports comes to the parent, which writes it where it belongs.
 """
 
 import multiprocessing
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -57,7 +59,10 @@ def _work(work: Callable[..., None], arguments: tuple, writer: Connection) -> No
     torch.set_num_threads(1)
     try:
         work(*arguments, lambda *values: writer.send(values))
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)  # the parent was interrupted too, or is gone: nobody listens
     except Exception as error:  # raised again in the parent
+        error.add_note(traceback.format_exc())
         writer.send(error)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from alloy.models import ModalityConfig, ModalityModel
 from tasks import tracking
-from tasks.finetune import Job, finetune, losses, main, plan
+from tasks.finetune import Job, _open_run, finetune, losses, main, plan
 from tasks.models import load_model
 from tasks.params import FinetuneParams, MergeParams, ParamsError
 from tasks.storage import read_json
@@ -171,6 +171,19 @@ def test_what_was_finished_before_an_interruption_is_not_trained_again(recipe):
     assert len(lines) > 1
 
 
+def test_an_interrupted_training_goes_on_in_its_mlflow_run(recipe, mlflow_workspace):
+    """The same training finds its run again; one of another source opens a new one."""
+    job = plan_of(params())["naive"]
+    ids = []
+    for _ in range(2):
+        with _open_run("naive", job) as log:
+            ids.append(log.run_id)
+    write_model(job.source, 9)
+    with _open_run("naive", job) as log:
+        ids.append(log.run_id)
+    assert ids[0] == ids[1] != ids[2]
+
+
 def test_all_arms_see_the_same_batches(recipe):
     """The batches depend on the step and the seed, not on the model or on what was drawn before."""
     data = {"vqa": load_file("data/toy/vqa/train.safetensors")}
@@ -185,7 +198,8 @@ def test_all_arms_see_the_same_batches(recipe):
 def test_training_learns_the_benchmarks(recipe):
     """On data it can memorise every loss falls."""
     longer = {**FINETUNE["training"], "num_steps": 150, "log_every": 15}
-    job = plan_of(params(training=longer))["merged"]
+    patient = {**FINETUNE["stopping"], "validate_every": 50}
+    job = plan_of(params(training=longer, stopping=patient))["merged"]
     curves = {}
 
     def report(kind, *values):

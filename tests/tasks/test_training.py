@@ -300,8 +300,9 @@ def test_jobs_run_in_processes_of_one_thread():
 
 def test_the_first_failure_ends_all_jobs():
     """The exception of a job is raised in the parent at once; the others do not run on."""
-    with pytest.raises(ValueError, match="two is wrong"):
+    with pytest.raises(ValueError, match="two is wrong") as failure:
         side_by_side(fail, {"a": (1,), "b": (2,)}, lambda name, *values: None)
+    assert "in fail" in failure.value.__notes__[0]  # where, in the worker
 
 
 def test_a_worker_that_vanishes_is_an_error():

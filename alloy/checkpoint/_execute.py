@@ -475,7 +475,7 @@ def read_mapped(step: Step, descriptors: Sequence[int], start: int, stop: int) -
     ):
         wanted = row_map[begin:end]
         missing[i] = wanted < 0
-        breaks = np.flatnonzero(np.diff(wanted) != 1) + 1
+        breaks = np.flatnonzero((np.diff(wanted) != 1) | (wanted[:-1] < 0)) + 1
         for run in np.split(np.arange(end - begin), breaks):
             if wanted[run[0]] >= 0:
                 target = rows[i, run[0] : run[-1] + 1].reshape(-1).data

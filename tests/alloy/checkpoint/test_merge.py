@@ -6,15 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import alloy
 from alloy.activations import Gram
 from alloy.checkpoint import CheckpointError, open_checkpoint, plan_merge, run_plan
+from alloy.checkpoint._execute import Step, read_mapped
 from alloy.merge import MERGE_METHODS, MergeError
 
 STREAMED = sorted(name for name, method in MERGE_METHODS.items() if method.scope == "tensor")
@@ -393,6 +398,40 @@ def test_the_compiled_path_needs_no_torch(write, weights, tmp_path):
         [sys.executable, "-c", code, *folders, str(tmp_path)], capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_rows_are_looked_up_by_token(data, tmp_path_factory):
+    """Any maps, any cut: each row is the mapped one; a lacking one is the base's, or the mean of those there are."""
+    num_rows, width = data.draw(st.integers(1, 8)), 3
+    maps = [
+        np.array(data.draw(st.lists(st.integers(-1, 4), min_size=num_rows, max_size=num_rows)))
+        for _ in range(3)
+    ]
+    maps[1] = np.where((maps[0] < 0) & (maps[1] < 0) & (maps[2] < 0), 0, maps[1])
+    tables = torch.arange(3 * 5 * width).reshape(3, 5, width).float() ** 2
+    entries = []
+    for i, table in enumerate(tables):
+        file = tmp_path_factory.mktemp("rows") / f"{i}.safetensors"
+        save_file({"w": table.clone()}, file)
+        entries.append(open_checkpoint(file).entries["w"])
+    prefer_first = data.draw(st.booleans())
+    step = Step(
+        "w", "F32", (num_rows, width), tuple(entries), partial(object), tuple(maps), prefer_first
+    )
+    start = data.draw(st.integers(0, num_rows - 1))
+    descriptors = [os.open(entry.file, os.O_RDONLY) for entry in entries]
+    found = read_mapped(step, descriptors, start * width, num_rows * width).view(np.float32)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for j in range(start, num_rows):
+        present = [tables[i, m[j]] for i, m in enumerate(maps) if m[j] >= 0]
+        fallback = present[0] if prefer_first and maps[0][j] >= 0 else sum(present) / len(present)
+        for i, row_map in enumerate(maps):
+            row = found[i].reshape(-1, width)[j - start]
+            expected = tables[i, row_map[j]] if row_map[j] >= 0 else fallback
+            np.testing.assert_allclose(row, expected, rtol=1e-6)
 
 
 @pytest.mark.slow

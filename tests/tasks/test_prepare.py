@@ -6,10 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from tasks import params as params_module
 from tasks.examples import EXAMPLES, PAIR_KINDS, SIBLINGS, words
 from tasks.params import ParamsError, PrepareParams
 from tasks.prepare import draw_examples, prepare
@@ -188,22 +186,17 @@ def test_label_maps_name_what_the_scene_shows(recorded):
 
 
 @pytest.fixture
-def recipe(tmp_path, monkeypatch, bank, cells):
-    """A recipe `toy` in an empty workspace whose cells are already built."""
-    (tmp_path / "params").mkdir()
-    (tmp_path / "params" / "recipes.yaml").write_text("recipes: [toy]\n")
-    (tmp_path / "params" / "toy.yaml").write_text(yaml.safe_dump({"prepare": SECTION}))
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "cells").symlink_to(cells)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(params_module, "PARAMS", Path("params"))
-    return "toy"
+def recipe(workspace, write_recipe, bank, cells):
+    """The recipe `toy` in a workspace whose cells are already built."""
+    (workspace / "data").mkdir()
+    (workspace / "data" / "cells").symlink_to(cells)
+    return write_recipe(prepare=SECTION)
 
 
-def test_equal_params_give_equal_bytes_and_another_seed_gives_others(recipe):
+def test_equal_params_give_equal_bytes_and_another_seed_gives_others(recipe, write_recipe):
     first = folder_digest(prepare(recipe))
     assert folder_digest(prepare(recipe)) == first
-    Path("params/toy.yaml").write_text(yaml.safe_dump({"prepare": SECTION | {"seed": 2}}))
+    write_recipe(prepare=SECTION | {"seed": 2})
     assert folder_digest(prepare(recipe)) != first
 
 
@@ -228,17 +221,17 @@ def test_files_have_the_sizes_and_types_of_the_contract(recipe):
     assert len(load_file(folder / "statements" / "test.safetensors")["labels"]) == 16
 
 
-def test_a_benchmark_without_training_examples_has_no_training_file(recipe):
+def test_a_benchmark_without_training_examples_has_no_training_file(recipe, write_recipe):
     sizes = SECTION["benchmarks"] | {"statements": {"train": 0, "validation": 4, "test": 4}}
     section = SECTION | {"benchmarks": {"statements": sizes["statements"]}}
-    Path("params/toy.yaml").write_text(yaml.safe_dump({"prepare": section}))
+    write_recipe(prepare=section)
     files = {path.name for path in (prepare(recipe) / "statements").iterdir()}
     assert files == {"validation.safetensors", "test.safetensors"}
 
 
-def test_an_unknown_benchmark_is_refused_before_anything_is_written(recipe):
+def test_an_unknown_benchmark_is_refused_before_anything_is_written(recipe, write_recipe):
     section = SECTION | {"benchmarks": {"vqaa": {"train": 1, "validation": 1, "test": 1}}}
-    Path("params/toy.yaml").write_text(yaml.safe_dump({"prepare": section}))
+    write_recipe(prepare=section)
     with pytest.raises(ParamsError, match=r"'vqaa' is unknown: did you mean 'vqa'\?"):
         prepare(recipe)
     assert not Path("data/toy").exists()

@@ -163,7 +163,7 @@ def occupied(folders, output):
     (output / "precious.txt").write_text("mine")
 
 
-PROBED = [  # peers.md, section "bad input"
+PROBED = [  # what mergekit 0.1.5 was given
     Case("other architecture", edit(model_type="vit", architectures=["ViTModel"]), "different architectures: model_type"),
     Case("other class", edit(architectures=["LlamaModel"]), "different architectures: architectures is .*LlamaModel"),
     Case("NaN in an input", tensor("lm_head.weight", _set(7, torch.nan)), r"lm_head.weight in 'b' .*NaN or Inf at flat index 7"),
@@ -260,5 +260,5 @@ def test_refused_with_name_and_fix_and_nothing_is_written(case, write, weights, 
 
 
 def test_the_probed_table_is_complete():
-    """peers.md probed 30 cases."""
+    """mergekit was probed with 30 cases."""
     assert len(PROBED) == 30

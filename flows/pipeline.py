@@ -39,7 +39,6 @@ _CHATTER = (
     "Use `dvc push`",
     "git add",
     "dvc config",
-    "Writing model shards",
 )
 
 

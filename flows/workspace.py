@@ -83,8 +83,14 @@ def run_streaming(command: Sequence[str], say: Say, *, lock: int | None = None) 
 def _environment() -> dict[str, str]:
     """Ours, with this interpreter first: `python` in dvc.yaml is the one that runs the flow."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    # A progress bar redraws many times a second; in a log each redraw is a line.
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "10"}
+    return {
+        **os.environ,
+        "PATH": path,
+        "PYTHONUNBUFFERED": "1",
+        # In a log each redraw of a progress bar is a line: ours are slow, transformers' (by this name) are off.
+        "TQDM_MININTERVAL": "10",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -116,8 +117,12 @@ class Workspace:
 
     def run(self, *command: str) -> tuple[int, str]:
         """The exit status and everything that was said."""
-        process = self.start(*command)
-        said, _ = process.communicate(timeout=300)
+        with self.start(*command) as process:
+            try:
+                said, _ = process.communicate(timeout=900)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
         return process.returncode, said
 
     def control(self, name: str, value: object) -> None:

@@ -1,0 +1,326 @@
+"""The spaces of every architecture are those of theory, and the model itself confirms them.
+
+Theory counts spaces by size. N is hidden = intermediate = sequence = vocabulary = labels, H is heads =
+head width; all models have two layers.
+"""
+
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import alloy
+from alloy.symmetry import SymmetryError, fold_norms
+
+_spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
+zoo = importlib.util.module_from_spec(_spec)
+sys.modules["zoo"] = zoo
+_spec.loader.exec_module(zoo)
+N, H, CASES, build = zoo.N, zoo.H, zoo.CASES, zoo.build
+
+ATTENTION = [H, H, H]  # heads; width of queries and keys, and of values, within each head
+BLOCK = [*ATTENTION, N]  # and the neurons of the MLP
+DECODER_BLOCK = [*ATTENTION, *BLOCK]  # self- and cross-attention
+ENCODER = [N, *BLOCK, *BLOCK]  # the residual stream first
+# Rotary positions pin queries and keys; 2 key heads, 2 query heads for each, values of width H.
+GROUPED = [2, 2, H]
+LLAMA = [N, *2 * [*GROUPED, N]]
+ALIBI = [N, *2 * [H, H, 4 * N]]  # slopes differ by head: heads are pinned, widths free per head
+SWIN = [8, *2 * [2, 4, 4, 8], 16, *2 * [4, 4, 4, 16]]  # two stages: heads, widths, MLP
+
+THEORY = {
+    "bert": ENCODER,  # the MLM transform ends in the tied embedding: part of the residual stream
+    "bert_classifier": [*ENCODER, N],  # the pooler
+    "roberta": ENCODER,
+    "distilbert": ENCODER,
+    "vit": ENCODER,
+    "deit": ENCODER,
+    "dinov2": ENCODER,
+    "dinov2_swiglu": ENCODER,
+    "beit": ENCODER,
+    "ast": ENCODER,
+    "gpt2": ENCODER,
+    "opt": ENCODER,
+    "clip": [*ENCODER, *ENCODER, N],  # the space in which image and text are compared
+    # SigLIP compares the text head with the vision pooling head: an attention of its own and an MLP.
+    "siglip": [*ENCODER, *ENCODER, N, *BLOCK],
+    # Three towers; poolers and transforms of the heads; the contrastive space.
+    "flava": [*ENCODER, *ENCODER, *ENCODER, N, N, N, N],
+    "vilt": [*ENCODER, N, 2 * N],  # pooler, classifier
+    "blip": [*ENCODER, N, *2 * DECODER_BLOCK],
+    "whisper": [N, *ENCODER, N, *2 * DECODER_BLOCK],  # conv1
+    # The grouped positional convolution cuts the residual stream to 4 groups of 4; two convolutions.
+    "wav2vec2": [4, 4, N, N, *2 * BLOCK],
+    "hubert": [4, 4, N, N, *2 * BLOCK],
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "phi3": LLAMA,
+    "gpt_neox": [N, *2 * [H, 2, H, N]],  # half of the query width is not rotated
+    "mixtral": [N, *2 * [*GROUPED, 4, N]],  # 4 experts, in any order; neurons within each
+    "bloom": ALIBI,
+    # One residual stream (shared embedding); heads of self-attention tied over layers by the bias.
+    "t5": [N, H, H, *2 * [H, H, N], *2 * [H, H, *BLOCK]],
+    "bart": [*ENCODER, *2 * DECODER_BLOCK],
+    "swin": SWIN,
+    "resnet": [8, 8, 8, 16, 16],  # a stage's stream, and one inner convolution in each block
+    "resnet_bottleneck": [8, 16, 4, 4, 4, 4, 32, 8, 8],  # stem; stream and two inner ones a block
+    "convnext": [8, 32, 32, 16, 64, 64],
+    "sam": [
+        8,  # Fourier features: sine and cosine halves of everything in the decoder
+        N,
+        *2 * [H, H, H, N],
+        N,  # the image encoder (relative positions tie heads' widths), its neck
+        *2 * [2, 8, 8, 2, 4, 4, N, 2, 4, 4],
+        2,
+        4,
+        4,  # two-way transformer, last attention
+        4,
+        2,  # upscaling
+        *4 * [N, N],
+        N,
+        N,  # four mask heads and the quality head, two inner layers each
+    ],
+    "segformer": [8, 8, 2, 4, 4, 8, N, H, H, H, N, N, N, N],  # the first: reduced keys have a space
+    "mamba": [N, *2 * [N, 4, 4]],  # inner channels, rank of the step, state
+    "llava": [*ENCODER, N, *LLAMA],  # projector
+    "falcon_multi_query": [N, *2 * [H, H, 4 * N // 4]],  # rotary; one key head: heads, values, MLP
+    "falcon_new": LLAMA,
+    "xlnet": ENCODER,
+    "mpnet": [N, H, *2 * [H, H, N]],  # heads tied over layers by the relative bias
+    "albert": [8, *[N, *BLOCK]],  # one shared layer; factorised embedding
+    "electra": [8, *ENCODER],
+    "modernbert": [N, *2 * [H, H, N]],
+    "gemma2": LLAMA,
+    "gemma3": LLAMA,
+    "cohere": LLAMA,
+    "olmo2": LLAMA,
+    "starcoder2": LLAMA,
+    "qwen2_moe": [N, *2 * [*GROUPED, 4, N, N]],  # and a shared expert
+    "qwen3_moe": [N, *2 * [*GROUPED, 4, N]],
+    "olmoe": [N, *2 * [*GROUPED, 4, N]],
+    "gpt_oss": [N, *2 * [*GROUPED, 4, N]],
+    "gptj": [N, *2 * [H, 2, H, N]],
+    "codegen": [N, *2 * [H, 2, H, N]],
+    "mpt": ALIBI,
+    "dinov3": [N, *2 * [H, H, N]][1:],  # observed at its last hidden state: the stream is pinned
+    "m2m100": [*2 * BLOCK, *2 * DECODER_BLOCK],  # sinusoidal positions outside the state dict
+    "longt5": [N, H, H, *2 * [H, H, N], *2 * [H, H, *BLOCK]],
+    "switch": [N, H, H, H, H, N, H, H, *4 * [N], H, H, *BLOCK, H, H, *ATTENTION, *4 * [N]],
+    "owlvit": [*ENCODER, *ENCODER, N, N, N],
+    "trocr": ENCODER,
+    "pegasus": [*ENCODER, *2 * DECODER_BLOCK],
+    "data2vec_text": ENCODER,
+    "data2vec_vision": ENCODER,
+    "bigbird": ENCODER,
+    "fnet": [
+        N,
+        N,
+        N,
+    ],  # the Fourier transform pins the stream: embeddings before their projection, two MLPs
+    "videomae": ENCODER[1:],  # sinusoidal positions outside the state dict pin the stream
+    "glm4": [N, *2 * [2, 2, 2, H, N]],  # half of the query width is not rotated
+}
+
+
+def sizes(spec):
+    return Counter(space.size for space in spec.spaces.values())
+
+
+def places(spec):
+    """Each space by its axes: what it is, whatever it is called."""
+    return {frozenset((a.parameter, a.dim, a.path) for a in s.axes) for s in spec.spaces.values()}
+
+
+@pytest.mark.parametrize("name", THEORY)
+def test_spaces_are_those_of_theory_and_random_transforms_leave_the_model_unchanged(name):
+    """Number and sizes of the spaces; a random element of the whole group, float64, 1e-9."""
+    model, inputs = build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    spec = alloy.find_symmetries(model, inputs)
+    assert sizes(spec) == Counter(THEORY[name])
+    alloy.validate(model, spec, inputs, trials=1)
+    assert alloy.SymmetrySpec.from_json(spec.to_json()) == spec
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+LISTED = list(THEORY)[: list(THEORY).index("falcon_multi_query")]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in LISTED if "resnet" not in n and n not in ("mamba", "convnext")]
+)
+def test_eager_attention_has_the_same_spaces(name):
+    """How attention is computed does not matter: sdpa and eager give the same axes and kinds."""
+    specs = []
+    for attention in ("sdpa", "eager"):
+        try:
+            model, inputs = build(name, attention)
+        except ValueError:
+            pytest.skip("one attention only")
+        specs.append(alloy.find_symmetries(model, inputs))
+    assert places(specs[0]) == places(specs[1])
+    assert Counter(s.kind for s in specs[0].spaces.values()) == Counter(
+        s.kind for s in specs[1].spaces.values()
+    )
+
+
+OTHERS = [name for name in CASES if name not in THEORY and name != "mobilevit"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_are_sound(name):
+    """Whatever is claimed for a model nobody looked at is true."""
+    model, inputs = build(name)
+    spec = alloy.find_symmetries(model, inputs)
+    assert spec.spaces
+    alloy.validate(model, spec, inputs, trials=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "orthogonal"),
+        ("qwen3", "orthogonal"),
+        ("phi3", "orthogonal"),
+        ("mixtral", "orthogonal"),
+        ("vit", "orthogonal fixing ones"),
+        ("dinov2", "orthogonal fixing ones"),
+        ("gpt_neox", "orthogonal fixing ones"),
+    ],
+)
+def test_folding_keeps_the_function_and_makes_the_residual_stream_orthogonal(name, kind):
+    """Gains drawn at random: outputs are equal before and after, and rotations leave them so."""
+    model, inputs = build(name)
+    spec = alloy.find_symmetries(model, inputs)
+    stream = next(iter(spec.spaces.values()))
+    assert stream.folded_kind == kind
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight.copy_(torch.rand(weight.shape, generator=generator) + 0.5)
+    folded, folded_spec = fold_norms(model, spec)
+    with torch.no_grad():
+        before, after = model(**inputs).logits, folded(**inputs).logits
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    assert folded_spec.spaces[stream.name].kind == kind
+    alloy.validate(folded, folded_spec, inputs, trials=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gpt2", r"ln_f.weight.*meet again \(at transformer.wte.weight"),  # tied embedding
+        ("bert_classifier", "feeds a sum or another norm"),  # post-norm
+        ("resnet", "no norm with a gain"),
+    ],
+)
+def test_folding_is_refused_where_it_would_change_the_function(name, reason):
+    model, inputs = build(name)
+    spec = alloy.find_symmetries(model, inputs)
+    with pytest.raises(SymmetryError, match=reason):
+        fold_norms(model, spec)
+
+
+def test_kinds_follow_from_the_operations():
+    """Signs where RMSNorm and gates allow them, matrices within heads, rotary pins queries and keys."""
+    model, inputs = build("llama")
+    kinds = {s.name: s.kind for s in alloy.find_symmetries(model, inputs).spaces.values()}
+    layer = "model.layers.0"
+    assert kinds["model.embed_tokens.weight[1]"] == "signed permutation"
+    assert kinds[f"{layer}.mlp.gate_proj.weight[0]"] == "signed permutation"
+    assert kinds[f"{layer}.self_attn.v_proj.weight[0]*1"] == "general linear"
+    assert kinds[f"{layer}.self_attn.q_proj.weight[0]*0"] == "permutation"
+    model, inputs = build("vit")
+    spec = alloy.find_symmetries(model, inputs)
+    assert Counter(s.kind for s in spec.spaces.values()) == {"permutation": 5, "general linear": 4}
+    model, inputs = build("clip")
+    spec = alloy.find_symmetries(model, inputs)
+    assert spec.spaces["visual_projection.weight[0]"].kind == "orthogonal"
+
+
+def test_experts_of_a_mixture_may_change_order_with_their_neurons():
+    """Expert order is a space; neurons depend on their expert, as widths do on their head."""
+    model, inputs = build("mixtral")
+    spec = alloy.find_symmetries(model, inputs)
+    experts = next(
+        s
+        for s in spec.spaces.values()
+        if any("gate.weight" in a.parameter for a in s.axes) and s.size == 4 and not s.depends_on
+    )
+    neurons = [s for s in spec.spaces.values() if s.depends_on == (experts.name,)]
+    assert [s.size for s in neurons] == [N]
+    assert {a.parameter.rsplit(".", 1)[-1] for a in experts.axes} == {
+        "weight",
+        "gate_up_proj",
+        "down_proj",
+    }
+
+
+def test_what_other_inputs_reach_is_found_by_joining_examples():
+    """Mask tokens are reached with a mask only; two examples give one spec for both paths."""
+    model, plain = build("dinov2")
+    masked = {**plain, "bool_masked_pos": torch.arange(16).expand(2, -1) % 3 == 0}
+    alone = alloy.find_symmetries(model, plain)
+    assert alone.unused == ("dinov2.embeddings.mask_token",)
+
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values, bool_masked_pos=None):
+            hidden = self.model.dinov2(pixel_values, bool_masked_pos=bool_masked_pos)
+            return self.model.classifier(torch.cat([hidden[0][:, 0], hidden[0][:, 1:].mean(1)], 1))
+
+    joined = alloy.find_symmetries(Masked().eval(), [plain, masked])
+    assert not joined.unused
+    alloy.validate(Masked().eval(), joined, [plain, masked])
+
+
+@pytest.mark.parametrize(
+    "sharing", ["none", "custom_attention", "custom_ffn", "custom_norms", "all"]
+)
+def test_the_modality_transformer_in_every_sharing(sharing):
+    """Both passes and all heads: a stream; attentions and MLPs of every expert; heads; embeddings."""
+    from alloy.models import ModalityConfig, ModalityModel
+
+    config = ModalityConfig(
+        sharing=sharing,
+        hidden_size=N,
+        num_hidden_layers=3,
+        num_joint_layers=1,
+        intermediate_size=N,
+        num_attention_heads=H,
+        embedding_size=N,
+        image_size=16,
+        patch_size=4,
+        vocab_size=N,
+        max_position_embeddings=N,
+        num_answers=N,
+        num_segment_classes=N,
+    )
+    torch.manual_seed(0)
+    model = ModalityModel(config).eval()
+    dual = {"pixel_values": zoo.noise(2, 3, 16, 16), "input_ids": zoo.ids()}
+    other = {"pixel_values": zoo.noise(2, 3, 16, 16, seed=1), "input_ids": zoo.ids(N - 3)}
+
+    def heads(output):
+        both = output.image_embeddings @ output.text_embeddings.T
+        return both, output.answer_logits, output.segment_logits, output.masked_word_logits
+
+    spec = alloy.find_symmetries(model, [dual, other], observe=heads)
+    attentions = (
+        7 if sharing in ("none", "custom_attention") else 3
+    )  # 2 + 2 + 3 experts, or one each
+    mlps = 7 if sharing in ("none", "custom_ffn") else 3
+    # Stream, contrastive space, pooler, word transform; the answer head is twice as wide.
+    expected = [N, N, N, N, 2 * N, *attentions * ATTENTION, *mlps * [N]]
+    assert sizes(spec) == Counter(expected)
+    alloy.validate(model, spec, [dual, other], observe=heads, trials=1)

@@ -1,6 +1,6 @@
 """How fast and how small the merge engine is, against copying, reading, and mergekit.
 
-    python -m benchmarks.merge            about 8 minutes on two cores, at most 17 GB of disk
+    python -m benchmarks.merge            about 10 minutes on two cores, at most 17 GB of disk
     python -m benchmarks.merge --quick    about 1 minute, 1 GB
 
 Writes three Llama checkpoints of 551 M bfloat16 parameters in 5 shards and their base, then in every round runs each
@@ -406,7 +406,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a 36 M model, no slow mergekit methods"
+        "--quick", action="store_true", help="a 39 M model, no slow mergekit methods"
     )
     parser.add_argument("--rounds", type=int, help="default 5, quick 3")
     parser.add_argument("--folder", type=Path, help="where to write; default a temporary folder")

@@ -6,6 +6,7 @@ import torch
 
 from alloy.checkpoint import _kernels as kernels
 from alloy.checkpoint import plan_merge, run_plan
+from alloy.checkpoint._execute import _chunk_elements
 from alloy.checkpoint._merge import _step
 from alloy.checkpoint._work import Function
 from alloy.merge import MERGE_METHODS
@@ -159,6 +160,16 @@ def test_what_has_a_compiled_loop_uses_it(sources, base, tmp_path):
         )
         for tensor in plan.tensors:
             assert not isinstance(_step(plan, tensor, True).work(), Function), (method, tensor.name)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 12, 200_000, 1 << 20])
+def test_a_mixtures_chunks_hold_whole_reductions(chunk_bytes, sources, tmp_path):
+    """Inner products are summed by the same blocks wherever a tensor is cut, each by one worker."""
+    plan = plan_merge("slerp", sources[:2], tmp_path / "out")
+    for tensor in plan.tensors:
+        if tensor.num_elements:
+            step = _step(plan, tensor, compiled=True)
+            assert _chunk_elements(step, step.work(), chunk_bytes) % kernels.REDUCTION == 0
 
 
 def test_float32_thresholds_are_exact(write, load, tmp_path):

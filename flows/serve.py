@@ -18,7 +18,7 @@ from tasks import params
 
 HOST = "127.0.0.1"
 POOL = "alloy"
-START_SECONDS = 120
+START_SECONDS = 300
 GRACE_SECONDS = 20
 
 
@@ -77,7 +77,9 @@ def serve(recipe: str, port: int) -> None:
         print(
             f"Serving {recipe}: http://{HOST}:{port} shows runs and schedules (times of prefect.yaml, UTC)."
         )
-        print("Run it now:  prefect deployment run pipeline/nightly   Stop: Ctrl-C")
+        print(
+            f"Run it now: PREFECT_API_URL={url} prefect deployment run pipeline/nightly    Stop: Ctrl-C"
+        )
         while server.poll() is None and worker.poll() is None:
             time.sleep(1)
         raise ServeError("the server or the worker has ended; .prefect/server.log may say why")

@@ -25,7 +25,7 @@ Say = Callable[[str], object]
 def only_run(what: str, say: Say = print) -> Generator[int]:
     """Hold the workspace for one run; wait, and say for whom, while another has it. Yields the lock's descriptor."""
     LOCK.parent.mkdir(exist_ok=True)
-    descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT)
+    descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

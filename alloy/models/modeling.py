@@ -21,7 +21,6 @@ from transformers.utils import ModelOutput
 
 from alloy.models.configuration import EXPERT_PARTS, ModalityConfig
 
-
 # The heads that pre-training does not train: they answer the benchmarks, after fine-tuning.
 FRESH_HEADS = ("answer_head.", "pair_head.", "segment_head.")
 

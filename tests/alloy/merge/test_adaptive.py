@@ -153,6 +153,30 @@ def test_regmean_plus_plus_measures_later_blocks_behind_merged_earlier_ones():
     torch.testing.assert_close(merged["second.weight"], regmean("second.weight", hidden))
 
 
+def test_regmean_plus_plus_measures_within_a_block_with_the_models_own_weights():
+    """One block of two layers: what reaches the second comes from each model's own first layer."""
+    torch.manual_seed(1)
+    module = nn.ModuleDict({"block": Mlp().double()})
+    module.forward = lambda x: module["block"](x)
+    models = [{f"block.{k}": v for k, v in Mlp().double().state_dict().items()} for _ in range(2)]
+    inputs = [torch.randn(40, 4).double(), torch.randn(60, 4).double()]
+    merged = merge(
+        "regmean_plus_plus",
+        models,
+        module=module,
+        batches=[[{"x": x}] for x in inputs],
+        blocks=["block"],
+        **EXACT,
+    )
+    name = "block.second.weight"
+    grams = []
+    for model, x in zip(models, inputs, strict=True):
+        hidden = torch.relu(x @ model["block.first.weight"].T + model["block.first.bias"])
+        grams.append({name: Gram.zero(6).update(hidden)})
+    expected = merge("regmean", [{name: m[name]} for m in models], statistics=grams, **EXACT)
+    torch.testing.assert_close(merged[name], expected[name])
+
+
 def test_regmean_plus_plus_merges_a_transformer_and_leaves_padding_out():
     module, _, experts, batches = family()
     before = {k: v.clone() for k, v in module.state_dict().items()}

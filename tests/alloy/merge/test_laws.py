@@ -294,22 +294,21 @@ def test_a_mixture_is_the_linear_combination_that_its_inner_products_give(family
 
 
 def test_karcher_mean_minimises_the_squared_angles(family):
-    """No small step on the sphere brings the weighted sum of squared angles down."""
-    weights = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    """At the mean the weighted tangent vectors to the directions, as long as the angles, cancel."""
+    weights = torch.tensor([0.6, 0.2, 0.2], dtype=torch.float64)
     name = "layers.0.up.weight"
     vectors = torch.stack([m[name].double().flatten() for m in family.models])
+    vectors[2] = vectors[2].roll(1)  # one direction far from the others
     directions = vectors / vectors.norm(dim=1, keepdim=True)
-    models = [{name: v} for v in vectors]
-    mean = merge("karcher", models, coefficients=weights.tolist())[name]
+    mean = merge("karcher", [{name: v} for v in vectors], coefficients=weights.tolist())[name]
     assert math.isclose(mean.norm(), weights @ vectors.norm(dim=1), rel_tol=1e-6)
-
-    def spread(direction):
-        return weights @ torch.acos(directions @ (direction / direction.norm())).square()
-
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        step = torch.randn(mean.shape, generator=generator, dtype=torch.float64)
-        assert spread(mean + 1e-3 * mean.norm() * step / step.norm()) > spread(mean)
+    mean = mean / mean.norm()
+    cosines = directions @ mean
+    tangents = directions - cosines[:, None] * mean
+    angles = torch.acos(cosines)
+    assert angles.max() > 1.5 * angles.min()
+    pull = weights * angles @ (tangents / tangents.norm(dim=1, keepdim=True))
+    assert pull.norm() < 1e-6
 
 
 def test_nuslerp_by_rows_is_slerp_of_every_row(family):

@@ -41,6 +41,7 @@ def merge_weights(recipe: str) -> None:
         report = run_plan(
             plan,
             hash_sources=True,
+            title=f"{recipe}, merged",
             command=shlex.join(["python", "-m", "tasks.merge", recipe]),
             on_bytes=bar.update,
         )

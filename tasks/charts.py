@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from tasks.benchmarks import BENCHMARKS, FINETUNED, METRIC_TITLES, TRAINING_FREE
-from tasks.results import Results, ScoreRow
+from tasks.benchmarks import BENCHMARKS, FINETUNED, METRIC_TITLES
+from tasks.results import Results, ScoreRow, main_scores, shown_rows
 
 COLOURS = {
     "checkpoint": "#8c9bab",
@@ -58,14 +58,8 @@ def draw(results: Results, folder: Path) -> dict[str, str]:
 
 def scores_chart(scores: Sequence[ScoreRow], *, finetuned: bool) -> Figure:
     """One panel a benchmark, one bar a model, a dashed line for the commonest answer."""
-    benchmarks = FINETUNED if finetuned else TRAINING_FREE
-    rows = [
-        row
-        for row in scores
-        if row.split == "test"
-        and row.finetuned == finetuned
-        and row.metric == BENCHMARKS[row.benchmark].metric
-    ]
+    rows = shown_rows(scores, finetuned=finetuned)
+    benchmarks = list(dict.fromkeys(row.benchmark for row in rows))
     titles = list(dict.fromkeys(row.title for row in rows if row.kind != "guess"))
     size = (3.2 + 2.35 * len(benchmarks), 1.5 + 0.34 * len(titles))
     figure = Figure(figsize=size, layout="constrained")
@@ -114,9 +108,10 @@ def gains_chart(results: Results) -> Figure:
             COLOURS["checkpoint"],
         ),
     }
-    shown = {name: style for name, style in others.items() if (name, FINETUNED[0]) in scores}
+    benchmarks = [b for b in FINETUNED if ("finetuned", b) in scores]
+    shown = {name: style for name, style in others.items() if (name, benchmarks[0]) in scores}
     for place, (other, (label, colour)) in enumerate(shown.items()):
-        for i, benchmark in enumerate(FINETUNED):
+        for i, benchmark in enumerate(benchmarks):
             ours, theirs = scores["finetuned", benchmark], scores[other, benchmark]
             gain = ours.value - theirs.value
             error = (ours.standard_error**2 + theirs.standard_error**2) ** 0.5
@@ -135,7 +130,7 @@ def gains_chart(results: Results) -> Figure:
     axis.axhspan(
         -5, 0, color=COLOURS["checkpoint"], alpha=0.18, label="within 5 points below", zorder=0
     )
-    axis.set_xticks(range(len(FINETUNED)), [BENCHMARKS[b].title for b in FINETUNED])
+    axis.set_xticks(range(len(benchmarks)), [BENCHMARKS[b].title for b in benchmarks])
     axis.set_ylabel("points")
     axis.margins(y=0.15)
     axis.spines[["top", "right"]].set_visible(False)
@@ -180,12 +175,3 @@ def distances_chart(results: Results) -> Figure:
         fontsize=9,
     )
     return figure
-
-
-def main_scores(scores: Sequence[ScoreRow]) -> dict[tuple[str, str], ScoreRow]:
-    """Test scores by (model, benchmark)."""
-    return {
-        (row.model, row.benchmark): row
-        for row in scores
-        if row.split == "test" and row.metric == BENCHMARKS[row.benchmark].metric
-    }

@@ -33,7 +33,6 @@ from tasks.storage import read_json, sha256
 MODELS = Path("models")
 DATA = Path("data")
 SPLITS = ("validation", "test")
-SHOWN_BENCHMARKS = {False: TRAINING_FREE, True: FINETUNED}
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,15 @@ def subjects(recipe: str, params: EvaluateParams, merge: MergeParams) -> list[Su
     where = f"params/{recipe}.yaml: evaluate"
     checkpoints = sorted(folder.name for folder in (models / "checkpoints").glob("*/"))
     members = [name for names in params.ensembles.values() for name in names]
-    for name in [*params.checkpoints, *members, params.baseline]:
+    for name in [*params.checkpoints, *members]:
         if name not in checkpoints:
             raise ParamsError(f"{where}: checkpoint {name!r}: {nearest(name, checkpoints)}")
-    if params.naive not in merge.arms:
-        raise ParamsError(
-            f"{where}.naive: {params.naive!r}: {nearest(params.naive, [*merge.arms])}"
-        )
+    for key, name, known in (
+        ("naive", params.naive, list(merge.arms)),
+        ("baseline", params.baseline, list(params.checkpoints)),
+    ):
+        if name not in known:
+            raise ParamsError(f"{where}.{key}: {name!r}: {nearest(name, known)}")
     arms = {"merged": models / "merged"} | {
         name: models / "arms" / name for name in merge.arms if name != merge.result
     }
@@ -88,21 +89,29 @@ def subjects(recipe: str, params: EvaluateParams, merge: MergeParams) -> list[Su
         )
         for name, parents in params.ensembles.items()
     ]
-    return planned + list(_finetuned(models, {s.name: s for s in planned}))
+    names = [subject.name for subject in planned]
+    for name in names:
+        if names.count(name) > 1:
+            raise ParamsError(f"{where}: {name!r} names two models; call one of them otherwise")
+    return planned + list(_finetuned(models, {s.name: s for s in planned}, where))
 
 
-def _finetuned(models: Path, before: Mapping[str, Subject]) -> Iterator[Subject]:
-    """finetune's models: the merged one, then its arms; each is one model, or one per benchmark."""
+def _finetuned(models: Path, before: Mapping[str, Subject], where: str) -> Iterator[Subject]:
+    """finetune's models on what each learned: one model for all, or a folder per benchmark."""
     arms = {"merged": models / "finetuned"} | {
         folder.name: folder for folder in sorted((models / "finetuned_arms").glob("*/"))
     }
     for arm, folder in arms.items():
-        if (folder / "config.json").is_file():
-            folders = dict.fromkeys(FINETUNED, (folder,))
-        else:
-            folders = {name: (folder / name,) for name in FINETUNED if (folder / name).is_dir()}
+        if arm not in before:
+            raise ParamsError(f"{where}.checkpoints: {arm!r} was fine-tuned but is not named here")
+        folders = {
+            benchmark: (facts.parent,)
+            for facts in sorted(folder.rglob("finetuning.json"))
+            for benchmark in read_json(facts)["benchmarks"]
+        }
         name = "finetuned" if arm == "merged" else f"finetuned_{arm}"
-        yield Subject(name, before[arm].title, before[arm].kind, True, folders)
+        learned = {name: folders[name] for name in FINETUNED if name in folders}
+        yield Subject(name, before[arm].title, before[arm].kind, True, learned)
 
 
 def measure(
@@ -134,22 +143,22 @@ def measure(
     return rows, said
 
 
-def guesses(data: Mapping[tuple[str, str], Mapping[str, Tensor]]) -> Iterator[ScoreRow]:
-    """What always saying the commonest answer scores on the test splits."""
-    for (name, split), examples in data.items():
-        for finetuned in [f for f, names in SHOWN_BENCHMARKS.items() if name in names]:
-            if split == "test":
-                yield ScoreRow(
-                    split=split,
-                    finetuned=finetuned,
-                    kind="guess",
-                    model="guess",
-                    title="commonest answer",
-                    benchmark=name,
-                    metric=BENCHMARKS[name].metric,
-                    value=round(BENCHMARKS[name].guess(examples), 3),
-                    standard_error=0.0,
-                )
+def guesses(planned: list[Subject], data: Mapping[str, Mapping[str, Tensor]]) -> Iterator[ScoreRow]:
+    """What always saying the commonest answer scores on each test split that was measured."""
+    for finetuned, name in dict.fromkeys(
+        (s.finetuned, name) for s in planned for name in s.folders
+    ):
+        yield ScoreRow(
+            split="test",
+            finetuned=finetuned,
+            kind="guess",
+            model="guess",
+            title="commonest answer",
+            benchmark=name,
+            metric=BENCHMARKS[name].metric,
+            value=round(BENCHMARKS[name].guess(data[name]), 3),
+            standard_error=0.0,
+        )
 
 
 def _mean(outputs: list[Tensor]) -> Tensor:
@@ -237,12 +246,13 @@ def evaluate(recipe: str) -> Results:
             found, said[subject.name] = job.result()
             rows += found
             progress.advance(bar)
+    test_data = {name: data[name, "test"] for name in benchmarks}
     return Results(
         recipe=recipe,
-        scores=rows + list(guesses(data)),
+        scores=rows + list(guesses(planned, test_data)),
         distances=distances(recipe, merge, params.tssd_keep),
         answers=said,
-        examples={name: data[name, "test"] for name in benchmarks},
+        examples=test_data,
         sources=list(sources(recipe, planned, merge)),
         packages=read_json(DATA / recipe / "manifest.json")["packages"],
         naive=params.naive,

@@ -6,6 +6,7 @@ balanced by construction, so that neither the commonest answer nor the text alon
 Shapes as in `tasks.scenes`.
 """
 
+import colorsys
 from collections.abc import Callable, Iterable, Mapping
 from itertools import permutations
 
@@ -20,6 +21,7 @@ from tasks.scenes import (
     PAD,
     POSITIONS,
     RELATIONS,
+    SEGMENTATION_CLASSES,
     TOKEN,
     VOCABULARY,
     SceneGenerator,
@@ -33,6 +35,7 @@ Arrays = dict[str, np.ndarray]
 
 CLUTTER = 5  # rectangles behind the drawings of the harder retrieval set
 SIBLINGS = 4  # its arrangements of the same concepts
+GROUPED = {"retrieval_hard": SIBLINGS}  # benchmarks whose examples come in groups
 PAIR_KINDS = ("both", "only-one", "first")
 
 _POSITION, _RELATION, _CONCEPT = tokens(POSITIONS), tokens(RELATIONS), tokens(CONCEPTS)
@@ -204,6 +207,13 @@ def describe(benchmark: str, label: int) -> str:
     if benchmark == "vqa":
         return ANSWERS[label]
     return VOCABULARY[label] if benchmark == "masked_words" else ("false", "true")[label]
+
+
+def coloured(labels_LL: np.ndarray) -> np.ndarray:
+    """A label map as a picture: a colour per class, white for the background; uint8 [L, L, 3]."""
+    hues = [(0.618034 * c) % 1 for c in range(len(SEGMENTATION_CLASSES))]
+    palette = [colorsys.hsv_to_rgb(hue, 0.75, 0.6 + 0.35 * (c % 2)) for c, hue in enumerate(hues)]
+    return (np.array([(1.0, 1.0, 1.0), *palette[1:]]) * 255).astype(np.uint8)[labels_LL]
 
 
 EXAMPLES: Mapping[str, Callable[[SceneGenerator, int, np.random.Generator], Arrays]] = {

@@ -5,7 +5,6 @@ everything came from. Pictures are embedded; the page loads nothing.
 """
 
 import base64
-import colorsys
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -16,11 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from tasks.benchmarks import FINETUNED
-from tasks.charts import main_scores
-from tasks.examples import describe, words
+from tasks.examples import coloured, describe, words
 from tasks.report import cells
-from tasks.results import NUM_ANSWERS, Results, ScoreRow
-from tasks.scenes import SEGMENTATION_CLASSES
+from tasks.results import NUM_ANSWERS, Results, ScoreRow, main_scores
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1080px; margin: 2rem auto;
@@ -58,7 +55,7 @@ def render(results: Results, charts: Mapping[Path, str]) -> str:
         ("How far apart the experts were", _distances(results, charts)),
         ("Where everything came from", _lineage(results)),
     ]
-    body = "".join((f"<h2>{escape(h)}</h2>" if h else "") + html for h, html in sections)
+    body = "".join((f"<h2>{escape(h)}</h2>" if h else "") + html for h, html in sections if html)
     title = f"Alloy: the {escape(results.recipe)} recipe"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -154,6 +151,10 @@ def _scene(pixels_3HW: Tensor, style: str = "scene") -> str:
     return picture(pixels_3HW.permute(1, 2, 0).numpy(), style)
 
 
+def _map(labels_LL: Tensor) -> str:
+    return picture(coloured(labels_LL.numpy().astype(int)))
+
+
 def _grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of ready-made cells; the header is text."""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
@@ -207,7 +208,10 @@ def _finetuned_models(results: Results, benchmark: str) -> list[str]:
 
 def _answered(results: Results, benchmark: str) -> str:
     """Questions or statements, the right answer, and what each fine-tuned model says."""
-    examples, models = results.examples[benchmark], _finetuned_models(results, benchmark)
+    models = _finetuned_models(results, benchmark)
+    if not models:
+        return ""
+    examples = results.examples[benchmark]
     rows = []
     for i in range(NUM_ANSWERS):
         label = int(examples["labels"][i])
@@ -228,13 +232,15 @@ def _answered(results: Results, benchmark: str) -> str:
 
 
 def _segmented(results: Results) -> str:
-    examples = results.examples["segmentation"]
     models = _finetuned_models(results, "segmentation")
+    if not models:
+        return ""
+    examples = results.examples["segmentation"]
     rows = [
         [
             _scene(examples["pixel_values"][i]),
-            picture(coloured(examples["labels"][i])),
-            *(picture(coloured(results.answers[model]["segmentation"][i])) for model in models),
+            _map(examples["labels"][i]),
+            *(_map(results.answers[model]["segmentation"][i]) for model in models),
         ]
         for i in range(NUM_ANSWERS)
     ]
@@ -243,14 +249,6 @@ def _segmented(results: Results) -> str:
         "<p>Every square of an image gets the concept that it shows; a colour is a concept, white is "
         "background.</p>" + _grid(header, rows)
     )
-
-
-def coloured(labels_LL: Tensor) -> np.ndarray:
-    """A colour per class, uint8 [L, L, 3]; neighbouring classes look different."""
-    hues = [(0.618034 * c) % 1 for c in range(len(SEGMENTATION_CLASSES))]
-    palette = [colorsys.hsv_to_rgb(hue, 0.75, 0.6 + 0.35 * (c % 2)) for c, hue in enumerate(hues)]
-    colours = (np.array([(1.0, 1.0, 1.0), *palette[1:]]) * 255).astype(np.uint8)
-    return colours[labels_LL.numpy().astype(int)]
 
 
 def _distances(results: Results, charts: Mapping[Path, str]) -> str:

@@ -134,14 +134,22 @@ def _problem(where: str, problem: ErrorDetails) -> str:
 class SceneParams(Section):
     """What scenes look like (`tasks/scenes.py`); pre-training and `prepare` share it."""
 
-    seed: int
+    seed: int = Field(ge=0)
     cell_pixels: int = Field(gt=0)  # a scene is two cells high and wide
     label_pixels: int = Field(gt=0)  # side of a square that has one segmentation label
-    train_cells: int = Field(gt=0)  # cells a concept in the train split
-    cells: int = Field(gt=0)  # cells a concept in the validation and in the test split
+    train_cells: int = Field(gt=0, le=4000)  # cells a concept in the train split
+    cells: int = Field(gt=0, le=800)  # cells a concept in the validation and in the test split
     duplicates: float = Field(ge=0, le=1)  # probability that two objects of a scene are alike
     drop: float = Field(ge=0, le=1)  # probability that a training caption leaves an object out
     noise: int = Field(ge=0, le=127)  # pixel values shift by at most this much
+
+    @model_validator(mode="after")
+    def _labels_fill_a_cell(self) -> "SceneParams":
+        if self.cell_pixels % self.label_pixels:
+            raise ValueError(
+                f"cell_pixels {self.cell_pixels} is no multiple of label_pixels {self.label_pixels}"
+            )
+        return self
 
 
 class SplitSizes(Section):
@@ -156,7 +164,7 @@ class PrepareParams(Section):
     """The data of a recipe: its scenes, its calibration examples, its benchmarks' splits."""
 
     scenes: SceneParams
-    seed: int
+    seed: int = Field(ge=0)
     calibration_examples: int = Field(gt=0)
     benchmarks: dict[str, SplitSizes] = Field(min_length=1)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tasks import scenes
 from tasks.command import run_stage
-from tasks.examples import EXAMPLES, Arrays, describe, retrieval, words
+from tasks.examples import EXAMPLES, GROUPED, Arrays, coloured, describe, retrieval, words
 from tasks.params import ParamsError, PrepareParams, load, nearest
 from tasks.scenes import SEGMENTATION_CLASSES, SPLITS, Bank, SceneGenerator, load_bank
 from tasks.storage import read_json, sha256, write_file, write_folder, write_json
@@ -48,12 +48,19 @@ def as_tensors(arrays: Arrays) -> dict[str, Tensor]:
 
 def _params(recipe: str) -> PrepareParams:
     params = load(recipe, "prepare", PrepareParams)
-    for benchmark in params.benchmarks:
+    where = f"params/{recipe}.yaml: prepare.benchmarks"
+    for benchmark, sizes in params.benchmarks.items():
         if benchmark not in EXAMPLES:
             raise ParamsError(
-                f"params/{recipe}.yaml: prepare.benchmarks: {benchmark!r} is unknown: "
-                f"{nearest(benchmark, list(EXAMPLES))}"
+                f"{where}: {benchmark!r} is unknown: {nearest(benchmark, list(EXAMPLES))}"
             )
+        group = GROUPED.get(benchmark, 1)
+        for split in SPLITS:
+            if (num := getattr(sizes, split)) % group:
+                raise ParamsError(
+                    f"{where}.{benchmark}.{split}: {num} is no multiple of {group}, the size of a "
+                    f"group of hard negatives; {num // group * group} would do"
+                )
     return params
 
 
@@ -79,30 +86,23 @@ def prepare(recipe: str, data: Path = DATA) -> Path:
 
 def draw_examples(recipe: str, reports: Path = REPORTS) -> Path:
     """Draw some test examples of every benchmark on one sheet, `reports/<recipe>/examples.png`."""
-    import matplotlib.pyplot as plt  # slow to import, and only this needs it
+    from matplotlib.figure import Figure  # slow to import, and only this needs it
 
     params = _params(recipe)
     bank = load_bank(params.scenes)
     rows = list(params.benchmarks)
-    figure, axes = plt.subplots(len(rows), EXAMPLES_SHOWN, figsize=(17, 2.6 * len(rows)))
+    figure = Figure(figsize=(17, 2.6 * len(rows)), layout="tight")
+    axes = figure.subplots(len(rows), EXAMPLES_SHOWN, squeeze=False)
     for row, benchmark in enumerate(rows):
         examples = split_examples(bank, params, benchmark, "test")
-        for column in range(EXAMPLES_SHOWN):
-            pixels, text = _picture(benchmark, {k: v[column] for k, v in examples.items()})
-            axis = axes[row, column]
-            axis.imshow(pixels)
-            axis.set_title(fill(text, 30), fontsize=8)
+        for column, axis in enumerate(axes[row]):
             axis.axis("off")
-        axes[row, 0].text(
-            -0.1,
-            0.5,
-            benchmark,
-            rotation=90,
-            ha="right",
-            va="center",
-            transform=axes[row, 0].transAxes,
-        )
-    figure.tight_layout()
+            if column < len(examples["pixel_values"]):
+                pixels, text = _picture(benchmark, {k: v[column] for k, v in examples.items()})
+                axis.imshow(pixels)
+                axis.set_title(fill(text, 30), fontsize=8)
+        label = {"rotation": 90, "ha": "right", "va": "center"}
+        axes[row, 0].text(-0.1, 0.5, benchmark, transform=axes[row, 0].transAxes, **label)
     with write_file(reports / recipe / "examples.png") as partial:
         figure.savefig(partial, dpi=90, format="png")
     return reports / recipe / "examples.png"
@@ -116,9 +116,9 @@ def _picture(benchmark: str, example: dict[str, Tensor]) -> tuple[np.ndarray, st
     if benchmark == "segmentation":
         labels = example["labels"].numpy()
         block = image.shape[0] // len(labels)
-        shades = (labels * 37 % 200 + 55 * (labels > 0)).repeat(block, 0).repeat(block, 1)
+        colours = coloured(labels).repeat(block, axis=0).repeat(block, axis=1)
         shown = ", ".join(SEGMENTATION_CLASSES[c] for c in np.unique(labels))
-        return np.concatenate([image, np.repeat(shades[..., None], 3, axis=2)], axis=1), shown
+        return np.concatenate([image, colours], axis=1), shown
     text = words(example["input_ids"].tolist())
     if "labels" not in example:
         return image, text

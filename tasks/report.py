@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tasks.benchmarks import BENCHMARKS, FINETUNED, METRIC_TITLES, TRAINING_FREE
+from tasks.benchmarks import BENCHMARKS, METRIC_TITLES
 from tasks.command import run_stage
-from tasks.results import Results, ScoreRow
+from tasks.results import Results, ScoreRow, shown_rows
 from tasks.storage import read_json, write_file, write_folder, write_json
 
 REPORTS = Path("reports")
@@ -59,14 +59,9 @@ def metrics(scores: Sequence[ScoreRow]) -> dict:
 
 def cells(scores: Sequence[ScoreRow], finetuned: bool) -> tuple[list[str], list[list[str]]]:
     """Header and rows of one table of test scores."""
-    benchmarks = FINETUNED if finetuned else TRAINING_FREE
-    shown = {
-        (row.title, row.benchmark): row
-        for row in scores
-        if row.split == "test"
-        and row.finetuned == finetuned
-        and row.metric == BENCHMARKS[row.benchmark].metric
-    }
+    rows = shown_rows(scores, finetuned=finetuned)
+    benchmarks = list(dict.fromkeys(row.benchmark for row in rows))
+    shown = {(row.title, row.benchmark): row for row in rows}
     titles = dict.fromkeys(title for title, _ in shown)
     header = [
         "",

@@ -1,10 +1,12 @@
 """What evaluation found, as data: rows of scores and distances, and answers to the first test examples."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
+
+from tasks.benchmarks import BENCHMARKS
 
 NUM_ANSWERS = 6  # test examples whose answers the report shows: the first ones, not chosen
 NUM_RETRIEVED = 3
@@ -60,6 +62,23 @@ class Results:
     packages: Mapping[str, str]  # that carried the data, with versions
     naive: str  # the model whose fine-tuned scores gains are measured against
     baseline: str
+
+
+def shown_rows(scores: Iterable[ScoreRow], *, finetuned: bool) -> list[ScoreRow]:
+    """What tables and charts show: the main metric of each benchmark on test data."""
+    return [
+        row
+        for row in scores
+        if row.split == "test"
+        and row.finetuned == finetuned
+        and row.metric == BENCHMARKS[row.benchmark].metric
+    ]
+
+
+def main_scores(scores: Sequence[ScoreRow]) -> dict[tuple[str, str], ScoreRow]:
+    """The shown rows by model and benchmark."""
+    rows = shown_rows(scores, finetuned=False) + shown_rows(scores, finetuned=True)
+    return {(row.model, row.benchmark): row for row in rows}
 
 
 def first_answers(benchmark: str, outputs: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -281,8 +282,10 @@ def load_bank(params: SceneParams, folder: Path = CACHE) -> Bank:
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = folder / f"{key}.safetensors"
     if not path.exists():
-        with write_file(path) as partial:
+        own = path.with_stem(f"{key}.{os.getpid()}")  # several processes may build it at once
+        with write_file(own) as partial:
             save_file(_build_bank(params), partial)
+        own.replace(path)
     with safe_open(path, framework="numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     return Bank(

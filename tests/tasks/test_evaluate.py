@@ -70,8 +70,10 @@ SPECIFIC = ModalityConfig(
 AGNOSTIC = agnostic_config(SPECIFIC)
 
 
-def save(model: ModalityModel, folder: str) -> None:
+def save(model: ModalityModel, folder: str, learned: tuple[str, ...] = FINETUNED) -> None:
     model.save_pretrained(Path("models/toy") / folder)
+    if folder.startswith("finetuned"):
+        write_json(Path("models/toy") / folder / "finetuning.json", {"benchmarks": learned})
 
 
 def new_model(config: ModalityConfig, seed: int) -> ModalityModel:
@@ -177,11 +179,11 @@ def test_a_model_per_benchmark_is_measured_on_its_own_benchmark(recipe):
     models = Path("models/toy")
     shutil.rmtree(models / "finetuned")
     for seed, name in enumerate(FINETUNED, 10):
-        save(new_model(AGNOSTIC, seed), f"finetuned/{name}")
+        save(new_model(AGNOSTIC, seed), f"finetuned/{name}", (name,))
     results = evaluate(recipe)
     alone = new_model(AGNOSTIC, 10 + FINETUNED.index("segmentation"))
     shutil.rmtree(models / "finetuned")
-    alone.save_pretrained(models / "finetuned")
+    save(alone, "finetuned")
     again = evaluate(recipe)
 
     def segmentation(found):
@@ -189,6 +191,18 @@ def test_a_model_per_benchmark_is_measured_on_its_own_benchmark(recipe):
 
     assert segmentation(results) == segmentation(again)
     assert {r.benchmark for r in results.scores if r.model == "finetuned"} == set(FINETUNED)
+
+
+def test_a_model_is_measured_only_on_what_it_learned_and_the_report_copes(recipe):
+    for folder in ("finetuned", "finetuned_arms/naive"):
+        save(new_model(AGNOSTIC, 3), folder, ("vqa",))
+    results = evaluate(recipe)
+    assert {row.benchmark for row in results.scores if row.finetuned} == {"vqa"}
+    report.write(results)
+    page = Path("reports/toy/report.html").read_text()
+    assert "Questions about an image" in page
+    assert "What is where" not in page
+    assert "Segmentation" not in Path("reports/toy/table.md").read_text()
 
 
 def test_experts_copied_from_a_seed_are_at_no_distance_and_others_are_apart(recipe):
@@ -212,11 +226,20 @@ def test_experts_copied_from_a_seed_are_at_no_distance_and_others_are_apart(reci
         ({"baseline": "agnostik"}, r"'agnostik': did you mean 'agnostic'\?"),
         ({"ensembles": {"both": ["specific", "sead"]}}, r"checkpoint 'sead'"),
         ({"checkpoints": {"specifik": "x"}}, r"'specifik': did you mean 'specific'\?"),
+        ({"baseline": "unseeded", "checkpoints": {"agnostic": "x"}}, r"baseline: 'unseeded'"),
+        ({"ensembles": {"naive": ["agnostic"]}}, r"'naive' names two models"),
     ],
 )
 def test_unknown_names_are_refused_before_anything_is_written(recipe, write_recipe, wrong, message):
     write_recipe(kind="modality", merge=MERGE, evaluate=EVALUATE | wrong)
     with pytest.raises(ParamsError, match=message):
+        stage.main(recipe)
+    assert not Path("reports").exists()
+
+
+def test_an_arm_that_was_fine_tuned_must_be_named(recipe):
+    save(new_model(AGNOSTIC, 3), "finetuned_arms/other")
+    with pytest.raises(ParamsError, match=r"checkpoints: 'other' was fine-tuned"):
         stage.main(recipe)
     assert not Path("reports").exists()
 

@@ -237,6 +237,29 @@ def test_an_unknown_benchmark_is_refused_before_anything_is_written(recipe, writ
     assert not Path("data/toy").exists()
 
 
+def test_an_incomplete_group_of_hard_negatives_is_refused(recipe, write_recipe):
+    sizes = {"retrieval_hard": {"train": 8, "validation": 10, "test": 8}}
+    write_recipe(prepare=SECTION | {"benchmarks": sizes})
+    with pytest.raises(
+        ParamsError, match=r"retrieval_hard\.validation: 10 is no multiple of 4.* 8 w"
+    ):
+        prepare(recipe)
+    assert not Path("data/toy").exists()
+
+
+def test_labels_that_do_not_fill_a_cell_are_refused():
+    with pytest.raises(ValueError, match="cell_pixels 20 is no multiple of label_pixels 6"):
+        PrepareParams.model_validate(SECTION | {"scenes": SECTION["scenes"] | {"label_pixels": 6}})
+
+
+def test_every_benchmark_composes_as_many_examples_as_asked(bank):
+    generator = SceneGenerator(bank, "test", seed=1)
+    for name, compose in EXAMPLES.items():
+        num = 16 if name == "retrieval_hard" else 17
+        examples = compose(generator, num, np.random.default_rng(0))
+        assert {len(array) for array in examples.values()} == {num}
+
+
 def test_a_prepare_that_dies_leaves_the_old_data(recipe, monkeypatch):
     digest = folder_digest(prepare(recipe))
 

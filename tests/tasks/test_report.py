@@ -4,6 +4,7 @@ import io
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +12,8 @@ from rich.console import Console
 
 from tasks import charts, page, report
 from tasks.benchmarks import BENCHMARKS, FINETUNED, TRAINING_FREE
-from tasks.results import NUM_ANSWERS, DistanceRow, Results, ScoreRow, SourceRow
+from tasks.examples import coloured
+from tasks.results import NUM_ANSWERS, DistanceRow, Results, ScoreRow, SourceRow, main_scores
 from tasks.scenes import SEGMENTATION_CLASSES, TOKEN
 
 KINDS = {
@@ -173,7 +175,7 @@ def test_names_are_text_not_markup(written):
 
 def test_the_page_says_the_headline_numbers(written, results):
     text = Page((written / "report.html").read_text()).text
-    scores = charts.main_scores(results.scores)
+    scores = main_scores(results.scores)
     ours = scores["finetuned", "retrieval"].value
     gain = ours - scores["finetuned_naive", "retrieval"].value
     assert f"{ours:.1f} ± 1.5" in text
@@ -190,7 +192,7 @@ def test_a_headline_counts_only_benchmarks_within_five_points(results):
         else ScoreRow(**{**vars(row), "value": 1.0})
         for row in results.scores
     ]
-    facts = page._facts(results, charts.main_scores(worse))
+    facts = page._facts(results, main_scores(worse))
     assert any("4 of 5" in fact for fact in facts)
 
 
@@ -212,8 +214,7 @@ def test_of_the_retrieved_images_only_the_right_one_is_framed(written):
 
 
 def test_equal_label_maps_get_equal_pictures_and_classes_differ():
-    labels = torch.arange(len(SEGMENTATION_CLASSES))
-    colours = page.coloured(labels[:, None])
+    colours = coloured(np.arange(len(SEGMENTATION_CLASSES))[:, None])
     assert len({tuple(c) for c in colours.reshape(-1, 3).tolist()}) == len(SEGMENTATION_CLASSES)
     assert colours[0].tolist() == [[255, 255, 255]]
 

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar
 
 from alloy.models import ModalityConfig, ModalityModel
+
+disable_progress_bar()  # a bar for each model that a stage reads in milliseconds
 
 
 class CheckpointError(ValueError):

@@ -9,7 +9,7 @@ truncation keeps, what 0/0 counts, whether truncation looks at one tensor or at 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import torch
@@ -53,9 +53,6 @@ class ModelDistances:
     layers: Mapping[str, Distances]
     overall: Distances
     layer_mean: Distances
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 def distance(

@@ -167,15 +167,13 @@ def _run(asked: argparse.Namespace) -> int:
 
 def show(recipe: str) -> None:
     """Print the table of the last evaluation, if there was one."""
-    table = Path("reports") / recipe / "table.md"
-    if not table.is_file():
-        return
-    if params.kind(recipe) != "modality":
-        print(table.read_text())
-        return
-    from tasks import report  # imports torch, which nothing else here needs
+    reports = Path("reports") / recipe
+    if (reports / "plots" / "scores.json").is_file():
+        from tasks import report  # imports torch, which nothing else here needs
 
-    report.print_table(recipe)
+        report.print_table(recipe)
+    elif (reports / "table.md").is_file():
+        print((reports / "table.md").read_text())
 
 
 def _parser() -> argparse.ArgumentParser:

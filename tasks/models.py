@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -44,9 +45,10 @@ def load_model(folder: Path) -> ModalityModel:
             f"{folder} holds a model of type {config.model_type!r}; this recipe merges the experts of a "
             f"{ModalityConfig.model_type!r} model"
         )
-    model, info = ModalityModel.from_pretrained(
+    loaded: Any = ModalityModel.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
+    model, info = loaded  # a pair, because of output_loading_info
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise CheckpointError(f"{folder} does not fit its own config.json: {wrong}")

@@ -194,7 +194,10 @@ def view(engine: Engine, call: Call) -> None:
 def as_strided(engine: Engine, call: Call) -> None:
     """Only where it adds or removes dims of size 1 (adaptive pooling)."""
     source, out = call.inputs["self"], call.outputs[0]
-    if [n for n in source.shape if n > 1] != [n for n in out.shape if n > 1]:
+    strides, offset = source.place or ((), None)
+    before = [pair for pair in zip(source.shape, strides, strict=True) if pair[0] > 1]
+    after = [p for p in zip(out.shape, call.inputs["stride"], strict=True) if p[0] > 1]
+    if before != after or call.inputs["storage_offset"] not in (None, offset):
         engine.give_up(call)
     elif out.id not in engine.dims:
         view(engine, call)

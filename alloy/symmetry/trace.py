@@ -34,7 +34,7 @@ _SMALL = 4096  # values of integer constants up to this many elements are kept
 class Value:
     """A tensor of the log: its shape and where its memory is, not its numbers."""
 
-    __slots__ = ("boolean", "constant", "floating", "id", "shape", "storage")
+    __slots__ = ("boolean", "constant", "floating", "id", "place", "shape", "storage")
 
     def __init__(self, number: int, tensor: Tensor, storage: int) -> None:
         self.id = number
@@ -42,6 +42,7 @@ class Value:
         self.floating = tensor.dtype.is_floating_point or tensor.dtype.is_complex
         self.boolean = tensor.dtype == torch.bool
         self.storage = storage
+        self.place = (tensor.stride(), tensor.storage_offset()) if storage >= 0 else None
         self.constant: list[int] | None = None  # of a small vector of integers, its numbers
 
 
@@ -158,19 +159,20 @@ class _Recorder(TorchDispatchMode):
                 "'sdpa' or 'eager' and use the model before torch.compile"
             )
         self.last = f"{operation} in {self._where()}"
+        if operation.namespace == "prim":
+            return operation(*args, **kwargs)
+        names, defaults, _ = _schema(operation)
+        inputs = dict(defaults)  # converted first: `unsqueeze_` reshapes its input
+        for name, argument in [*zip(names, args, strict=False), *kwargs.items()]:
+            inputs[name] = self._convert(argument)
         result = operation(*args, **kwargs)
-        if operation.namespace != "prim":
-            self._record(operation, args, kwargs, result)
+        self._record(operation, args, inputs, result)
         return result
 
     def _where(self) -> str:
         return self.stack[-1] if self.stack else "the model"
 
-    def _record(self, operation, args, kwargs, result) -> None:
-        names, defaults, _ = _schema(operation)
-        inputs = dict(defaults)
-        for name, argument in [*zip(names, args, strict=False), *kwargs.items()]:
-            inputs[name] = self._convert(argument)
+    def _record(self, operation, args, inputs, result) -> None:
         outputs: list[Value] = []
         converted = self._convert_result(result, outputs)
         if not outputs and operation._schema.returns:
@@ -284,12 +286,9 @@ def trace(model: nn.Module, example_inputs: Inputs | Sequence[Inputs], observe: 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Generator[None]:
     """Forget what a forward without values left behind: attributes, caches of functions, log lines."""
-    attributes = [(vars(module), dict(vars(module))) for module in model.modules()]
-    collections = [
-        (value, value.copy())
-        for _, before in attributes
-        for value in before.values()
-        if type(value) in (dict, list)
+    attributes = [
+        (vars(module), {k: (v, _copied(v)) for k, v in vars(module).items()})
+        for module in model.modules()
     ]
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     level = logger.level
@@ -299,11 +298,18 @@ def _unchanged(model: nn.Module) -> Generator[None]:
     finally:
         logger.setLevel(level)
         for current, before in attributes:
-            current.clear()
-            current.update(before)
-        for value, before in collections:
-            value.clear()
-            value.update(before) if isinstance(value, dict) else value.extend(before)
+            for name, value in list(current.items()):
+                if not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(value)):
+                    continue
+                if name not in before:
+                    del current[name]
+                    continue
+                current[name], content = before[name]
+                if isinstance(value, dict):
+                    value.clear()
+                    value.update(content)
+                elif isinstance(value, list):
+                    value[:] = content
         sources = {type(module).__module__ for module in model.modules()}
         for source in sources:
             for function in list(vars(sys.modules[source]).values()):
@@ -311,6 +317,10 @@ def _unchanged(model: nn.Module) -> Generator[None]:
                 for cached in (function, *(cell.cell_contents for cell in cells)):
                     if hasattr(cached, "cache_clear") and hasattr(cached, "__wrapped__"):
                         cached.cache_clear()
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list)) else value
 
 
 def _say(failure: BaseException) -> str:
@@ -359,7 +369,9 @@ def _redrawn(recorder: _Recorder, tensor: Any, generator: torch.Generator) -> An
     if not isinstance(tensor, nn.Parameter) or tensor.ndim < 2 or not tensor.is_floating_point():
         return tensor
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
-    other = nn.Parameter((noise * tensor.detach().float().std()).to(tensor), requires_grad=False)
+    other = nn.Parameter(
+        (noise * tensor.detach().float().square().mean().sqrt()).to(tensor), requires_grad=False
+    )
     recorder._register(other, as_value=recorder.value(tensor))
     return other
 

@@ -118,6 +118,7 @@ class Prober:
             for name, slot in self.slots.items():
                 slot.data.copy_(weights[name])
         outputs: list[Tensor] = []
+        self.model.train().eval()  # forget what was computed from other weights (LeViT's biases)
         with plain_kernels(self.model), torch.no_grad(), torch.random.fork_rng():
             for example in self.examples:
                 torch.manual_seed(0)

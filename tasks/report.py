@@ -1,6 +1,7 @@
 """Write and print what evaluation found.
 
-    python -m tasks.report RECIPE        # print the tables of the last evaluation
+    python -m tasks.report RECIPE             # print the tables of the last evaluation
+    python -m tasks.report RECIPE --readme    # and put them into README.md, between its marks
 
 `write` makes metrics.json, plots/ (PNG and the rows as JSON for `dvc plots`), table.md and report.html in
 `reports/<recipe>/`. Only test scores are shown; metrics.json and plots/scores.json have both splits.
@@ -131,5 +132,28 @@ def _best(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
     return best
 
 
+def write_readme(recipe: str, readme: Path = Path("README.md")) -> None:
+    """Replace what stands between the two marks of the recipe's results.
+
+    Raises ValueError where a mark is missing; nothing is written then.
+    """
+    text = readme.read_text()
+    start = f"<!-- results: python -m tasks.report {recipe} --readme -->\n"
+    before, found, rest = text.partition(start)
+    _, end, after = rest.partition("<!-- end of results -->")
+    if not found or not end:
+        raise ValueError(
+            f"{readme}: expected the lines {start.strip()!r} and '<!-- end of results -->'"
+        )
+    with write_file(readme) as partial:
+        partial.write_text(f"{before}{found}{markdown(read_scores(recipe))}{end}{after}")
+
+
+def main(recipe: str, readme: bool = False) -> None:
+    print_table(recipe)
+    if readme:
+        write_readme(recipe)
+
+
 if __name__ == "__main__":
-    run_stage(print_table, __doc__)
+    run_stage(main, __doc__, {"readme": "also put the tables into README.md"})

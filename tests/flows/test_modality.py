@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.report import write_readme
 from tests.flows.conftest import Workspace, cpu_seconds, free_port
 
 STAGES = ["fetch", "prepare", "collect", "align", "merge", "finetune", "evaluate", "register"]
@@ -78,3 +79,22 @@ def test_a_result_is_registered_once_mlflow_answers(
     status, said = workspace.run("flows.pipeline", "modality")
     assert status == 0, said
     assert (workspace.folder / "models/modality/registered.json").is_file()
+
+
+def test_the_readme_takes_the_results(
+    small_run: tuple[Workspace, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`tasks.report --readme` puts the table between its marks, twice alike; without the marks it refuses."""
+    workspace, _ = small_run
+    monkeypatch.chdir(workspace.folder)
+    readme = tmp_path / "README.md"
+    readme.write_text(workspace.text("README.md"))
+    write_readme("modality", readme)
+    once = readme.read_text()
+    assert workspace.text("reports/modality/table.md") in once
+    write_readme("modality", readme)
+    assert readme.read_text() == once
+    readme.write_text("nothing")
+    with pytest.raises(ValueError, match="expected the lines"):
+        write_readme("modality", readme)
+    assert readme.read_text() == "nothing"

@@ -10,12 +10,20 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-# What a machine has that has nothing: no environment of ours, no settings of tools.
-BARE = {
-    k: v
-    for k, v in os.environ.items()
-    if not k.startswith(("PREFECT_", "DVC_", "MLFLOW_", "VIRTUAL_ENV"))
-}
+# What a machine has that has nothing: no settings of tools, nor of the `make test` that runs this.
+OURS = (
+    "PREFECT_",
+    "DVC_",
+    "MLFLOW_",
+    "VIRTUAL_ENV",
+    "MAKE",
+    "MFLAGS",
+    "ARGS",
+    "SLOW",
+    "RECIPE",
+    "DEVICE",
+)
+BARE = {k: v for k, v in os.environ.items() if not k.startswith((*OURS, "ALLOY_"))}
 
 
 def run(*command: str, folder: Path, **environment: str) -> tuple[int, str]:

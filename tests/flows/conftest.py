@@ -163,7 +163,8 @@ class Workspace:
 
 
 def _environment(**more: str) -> dict[str, str]:
-    ours = ("PREFECT_", "DVC_", "MLFLOW_")
+    # Settings of tools, and of the `make test` that runs this.
+    ours = ("PREFECT_", "DVC_", "MLFLOW_", "MAKE", "MFLAGS", "ARGS", "SLOW", "ALLOY_")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"PATH": path} | more
 

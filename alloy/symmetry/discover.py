@@ -1,6 +1,8 @@
 """Find the symmetries of a model: trace, apply the rules, read off the spaces."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import gc
+from collections.abc import Generator, Iterator, Sequence
 
 from torch import nn
 
@@ -42,7 +44,19 @@ def find_symmetries(
     Raises SymmetryError, naming the operation or module and what to try, for models that cannot be
     traced (compiled, quantised, sharded, custom kernels).
     """
-    return spec_of(trace(model, example_inputs, observe or observe_outputs))
+    with _without_garbage_collection():  # nothing is freed here, and looking for it costs a third
+        return spec_of(trace(model, example_inputs, observe or observe_outputs))
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Generator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def apply_rules(log: Log) -> Engine:

@@ -917,8 +917,14 @@ def equal(engine: Engine, call: Call) -> None:
     a, b, out = call.inputs["self"], call.inputs["other"], call.outputs[0]
     if isinstance(b, Value):
         space = engine.spaces_of_indices.get(a.id)
-        counts = b.constant == list(range(b.shape[-1])) if b.shape else False
-        one_hot = counts and len(b.shape) == 1 and bool(a.shape) and a.shape[-1] == 1
+        counts = bool(b.shape) and b.constant == list(range(b.shape[-1]))
+        one_hot = (
+            counts
+            and b.storage not in engine.mutated
+            and len(b.shape) == 1
+            and bool(a.shape)
+            and a.shape[-1] == 1
+        )
         if space is not None and one_hot and find(space).size == b.shape[0]:
             engine.set(out, [*engine.get(a)[:-1], space])
             return
@@ -948,7 +954,8 @@ def index(engine: Engine, call: Call) -> None:
     covered = _indexed_dims(call.inputs["indices"], x)
     used = [d for first, (_, span) in covered.items() for d in range(first, first + span)]
     only = next(iter(covered.values()))[0] if len(covered) == 1 else None
-    if only is not None and only.constant and x.shape[used[0]] > 1:
+    written_to = only is not None and only.storage in engine.mutated
+    if only is not None and only.constant and not written_to and x.shape[used[0]] > 1:
         start = only.constant[0] % x.shape[used[0]]
         chosen = [c % x.shape[used[0]] for c in only.constant]
         if chosen == list(range(start, start + len(chosen))):

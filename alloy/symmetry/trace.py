@@ -151,7 +151,8 @@ class _Recorder(TorchDispatchMode):
                 return self._register(tensor, as_value=value)  # `.data`
         return self._register(tensor)
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        operation = func
         kwargs = kwargs or {}
         if not isinstance(operation, torch._ops.OpOverload):
             raise SymmetryError(
@@ -234,10 +235,11 @@ class _Reads(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr):
-            self.recorder.log.read.add(self.recorder.unseen(args[0]).id)
-        return function(*args, **(kwargs or {}))
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given: tuple[Any, ...] = tuple(args)
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr):
+            self.recorder.log.read.add(self.recorder.unseen(given[0]).id)
+        return func(*given, **(kwargs or {}))
 
 
 def _values(arguments: Any) -> Iterator[Value]:
@@ -405,12 +407,12 @@ def _trace_fake(model: nn.Module, examples: list[Inputs], observe: Observe) -> L
 @contextlib.contextmanager
 def _swapped(model: nn.Module, replace: Callable[[Any], Any]) -> Generator[None]:
     """Exchange all parameters and buffers for a while; ties stay ties."""
-    saved = []
+    saved: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             saved.append((table, dict(table)))
-            for name, tensor in table.items():
+            for name, tensor in list(table.items()):
                 table[name] = replace(tensor)
     try:
         yield

@@ -196,7 +196,8 @@ def _double(value: Any) -> Any:
 class _Float64(TorchDispatchMode):
     """Computes in float64 where a model's code asks for less (norms and softmax in float32)."""
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        operation: Any = func
         kwargs = {k: torch.float64 if v in _NARROW else v for k, v in (kwargs or {}).items()}
         writes = any(
             a.alias_info is not None and a.alias_info.is_write for a in operation._schema.arguments

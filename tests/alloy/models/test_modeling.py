@@ -143,6 +143,22 @@ def test_a_pair_has_an_order(model, inputs):
     assert not torch.equal(network.pair_logits(left, right), network.pair_logits(right, left))
 
 
+def test_layer_scale_scales_what_a_block_adds(model, inputs):
+    """With gains of 0 every block passes its input on; a gain on one part switches off that part alone."""
+    off, on = model(layer_scale=0.0), model(layer_scale=1.0)
+    images = inputs["pixel_values"]
+    assert torch.equal(off.image_states(images), off.image_states(images, 0))
+    full = on.image_states(images)
+    for part in ("scale1", "scale2"):
+        half = model(layer_scale=1.0)
+        with torch.no_grad():
+            for block in half.blocks:
+                getattr(block, part).gain.zero_()
+        states = half.image_states(images)
+        assert not torch.equal(states, full)
+        assert not torch.equal(states, half.image_states(images, 0))
+
+
 def test_heads_of_size_zero_are_left_out(model, inputs):
     network = model(num_answers=0, num_segment_classes=0)
     output = network(**inputs)

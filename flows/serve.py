@@ -5,6 +5,7 @@ Everything listens on loopback. While it serves, `make merge` in this workspace 
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,8 @@ class ServeError(RuntimeError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
     try:
         params.check(asked.recipe)
         serve(asked.recipe, asked.port)
@@ -75,10 +78,10 @@ def serve(recipe: str, port: int) -> None:
             _prefect("worker", "start", "--pool", POOL, "--limit", "1", environment=environment)
         )
         print(
-            f"Serving {recipe}: http://{HOST}:{port} shows runs and schedules (times of prefect.yaml, UTC)."
-        )
-        print(
-            f"Run it now: PREFECT_API_URL={url} prefect deployment run pipeline/nightly    Stop: Ctrl-C"
+            f"Serving {recipe}: http://{HOST}:{port} shows runs and schedules (those of prefect.yaml, UTC).\n"
+            f"Run it now: PREFECT_API_URL={url} prefect deployment run pipeline/nightly\n"
+            "Stop: Ctrl-C",
+            flush=True,
         )
         while server.poll() is None and worker.poll() is None:
             time.sleep(1)

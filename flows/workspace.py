@@ -21,8 +21,13 @@ GRACE_SECONDS = 10
 Say = Callable[[str], object]
 
 
+def tell(line: str) -> None:
+    """Print at once, into a pipe as well."""
+    print(line, flush=True)
+
+
 @contextmanager
-def only_run(what: str, say: Say = print) -> Generator[int]:
+def only_run(what: str, say: Say = tell) -> Generator[int]:
     """Hold the workspace for one run; wait, and say for whom, while another has it. Yields the lock's descriptor."""
     LOCK.parent.mkdir(exist_ok=True)
     descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o644)

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import yaml
 
-from flows.serve import main
+from flows.serve import ServeError, serve
 from tests.flows.conftest import REPOSITORY, Workspace, ask, free_port, wait_until
 
 
@@ -23,15 +23,12 @@ def test_the_pipeline_and_promotion_have_a_cron_schedule() -> None:
     assert all(one["parameters"]["recipe"] == "{{ $ALLOY_RECIPE }}" for one in deployments)
 
 
-def test_a_port_that_is_taken_is_refused(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_a_port_that_is_taken_is_refused() -> None:
     """Serving twice says so and names a way out."""
-    monkeypatch.chdir(REPOSITORY)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(["modality", "--port", str(port)]) == 2
-    said = capsys.readouterr().err
-    assert f"port {port} is taken" in said
-    assert f"--port {port + 1}" in said
+        with pytest.raises(ServeError, match=rf"port {port} is taken .* --port {port + 1}"):
+            serve("modality", port)
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ def draw(results: Results, folder: Path) -> dict[str, str]:
         ),
         "distances.png": (
             distances_chart(results),
-            "Distance between the vision and the language experts, and how well their merge retrieves.",
+            "Distance between the vision and the language experts, and how well their merge retrieves. "
+            "Hollow: the experts were aligned first.",
         ),
     }
     for name, (figure, _) in figures.items():
@@ -156,7 +157,8 @@ def distances_chart(results: Results) -> Figure:
                 linestyle="none",
                 marker=markers.get(row.model, "o"),
                 color=COLOURS[score.kind],
-                markeredgecolor="black",
+                ecolor="black",
+                markersize=8,
                 markerfacecolor="white" if row.aligned else None,
                 clip_on=False,
             )

@@ -27,10 +27,11 @@ table { border-collapse: collapse; font-size: 14px; margin: 1rem 0; } .wide { ov
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #dde3e9; text-align: right;
          font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; } td.best { font-weight: 700; }
-tr.ours td { background: #fdf1e8; } td.words { text-align: left; }
-img.scene { width: 76px; image-rendering: pixelated; border: 3px solid transparent; display: block; }
-img.pair { width: 152px; } img.right { border-color: #2e9e5b; } img.chart { max-width: 100%; }
+tr.ours td { background: #fdf1e8; } td.words, th.words { text-align: left; }
+img.scene { width: 66px; image-rendering: pixelated; border: 3px solid transparent; display: block; }
+img.map { border: 1px solid #c4ccd4; } img.right { border-color: #2e9e5b; } img.chart { max-width: 100%; }
 .row { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; }
+.line { display: flex; gap: .2rem; }
 .box { border: 1px solid #c4ccd4; border-radius: 8px; padding: .45rem .8rem; background: #f6f8fa; }
 .box.v { background: #dcebfa; } .box.l { background: #e4f3dd; } .box.vl { background: #efe3f7; }
 .box.m { background: #fbd9bf; font-weight: 600; } .arrow { font-size: 1.5rem; color: #7b8794; }
@@ -50,7 +51,7 @@ def render(results: Results, charts: Mapping[Path, str]) -> str:
         ("Straight after merging", _table(results, finetuned=False) + _chart(charts, "training")),
         ("Which images fit a caption?", _retrieved(results)),
         ("Questions about an image", _answered(results, "vqa")),
-        ("Is it true of both images?", _answered(results, "pair_reasoning")),
+        ("Is it true of the two images?", _answered(results, "pair_reasoning")),
         ("What is where: segmentation", _segmented(results)),
         ("How far apart the experts were", _distances(results, charts)),
         ("Where everything came from", _lineage(results)),
@@ -152,12 +153,12 @@ def _scene(pixels_3HW: Tensor, style: str = "scene") -> str:
 
 
 def _map(labels_LL: Tensor) -> str:
-    return picture(coloured(labels_LL.numpy().astype(int)))
+    return picture(coloured(labels_LL.numpy().astype(int)), "scene map")
 
 
 def _grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of ready-made cells; the header is text."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    head = "".join(f"<th class=words>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(f'<td class=words>{c}</td>' for c in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
@@ -182,7 +183,7 @@ def _retrieved(results: Results) -> str:
                 _scene(examples["pixel_values"][j], "scene right" if j == i else "scene")
                 for j in best
             )
-            row.append(f'<div class="row">{"".join(pictures)}</div>')
+            row.append(f'<div class="line">{"".join(pictures)}</div>')
         rows.append(row)
     header = ["caption", "its image", *(_name(results, model) for model in shown)]
     num = len(examples["pixel_values"])
@@ -218,7 +219,7 @@ def _answered(results: Results, benchmark: str) -> str:
         pixels = examples["pixel_values"][i]
         images = pixels if pixels.dim() == 4 else pixels[None]
         row = [
-            f'<div class="row">{"".join(_scene(image) for image in images)}</div>',
+            f'<div class="line">{"".join(_scene(image) for image in images)}</div>',
             escape(words(examples["input_ids"][i].tolist())),
             escape(describe(benchmark, label)),
         ]

@@ -18,6 +18,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import Completed, Failed, State
+from rich.console import Console
+from rich.markdown import Markdown
 
 from flows.graph import WorkspaceBusyError, select, stale_stages
 from flows.workspace import dvc, only_run, run_streaming
@@ -25,6 +27,8 @@ from tasks import params
 
 # The stages that meet a network: they alone are tried again, after so many seconds.
 RETRIED_AFTER = {"fetch": [2.0, 10.0], "register": [2.0, 10.0]}
+
+NARROWEST = 100  # columns that the tables need
 
 UNREACHABLE = "Unreachable"  # the state of a stage to which nothing answered
 
@@ -166,14 +170,15 @@ def _run(asked: argparse.Namespace) -> int:
 
 
 def show(recipe: str) -> None:
-    """Print the table of the last evaluation, if there was one."""
-    reports = Path("reports") / recipe
-    if (reports / "plots" / "scores.json").is_file():
-        from tasks import report  # imports torch, which nothing else here needs
+    """Print the tables of the last evaluation, if there was one.
 
-        report.print_table(recipe)
-    elif (reports / "table.md").is_file():
-        print((reports / "table.md").read_text())
+    From the file that it wrote: `tasks.report`, which draws them from the scores, would import torch for it.
+    """
+    reports = Path("reports") / recipe
+    if (reports / "table.md").is_file():
+        console = Console(width=max(Console().width, NARROWEST))
+        console.print(Markdown((reports / "table.md").read_text()))
+        print(f"The whole story: {reports / 'report.html'}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -50,7 +50,8 @@ def test_nothing_stale_nothing_runs(toy: Workspace) -> None:
     before = cpu_seconds()
     status, said = toy.run(*RUN)
     assert status == 0, said
-    assert said == "Nothing to do: 3 stages of toy are up to date.\n"
+    assert said.startswith("Nothing to do: 3 stages of toy are up to date.\n")
+    assert "View at" not in said
     assert not (toy.folder / "log").exists()
     assert cpu_seconds() - before < 15
 

@@ -1,6 +1,8 @@
 """A recipe of kind "weights": any architecture, from folders to a merged model and its distances."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +81,14 @@ def test_two_checkpoints_become_one_that_transformers_loads(workspace):
     assert metrics["a - merged"]["l2"] == pytest.approx(3 * metrics["b - merged"]["l2"], rel=1e-3)
     assert (workspace / "reports/mine/plots/distances.png").is_file()
     assert not list((workspace / "models").rglob("*.incomplete"))
+
+
+def test_the_readmes_recipe_is_one(workspace):
+    """What a newcomer copies is accepted, to the key."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (recipe,) = re.findall(r"```yaml\n(kind: weights.*?)```", text, flags=re.DOTALL)
+    (workspace / "params/mine.yaml").write_text(recipe)
+    params.check("mine")
 
 
 def test_merging_again_replaces_the_result_whole(workspace):

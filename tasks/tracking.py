@@ -31,6 +31,7 @@ _QUIET = {
     # MLflow's own default is to try for minutes; a stage that cannot reach it is run again instead.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 # MLflow 3.17 warns of its own imports and of what it does to pandas; none of it is about us.

@@ -10,13 +10,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 LOCK = Path(".alloy/run.lock")
 GRACE_SECONDS = 10
+POLL_SECONDS = 0.1
 
 Say = Callable[[str], object]
 
@@ -65,24 +69,37 @@ def run_streaming(command: Sequence[str], say: Say, *, lock: int | None = None) 
 
     Whatever ends this call early (Ctrl-C, a termination, a cancelled flow) ends the whole group before it goes on.
     """
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        pass_fds=[] if lock is None else [lock],
-        env=_environment(),
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            say(line.rstrip())
-        return process.wait()
-    finally:
-        _end(process)
-        process.stdout.close()
+    # A file, not a pipe: should we be killed, the command can still speak, and so end well.
+    output, path = tempfile.mkstemp()
+    with os.fdopen(output, "wb") as writer, Path(path).open(errors="replace") as reader:
+        Path(path).unlink()
+        process = subprocess.Popen(
+            command,
+            stdout=writer,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[] if lock is None else [lock],
+            env=_environment(),
+        )
+        try:
+            for line in _follow(reader, process):
+                say(line.rstrip())
+            return process.wait()
+        finally:
+            _end(process)
+
+
+def _follow(reader: TextIO, process: subprocess.Popen) -> Iterator[str]:
+    """The lines that a process writes, as it writes them, until it has ended."""
+    rest, ended = "", False
+    while not ended:
+        ended = process.poll() is not None  # asked before reading, so that the last words are read
+        *lines, rest = (rest + reader.read()).split("\n")
+        yield from lines
+        if not ended:
+            time.sleep(POLL_SECONDS)
+    if rest:
+        yield rest
 
 
 def _environment() -> dict[str, str]:

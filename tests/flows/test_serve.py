@@ -72,6 +72,6 @@ def test_a_schedule_fires_and_ctrl_c_ends_everything(toy: Workspace) -> None:
     assert run["parameters"]["recipe"] == "toy"
     assert run["auto_scheduled"]
     assert {"end merge", "end register"} <= set(toy.log())
-    assert "has no version 'challenger'" in promotion["state"]["message"]
+    assert "has no registered model 'alloy-modality'" in promotion["state"]["message"]
     wait_until(lambda: not toy.processes(), 30)
     assert not (toy.folder / ".prefect" / "server-url").exists()

@@ -130,6 +130,7 @@ class _Mover:
         self.spec = spec
         self.transforms = transforms
         self.indices: dict[Term, Tensor] = {}
+        self.scratch: dict[object, Tensor] = {}
 
     def move(self, weight: Tensor, name: str) -> Tensor:
         axes = [(s, a) for s, a in self.spec.axes_of(name) if s in self.transforms]
@@ -137,14 +138,24 @@ class _Mover:
             return weight
         layout = self.spec.layout[name]
         if all(self._fits_one_dim(layout[axis.dim], space) for space, axis in axes):
-            for dim in {axis.dim: None for _, axis in axes}:
-                weight = weight.index_select(dim, self._index(layout[dim]))
-            return weight
+            *first, last = {axis.dim: None for _, axis in axes}
+            for dim in first:
+                weight = self._gather(weight, dim, self._index(layout[dim]))
+            return weight.index_select(last, self._index(layout[last]))
         result = weight.clone(memory_format=torch.contiguous_format)
         for space, axis in axes:
             view = unit_view(result, self.spec, space, axis)
             view.copy_(self.transforms[space].act(view, axis.variance))
         return result
+
+    def _gather(self, weight: Tensor, dim: int, index: Tensor) -> Tensor:
+        """One of several gathers, into memory that weights of one shape share: fresh pages cost most."""
+        if weight.requires_grad:
+            return weight.index_select(dim, index)
+        key = (weight.shape, weight.dtype, weight.device)
+        if key not in self.scratch:
+            self.scratch[key] = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        return torch.index_select(weight, dim, index, out=self.scratch[key])
 
     def _fits_one_dim(self, term: Term, space: str) -> bool:
         """A pure permutation whose spaces all lie within one dim is one gather along it."""

@@ -25,21 +25,38 @@ class Gram:
     """Uncentred second moment of a layer's inputs: the sum of x xᵀ over `count` tokens.
 
     RegMean (arXiv:2212.09849) and the least-squares merges read it.
+
+    Raises:
+        ValueError: a `dim` that is neither 0 nor 1; Grams of different `dim` that are added.
     """
 
     sum_DD: Tensor
     count: int
+    dim: int = 1
+    """The dim of the weight that the inputs meet: 1 of `nn.Linear` [out, in], 0 of GPT-2's Conv1D [in, out].
+
+    A square weight does not tell, so whoever observes the layer says so.
+    """
+
+    def __post_init__(self) -> None:
+        if self.dim not in (0, 1):
+            raise ValueError(f"inputs meet dim 0 or 1 of a weight, got dim={self.dim!r}")
 
     @classmethod
-    def zero(cls, size: int) -> Gram:
-        return cls(torch.zeros(size, size, dtype=torch.float64), 0)
+    def zero(cls, size: int, *, dim: int = 1) -> Gram:
+        return cls(torch.zeros(size, size, dtype=torch.float64), 0, dim)
 
     def update(self, x_ND: Tensor) -> Gram:
         x_ND = x_ND.double()
-        return Gram(self.sum_DD + (x_ND.T @ x_ND).to(self.sum_DD.device), self.count + len(x_ND))
+        product_DD = (x_ND.T @ x_ND).to(self.sum_DD.device)
+        return Gram(self.sum_DD + product_DD, self.count + len(x_ND), self.dim)
 
     def __add__(self, other: Gram) -> Gram:
-        return Gram(self.sum_DD + other.sum_DD, self.count + other.count)
+        if self.dim != other.dim:
+            raise ValueError(
+                f"Grams of weights that meet their inputs in dims {self.dim} and {other.dim}"
+            )
+        return Gram(self.sum_DD + other.sum_DD, self.count + other.count, self.dim)
 
     @property
     def mean_DD(self) -> Tensor:

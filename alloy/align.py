@@ -173,11 +173,11 @@ def transport_grams(
     """The Grams of layers' inputs after `transport` of the layers: T G Tᵀ where the inputs become T x.
 
     Args:
-        grams: by weight [out, in]; those whose inputs no transform touches come back as they are.
+        grams: by weight; those whose inputs no transform touches come back as they are.
     """
     moved = {}
     for name, gram in grams.items():
-        inputs = spec.layout[name][1]
+        inputs = spec.layout[name][gram.dim]
         alone = replace(
             spec, layout={name: (Leaf(inputs.size), inputs)}, pinned=(), unused=(), folds=()
         )
@@ -188,7 +188,7 @@ def transport_grams(
             moved[name] = gram
         else:
             map_DD = torch.linalg.inv(inverse_DD)
-            moved[name] = Gram(map_DD @ gram.sum_DD @ map_DD.T, gram.count)
+            moved[name] = replace(gram, sum_DD=map_DD @ gram.sum_DD @ map_DD.T)
     return moved
 
 

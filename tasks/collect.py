@@ -62,6 +62,7 @@ def save_statistics(statistics: ExpertStatistics, folder: Path) -> None:
         for weight, gram in by_weight.items():
             grams[f"{modality}/{weight}/sum"] = gram.sum_DD
             grams[f"{modality}/{weight}/count"] = torch.tensor(gram.count)
+            grams[f"{modality}/{weight}/dim"] = torch.tensor(gram.dim)
     moments = {}
     for modality, by_space in statistics.moments.items():
         for space, points in by_space.items():
@@ -79,8 +80,8 @@ def load_statistics(folder: Path) -> ExpertStatistics:
     grams = load_file(folder / "grams.safetensors")
     for key in (key for key in grams if key.endswith("/sum")):
         modality, weight, _ = key.split("/")
-        count = int(grams[f"{modality}/{weight}/count"])
-        statistics.grams.setdefault(modality, {})[weight] = Gram(grams[key], count)
+        count, dim = (int(grams[f"{modality}/{weight}/{field}"]) for field in ("count", "dim"))
+        statistics.grams.setdefault(modality, {})[weight] = Gram(grams[key], count, dim)
     moments = load_file(folder / "moments.safetensors")
     for key in (key for key in moments if key.endswith("/count")):
         modality, space, _, _ = key.split("/")

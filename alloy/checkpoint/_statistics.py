@@ -1,7 +1,8 @@
 """Measurements that data-based methods read beside the weights, one tensor's at a time.
 
-One safetensors file per model. Grams (RegMean): `<weight>/sum` [D, D] and `<weight>/count`. Fisher
-diagonals: a tensor of the weight's name and shape.
+One safetensors file per model. Grams (RegMean): `<weight>/sum` [D, D], `<weight>/count` and
+`<weight>/dim`, the dim of the weight that the inputs meet (1 of nn.Linear [out, in], 0 of GPT-2's
+Conv1D [in, out]). Fisher diagonals: a tensor of the weight's name and shape.
 """
 
 from __future__ import annotations
@@ -56,12 +57,14 @@ class Statistics:
                 result.append(
                     f"{checkpoint.path}: no Fisher diagonal of {few(missing)}; collect them all"
                 )
-            result += [
-                f"{checkpoint.path}: {name} is {list(entry.shape)}, {source!r} needs {list(wanted)}"
-                for name, entry in checkpoint.entries.items()
-                if (wanted := _wanted(name, kind, shapes)) is not None
-                and entry.shape != tuple(wanted)
-            ]
+            if kind == "gram":
+                result += _gram_problems(checkpoint, shapes)
+            else:
+                result += [
+                    f"{checkpoint.path}: {name} is {list(entry.shape)}, {source!r} needs {list(shapes[name])}"
+                    for name, entry in checkpoint.entries.items()
+                    if name in shapes and entry.shape != tuple(shapes[name])
+                ]
         return result
 
     def of(self, kind: str | None, name: str) -> list[Any] | None:
@@ -72,7 +75,11 @@ class Statistics:
             if any(f"{name}/sum" not in c.entries for c in self.files_of.values()):
                 return None
             return [
-                Gram(_load(c.entries[f"{name}/sum"]), int(_load(c.entries[f"{name}/count"])))
+                Gram(
+                    _load(c.entries[f"{name}/sum"]),
+                    int(_load(c.entries[f"{name}/count"])),
+                    int(_load(c.entries[f"{name}/dim"])),
+                )
                 for c in self.files_of.values()
             ]
         return [_load(c.entries[name]) for c in self.files_of.values()]
@@ -90,16 +97,27 @@ def open_statistics(
     return Statistics({name: open_checkpoint(by_name[name]) for name in models})
 
 
-def _wanted(
-    name: str, kind: str | None, shapes: Mapping[str, Sequence[int]]
-) -> Sequence[int] | None:
-    if kind != "gram":
-        return shapes.get(name)
-    weight, _, field = name.rpartition("/")
-    shape = shapes.get(weight)
-    return (
-        (shape[1], shape[1]) if field == "sum" and shape is not None and len(shape) == 2 else None
-    )
+def _gram_problems(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Grams without a count or a dim, of a dim that weights lack, or of another size than the dim's."""
+    result = []
+    for weight in dict.fromkeys(name.rpartition("/")[0] for name in checkpoint.entries):
+        missing = [f for f in ("sum", "count", "dim") if f"{weight}/{f}" not in checkpoint.entries]
+        if missing:
+            result.append(
+                f"{checkpoint.path}: {weight} has no {few(missing)}; a Gram is {weight}/sum, /count (tokens) and "
+                "/dim (which dim of the weight meets the inputs: 1 of nn.Linear, 0 of Conv1D)"
+            )
+            continue
+        shape, dim = shapes.get(weight, ()), int(_load(checkpoint.entries[f"{weight}/dim"]))
+        size = checkpoint.entries[f"{weight}/sum"].shape
+        if dim not in (0, 1):
+            result.append(f"{checkpoint.path}: {weight}/dim is {dim}; it is 0 or 1")
+        elif len(shape) == 2 and size != (shape[dim], shape[dim]):
+            result.append(
+                f"{checkpoint.path}: {weight}/sum is {list(size)}; the weight {list(shape)}, whose inputs meet "
+                f"dim {dim}, needs {[shape[dim]] * 2}"
+            )
+    return result
 
 
 def _load(entry: Entry):

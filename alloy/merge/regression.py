@@ -44,24 +44,32 @@ def regmean(
     Off-diagonal entries of the Grams are multiplied by 1 - `shrinkage` (the paper's alpha).
     `ridge`, in units of the mean eigenvalue of sum_i c_i G_i, pulls towards the weighted mean,
     which is also what unvisited directions get. `normalize_grams` divides each Gram by its number
-    of tokens, so that a model with long inputs does not outweigh the others.
+    of tokens, so that a model with long inputs does not outweigh the others. Weights [in, out],
+    whose Grams say `dim` 0 (GPT-2's Conv1D), are transposed before and after.
 
     Raises:
-        MergeError: a Gram of another size than the layer's input (a transposed weight, such as
-            GPT-2's Conv1D, has its inputs in dim 0 and is refused when it is not square), or of no
-            tokens.
+        MergeError: a Gram of another size than the dim of the weight that the inputs meet, or of no
+            tokens; Grams that disagree about that dim.
     """
+    dims = {gram.dim for gram in statistics}
+    if len(dims) > 1:
+        raise MergeError(
+            "the Grams' inputs meet dim 0 of one model's weight and dim 1 of another's"
+        )
+    transposed = dims == {0}
+    models = [model.T if transposed else model for model in models]
     for model, gram in zip(models, statistics, strict=True):
         if gram.sum_DD.shape != (model.shape[1], model.shape[1]):
             raise MergeError(
-                f"a Gram has shape {tuple(gram.sum_DD.shape)}, a weight {tuple(model.shape)} "
-                f"needs {(model.shape[1], model.shape[1])}"
+                f"a Gram has shape {tuple(gram.sum_DD.shape)}, a weight whose inputs meet dim {gram.dim} of "
+                f"{tuple(model.T.shape if transposed else model.shape)} needs {(model.shape[1], model.shape[1])}"
             )
         if gram.count == 0:
             raise MergeError("a Gram of no tokens: the calibration data never reached this layer")
     grams = [_shrunk(g.mean_DD if normalize_grams else g.sum_DD, shrinkage) for g in statistics]
     start = combine([m.double() for m in models], coefficients)
-    return least_squares(start, models, grams, coefficients, ridge=ridge)
+    merged = least_squares(start, models, grams, coefficients, ridge=ridge)
+    return merged.T if transposed else merged
 
 
 def wudi(

@@ -43,7 +43,11 @@ def statistics_of(
     for name, weight in weights.items():
         if weight.ndim == 2 and weight.numel() and "layers.0" in name:
             x = torch.randn(64, weight.shape[1], generator=generator).double()
-            result |= {f"{name}/sum": x.T @ x, f"{name}/count": torch.tensor(64)}
+            result |= {
+                f"{name}/sum": x.T @ x,
+                f"{name}/count": torch.tensor(64),
+                f"{name}/dim": torch.tensor(1),
+            }
     return result
 
 
@@ -66,7 +70,7 @@ def test_streamed_merge_is_the_merge_in_memory(method, write, weights, load, tmp
         if spec.statistics == "gram":
             measured = [
                 {
-                    k[:-4]: Gram(v, int(s[k[:-4] + "/count"]))
+                    k[:-4]: Gram(v, int(s[k[:-4] + "/count"]), int(s[k[:-4] + "/dim"]))
                     for k, v in s.items()
                     if k.endswith("/sum")
                 }

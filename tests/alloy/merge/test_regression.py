@@ -83,6 +83,31 @@ def test_coefficients_weigh_the_grams():
     torch.testing.assert_close(regmean(weights, inputs, coefficients=[2, 1, 1]), twice)
 
 
+def test_a_transposed_weight_merges_to_the_transpose():
+    """A square weight [in, out] (GPT-2's Conv1D) whose Gram says so is merged along its inputs."""
+    weights, inputs = problem(inputs=5)
+    grams = [{NAME: Gram.zero(5, dim=0).update(x)} for x in inputs]
+    options = {"shrinkage": 0.0, "ridge": 1e-3, "normalize_grams": False}
+    turned = merge(
+        "regmean", [{NAME: w.T.contiguous()} for w in weights], statistics=grams, **options
+    )
+    torch.testing.assert_close(turned[NAME].T, regmean(weights, inputs, ridge=1e-3))
+    assert not torch.allclose(turned[NAME], regmean([w.T for w in weights], inputs, ridge=1e-3))
+
+
+def test_grams_that_disagree_about_the_inputs_dim_are_refused():
+    weights, inputs = problem(tokens=(9, 9), inputs=5)
+    grams = [{NAME: Gram.zero(5, dim=dim).update(x)} for dim, x in enumerate(inputs)]
+    with pytest.raises(
+        MergeError, match=r"w: the Grams' inputs meet dim 0 of one .* dim 1 of another"
+    ):
+        merge("regmean", [{NAME: w} for w in weights], statistics=grams)
+    with pytest.raises(ValueError, match="dims 0 and 1"):
+        grams[0][NAME] + grams[1][NAME]
+    with pytest.raises(ValueError, match="dim=2"):
+        Gram.zero(5, dim=2)
+
+
 def wudi_loss(delta, deltas):
     return sum(((delta - d) @ d.T).square().sum() / d.square().sum() for d in deltas)
 

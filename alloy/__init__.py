@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from alloy.align import align
+    from alloy.alignment import Alignment, align_models
     from alloy.checkpoint import merge_checkpoints
     from alloy.distance import distance
     from alloy.merge import merge
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Alignment",
     "SymmetrySpec",
     "align",
+    "align_models",
     "compose",
     "distance",
     "find_symmetries",
@@ -42,7 +45,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Alignment": "alloy.alignment",
     "align": "alloy.align",
+    "align_models": "alloy.alignment",
     "distance": "alloy.distance",
     "merge": "alloy.merge",
     "merge_checkpoints": "alloy.checkpoint",

@@ -4,6 +4,8 @@ An unknown key is an error that names the nearest right one; there are no defaul
 """
 
 import difflib
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -112,6 +114,8 @@ def check(recipe: str) -> None:
             )
     for name, section in sections.items():
         load(recipe, name, section)
+    if kind(recipe) == "models":
+        models_recipe(recipe)
 
 
 def load_file(name: str, section: type[S]) -> S:
@@ -394,6 +398,140 @@ class WeightsEvaluateParams(Section):
     tssd_keep: float = Field(gt=0, le=1)  # the share of largest weights that TSSD compares
 
 
+class ModelsCalibration(Section):
+    """Examples without labels from exactly one source, as the models' own processors make them."""
+
+    images: str | None = None  # a folder of pictures
+    texts: str | None = None  # a folder of *.txt files, or one file
+    dataset: str | None = None  # of the package `datasets`, on disk; or a .parquet, .csv, .jsonl
+    writer: str | None = None  # a key of tasks.classification.WRITERS
+    examples: int = Field(ge=2)
+    tokens: int | None = Field(default=None, gt=1)  # of each text
+    column: str | None = None  # of a dataset: texts or images; null: its columns are model inputs
+    options: dict[str, Any] = {}  # of a writer
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> "ModelsCalibration":
+        sources = ("images", "texts", "dataset", "writer")
+        given = [name for name in sources if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(sources)}; found {given or 'none'}")
+        for key, owners in {
+            "tokens": ("texts", "dataset"),
+            "column": ("dataset",),
+            "options": ("writer",),
+        }.items():
+            if getattr(self, key) and given[0] not in owners:
+                raise ValueError(f"{key!r} is of {' or '.join(owners)}, not of {given[0]!r}")
+        if self.texts is not None and self.tokens is None:
+            raise ValueError("texts need `tokens`, the length of an example")
+        return self
+
+
+class ModelsBenchmark(Section):
+    """Examples with labels, from a writer."""
+
+    writer: str  # a key of tasks.classification.WRITERS
+    options: dict[str, Any] = {}
+
+
+class ModelsPrepareParams(Section):
+    """The calibration data and the benchmarks of a recipe of kind "models"."""
+
+    seed: int
+    calibration: dict[CheckpointName, ModelsCalibration] = Field(min_length=1)
+    benchmarks: dict[CheckpointName, ModelsBenchmark] = {}
+
+
+class ModelsSet(Section):
+    """Checkpoints that are merged with each other, once a seed; the first is the reference."""
+
+    title: str | None = None  # in the tables; its name without one
+    members: dict[int, list[str]] = Field(min_length=1)  # seed -> fetch's checkpoints
+    calibration: str  # of prepare
+    benchmark: str | None = None  # of prepare; null: measured without labels
+
+    @model_validator(mode="after")
+    def _seeds_are_alike(self) -> "ModelsSet":
+        sizes = {len(names) for names in self.members.values()}
+        if len(sizes) > 1 or min(sizes) < 2:
+            raise ValueError(
+                f"every seed needs equally many members, two or more; found {sorted(sizes)}"
+            )
+        for seed, names in self.members.items():
+            if len({*names}) < len(names):
+                raise ValueError(f"members.{seed}: a checkpoint is named twice: {names}")
+        return self
+
+
+class ModelsCollectParams(Section):
+    """The sets of checkpoints, and which statistics are kept of them (`alloy.collect`)."""
+
+    batch_size: int = Field(gt=0)
+    joint: bool  # joint moments of all models, which zip needs
+    grams: bool  # of every layer's inputs, which RegMean and permuted least squares need
+    sets: dict[CheckpointName, ModelsSet] = Field(min_length=1)
+
+
+class ModelsAlignment(Section):
+    """A preset of `alloy.align_models`, and what differs from it."""
+
+    preset: str
+    settings: dict[str, Any] = {}  # checked against the preset's own
+    sets: list[str] | None = None  # that it is made for; null: all
+
+
+class ModelsAlignParams(Section):
+    """The alignments that the arms of `merge` start from."""
+
+    alignments: dict[CheckpointName, ModelsAlignment] = Field(min_length=1)
+
+
+class ModelsRepair(Section):
+    """What is mended after alignment; each switch is off by default."""
+
+    permuted_least_squares: dict[str, Any] | None = None  # its settings; null: off
+    batch_norm: bool = False  # means and variances estimated anew
+    repair: bool = False  # variances of units brought to the parents' (REPAIR)
+    temperature: bool = False  # one factor on the logits
+
+
+class ModelsArm(Section):
+    """One way of merging, for every set that its alignment is made for."""
+
+    alignment: str
+    method: str  # a key of alloy's MERGE_METHODS
+    base: str | None = None  # the checkpoint that task vectors start from
+    coefficients: list[float] | dict[str, list[float]] | None = None  # the method's own without
+    options: dict[str, Any] = {}  # checked against the method's own
+    repair: ModelsRepair = ModelsRepair()
+
+
+class ModelsResult(Section):
+    """Which of the merged models the recipe is about."""
+
+    set: str
+    seed: int
+    arm: str
+
+
+class ModelsMergeParams(Section):
+    """The arms of a comparison, all made for all sets."""
+
+    result: ModelsResult
+    arms: dict[CheckpointName, ModelsArm] = Field(min_length=1)
+
+
+class ModelsEvaluateParams(Section):
+    """What is measured beside the scores (`alloy.landscape`)."""
+
+    batch_size: int = Field(gt=0)
+    tssd_keep: float = Field(gt=0, le=1)  # the share of largest weights that TSSD compares
+    path_points: int = Field(ge=0)  # of the path reference - other, ends included; 0: no paths
+    plane_points: int = Field(ge=0)  # side of the grid of the loss plane; 0: no planes
+    curves: list[str]  # the alignments whose paths and planes are drawn
+
+
 KINDS: dict[str, dict[str, type[Section]]] = {
     "modality": {
         "fetch": FetchParams,
@@ -410,10 +548,87 @@ KINDS: dict[str, dict[str, type[Section]]] = {
         "fetch": FetchParams,
         "merge": WeightsMergeParams,
         "evaluate": WeightsEvaluateParams,
+        "register": RegisterParams,
+        "ship": ShipParams,
+    },
+    "models": {
+        "fetch": FetchParams,
+        "prepare": ModelsPrepareParams,
+        "collect": ModelsCollectParams,
+        "align": ModelsAlignParams,
+        "merge": ModelsMergeParams,
+        "evaluate": ModelsEvaluateParams,
+        "register": RegisterParams,
         "ship": ShipParams,
     },
 }
 """The sections of each kind of recipe; a stage without one writes nothing but a note that says so."""
+
+
+@dataclass(frozen=True)
+class ModelsRecipe:
+    """A recipe of kind "models"; its sections fit each other."""
+
+    fetch: FetchParams
+    prepare: ModelsPrepareParams
+    collect: ModelsCollectParams
+    align: ModelsAlignParams
+    merge: ModelsMergeParams
+    evaluate: ModelsEvaluateParams
+
+    def alignments(self, name: str) -> dict[str, ModelsAlignment]:
+        """The alignments that are made for a set."""
+        return {
+            key: alignment
+            for key, alignment in self.align.alignments.items()
+            if alignment.sets is None or name in alignment.sets
+        }
+
+    def arms(self, name: str) -> dict[str, ModelsArm]:
+        """The arms that are made for a set."""
+        made = self.alignments(name)
+        return {key: arm for key, arm in self.merge.arms.items() if arm.alignment in made}
+
+    def jobs(self) -> list[tuple[str, int]]:
+        """Every set with each of its seeds."""
+        return [(name, seed) for name, found in self.collect.sets.items() for seed in found.members]
+
+
+def models_recipe(recipe: str) -> ModelsRecipe:
+    """The sections of a recipe of kind "models"; ParamsError where one names what another lacks."""
+    sections = {
+        field.name: load(recipe, field.name, KINDS["models"][field.name])
+        for field in fields(ModelsRecipe)
+    }
+    found = ModelsRecipe(**sections)  # ty: ignore[invalid-argument-type]
+    for key, name, known in _names(found):
+        if name not in known:
+            where = f"{PARAMS / recipe}.yaml: {key}: {name!r}"
+            raise ParamsError(f"{where}: {nearest(str(name), [*map(str, known)])}")
+    return found
+
+
+def _names(recipe: ModelsRecipe) -> Iterator[tuple[str, object, Collection[object]]]:
+    """Every name that one section takes from another: where it stands, the name, and what there is."""
+    checkpoints, sets = recipe.fetch.checkpoints, recipe.collect.sets
+    for name, found in sets.items():
+        where = f"collect.sets.{name}"
+        for seed, members in found.members.items():
+            yield from ((f"{where}.members.{seed}", member, checkpoints) for member in members)
+        yield f"{where}.calibration", found.calibration, recipe.prepare.calibration
+        if found.benchmark is not None:
+            yield f"{where}.benchmark", found.benchmark, recipe.prepare.benchmarks
+    for name, alignment in recipe.align.alignments.items():
+        yield from ((f"align.alignments.{name}.sets", s, sets) for s in alignment.sets or ())
+    for name, arm in recipe.merge.arms.items():
+        yield f"merge.arms.{name}.alignment", arm.alignment, recipe.align.alignments
+        if arm.base is not None:
+            yield f"merge.arms.{name}.base", arm.base, checkpoints
+    result = recipe.merge.result
+    yield "merge.result.set", result.set, sets
+    yield "merge.result.seed", result.seed, sets[result.set].members if result.set in sets else ()
+    yield "merge.result.arm", result.arm, recipe.arms(result.set)
+    yield from (("evaluate.curves", n, recipe.align.alignments) for n in recipe.evaluate.curves)
 
 
 class Gates(Section):

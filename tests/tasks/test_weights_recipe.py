@@ -30,7 +30,7 @@ RECIPE = {
     },
     "finetune": None,
     "evaluate": {"tssd_keep": 0.2},
-    "register": None,
+    "register": {"name": "mine", "model": "merged"},
     "ship": {"target": None, "model": "merged"},
 }
 
@@ -110,10 +110,10 @@ def test_a_stage_that_the_kind_lacks_says_so_and_keeps_the_graph_whole(
     workspace, monkeypatch, capsys
 ):
     command.leave_out("collect", "mine")
-    command.leave_out("register", "mine")
+    command.leave_out("finetune", "mine")
     manifest = json.loads((workspace / "models/mine/statistics/manifest.json").read_text())
     assert "has no stage 'collect'" in manifest["note"]
-    assert (workspace / "models/mine/registered.json").is_file()
+    assert (workspace / "models/mine/finetuned/manifest.json").is_file()
     assert "has no stage" in capsys.readouterr().out
 
 

@@ -26,7 +26,7 @@ serve: $(READY) ## a local Prefect server on which RECIPE runs every night and p
 	@python -m flows.serve '$(RECIPE)' $(ARGS)
 
 test: $(READY) ## the default tests; SLOW=1 adds the longer proofs, ARGS='-k name' chooses
-	@python -m pytest $(if $(SLOW),,-m 'not slow') $(ARGS)
+	@OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --dist worksteal $(if $(SLOW),,-m 'not slow') $(ARGS)
 
 check: $(READY) ## what CI checks besides the tests: lint, format, types, layers
 	ruff check

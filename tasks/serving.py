@@ -18,6 +18,7 @@ from pathlib import Path
 
 import mlflow.models
 import numpy as np
+import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
@@ -66,7 +67,7 @@ class ServedModel(PythonModel):
         if torch.cuda.is_available():
             self.model.to("cuda")
 
-    def predict(self, context, model_input, params=None):
+    def predict(self, context, model_input: pd.DataFrame, params=None):
         """One answer a row; BadRequestError says which row cannot be answered and why."""
         output = (params or {}).get("output", OPTIONS["output"])
         if not isinstance(self.model, ModalityModel):

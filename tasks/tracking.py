@@ -37,7 +37,6 @@ _QUIET = {
 # MLflow 3.17 warns of its own imports and of what it does to pandas; none of it is about us.
 _NOISE = (
     ".*Any type hint is inferred as AnyType",
-    ".*Add type hints to the `predict` method",
     "Operation with range is deprecated",
 )
 

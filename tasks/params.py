@@ -238,12 +238,11 @@ class MergeParams(Section):
         return self
 
 
-class TrainingPlan(Section):
-    """A linear warm-up from 0, then a linear decay from the peak to the final learning rate."""
+class Schedule(Section):
+    """A linear warm-up from 0, then a linear decay from the peak to the final learning rate (AdamW)."""
 
     num_steps: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)  # the peak, of all but the blocks' matrices (AdamW)
-    matrix_learning_rate: float = Field(gt=0)  # the peak of the blocks' matrices (Muon)
+    learning_rate: float = Field(gt=0)  # the peak
     final_share: float = Field(ge=0, le=1)  # of the peaks, at the end
     warmup_steps: int = Field(ge=0)
     weight_decay: float = Field(ge=0)  # of the matrices of linear layers alone
@@ -253,7 +252,7 @@ class TrainingPlan(Section):
 
     def peak(self, group: str) -> float:
         """The peak of one of `tasks.optimizer`'s groups of parameters."""
-        return self.matrix_learning_rate if group == "blocks" else self.learning_rate
+        return self.learning_rate
 
     def rate(self, step: int) -> float:
         """The share of the peaks at a step (0 is the first)."""
@@ -261,6 +260,15 @@ class TrainingPlan(Section):
             return (step + 1) / self.warmup_steps
         left = (self.num_steps - step) / max(1, self.num_steps - self.warmup_steps)
         return self.final_share + (1 - self.final_share) * left
+
+
+class TrainingPlan(Schedule):
+    """A schedule in which the blocks' matrices learn by Muon, all else by AdamW."""
+
+    matrix_learning_rate: float = Field(gt=0)  # the peak of the blocks' matrices
+
+    def peak(self, group: str) -> float:
+        return self.matrix_learning_rate if group == "blocks" else super().peak(group)
 
 
 class FinetunePlan(TrainingPlan):
@@ -331,6 +339,33 @@ class PretrainParams(Section):
     mask_probability: float = Field(gt=0, lt=1)
     model: TransformerParams
     training: TrainingPlan
+
+
+class ParentParams(Section):
+    """One of a family's models: the task whose classes it learns, and where it starts."""
+
+    task: int = Field(ge=0)
+    start: int = Field(ge=0)  # models of equal start and size begin with equal weights
+    config: dict[str, Any] = {}  # beside the family's
+
+
+class FamilyParams(Section):
+    """Classifiers of one data set and architecture, each of one task's classes."""
+
+    dataset: str  # a key of `tasks.classification.DATASETS`
+    architecture: Literal["vit", "resnet", "bert"]
+    config: dict[str, Any]  # of the Hugging Face configuration
+    shift_pixels: int = Field(ge=0)  # training images move by at most this much
+    batch_size: int = Field(gt=0)
+    training: Schedule
+    parents: dict[CheckpointName, ParentParams] = Field(min_length=2)
+
+
+class MultitaskPretrainParams(Section):
+    """`params/pretrain_multitask.yaml`: the parents of the multitask recipe."""
+
+    seeds: list[int] = Field(min_length=1)
+    families: dict[CheckpointName, FamilyParams] = Field(min_length=1)
 
 
 class EvaluateParams(Section):

@@ -156,7 +156,7 @@ def _package_file(source: tuple[str, str]) -> Path:
     return path
 
 
-def _read_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """MNIST by split: ink in 0..1 [n, 28, 28] and labels [n]."""
     content = gzip.decompress(_package_file(DIGITS).read_bytes())
     parts = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
@@ -228,7 +228,7 @@ def _build_bank(params: SceneParams) -> dict[str, np.ndarray]:
     """All cells and the drawing that each one shows: `<split>`, `<split>.drawings`."""
     rng = np.random.default_rng(params.seed)
     font = ImageFont.truetype(_package_file(FONT), 72)
-    digits = _read_digits()
+    digits = read_digits()
     count = dict.fromkeys(SPLITS, params.cells) | {"train": params.train_cells}
     shape = (params.cell_pixels, params.cell_pixels, 4)
     cells = {s: np.zeros((len(CONCEPTS), count[s], *shape), np.uint8) for s in SPLITS}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tasks.optimizer import MuonAdamW, parameter_groups
-from tasks.params import EarlyStopping, TrainingPlan
+from tasks.params import EarlyStopping, Schedule
 from tasks.storage import read_json, write_folder, write_json
 
 PROGRESS = "progress.json"  # of a step checkpoint: where the run stands, and its identity
@@ -61,7 +61,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def train(
     model: nn.Module,
     losses_at: Callable[[int], Losses],
-    plan: TrainingPlan,
+    plan: Schedule,
     *,
     folder: Path,
     identity: str,
@@ -112,7 +112,7 @@ def _descend(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     losses_at: Callable[[int], Losses],
-    plan: TrainingPlan,
+    plan: Schedule,
     step: int,
 ) -> dict[str, float]:
     """One step of the optimizer; returns the losses."""

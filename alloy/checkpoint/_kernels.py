@@ -306,22 +306,38 @@ def _trim(values, kind, lowest, highest):
 
 
 @_compiled
-def _drop(values, key, limit, factor, offset):
-    """Zero what SplitMix64 at (key, flat index) says, scale the rest: `alloy.merge._random`."""
+def _splitmix64(key, first, words):
+    """The outputs `first`, `first + 1`, ... of the stream `key`: `alloy.merge._random`."""
     golden = np.uint64(0x9E3779B97F4A7C15)
-    state = key + np.uint64(offset) * golden
-    for j in range(values.shape[0]):
+    state = key + np.uint64(first) * golden
+    for j in range(words.shape[0]):
         state += golden
         z = state
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = (z ^ (z >> np.uint64(31))) >> np.uint64(11)
-        values[j] = values[j] * factor if z < limit else np.float32(0)
+        words[j] = z ^ (z >> np.uint64(31))
 
 
 @_compiled
-def _largest_bits(values, largest):
+def _drop(values, key, limit, factor, offset, words):
+    """Zero the entries whose random number is not below the limit, scale the rest.
+
+    Each output of the generator, in `words`, gives two entries 32 bits; `offset` is the first's flat index.
+    """
+    _splitmix64(key, offset >> 1, words[: (values.shape[0] >> 1) + 1])
+    bits = words.view(np.uint32)[offset & 1 :]
+    last = _u32(
+        limit - np.uint64(1)
+    )  # the limit itself, up to 2**32, would make it 64-bit arithmetic
     for j in range(values.shape[0]):
+        values[j] = values[j] * factor if bits[j] <= last else np.float32(0)
+
+
+@_compiled
+def _task_vector(values, base, largest):
+    """Subtract the base; the largest bits of a magnitude so far, which tell NaN and Inf."""
+    for j in range(values.shape[0]):
+        values[j] -= base[j]
         largest = max(largest, _u32(_bits_of(values[j]) & _u32(0x7FFFFFFF)))
     return largest
 
@@ -341,10 +357,17 @@ def _vote(values, c, election, votes):
 
 
 @_compiled
-def _add_agreeing(values, c, votes, total, weight):
+def _elect(votes):
+    """The sign of each sum of votes, as 1, -1 or 0."""
+    for j in range(votes.shape[0]):
+        votes[j] = np.float32(votes[j] > 0) - np.float32(votes[j] < 0)
+
+
+@_compiled
+def _add_agreeing(values, c, elected, total, weight):
     zero = np.float32(0)
     for j in range(total.shape[0]):
-        agrees = ((values[j] > zero) & (votes[j] > zero)) | ((values[j] < zero) & (votes[j] < zero))
+        agrees = values[j] * elected[j] > zero
         total[j] += values[j] * c if agrees else zero
         weight[j] += c if agrees else zero
 
@@ -385,6 +408,7 @@ def sparse(
     votes = np.empty(BLOCK, np.float32)
     total = np.empty(BLOCK, np.float32)
     weight = np.empty(BLOCK, np.float32)
+    words = np.empty(BLOCK // 2 + 1, np.uint64)
     largest = _u32(0)
     finite = True
     for start in range(0, num_elements, BLOCK):
@@ -393,12 +417,11 @@ def sparse(
         for i in range(n):
             value = values[i, :size]
             _decode(rows[i + 1], kind, start, value)
-            _subtract(value, base[:size])
-            largest = _largest_bits(value, largest)
+            largest = _task_vector(value, base[:size], largest)
             if trims.shape[0]:
                 _trim(value, kind, trims[i, 0], trims[i, 1])
             else:
-                _drop(value, drops[i, 0], drops[i, 1], factor, offset + start)
+                _drop(value, drops[i, 0], drops[i, 1], factor, offset + start, words)
         total[:size] = 0
         if election < 0:
             for i in range(n):
@@ -408,6 +431,7 @@ def sparse(
             weight[:size] = 0
             for i in range(n):
                 _vote(values[i, :size], coefficients[i], election, votes[:size])
+            _elect(votes[:size])
             for i in range(n):
                 _add_agreeing(
                     values[i, :size], coefficients[i], votes[:size], total[:size], weight[:size]

@@ -191,7 +191,7 @@ class Drop(Sparse):
 
         super().__init__(tensors, settings)
         density, seed = settings.options["density"], settings.options["seed"]
-        limit = int(np.ceil(density * 2.0**53))  # an integer is below a number if below its ceiling
+        limit = int(np.ceil(density * 2.0**32))  # an integer is below a number if below its ceiling
         keys = [stream_key(seed, tensors.name, i) for i in range(self.num_models)]
         self.drops = np.array([(key, limit) for key in keys], np.uint64)
         self.factor = np.float32(1 / density if settings.options["rescale"] else 1.0)

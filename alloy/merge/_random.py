@@ -1,16 +1,17 @@
 """Random numbers that depend on where they are used, not on when: any chunking, any thread, the
 same mask.
 
-The number at flat index i of a stream is the (i+1)-th output of SplitMix64 (Steele, Lea, Flood
-2014), which is a bijective mix of `key + (i + 1) * GOLDEN`, all modulo 2^64:
+Output j of a stream is the (j+1)-th output of SplitMix64 (Steele, Lea, Flood 2014), which is a
+bijective mix of `key + (j + 1) * GOLDEN`, all modulo 2^64:
 
-    z = key + (i + 1) * 0x9E3779B97F4A7C15
+    z = key + (j + 1) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     z = z ^ (z >> 31)
 
-Entry i is kept with probability p when `z >> 11`, an integer below 2^53, is less than `p * 2^53`,
-compared as float64. The key of a stream is the first 8 bytes, little-endian, of BLAKE2b-64 over the
+It serves two entries: the one at the even flat index 2j takes its lower 32 bits, the one at 2j + 1
+its upper 32. An entry is kept with probability p when its bits, an integer below 2^32, are less than
+`p * 2^32`, compared as float64; so probabilities are exact to 2^-32. The key of a stream is the first 8 bytes, little-endian, of BLAKE2b-64 over the
 UTF-8 text `seed NUL name NUL model`: the numbers in decimal, the tensor's name, the index of the
 model.
 """
@@ -41,9 +42,12 @@ def keep(key: int, probability: float | Tensor, like: Tensor, *, offset: int = 0
     """
     import torch  # the compiled kernels need the keys alone
 
-    index = torch.arange(offset + 1, offset + 1 + like.numel(), device=like.device)
-    bits = _mix(index * _signed(GOLDEN) + _signed(key)).reshape(like.shape)
-    return _shift(bits, 11).double() < probability * 2.0**53
+    stop = offset + like.numel()
+    outputs = torch.arange(offset // 2 + 1, (stop + 1) // 2 + 1, device=like.device)
+    words = _mix(outputs * _signed(GOLDEN) + _signed(key))
+    halves = torch.stack([words & 0xFFFFFFFF, _shift(words, 32)], 1).flatten()
+    bits = halves[offset % 2 :][: like.numel()].reshape(like.shape)
+    return bits.double() < probability * 2.0**32
 
 
 def _mix(z: Tensor) -> Tensor:

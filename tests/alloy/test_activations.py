@@ -9,11 +9,10 @@ from torch import nn
 from alloy.activations import (
     CrossMoments,
     Gram,
-    Point,
     example_means,
     kept_tokens,
-    observe,
 )
+from alloy.points import Point, observe
 
 splits = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 

@@ -5,7 +5,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 import alloy
-from alloy.activations import CrossMoments, Gram, Point, observe, unit_points
+from alloy.activations import CrossMoments
 from alloy.align import AlignmentError, align, describe, flat_order, score, transport_grams
 from alloy.matching import assign
 from alloy.similarity import Similarity
@@ -54,20 +54,8 @@ def _permutations(spec, seed):
 
 def _statistics(reference, other, spec, inputs):
     """Cross-moments of all units of two models over the same tokens."""
-    points = unit_points(
-        spec, [n for n, m in reference.named_modules() if isinstance(m, torch.nn.Linear)]
-    )
-    seen = [{}, {}]
-    for model, store in zip((reference, other), seen, strict=True):
-        keyed = {str(i): p.point for i, p in enumerate(points)}
-        with torch.no_grad(), observe(model, keyed, store.__setitem__):
-            model(**inputs)
-    statistics = {}
-    for i, point in enumerate(points):
-        x, y = (store[str(i)][..., point.columns].flatten(0, 1) for store in seen)
-        moments = CrossMoments.zero(x.shape[1], y.shape[1]).update(x, y)
-        statistics.setdefault(point.space, []).append(moments)
-    return statistics
+    models = {"reference": reference, "other": other}
+    return alloy.collect(models, [inputs], spec).between("reference", "other")
 
 
 @pytest.mark.parametrize("space", ["weight", "activation", "dual"])
@@ -143,21 +131,8 @@ def test_a_flat_order_moves_units_as_transport_does(model, spec):
 
 def test_grams_follow_the_layers_they_belong_to(model, inputs, spec):
     """Transported Grams equal the Grams that the transported model collects."""
-    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    points = {f"{name}.weight": Point(name, "input") for name in linear}
-
     def collect(of):
-        grams = {}
-        with (
-            torch.no_grad(),
-            observe(
-                of,
-                points,
-                lambda n, x: grams.update({n: Gram.zero(x.shape[-1]).update(x.flatten(0, 1))}),
-            ),
-        ):
-            of(**inputs)
-        return grams
+        return alloy.collect({"one": of}, [inputs], spec, grams=True).grams["one"]
 
     transforms = random_transforms(with_kind(spec, "orthogonal"), torch.Generator().manual_seed(6))
     other = _bert(0)

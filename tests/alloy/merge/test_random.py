@@ -35,7 +35,10 @@ def test_the_generator_is_splitmix64():
 )
 def test_a_mask_is_splitmix64_against_the_probability(key, offset, density, n):
     mask = keep(key, density, torch.empty(n), offset=offset)
-    assert mask.tolist() == [(splitmix(key, offset + i) >> 11) < density * 2**53 for i in range(n)]
+    halves = [
+        splitmix(key, i // 2) >> (32 * (i % 2)) & 0xFFFFFFFF for i in range(offset, offset + n)
+    ]
+    assert mask.tolist() == [half < density * 2**32 for half in halves]
 
 
 def test_streams_differ_by_seed_name_and_model_and_are_pinned():

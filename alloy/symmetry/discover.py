@@ -9,6 +9,7 @@ from torch import nn
 from alloy.symmetry.engine import Engine, Requests
 from alloy.symmetry.fold import NoFoldError, plan_folds
 from alloy.symmetry.kinds import Kinds
+from alloy.symmetry.reads import roles
 from alloy.symmetry.rules import RULES
 from alloy.symmetry.spec import (
     Axis,
@@ -108,6 +109,7 @@ def spec_of(log: Log) -> SymmetrySpec:
         where = tuple(axes[name].values())
         spaces[name] = Space(name, leaf.size, groups[name], folded_kind, depends_on, where)
     first = {value.id: name for name, value in reversed(log.weights.items())}
+    reading, both = roles(engine, free, {atom: axes[names[atom]] for atom in free})
     return SymmetrySpec(
         spaces=spaces,
         layout=layout,
@@ -118,6 +120,8 @@ def spec_of(log: Log) -> SymmetrySpec:
         unknown_operations=dict(engine.unknown),
         folds=tuple(folds),
         unfoldable=unfoldable,
+        reading=reading,
+        both=both,
     )
 
 

@@ -131,6 +131,8 @@ class SymmetrySpec:
     `folds` are the gains that `fold_norms` can move, `unfoldable` says for each space why it cannot;
     `folded` lists gains that have been moved: the spec holds only while they stay one.
     `unknown_operations` maps each operation without a rule to the module that called it first.
+    `reading` names the axes (`str(axis)`) along which a weight is contracted with what depends on the
+    input, `both` those of them that also write the space (a tied embedding); all others write.
     """
 
     spaces: Mapping[str, Space]
@@ -143,6 +145,8 @@ class SymmetrySpec:
     folds: "tuple[Fold, ...]" = ()
     folded: tuple[str, ...] = ()
     unfoldable: Mapping[str, str] = field(default_factory=dict)
+    reading: frozenset[str] = frozenset()
+    both: frozenset[str] = frozenset()
 
     @cached_property
     def order(self) -> tuple[str, ...]:
@@ -381,6 +385,8 @@ def _spec_to_data(spec: SymmetrySpec) -> dict[str, Any]:
             for fold in spec.folds
         ],
         "unfoldable": dict(spec.unfoldable),
+        "reading": sorted(spec.reading),
+        "both": sorted(spec.both),
     }
 
 
@@ -419,6 +425,8 @@ def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
         ),
         folded=tuple(data["folded"]),
         unfoldable=data["unfoldable"],
+        reading=frozenset(data.get("reading", ())),
+        both=frozenset(data.get("both", ())),
     )
 
 

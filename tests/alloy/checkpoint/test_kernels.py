@@ -10,6 +10,7 @@ from alloy.checkpoint._execute import _chunk_elements
 from alloy.checkpoint._merge import _step
 from alloy.checkpoint._work import Function
 from alloy.merge import MERGE_METHODS
+from alloy.merge._random import keep, stream_key
 
 HALVES = {kernels.BF16: torch.bfloat16, kernels.F16: torch.float16}
 
@@ -98,8 +99,6 @@ def test_compiled_loops_give_the_bits_of_the_torch_functions(
     method, options, coefficients, dtype, write, weights, load, tmp_path
 ):
     """Every compiled method, every dtype it is compiled for: the same bytes."""
-    from alloy.merge import MERGE_METHODS
-
     folders = [write(name, weights(i, dtype)) for i, name in enumerate(("seed", "a", "b", "c"))]
     base = folders[0] if MERGE_METHODS[method].base == "required" else None
     outputs = []
@@ -191,9 +190,11 @@ def test_random_masks_are_kept_at_the_asked_rate(write, load, tmp_path):
     zero = write("seed", {"w": torch.zeros(n)}, config=None)
     one = write("a", {"w": torch.ones(n)}, config=None)
     kept = []
-    for i, chunk_bytes in enumerate((1 << 16, 1 << 20)):
+    for i, chunk_bytes in enumerate((1 << 16, 99_996, 1 << 20)):  # 24,999 entries: cuts are odd
         plan = plan_merge("dare_linear", [one], tmp_path / f"out{i}", base=zero, density=density)
         run_plan(plan, chunk_bytes=chunk_bytes)
         kept.append(load(plan.output)["w"] != 0)
-    assert torch.equal(*kept)
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2])
+    assert torch.equal(kept[0], keep(stream_key(0, "w", 0), density, kept[0]))
     assert abs(int(kept[0].sum()) - density * n) < 5 * (n * density * (1 - density)) ** 0.5

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from alloy.align import align
     from alloy.alignment import Alignment, align_models
     from alloy.checkpoint import merge_checkpoints
+    from alloy.collect import Statistics, collect
     from alloy.distance import distance
     from alloy.merge import merge
     from alloy.symmetry import (
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Alignment",
+    "Statistics",
     "SymmetrySpec",
     "align",
     "align_models",
+    "collect",
     "compose",
     "distance",
     "find_symmetries",
@@ -46,8 +49,10 @@ __all__ = [
 
 _HOMES = {
     "Alignment": "alloy.alignment",
+    "Statistics": "alloy.collect",
     "align": "alloy.align",
     "align_models": "alloy.alignment",
+    "collect": "alloy.collect",
     "distance": "alloy.distance",
     "merge": "alloy.merge",
     "merge_checkpoints": "alloy.checkpoint",

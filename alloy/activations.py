@@ -8,16 +8,10 @@ Shape legend: N tokens or examples, D units of a point, E units of the other mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from alloy.symmetry.parts import owned_axes
-from alloy.symmetry.spec import Axis, SymmetrySpec, view_axis
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -151,41 +145,6 @@ class CrossMoments:
         return variance(self.sum_D, self.square_D), variance(self.sum_E, self.square_E)
 
 
-class Point(NamedTuple):
-    """Where units are observed: the first input or the output of a module."""
-
-    module: str
-    side: Literal["input", "output"]
-
-
-@contextmanager
-def observe(
-    model: nn.Module, points: Mapping[str, Point], see: Callable[[str, Tensor], None]
-) -> Generator[None]:
-    """Call `see(key, activation)` whenever the model computes one of the points.
-
-    Raises:
-        ValueError: a point names a module that the model does not have.
-    """
-    modules = dict(model.named_modules())
-    missing = sorted({point.module for point in points.values()} - set(modules))
-    if missing:
-        raise ValueError(f"no such modules to observe: {missing}; the model has {sorted(modules)}")
-
-    def hook(key: str, point: Point):
-        module = modules[point.module]
-        if point.side == "input":
-            return module.register_forward_pre_hook(lambda _, args: see(key, args[0].detach()))
-        return module.register_forward_hook(lambda _, args, output: see(key, output.detach()))
-
-    handles = [hook(key, point) for key, point in points.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def kept_tokens(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     """The tokens that the mask keeps, as [N, D]; without a mask all of them."""
     if mask_BT is None:
@@ -207,43 +166,3 @@ def example_means(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         return x_BTD.float().mean(1)
     weight_BT1 = mask_BT.to(x_BTD).unsqueeze(-1).float()
     return (x_BTD.float() * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1)
-
-
-class UnitPoint(NamedTuple):
-    """A point at which the units of a space can be read: which columns of the activation they are."""
-
-    space: str
-    axis: Axis
-    point: Point
-    columns: Tensor
-    """int64, the units with the spaces they depend on flattened in front: `activation[..., columns]`."""
-
-
-def unit_points(spec: SymmetrySpec, linear: Collection[str]) -> list[UnitPoint]:
-    """Where each space can be observed: as the input of the linear layers that read it.
-
-    A space that no linear layer reads (queries and keys) is observed where linear layers write it. Heads
-    are observed through the units within them.
-
-    Args:
-        linear: names of the modules that are `nn.Linear`, weights [out, in].
-
-    Returns:
-        the points of all spaces of the spec that meet a linear layer; the others have none.
-    """
-    found: list[UnitPoint] = []
-    for space in spec.spaces.values():
-        here = [
-            (axis, axis.parameter.removesuffix(".weight"))
-            for axis in owned_axes(spec, space.name)
-            if axis.parameter.removesuffix(".weight") in linear
-        ]
-        reading = [(axis, Point(module, "input")) for axis, module in here if axis.dim == 1]
-        writing = [(axis, Point(module, "output")) for axis, module in here if axis.dim == 0]
-        for axis, point in reading or writing:
-            layout = (spec.layout[axis.parameter][axis.dim],)
-            columns = view_axis(
-                torch.arange(layout[0].size), layout, space.depends_on, Axis("", 0, axis.path)
-            )
-            found.append(UnitPoint(space.name, axis, point, columns.flatten()))
-    return found

@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from alloy.activations import (
     CrossMoments,
     Gram,
-    Point,
-    UnitPoint,
     example_means,
     kept_tokens,
-    observe,
-    unit_points,
 )
 from alloy.models.experts import expert_name, split_experts
 from alloy.models.modeling import ModalityModel
+from alloy.points import Point, UnitPoint, observe, unit_points
 from alloy.symmetry.parts import restrict
 from alloy.symmetry.spec import SymmetrySpec
 
@@ -84,30 +81,29 @@ class _Collector:
     ) -> None:
         self.model = model
         self.experts = {m: names for m, names in experts.items() if names}
-        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self.inputs = {m: self._inputs(m, linear) for m in self.experts}
+        modules = dict(model.named_modules())
+        layers = {m: self._layers(m, modules) for m in self.experts}
+        self.inputs = {
+            m: {f"{name}.weight": Point(expert_name(name, m), "input") for name in sorted(found)}
+            for m, found in layers.items()
+        }
         self.units = {
-            m: unit_points(expert_spec(spec, self.experts[m]), self._agnostic(m, linear))
-            for m in self.experts
+            m: unit_points(expert_spec(spec, self.experts[m]), found) for m, found in layers.items()
         }
         self.grams: dict[str, dict[str, Gram]] = {m: {} for m in self.experts}
         self.moments: dict[str, dict[str, CrossMoments]] = {
             m: {} for m in self.experts if m != REFERENCE
         }
 
-    def _agnostic(self, modality: str, linear: set[str]) -> set[str]:
-        """Linear modules of a modality's experts, under the agnostic model's names."""
-        return {
-            name.removesuffix(".weight")
-            for name in self.experts[modality]
-            if expert_name(name, modality).removesuffix(".weight") in linear
-        }
-
-    def _inputs(self, modality: str, linear: set[str]) -> dict[str, Point]:
-        return {
-            f"{name}.weight": Point(expert_name(name, modality), "input")
-            for name in sorted(self._agnostic(modality, linear))
-        }
+    def _layers(self, modality: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """The linear layers of a modality's experts, under the agnostic model's names."""
+        found = {}
+        for weight in self.experts[modality]:
+            name = weight.removesuffix(".weight")
+            module = modules.get(expert_name(name, modality))
+            if isinstance(module, nn.Linear):
+                found[name] = module
+        return found
 
     def see(self, batch: Batch) -> None:
         pixels, ids, mask = (batch[key] for key in ("pixel_values", "input_ids", "attention_mask"))
@@ -142,8 +138,7 @@ class _Collector:
             if kind == "gram":
                 self._add_gram(modality, name, kept_tokens(x_BSD, mask_BS))
             else:
-                columns = of_units[name].columns.to(x_BSD.device)
-                means[name] = example_means(x_BSD[..., columns], mask_BS)
+                means[name] = example_means(of_units[name].read(x_BSD), mask_BS)
 
         with observe(self.model, points, see):
             forward()

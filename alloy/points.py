@@ -1,0 +1,181 @@
+"""Where the units of a space can be read while a model runs.
+
+A weight says where its units appear: the columns of a linear layer are the units of its input, its rows
+those of its output, and a convolution's channels are units whose samples are pixels.
+
+Shape legend: N tokens, pixels or positions, D units of a point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from alloy.symmetry.parts import owned_axes
+from alloy.symmetry.spec import Axis, SymmetrySpec, view_axis
+
+
+class Point(NamedTuple):
+    """Where units are observed: the first input or the output of a module."""
+
+    module: str
+    side: Literal["input", "output"]
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.side}"
+
+
+class UnitPoint(NamedTuple):
+    """A point at which the units of a space can be read: which entries of the activation they are."""
+
+    space: str
+    axis: Axis
+    point: Point
+    columns: Tensor
+    """int64 [D, R], the entries of unit d, with the spaces that it depends on flattened in front.
+
+    R is 1 but where a layer reads flattened channels: then the R places of a channel are samples.
+    """
+    dim: int = -1
+    """The dim of the activation that the units lie along; all others are samples."""
+
+    def read(self, activation: Tensor) -> Tensor:
+        """The units as the last dim, samples in front: [..., D] or [..., R, D]."""
+        entries = activation.movedim(self.dim, -1)
+        num_units, num_places = self.columns.shape
+        if num_places > 1:
+            return entries[..., self.columns.T.to(entries.device)]
+        start = int(self.columns[0, 0])
+        if torch.equal(self.columns[:, 0], torch.arange(start, start + num_units)):
+            return entries.narrow(-1, start, num_units)
+        return entries.index_select(-1, self.columns[:, 0].to(entries.device))
+
+
+class Layer(NamedTuple):
+    """How a module's weight meets its activations: the dims of inputs and outputs, if it has them."""
+
+    input: int | None
+    output: int | None
+    units: int
+    """The dim of the activations that their units lie along."""
+    rank: int
+    """Order of preference: linear layers and convolutions, then embeddings, then norms."""
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """How a module's weight meets its activations; None for modules of other kinds."""
+    if isinstance(module, nn.Linear):
+        return Layer(1, 0, -1, 0)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        channels = -1 - len(module.kernel_size)
+        whole = module.groups == 1
+        if module.transposed:
+            return Layer(0, 1 if whole else None, channels, 0)
+        return Layer(1 if whole else None, 0, channels, 0)
+    if isinstance(module, nn.Embedding):
+        return Layer(None, 1, -1, 1)
+    if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
+        return Layer(None, 0, 1, 2)
+    kind = type(module).__name__
+    if kind == "Conv1D" and hasattr(module, "nf"):  # Hugging Face's transposed linear layer
+        return Layer(0, 1, -1, 0)
+    if kind.lower().endswith("norm"):
+        return Layer(None, 0, -1, 2)
+    return None
+
+
+def unit_points(spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[UnitPoint]:
+    """Where each space can be observed: as the input of the linear layers and convolutions that read it.
+
+    A space that none of them reads (queries and keys) is observed where they write it, else where an
+    embedding or a norm does. Heads are observed through the units within them.
+
+    Args:
+        modules: by name, as in `model.named_modules()`.
+
+    Returns:
+        the points of all spaces of the spec that meet such a layer; the others have none.
+    """
+    return [point for space in spec.spaces for point in _points_of(space, spec, modules)]
+
+
+def _points_of(space: str, spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[UnitPoint]:
+    reading: list[UnitPoint] = []
+    writing: dict[int, list[UnitPoint]] = {}
+    for axis, name, layer in _layers(space, spec, modules):
+        columns = _columns(space, spec, axis)
+        if columns is None:
+            continue
+        if axis.dim == layer.input:
+            reading.append(UnitPoint(space, axis, Point(name, "input"), columns, layer.units))
+        elif axis.dim == layer.output:
+            point = UnitPoint(space, axis, Point(name, "output"), columns, layer.units)
+            writing.setdefault(layer.rank, []).append(point)
+    return reading or (writing[min(writing)] if writing else [])
+
+
+def _layers(
+    space: str, spec: SymmetrySpec, modules: Mapping[str, nn.Module]
+) -> Iterable[tuple[Axis, str, Layer]]:
+    """A space's own axes with the modules that their weights belong to, those of tied weights too."""
+    aliases: dict[str, list[str]] = {}
+    for alias, first in spec.tied.items():
+        aliases.setdefault(first, []).append(alias)
+    for axis in owned_axes(spec, space):
+        for parameter in (axis.parameter, *aliases.get(axis.parameter, ())):
+            name, _, leaf = parameter.rpartition(".")
+            layer = layer_of(modules[name]) if leaf == "weight" and name in modules else None
+            if layer is not None:
+                yield replace(axis, parameter=parameter), name, layer
+
+
+def _columns(space: str, spec: SymmetrySpec, axis: Axis) -> Tensor | None:
+    """Which entries of the dim are the space's units; None where one dim alone does not say."""
+    term = spec.layout[axis.parameter][axis.dim]
+    parents = spec.spaces[space].depends_on
+    try:
+        entries = view_axis(torch.arange(term.size), (term,), parents, Axis("", 0, axis.path))
+    except KeyError:  # the units it depends on lie along another dim: one matrix for each head
+        return None
+    return entries.reshape(math.prod(entries.shape[: len(parents) + 1]), -1)
+
+
+@contextmanager
+def observe(
+    model: nn.Module, points: Mapping[str, Point], see: Callable[[str, Tensor], None]
+) -> Generator[None]:
+    """Call `see(key, activation)` whenever the model computes one of the points.
+
+    Raises:
+        ValueError: a point names a module that the model does not have.
+    """
+    modules = dict(model.named_modules())
+    missing = sorted({point.module for point in points.values()} - set(modules))
+    if missing:
+        raise ValueError(f"no such modules to observe: {missing}; the model has {sorted(modules)}")
+
+    def hook(key: str, point: Point):
+        module = modules[point.module]
+        if point.side == "input":
+            return module.register_forward_pre_hook(
+                lambda _, args, kwargs: see(key, _first(args, kwargs)), with_kwargs=True
+            )
+        return module.register_forward_hook(lambda _, args, output: see(key, _first((output,), {})))
+
+    handles = [hook(key, point) for key, point in points.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
+    """The first tensor among a module's arguments, by position or by name."""
+    return next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).detach()

@@ -1,6 +1,6 @@
 """align: find the order of heads and units in which the experts resemble the vision experts most.
 
-Writes, for each checkpoint that was collected, `<modality>.safetensors` (the transforms of the spaces of
+Recipes of kind "models" have `tasks.align_models`. For those of kind "modality" this writes, for each checkpoint that was collected, `<modality>.safetensors` (the transforms of the spaces of
 collect's `spec.json`) and `report.json` (every space's similarity before and after).
 """
 
@@ -14,10 +14,11 @@ from alloy.models import split_experts
 from alloy.models.observe import REFERENCE, ExpertStatistics, expert_spec
 from alloy.symmetry import SymmetrySpec, Transform, transforms_to_tensors
 from alloy.types import Weights
+from tasks import align_models
 from tasks.collect import load_spec, load_statistics
 from tasks.command import run_stage
 from tasks.models import load_model
-from tasks.params import AlignParams, CollectParams, load
+from tasks.params import AlignParams, CollectParams, kind, load
 from tasks.storage import write_folder, write_json
 
 
@@ -50,6 +51,9 @@ def align_experts(
 
 
 def main(recipe: str) -> None:
+    if kind(recipe) == "models":
+        align_models.main(recipe)
+        return
     params = load(recipe, "align", AlignParams)
     models = Path("models") / recipe
     out = models / "transforms"

@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -309,11 +309,7 @@ def _tokenizer(split: Split, checkpoint: Path) -> "PreTrainedTokenizerBase | Non
 
 def _writer(name: str) -> Writer:
     """The writer of one data set."""
-    return Writer(
-        lambda num_examples, **options: calibration(name, num_examples, **options),
-        lambda **options: benchmark(name, **options),
-        DATASETS[name].packages,
-    )
+    return Writer(partial(calibration, name), partial(benchmark, name), DATASETS[name].packages)
 
 
 WRITERS: Mapping[str, Writer] = {name: _writer(name) for name in DATASETS}

@@ -1,6 +1,6 @@
 """collect: run the calibration data through the parents and keep what merging and aligning need.
 
-Writes one folder a checkpoint: `grams.safetensors` (second moments of every linear layer's inputs) and
+Recipes of kind "models" have `tasks.collect_models`. For those of kind "modality" this writes one folder a checkpoint: `grams.safetensors` (second moments of every linear layer's inputs) and
 `moments.safetensors` (cross-moments of the experts' units), both sums over the calibration data, and
 `spec.json`, the symmetries that say which units there are.
 """
@@ -18,9 +18,10 @@ from alloy.activations import CrossMoments, Gram
 from alloy.models import ModalityConfig, ModalityModel, agnostic_config
 from alloy.models.observe import ExpertStatistics, collect_experts
 from alloy.symmetry import SymmetrySpec
+from tasks import collect_models
 from tasks.command import run_stage
 from tasks.models import device, load_model
-from tasks.params import CollectParams, load
+from tasks.params import CollectParams, kind, load
 from tasks.storage import write_folder
 
 MOMENT_FIELDS = ("sum_D", "sum_E", "square_D", "square_E", "product_DE")
@@ -92,6 +93,9 @@ def load_statistics(folder: Path) -> ExpertStatistics:
 
 
 def main(recipe: str) -> None:
+    if kind(recipe) == "models":
+        collect_models.main(recipe)
+        return
     params = load(recipe, "collect", CollectParams)
     out = Path("models") / recipe / "statistics"
     with write_folder(out) as folder:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+import alloy.models
 from alloy.models import ModalityConfig, ModalityModel
 
 disable_progress_bar()  # a bar for each model that a stage reads in milliseconds
@@ -37,18 +39,53 @@ def load_model(folder: Path) -> ModalityModel:
         CheckpointError: no checkpoint there, one of another architecture, or weights that the model
             lacks or does not know.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder)
     if not isinstance(config, ModalityConfig):
         raise CheckpointError(
             f"{folder} holds a model of type {config.model_type!r}; this recipe merges the experts of a "
             f"{ModalityConfig.model_type!r} model"
         )
-    loaded: Any = ModalityModel.from_pretrained(
+    return _load(ModalityModel, folder)
+
+
+def load_any(folder: Path) -> PreTrainedModel:
+    """The checkpoint's model, whatever its architecture, in evaluation mode, float32, on `device()`.
+
+    Raises CheckpointError as `load_model` does.
+    """
+    return _load(model_class(folder), folder)
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """A checkpoint's config; CheckpointError where there is none."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint")
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def model_class(folder: Path) -> type[PreTrainedModel]:
+    """The class that a checkpoint was saved from; its config names it."""
+    names = load_config(folder).architectures or []
+    for name in names:
+        for module in (transformers, alloy.models):
+            if isinstance(found := getattr(module, name, None), type):
+                return found
+    raise CheckpointError(
+        f"{folder}/config.json: architectures is {names}; it must name a class of transformers"
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer, None where it has none."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _load(architecture: Any, folder: Path) -> Any:
+    model, info = architecture.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
-    model, info = loaded  # a pair, because of output_loading_info
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise CheckpointError(f"{folder} does not fit its own config.json: {wrong}")

@@ -1,5 +1,7 @@
 """Write a recipe's calibration data and the splits of its benchmarks.
 
+Recipes of kind "modality" have composed scenes; those of kind "models" bring their own (`tasks.calibration`).
+
 python -m tasks.prepare RECIPE            # data/RECIPE/, see docs/architecture.md
 python -m tasks.prepare --show RECIPE     # a sheet of examples instead: reports/RECIPE/examples.png
 """
@@ -15,7 +17,7 @@ from torch import Tensor
 from tasks import scenes
 from tasks.command import run_stage
 from tasks.examples import EXAMPLES, GROUPED, Arrays, coloured, describe, retrieval, words
-from tasks.params import ParamsError, PrepareParams, load, nearest
+from tasks.params import ParamsError, PrepareParams, kind, load, nearest
 from tasks.scenes import SEGMENTATION_CLASSES, SPLITS, Bank, SceneGenerator, load_bank
 from tasks.storage import read_json, sha256, write_file, write_folder, write_json
 
@@ -139,7 +141,12 @@ def main(recipe: str, show: bool = False) -> None:
     if show:
         print(f"wrote {draw_examples(recipe)}")
         return
-    folder = prepare(recipe)
+    if kind(recipe) == "models":
+        from tasks import calibration  # slow to import, and only this kind needs it
+
+        folder = calibration.prepare(recipe)
+    else:
+        folder = prepare(recipe)
     files = read_json(folder / "manifest.json")["files"]
     size = sum((folder / name).stat().st_size for name in files) / 2**20
     print(f"wrote {folder}: {len(files)} files, {size:.0f} MiB")

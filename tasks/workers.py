@@ -19,8 +19,12 @@ def side_by_side(
     work: Callable[..., None],
     jobs: Mapping[str, tuple],
     receive: Callable[..., None],
+    *,
+    at_once: int | None = None,
 ) -> None:
-    """Run `work(*jobs[name], report)` for every name at once; `report(*x)` arrives as `receive(name, *x)`.
+    """Run `work(*jobs[name], report)` for every name; `report(*x)` arrives as `receive(name, *x)`.
+
+    All jobs run at once, or as many as `at_once` says, the others as these end.
 
     `work`, the jobs' arguments and what they report must pickle. The first job that raises ends the
     others, and its exception is raised here. A worker whose parent is gone ends at its next report.
@@ -28,16 +32,18 @@ def side_by_side(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tasks.training", "tasks.models"])  # imported once for all jobs
     workers: dict[Connection, tuple[str, multiprocessing.process.BaseProcess]] = {}
+    waiting = dict(jobs)
     try:
-        for name, arguments in jobs.items():
-            reader, writer = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_work, args=(work, arguments, writer), name=name, daemon=True
-            )
-            process.start()
-            writer.close()  # only the worker holds it: its end is the end of the stream
-            workers[reader] = name, process
-        while workers:
+        while waiting or workers:
+            while waiting and (at_once is None or len(workers) < at_once):
+                name = next(iter(waiting))
+                reader, writer = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_work, args=(work, waiting.pop(name), writer), name=name, daemon=True
+                )
+                process.start()
+                writer.close()  # only the worker holds it: its end is the end of the stream
+                workers[reader] = name, process
             for reader in wait(list(workers)):
                 assert isinstance(reader, Connection)
                 name, process = workers[reader]

@@ -1,0 +1,123 @@
+"""align, for recipes of kind "models": bring the units of the models of each set together, in every way named.
+
+Writes, for each set and seed, `<alignment>.safetensors` (all that applies it) and `report.json`: each space's
+similarity before and after, and for alignments that keep every model's function by how much they changed its
+outputs on calibration examples, in float64.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import alloy
+from alloy.align import AlignmentError
+from alloy.alignment import Alignment
+from alloy.symmetry import observe_outputs
+from tasks.collect_models import load_statistics
+from tasks.params import ModelsAlignment, models_recipe
+from tasks.sets import MODELS, Job, Report, first_examples, jobs, load_any, run_jobs, save_tensors
+from tasks.storage import write_folder, write_json
+
+TOLERANCE = 1e-6  # of an output's spread: what an exact alignment may change, in float64
+
+
+def main(recipe: str) -> None:
+    planned = {job.name: job for job in jobs(recipe) if models_recipe(recipe).alignments(job.set)}
+    out = MODELS / recipe / "transforms"
+    with write_folder(out) as folder:
+        num = {name: len(job.params.alignments(job.set)) for name, job in planned.items()}
+        arguments = {name: (job, folder / job.set / str(job.seed)) for name, job in planned.items()}
+        run_jobs("align", align_all, arguments, num)
+    print(f"align: wrote {out}: {sum(num.values())} alignments of {len(planned)} sets of models")
+
+
+def align_all(job: Job, folder: Path, report: Report) -> None:
+    """All alignments of one set and seed."""
+    folder.mkdir(parents=True)
+    weights, specs, statistics = job.weights(), job.specs(), load_statistics(job)
+    found = {}
+    for name, params in job.params.alignments(job.set).items():
+        try:
+            alignment = alloy.align_models(
+                weights, specs, statistics, preset=params.preset, **params.settings
+            )
+        except AlignmentError as error:
+            raise AlignmentError(
+                f"set {job.set!r}: align.alignments.{name}: {error}; an alignment that some sets cannot "
+                "have names the others in `sets`"
+            ) from error
+        change = largest_change(job, alignment, weights) if alignment.exact else None
+        save_tensors(alignment.to_tensors(), folder / f"{name}.safetensors")
+        found[name] = _facts(params, alignment, change)
+        report("step")
+        report("say", f"{job.name}: {name}: {_summary(alignment, change)}")
+    write_json(folder / "report.json", found)
+
+
+def _facts(
+    params: ModelsAlignment, alignment: Alignment, change: float | None
+) -> dict[str, object]:
+    return {
+        "preset": params.preset,
+        "settings": params.settings,
+        "exact": alignment.exact,
+        "change": change,
+        "warnings": list(alignment.warnings),
+        "models": {
+            model: [row._asdict() for row in rows] for model, rows in alignment.report.items()
+        },
+    }
+
+
+def _summary(alignment: Alignment, change: float | None) -> str:
+    rows = [row for found in alignment.report.values() for row in found]
+    moved, units = sum(row.num_moved for row in rows), sum(row.num_units for row in rows)
+    kept = "not exact" if change is None else f"outputs change by {change:.0e}"
+    return f"{moved} of {units} units moved, {kept}"
+
+
+def largest_change(
+    job: Job, alignment: Alignment, weights: Mapping[str, Mapping[str, Tensor]]
+) -> float:
+    """By how much an exact alignment changes any model's outputs on calibration examples, of their spread.
+
+    Raises AlignmentError where that is more than TOLERANCE: then the alignment is not what it says.
+    """
+    examples = first_examples(job.calibration)
+    precise = {name: {n: _double(t) for n, t in found.items()} for name, found in weights.items()}
+    moved = alignment.apply(precise)
+    worst = 0.0
+    for name, folder in job.folders.items():
+        model = load_any(folder).cpu().double()
+        before, after = (outputs(model, w[name], examples) for w in (precise, moved))
+        for ours, theirs in zip(before, after, strict=True):
+            spread = ours.std().clamp(min=1e-30)
+            worst = max(worst, float((ours - theirs).abs().max() / spread))
+        if not worst <= TOLERANCE:
+            raise AlignmentError(
+                f"set {job.set!r}: {alignment.preset} changes the outputs of {name} by {worst:.1e} of their "
+                f"spread, {TOLERANCE:.0e} is allowed: report this, with the model"
+            )
+    return worst
+
+
+@torch.no_grad()
+def outputs(
+    model: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """What a model with other weights gives out, where its outputs count."""
+    model.load_state_dict(weights)
+    return observe_outputs(model(**tree_map(_double, dict(inputs))))
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def load_alignment(job: Job, name: str) -> Alignment:
+    """An alignment that `align` found for a job."""
+    return Alignment.from_tensors(load_file(job.written("transforms") / f"{name}.safetensors"))

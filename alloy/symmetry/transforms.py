@@ -123,6 +123,12 @@ def transport(weights: Weights, spec: SymmetrySpec, transforms: Transforms) -> d
     return result
 
 
+def move(weights: Weights, spec: SymmetrySpec, transforms: Transforms) -> dict[str, Tensor]:
+    """`transport` for some of a model's weights, unchecked: for loops that move them again and again."""
+    mover = _Mover(spec, transforms)
+    return {name: mover.move(tensor, name) for name, tensor in weights.items()}
+
+
 class _Mover:
     """Transports weights; composite indices are built once for each term."""
 

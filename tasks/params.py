@@ -356,6 +356,7 @@ class FamilyParams(Section):
     architecture: Literal["vit", "resnet", "bert"]
     config: dict[str, Any]  # of the Hugging Face configuration
     shift_pixels: int = Field(ge=0)  # training images move by at most this much
+    recolour: bool  # training images get their colours in random order, and half of them are mirrored
     batch_size: int = Field(gt=0)
     training: Schedule
     parents: dict[CheckpointName, ParentParams] = Field(min_length=2)

@@ -1,9 +1,12 @@
-"""Carry out a plan: workers read, compute and write chunks at once; hashing and flushing follow behind.
+"""Carry out a plan: workers read and compute chunks at once; hashing, writing and flushing follow behind.
 
 Every output tensor is cut into pieces. Workers take them in the order of the output file, several files
-at a time, and write each at its own offset. SHA-256 wants bytes in order: finished pieces wait for
-their turn, and whichever worker completes the next one hashes all that are due. The order of
-computation never shows in the result.
+at a time. SHA-256 wants bytes in order: finished pieces wait for their turn, and whichever worker
+completes the next one hashes all that are due and queues them for the disk. The order of computation
+never shows in the result.
+
+Large files bypass the page cache where the system can: what was written is not read again soon, and
+dirty pages beyond what memory takes would evict the sources and make time grow faster than size.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import ctypes
 import errno
 import hashlib
 import math
+import mmap
 import os
 import threading
 from collections import deque
@@ -34,7 +38,12 @@ _BUFFER_BYTES = 96 << 20
 _CHUNKS_PER_WORKER = 7  # four of inputs, one of output, two that wait to be hashed
 LARGE_BYTES = 32 << 20
 """Inputs beyond this, which only a method that needs whole tensors asks for, are held by one worker at a time."""
-_FLUSH_BYTES = 16 << 20
+_STAGE_BYTES = 4 << 20
+"""What a file's writes gather before they go to the disk; two of these per file that grows."""
+_STAGES_BYTES = 32 << 20
+DIRECT_BYTES = 16 << 20
+"""Files from this size on bypass the page cache."""
+_DIRECT_ALIGNMENT = 4096
 _PREFETCH_CHUNKS = 8
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -130,7 +139,7 @@ def execute(
 
     Args:
         on_shard: called with (file, SHA-256) once a file is complete on the disk.
-        on_bytes: called with the number of bytes just written, from the workers.
+        on_bytes: called with the number of bytes just computed, from the workers.
 
     Raises:
         whatever a step raises; no file is complete then that `on_shard` was not told of.
@@ -159,7 +168,6 @@ class _Task:
 
     step: Step
     output: _Output
-    offset: int
     work: Work
     spans: list[tuple[int, int]]
     round: int = 0
@@ -192,28 +200,89 @@ class _Piece(NamedTuple):
         return self.round < self.task.work.num_measures and len(self.task.spans) > 1
 
 
-class _Output:
-    """A file that is written at any offset and hashed in order."""
+class _File:
+    """A file that grows in order: bytes are gathered in one stage while the other goes to the disk."""
 
-    def __init__(self, shard: Shard, folder: Path):
-        self.shard, self.path = shard, folder / shard.file
+    def __init__(self, path: Path, num_bytes: int, stage_bytes: int, writer: ThreadPoolExecutor):
+        self._writer = writer
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._direct = _open_direct(path) if num_bytes >= DIRECT_BYTES else -1
+        _reserve(self._descriptor, num_bytes)
+        self._stages = [_page_aligned(stage_bytes) for _ in range(2)]
+        self._filled = self._offset = 0  # of the stage that is gathered, and where it belongs
+        self._writing: Future | None = None
+
+    def append(self, data: np.ndarray) -> None:
+        while len(data):
+            stage = self._stages[0]
+            count = min(len(data), len(stage) - self._filled)
+            stage[self._filled : self._filled + count] = data[:count]
+            self._filled += count
+            data = data[count:]
+            if self._filled == len(stage):
+                self._put()
+
+    def _put(self) -> None:
+        """Send the stage to the disk; the other one is free when its own write is done."""
+        self._wait()
+        self._writing = self._writer.submit(
+            self._write, self._stages[0][: self._filled].data, self._offset
+        )
+        self._stages.reverse()
+        self._offset += self._filled
+        self._filled = 0
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        start, num_bytes = offset, len(view)
+        aligned = num_bytes // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT if self._direct >= 0 else 0
+        while aligned > offset - start:
+            try:
+                count = os.pwrite(self._direct, view[: aligned - (offset - start)], offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                break  # a file system that promises direct writes and refuses them
+            view, offset = view[count:], offset + count
+        while view:
+            count = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[count:], offset + count
+        if not aligned:
+            _start_flush(self._descriptor, start, num_bytes)
+
+    def finish(self) -> None:
+        """Put everything on the disk."""
+        if self._filled:
+            self._put()
+        self._wait()
+        os.fsync(self._descriptor)
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in (self._descriptor, self._direct):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = self._direct = -1
+        self._stages = []
+
+
+class _Output:
+    """A file of the result: its pieces are computed in any order, hashed and written in theirs."""
+
+    def __init__(self, shard: Shard, folder: Path, stage_bytes: int, writer: ThreadPoolExecutor):
+        self.shard = shard
         self.num_pieces = 0
         self._sealed = False  # every piece was handed out
         self._lock = threading.Lock()
         self._pending: dict[int, np.ndarray] = {}
         self._next, self._hashing = 0, False
-        self._hashed = self._flushed = 0
         self._sha256 = hashlib.sha256()
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        _reserve(self._descriptor, shard.num_bytes)
-        header = memoryview(shard.header)
-        self.write(header, 0)
-        self._hash(header)
-
-    def write(self, view: memoryview, offset: int) -> None:
-        while view:
-            count = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[count:], offset + count
+        self._file = _File(folder / shard.file, shard.num_bytes, stage_bytes, writer)
+        self._append(np.frombuffer(shard.header, np.uint8))
 
     def deposit(self, index: int, data: np.ndarray, release: Callable[[np.ndarray], None]) -> bool:
         """Hash this piece when its turn comes, then give its buffer back; True when the file is done."""
@@ -229,7 +298,7 @@ class _Output:
                     self._hashing = False
                     return self._done()
                 self._next += 1
-            self._hash(due.data)
+            self._append(due)
             release(due)
 
     def seal(self) -> bool:
@@ -245,23 +314,17 @@ class _Output:
         self._sealed = False
         return True
 
-    def _hash(self, data: memoryview) -> None:
-        self._sha256.update(data)
-        self._hashed += len(data)
-        if self._hashed - self._flushed >= _FLUSH_BYTES:
-            _start_flush(self._descriptor, self._flushed, self._hashed - self._flushed)
-            self._flushed = self._hashed
+    def _append(self, data: np.ndarray) -> None:
+        self._sha256.update(data.data)
+        self._file.append(data)
 
     def finish(self) -> str:
         """Put the file on the disk; its SHA-256."""
-        os.fsync(self._descriptor)
-        self.close()
+        self._file.finish()
         return self._sha256.hexdigest()
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
 
 class _Schedule:
@@ -282,6 +345,9 @@ class _Schedule:
         self._buffers = [np.empty(chunk_bytes, np.uint8) for _ in range(2 * threads + 2)]
         self._tokens = threading.Semaphore(len(self._buffers))
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="merge-flush")
+        self._writer = ThreadPoolExecutor(len(self._lanes), thread_name_prefix="merge-write")
+        share = _STAGES_BYTES // (2 * len(self._lanes)) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
+        self._stage_bytes = max(_DIRECT_ALIGNMENT, min(_STAGE_BYTES, share))
         self._flushes: list[Future] = []
 
     def run(self, worker: int) -> None:
@@ -307,6 +373,7 @@ class _Schedule:
     def close(self) -> None:
         """Wait for the flushes; raise what went wrong."""
         self._flusher.shutdown(wait=True)
+        self._writer.shutdown(wait=True)
         for resource in (*self._tasks, *self._outputs):
             resource.close()
         if self._error is not None:
@@ -349,14 +416,13 @@ class _Schedule:
         return self._heads[lane]
 
     def _pieces(self, shard: Shard) -> Iterator[_Piece]:
-        output = _Output(shard, self._folder)
+        output = _Output(shard, self._folder, self._stage_bytes, self._writer)
         self._outputs.append(output)
-        offset = len(shard.header)
         for step in shard.steps:
             if not step.num_elements:
                 continue
             work = step.work()
-            task = _Task(step, output, offset, work, list(self._spans(step, work)))
+            task = _Task(step, output, work, list(self._spans(step, work)))
             task.open()
             self._tasks.append(task)
             if len(task.spans) > 1:
@@ -369,7 +435,6 @@ class _Schedule:
                 index = output.num_pieces
                 output.num_pieces += 1
                 yield _Piece(task, start, stop, work.num_measures, index)
-            offset += step.num_bytes
         if output.seal():
             self._finish(output)
 
@@ -395,7 +460,6 @@ class _Schedule:
             out = self._buffer(num_bytes)
             work.compute(rows, piece.start, out)
             del rows
-        task.output.write(out.data, task.offset + piece.start * ITEM_BYTES[step.dtype])
         self._on_bytes(num_bytes)
         with self._condition:
             task.remaining -= 1
@@ -512,6 +576,20 @@ def _prefetch(descriptor: int, entry: Entry, start: int, num_bytes: int) -> None
     stop = min(start + (1 + _PREFETCH_CHUNKS) * num_bytes, entry.num_bytes)
     if first < stop and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, entry.start + first, stop - first, os.POSIX_FADV_WILLNEED)
+
+
+def _page_aligned(num_bytes: int) -> np.ndarray:
+    """Memory that begins at a page, as direct writes ask."""
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, np.uint8)
+
+
+def _open_direct(path: Path) -> int:
+    """A descriptor whose writes bypass the page cache, or -1 where the system has none."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except (OSError, AttributeError):
+        return -1
 
 
 def _reserve(descriptor: int, num_bytes: int) -> None:

@@ -88,7 +88,7 @@ def merge_checkpoints(
         hash_sources: also record the SHA-256 of source files of which no manifest or hub cache tells it.
         command: how this was called, for the model card.
         title: of the model card; by default the output's name.
-        on_bytes: told the number of bytes just written, from the workers.
+        on_bytes: told the number of bytes just computed, from the workers.
         options: the method's settings.
 
     Raises:

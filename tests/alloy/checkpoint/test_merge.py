@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 import alloy
 from alloy.activations import Gram
-from alloy.checkpoint import CheckpointError, open_checkpoint, plan_merge, run_plan
+from alloy.checkpoint import CheckpointError, _execute, open_checkpoint, plan_merge, run_plan
 from alloy.checkpoint._execute import Step, read_mapped
 from alloy.merge import MERGE_METHODS, MergeError
 
@@ -436,6 +437,21 @@ def test_rows_are_looked_up_by_token(data, tmp_path_factory):
             row = found[i].reshape(-1, width)[j - start]
             expected = tables[i, row_map[j]] if row_map[j] >= 0 else fallback
             np.testing.assert_allclose(row, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_file_that_bypasses_the_page_cache_holds_the_same_bytes(direct, tmp_path, monkeypatch):
+    """Pieces of any size, over several stages and a tail that is no whole block, arrive in order."""
+    monkeypatch.setattr(_execute, "DIRECT_BYTES", 0 if direct else 1 << 40)
+    content = np.random.default_rng(0).integers(0, 256, 3 * 8192 + 4096 + 77, dtype=np.uint8)
+    with ThreadPoolExecutor(1) as writer:
+        file = _execute._File(tmp_path / "file", len(content), 8192, writer)
+        if direct and file._direct < 0:
+            pytest.skip("no direct writes on this file system")
+        for part in np.split(content, [5, 6, 9000, 9000, 26_000]):
+            file.append(part)
+        file.finish()
+    assert (tmp_path / "file").read_bytes() == content.tobytes()
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """merge: make one model of a recipe's checkpoints, `models/<recipe>/merged/`.
 
 Recipes of kind "modality" merge the experts of one checkpoint (`tasks.merge_experts`); recipes of kind
-"weights" merge whole checkpoints of any architecture as a stream (`alloy.merge_checkpoints`).
+"weights" merge whole checkpoints of any architecture as a stream (`alloy.merge_checkpoints`), those of kind
+"models" align the units of sets of checkpoints first (`tasks.merge_models`).
 """
 
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alloy.checkpoint import plan_merge, run_plan
-from tasks import merge_experts
+from tasks import merge_experts, merge_models
 from tasks.command import run_stage
 from tasks.params import ParamsError, WeightsMergeParams, kind, load, nearest
 from tasks.storage import write_folder, write_json
@@ -58,7 +59,7 @@ def merge_weights(recipe: str) -> None:
     print(f"merge: wrote {models / 'merged'}: {params.method} of {', '.join(params.sources)}")
 
 
-MERGES = {"modality": merge_experts.main, "weights": merge_weights}
+MERGES = {"modality": merge_experts.main, "weights": merge_weights, "models": merge_models.main}
 
 
 def main(recipe: str) -> None:

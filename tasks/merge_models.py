@@ -1,0 +1,273 @@
+"""merge, for recipes of kind "models": make every arm of every set and seed, `models/<recipe>/arms/`.
+
+The members are moved as align found best and merged by any method of `alloy.merge`; what the arm asks to mend is
+mended on calibration data. Each arm is a checkpoint that `from_pretrained` loads, with a model card. Where only
+a part of the layers is shared (partial zip), it is one checkpoint a member. The arm that `merge.result` names is
+`models/<recipe>/merged/` as well.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import alloy
+from alloy.align import transport_grams
+from alloy.alignment import Alignment
+from alloy.merge import MERGE_METHODS, MergeError
+from tasks.align_models import load_alignment
+from tasks.collect_models import load_statistics
+from tasks.models import load_any, load_config
+from tasks.outputs import answers
+from tasks.params import ModelsArm, models_recipe
+from tasks.sets import MODELS, Job, Report, batches, jobs, load_weights, run_jobs
+from tasks.storage import read_json, write_folder, write_json
+
+LEFT_BEHIND = ("config.json", "manifest.json", "alloy_merge.json", "README.md")  # of the reference
+COUNTER = "num_batches_tracked"  # of a batch norm: no weight, and nothing reads it afterwards
+
+Weights = dict[str, Tensor]
+
+
+def main(recipe: str) -> None:
+    params = models_recipe(recipe)
+    planned = {job.name: job for job in jobs(recipe) if params.arms(job.set)}
+    models, result = MODELS / recipe, params.merge.result
+    with write_folder(models / "arms") as folder:
+        num = {name: len(params.arms(job.set)) for name, job in planned.items()}
+        arguments = {name: (job, folder / job.set / str(job.seed)) for name, job in planned.items()}
+        run_jobs("merge", merge_all, arguments, num)
+        with write_folder(models / "merged") as merged:
+            chosen = folder / result.set / str(result.seed) / result.arm
+            shutil.copytree(chosen, merged, dirs_exist_ok=True)
+    print(f"merge: wrote {models / 'merged'} (set {result.set}, seed {result.seed}: {result.arm})")
+    print(
+        f"merge: wrote {models / 'arms'}: {sum(num.values())} merged models of {len(planned)} sets"
+    )
+
+
+def merge_all(job: Job, folder: Path, report: Report) -> None:
+    """All arms of one set and seed."""
+    weights = job.weights()
+    for name, arm in job.params.arms(job.set).items():
+        alignment = load_alignment(job, arm.alignment)
+        try:
+            merged, mended = merge_arm(job, arm, alignment, weights)
+        except ValueError as error:
+            raise ValueError(f"set {job.set!r}: merge.arms.{name}: {error}") from error
+        for member, tensors in merged.items():
+            place = folder / name if len(merged) == 1 else folder / name / member
+            save(job, tensors, member, place, record(job, name, arm, alignment, mended))
+        report("step")
+        what = "one model" if len(merged) == 1 else f"{len(merged)} models that share layers"
+        report("say", f"{job.name}: {name}: {what}")
+
+
+def merge_arm(
+    job: Job, arm: ModelsArm, alignment: Alignment, weights: Mapping[str, Weights]
+) -> tuple[dict[str, Weights], dict[str, Any]]:
+    """The merged model under the reference's name, or all members where they keep layers of their own.
+
+    Also what mending found out. Raises ValueError for an arm that cannot be made.
+    """
+    aligned = {name: dict(found) for name, found in alignment.apply(weights).items()}
+    for found in aligned.values():
+        found.update({n: t for n, t in aligned[alignment.reference].items() if n.endswith(COUNTER)})
+    shared = getattr(alignment, "shared", None)
+    names = [n for n in aligned[alignment.reference] if shared is None or n in shared]
+    base = None
+    if arm.base is not None:
+        found = load_weights(MODELS / job.recipe / "checkpoints" / arm.base)
+        base = {name: found[name] for name in names}
+    merged = alloy.merge(
+        arm.method,
+        [{name: found[name] for name in names} for found in aligned.values()],
+        base=base,
+        coefficients=arm.coefficients,
+        statistics=grams_of(job, arm, alignment, names),
+        **arm.options,
+    )
+    if shared is None:
+        return mend(job, arm, alignment, merged, aligned)
+    if arm.repair != type(arm.repair)():
+        raise ValueError(
+            "repair needs one merged model; this alignment shares a part of the layers"
+        )
+    return {name: {**found, **merged} for name, found in aligned.items()}, {}
+
+
+def grams_of(
+    job: Job, arm: ModelsArm, alignment: Alignment, names: Sequence[str]
+) -> list[dict[str, Any]] | None:
+    """The Grams of each member's layers in the common units, for methods that need them."""
+    if arm.method not in MERGE_METHODS or MERGE_METHODS[arm.method].statistics is None:
+        return None
+    if MERGE_METHODS[arm.method].statistics != "gram":
+        raise MergeError(f"{arm.method} needs labels; use alloy.merge with your own statistics")
+    grams = load_statistics(job).grams
+    if not grams:
+        raise MergeError(
+            f"{arm.method} needs Grams of the layers' inputs: set collect.grams to true"
+        )
+    if not alignment.exact:
+        raise MergeError(
+            f"{arm.method} needs Grams in the common units, which alignment {arm.alignment!r} "
+            f"({alignment.preset}) does not give; choose one that keeps the functions"
+        )
+    moved = {
+        name: transport_grams(grams[name], alignment.specs[name], alignment.transforms[name])
+        for name in alignment.names
+    }
+    return [{n: gram for n, gram in found.items() if n in names} for found in moved.values()]
+
+
+def mend(
+    job: Job,
+    arm: ModelsArm,
+    alignment: Alignment,
+    merged: Weights,
+    parents: Mapping[str, Weights],
+) -> tuple[dict[str, Weights], dict[str, Any]]:
+    """What the arm's switches ask for, in the order of `alloy.repair`."""
+    switches, found = arm.repair, {}
+    if switches == type(switches)():
+        return {alignment.reference: merged}, found
+    from alloy import repair
+
+    if (switches.permuted_least_squares is not None or switches.repair) and not alignment.exact:
+        raise ValueError(
+            f"permuted_least_squares and repair look at the aligned parents' activations, and alignment "
+            f"{arm.alignment!r} ({alignment.preset}) does not keep their functions"
+        )
+    model = load_any(job.folders[alignment.reference])
+    seen = list(batches(load_file(job.calibration), job.params.collect.batch_size))
+    shares = (
+        dict(zip(parents, arm.coefficients, strict=True))
+        if isinstance(arm.coefficients, list)
+        else None
+    )
+    if switches.permuted_least_squares is not None:
+        merged = repair.fit_layers(
+            model, merged, parents, seen, coefficients=shares, **switches.permuted_least_squares
+        )
+    if switches.repair:
+        merged = repair.match_variance(
+            model, merged, parents, seen, alignment.spec, coefficients=shares
+        )
+    if switches.batch_norm:
+        merged = repair.reestimate_norms(model, merged, seen)
+    if switches.temperature:
+        factor = temperature(model, merged, job, seen)
+        layer = output_layer(model, merged, seen[0])
+        merged, found["temperature"] = repair.scale_outputs(merged, layer, factor), factor
+    return {alignment.reference: merged}, found
+
+
+def temperature(
+    model: nn.Module, merged: Weights, job: Job, seen: Sequence[Mapping[str, Tensor]]
+) -> float:
+    """The factor on the merged model's logits that brings them nearest to the parents' mean answer."""
+    from alloy import repair
+
+    parents = [load_any(folder) for folder in job.folders.values()]
+    mean = torch.stack([_logits(parent, seen).softmax(-1) for parent in parents]).mean(0)
+    model.load_state_dict(merged)
+    return repair.inverse_temperature(_logits(model, seen), mean)
+
+
+def _logits(model: nn.Module, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Logits of all examples [N, C]; of a model that gives some for every token, those are examples."""
+    return torch.cat([answers(model, batch).rows for batch in seen])
+
+
+@torch.no_grad()
+def output_layer(model: nn.Module, weights: Weights, batch: Mapping[str, Tensor]) -> str:
+    """The layer whose weight and bias scale the logits: found by doubling each candidate.
+
+    Raises ValueError where there is none, as for an output layer that is also the embedding.
+    """
+    from alloy import repair
+
+    model.load_state_dict(weights)
+    before = answers(model, batch).rows
+    candidates = [
+        name
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "dim", lambda: 0)() >= 2
+        and before.shape[-1] in module.weight.shape
+    ]
+    for name in reversed(candidates):
+        model.load_state_dict(repair.scale_outputs(weights, name, 2.0))
+        if torch.allclose(answers(model, batch).rows, 2 * before, rtol=1e-3, atol=1e-5):
+            return name
+    raise ValueError("temperature: no layer of its own writes the logits, so none can be scaled")
+
+
+def save(job: Job, weights: Weights, member: str, folder: Path, account: Mapping[str, Any]) -> None:
+    """Write a checkpoint of the reference's architecture, with its processors, card and record."""
+    reference = job.folders[account["reference"]]
+    model = load_any(reference)
+    dtype = load_config(reference).dtype or torch.float32
+    model.load_state_dict(weights)
+    model.to(dtype).save_pretrained(folder)
+    for file in sorted(reference.iterdir()):
+        # Words and settings travel with the model; weights and what is said about them do not.
+        words = file.suffix in (".json", ".txt", ".model", ".jinja")
+        if words and file.name not in LEFT_BEHIND and "safetensors" not in file.name:
+            shutil.copy(file, folder / file.name)
+    write_json(folder / "alloy_merge.json", {**account, "member": member})
+    (folder / "README.md").write_text(card(job, account))
+
+
+def record(
+    job: Job, name: str, arm: ModelsArm, alignment: Alignment, mended: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything about an arm, as data."""
+    return {
+        "arm": name,
+        "set": job.set,
+        "seed": job.seed,
+        "reference": alignment.reference,
+        "alignment": job.params.align.alignments[arm.alignment].model_dump(
+            include={"preset", "settings"}
+        ),
+        "merge": arm.model_dump(exclude={"alignment"}),
+        "mended": dict(mended),
+        "calibration": job.found.calibration,
+        "members": {name: _origin(folder) for name, folder in job.folders.items()},
+        "command": f"python -m tasks.merge {job.recipe}",
+    }
+
+
+def _origin(folder: Path) -> dict[str, str]:
+    manifest = read_json(folder / "manifest.json")
+    return {key: manifest[key] for key in ("source", "revision", "digest") if key in manifest}
+
+
+def card(job: Job, account: Mapping[str, Any]) -> str:
+    """README.md of a merged model."""
+    rows = "\n".join(
+        f"| {name} | `{found.get('source')}` | `{found.get('revision')}` |"
+        for name, found in account["members"].items()
+    )
+    alignment, merge = account["alignment"], account["merge"]
+    switches = [key for key, value in merge["repair"].items() if value not in (None, False)]
+    return f"""---
+library_name: transformers
+tags: [merge, alloy]
+---
+# {job.recipe}: {account["arm"]} of set {job.set}, seed {job.seed}
+
+Units aligned by `{alignment["preset"]}` {alignment["settings"] or ""} to `{account["reference"]}`, merged by `{merge["method"]}`
+{merge["options"] or ""}, mended by {", ".join(switches) or "nothing"}. Calibration data: `{account["calibration"]}`.
+
+| member | source | revision |
+| --- | --- | --- |
+{rows}
+
+Made with Alloy: `{account["command"]}`. `alloy_merge.json` has every setting.
+"""

@@ -1,0 +1,55 @@
+"""What a model of any architecture answers, in a form that models can be compared by.
+
+A model with `logits` answers with these; any other with its first output, such as its last hidden state.
+Shapes: R rows (an example, or a token that is no padding), C classes, words or features.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from alloy.symmetry import observe_outputs
+
+
+class Answers(NamedTuple):
+    """`rows` [R, C]; whether they are logits; the example, and the place in it, of each row, [R]."""
+
+    rows: Tensor
+    are_logits: bool
+    examples: Tensor
+    places: Tensor
+
+
+@torch.no_grad()
+def answers(model: nn.Module, inputs: Mapping[str, Tensor]) -> Answers:
+    """A model's answers to one batch, float32, on the CPU."""
+    place = next(model.parameters()).device
+    return read(model(**{name: tensor.to(place) for name, tensor in inputs.items()}), inputs)
+
+
+def read(output: Any, inputs: Mapping[str, Tensor]) -> Answers:
+    """The answers in a model's output; padding tokens give none.
+
+    Raises ValueError for an output without any tensor of numbers.
+    """
+    logits = getattr(output, "logits", None)
+    found = [logits] if isinstance(logits, Tensor) else observe_outputs(output)
+    if not found:
+        raise ValueError(f"{type(output).__name__} has no tensor of numbers to compare models by")
+    tensor = found[0].float().cpu()
+    num = len(next(iter(inputs.values())))
+    if len(tensor) != num:
+        raise ValueError(
+            f"the first output of {type(output).__name__} has {len(tensor)} rows for {num} examples"
+        )
+    if tensor.dim() == 4:  # maps [N, C, H, W]: a pixel is a row
+        tensor = tensor.flatten(2).transpose(1, 2)
+    tensor_NTC = tensor.reshape(num, -1, tensor.shape[-1])
+    kept = torch.ones(tensor_NTC.shape[:2], dtype=torch.bool)
+    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
+    if mask is not None and mask.shape == kept.shape:
+        kept = mask.cpu().bool()
+    examples, places = kept.nonzero(as_tuple=True)
+    return Answers(tensor_NTC[kept], isinstance(logits, Tensor), examples, places)

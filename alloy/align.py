@@ -2,31 +2,51 @@
 
 Block coordinate descent over spaces (Algorithm 1 of arXiv:2209.04836): each step finds the best
 transform of one space and of all that depends on it while the others stand still, so the similarity
-never falls, and a sweep without a change is the end.
+never falls. A space is visited again only when a weight that it shares with another has moved, and the
+first sweep that moves nothing is the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alloy.activations import Gram
-from alloy.matching import MATCHING_METHODS, children
-from alloy.similarity import Similarity, Statistics
+from alloy.activations import CrossMoments, Gram
+from alloy.matching import (
+    MATCHING_METHODS,
+    Matched,
+    Operator,
+    family,
+    is_identity,
+    leave,
+    match,
+    operators,
+    roots,
+    rotating,
+)
+from alloy.similarity import (
+    OfUnits,
+    Scale,
+    Similarity,
+    Statistics,
+    mean_correlation,
+    mean_cosine,
+    mean_covariance,
+)
 from alloy.symmetry.spec import Leaf, SymmetrySpec
-from alloy.symmetry.transforms import Transform, Transforms, identity, transport
+from alloy.symmetry.transforms import Transform, Transforms, compose, identity, move, transport
 from alloy.types import Weights
 
 SimilaritySpace = Literal["weight", "activation", "dual"]
 
 
 class AlignmentError(ValueError):
-    """Two models that cannot be aligned as asked; the message says what would be right."""
+    """Models that cannot be aligned as asked; the message says what would be right."""
 
 
 def align(
@@ -38,6 +58,9 @@ def align(
     space: SimilaritySpace = "dual",
     weight_share: float | None = None,
     method: str = "permute",
+    scale: Scale = "tensor",
+    start: Literal["identity", "activation"] = "identity",
+    keep: Collection[str] = (),
     generator: torch.Generator | None = None,
     max_sweeps: int = 100,
 ) -> dict[str, Transform]:
@@ -45,69 +68,219 @@ def align(
 
     Args:
         reference, other: weights that the spec describes, of the same shapes. A spec restricted to some
-            weights (`alloy.similarity.restrict`) aligns those.
+            weights (`alloy.symmetry.parts.restrict`) aligns those.
         statistics: cross-moments of each space's units, reference first; not needed for "weight".
         space: where similarity is measured. "dual" is a * weight + (1 - a) * activation.
         weight_share: a of the dual space, default 0.5.
-        method: the matching operator, a key of MATCHING_METHODS.
+        method: the matching operators, a key of MATCHING_METHODS.
+        scale: how weights enter (`alloy.similarity.Scale`).
+        start: where the search begins; "activation" is where matching by activations alone ends.
+        keep: spaces that stay as they are.
         generator: draws the order in which spaces are visited; in the spec's order without one.
 
     Returns:
         one transform per space; spaces that are best left alone have the identity.
 
     Raises:
-        AlignmentError: unknown method, statistics missing, of other sizes or not finite, weights that the spec does
-            not describe, NaN weights.
+        AlignmentError: unknown settings, statistics missing, of other sizes, of fewer than two samples or not
+            finite, weights that the spec does not describe, NaN weights.
     """
-    similarity = Similarity(
-        reference, spec, statistics or {}, _share(space, weight_share, statistics)
+    share = _share(space, weight_share, statistics)
+    check_method(method)
+    check_weights(reference, other, spec)
+    check_statistics(statistics or {}, spec, spec)
+    for name in keep:
+        if name not in spec.spaces:
+            raise AlignmentError(f"keep names {name!r}, which is no space of the spec")
+    chosen = {**operators(spec, method), **dict.fromkeys(keep, leave)}
+    turning = rotating(spec, method)
+    transforms: Transforms = identity(spec)
+    if start == "activation" and share > 0:
+        if not statistics:
+            raise AlignmentError("start='activation' needs activation statistics, none were given")
+        first = Similarity.to(reference, spec, statistics, 0.0, rotating=turning)
+        transforms = Search(first, other, chosen).run(generator, max_sweeps)
+    similarity = Similarity.to(
+        reference, spec, statistics or {}, share, scale=scale, rotating=turning
     )
-    if method not in MATCHING_METHODS:
-        raise AlignmentError(
-            f"matching method {method!r} is unknown; choose one of {sorted(MATCHING_METHODS)}"
-        )
-    _check(reference, other, spec, similarity)
-    match = MATCHING_METHODS[method]
-    transforms = identity(spec)
-    roots = [name for name in spec.order if not spec.spaces[name].depends_on]
-    best = score(similarity, other, transforms)
-    for _ in range(max_sweeps):
+    patience = 5 if scale == "unit" else 0
+    return Search(similarity, other, chosen, transforms).run(generator, max_sweeps, patience)
+
+
+class State(NamedTuple):
+    """Transforms, and the other model's scaled weights and its side of the activations under them."""
+
+    transforms: dict[str, Transform]
+    weights: dict[str, Tensor]
+    activations: dict[str, Tensor]
+
+
+class Search:
+    """Coordinate descent of one model towards what a similarity measures it against.
+
+    `values` is the objective at the start and after each sweep: J, or with `scale="unit"`, which has
+    no J, the mean similarity of matched units (MuDSC's measure of progress).
+    """
+
+    def __init__(
+        self,
+        similarity: Similarity,
+        other: Weights,
+        operators: Mapping[str, Operator],
+        transforms: Transforms | None = None,
+    ) -> None:
+        self.similarity = similarity
+        self.spec = similarity.spec
+        self.operators = operators
+        start = dict(transforms or identity(self.spec))
+        weights = similarity.scaled(other) if similarity.weight_share > 0 else {}
+        activations = {
+            name: move_columns(matrix, name, self.spec, start)
+            for name, matrix in similarity.activations.items()
+        }
+        self.state = State(start, move(weights, self.spec, start), activations)
+        self.prices: dict[str, Tensor] = {}
+        self.families = {root: family(self.spec, root) for root in roots(self.spec)}
+        self.touched = {
+            root: {a.parameter for name in names for a in self.spec.spaces[name].axes}
+            for root, names in self.families.items()
+        }
+        self.stale = set(self.families)
+        self.matched: dict[str, float] = {}
+        self.values = [self.objective()]
+
+    def run(
+        self, generator: torch.Generator | None, max_sweeps: int, patience: int = 0
+    ) -> dict[str, Transform]:
+        """Sweep until nothing moves, or the objective does not rise; the best transforms of any sweep.
+
+        With patience, so many sweeps that do not raise it are taken back, and others tried.
+        """
+        best, highest = self.state, self.values[-1]
+        for _ in range(max_sweeps):
+            if not self.sweep(generator):
+                break
+            if self.values[-1] > highest:
+                best, highest = self.state, self.values[-1]
+                continue
+            self.state, self.stale, self.prices = best, set(self.families), {}
+            patience -= 1
+            if patience < 0:
+                break
+        return best.transforms
+
+    def sweep(self, generator: torch.Generator | None = None) -> bool:
+        """Visit every space whose surroundings have moved. Says whether anything did."""
         changed = False
-        for root in _shuffled(roots, generator):
-            family = [root, *_below(spec, root)]
-            rest = {name: t for name, t in transforms.items() if name not in family}
-            around = transport(other, spec, rest)
-            found = match(
-                root, spec, lambda name, around=around: similarity.unit_similarity(name, around)
-            )
-            proposal = {**transforms, **found}
-            value = score(similarity, other, proposal)
-            if value > best + 1e-9 * max(1.0, abs(best)):
-                transforms, best, changed = proposal, value, True
-        if not changed:
-            return transforms
-    return transforms
+        for root in _shuffled(list(self.families), generator):
+            if root in self.stale:
+                changed |= self.visit(root)
+        self.values.append(self.objective())
+        return changed
+
+    def visit(self, root: str) -> bool:
+        """Bring one space, with all that depends on it, to its optimum."""
+        self.stale.discard(root)
+        found = match(root, self.spec, self._of_units, self.operators, self.prices)
+        num_units = sum(num_flat_units(self.spec, name) for name in self.families[root])
+        self.matched[root] = found.value / num_units
+        if all(map(is_identity, found.transforms.values())):
+            return False
+        moved = self._moved(root, found.transforms)
+        if self._gain(found, moved) <= _TOLERANCE * max(1.0, abs(self.values[-1])):
+            return False
+        transforms, weights, activations = self.state
+        self.state = State(
+            {**transforms, **moved.transforms},
+            {**weights, **moved.weights},
+            {**activations, **moved.activations},
+        )
+        if root in self.prices:
+            order = found.transforms[root].permutation
+            assert order is not None  # prices are those of an assignment
+            self.prices[root] = self.prices[root][order]
+        for other, names in self.touched.items():
+            if other != root and not names.isdisjoint(self.touched[root]):
+                self.stale.add(other)
+        return True
+
+    def _moved(self, root: str, step: Transforms) -> State:
+        """What a step changes."""
+        names = self.families[root]
+        transforms, weights, activations = self.state
+        touched = {name: weights[name] for name in self.touched[root] if name in weights}
+        return State(
+            compose({name: transforms[name] for name in names}, step),
+            move(touched, self.spec, step),
+            {
+                n: move_columns(activations[n], n, self.spec, step)
+                for n in names
+                if n in activations
+            },
+        )
+
+    def _gain(self, found: Matched, moved: State) -> float:
+        """By how much a step raises the objective."""
+        if self.similarity.scale == "unit":
+            return found.value - found.as_is
+        share = self.similarity.weight_share
+        _, weights, activations = self.state
+        of_weights = self.similarity.inner(moved.weights) - self.similarity.inner(
+            {name: weights[name] for name in moved.weights}
+        )
+        of_activations = sum(
+            _trace(after) - _trace(activations[name]) for name, after in moved.activations.items()
+        )
+        return share * of_weights + (1 - share) * of_activations
+
+    def _of_units(self, space: str) -> OfUnits:
+        return self.similarity.of_units(
+            space, self.state.weights, self.state.activations.get(space)
+        )
+
+    def objective(self) -> float:
+        if self.similarity.scale == "unit":
+            found = list(self.matched.values())
+            return sum(found) / len(found) if found else -math.inf
+        share = self.similarity.weight_share
+        of_activations = sum(map(_trace, self.state.activations.values()))
+        return share * self.similarity.inner(self.state.weights) + (1 - share) * of_activations
 
 
-def score(similarity: Similarity, other: Weights, transforms: Transforms) -> float:
-    """J of `alloy.similarity` for the other model under the transforms."""
-    moved = transport(other, similarity.spec, transforms)
-    orders = {name: flat_order(name, similarity.spec, transforms) for name in similarity.statistics}
-    return similarity.total(moved, orders)
+_TOLERANCE = 1e-9
+"""A step must gain more than this part of J: less is rounding."""
+
+
+def move_columns(
+    matrix_DE: Tensor, space: str, spec: SymmetrySpec, transforms: Transforms
+) -> Tensor:
+    """A matrix over all pairs of units, after the columns' units have moved."""
+    columns = matrix_DE.T.reshape(*spec.batch_shape(space), spec.spaces[space].size, -1)
+    moved = move_units(columns, space, spec, transforms)
+    return moved.reshape(matrix_DE.shape[1], -1).T
+
+
+def move_units(units: Tensor, space: str, spec: SymmetrySpec, transforms: Transforms) -> Tensor:
+    """Transform [*batch, units, ...] of a space, the spaces it depends on first."""
+    for depth, parent in enumerate(spec.spaces[space].depends_on):
+        order = transforms[parent].permutation if parent in transforms else None
+        if order is not None:
+            shape = (*order.shape, *[1] * (units.ndim - order.ndim))
+            units = torch.take_along_dim(units, order.reshape(shape), dim=depth)
+    return transforms[space].act(units) if space in transforms else units
 
 
 def flat_order(space: str, spec: SymmetrySpec, transforms: Transforms) -> Tensor:
     """The source of each result unit of a space, all batch dims flattened into one index."""
-    units = torch.arange(_num_units(spec, space))
+    units = torch.arange(num_flat_units(spec, space))
     units = units.reshape(*spec.batch_shape(space), spec.spaces[space].size)
-    for depth, parent in enumerate(spec.spaces[space].depends_on):
-        order = transforms[parent].permutation
-        assert order is not None
-        shape = (*order.shape, *[1] * (units.ndim - order.ndim))
-        units = torch.take_along_dim(units, order.reshape(shape), dim=depth)
-    own = transforms[space].permutation
-    assert own is not None
-    return torch.take_along_dim(units, own, dim=-1).flatten()
+    order = {n: replace(t, signs=None) for n, t in transforms.items() if t.permutation is not None}
+    return move_units(units, space, spec, order).flatten()
+
+
+def num_flat_units(spec: SymmetrySpec, space: str) -> int:
+    """Units of a space, counted once for each unit of the spaces it depends on."""
+    return math.prod(spec.batch_shape(space)) * spec.spaces[space].size
 
 
 def _share(space: str, weight_share: float | None, statistics: Statistics | None) -> float:
@@ -124,7 +297,15 @@ def _share(space: str, weight_share: float | None, statistics: Statistics | None
     return share
 
 
-def _check(reference: Weights, other: Weights, spec: SymmetrySpec, similarity: Similarity) -> None:
+def check_method(method: str) -> None:
+    if method not in MATCHING_METHODS:
+        raise AlignmentError(
+            f"matching method {method!r} is unknown; choose one of {sorted(MATCHING_METHODS)}"
+        )
+
+
+def check_weights(reference: Weights, other: Weights, spec: SymmetrySpec) -> None:
+    """Raise AlignmentError unless both models have the spec's weights, finite and of equal shapes."""
     for name in spec.layout:
         for side, weights in (("reference", reference), ("other", other)):
             if name not in weights:
@@ -136,29 +317,34 @@ def _check(reference: Weights, other: Weights, spec: SymmetrySpec, similarity: S
                 f"weight {name!r} has shape {tuple(reference[name].shape)} in the reference and "
                 f"{tuple(other[name].shape)} in the other model"
             )
-    for space, moments in similarity.statistics.items():
+
+
+def check_statistics(statistics: Statistics, spec: SymmetrySpec, other: SymmetrySpec) -> None:
+    """Raise AlignmentError unless the cross-moments are of the specs' spaces and finite."""
+    for space, moments in statistics.items():
         if space not in spec.spaces:
             raise AlignmentError(f"statistics of {space!r}, which is no space of the spec")
-        size = _num_units(spec, space)
+        sizes = (num_flat_units(spec, space), num_flat_units(other, space))
         for moment in moments:
-            if tuple(moment.product_DE.shape) != (size, size):
-                raise AlignmentError(
-                    f"statistics of {space!r} are of {tuple(moment.product_DE.shape)} units; "
-                    f"the space has {size}"
-                )
-            if not torch.isfinite(moment.product_DE).all():
-                raise AlignmentError(f"statistics of {space!r} have NaN or Inf activations")
+            _check_moments(space, moment, sizes)
 
 
-def _num_units(spec: SymmetrySpec, space: str) -> int:
-    return math.prod(spec.batch_shape(space)) * spec.spaces[space].size
+def _check_moments(space: str, moment: CrossMoments, sizes: tuple[int, int]) -> None:
+    if tuple(moment.product_DE.shape) != sizes:
+        raise AlignmentError(
+            f"statistics of {space!r} are of {tuple(moment.product_DE.shape)} units; "
+            f"the space has {sizes}"
+        )
+    if not torch.isfinite(moment.product_DE).all():
+        raise AlignmentError(f"statistics of {space!r} have NaN or Inf activations")
+    if moment.count < 2:
+        raise AlignmentError(
+            f"statistics of {space!r} are of {moment.count} samples: calibrate on more data"
+        )
 
 
-def _below(spec: SymmetrySpec, space: str) -> Sequence[str]:
-    below = []
-    for child in children(spec, space):
-        below += [child, *_below(spec, child)]
-    return below
+def _trace(matrix: Tensor) -> float:
+    return float(matrix.diagonal().sum(dtype=torch.float64))
 
 
 def _shuffled(names: list[str], generator: torch.Generator | None) -> list[str]:
@@ -193,7 +379,11 @@ def transport_grams(
 
 
 class SpaceAlignment(NamedTuple):
-    """What alignment did to one space: similarities are means over units and the weights or points."""
+    """What alignment did to one space: similarities are means over units and the weights or points.
+
+    `kind` is what was applied: identity where nothing beat it. A matrix moves a unit that it maps to more
+    than itself.
+    """
 
     space: str
     num_units: int
@@ -202,6 +392,7 @@ class SpaceAlignment(NamedTuple):
     weight_after: float
     activation_before: float | None
     activation_after: float | None
+    kind: str = "permutation"
 
 
 def describe(
@@ -212,22 +403,43 @@ def describe(
     statistics: Statistics | None = None,
 ) -> list[SpaceAlignment]:
     """Each space's similarity before and after the transforms, by weights and by activations."""
-    similarity = Similarity(reference, spec, statistics or {}, weight_share=1.0)
     moved = transport(other, spec, transforms)
     rows = []
     for name in spec.order:
-        units = torch.arange(_num_units(spec, name))
-        order = flat_order(name, spec, transforms)
-        correlation = similarity.correlations.get(name)
+        moments = (statistics or {}).get(name)
+        turned = transforms[name].matrix is not None
+        seen = None
+        if moments:
+            seen = (mean_covariance if turned else mean_correlation)(moments)
+        num_moved, kind = _moved(name, spec, transforms)
+        after = None if seen is None else move_columns(seen, name, spec, transforms)
         rows.append(
             SpaceAlignment(
                 name,
-                len(units),
-                int((order != units).sum()),
-                similarity.by_weight(name, other),
-                similarity.by_weight(name, moved),
-                None if correlation is None else float(correlation.diagonal().mean()),
-                None if correlation is None else float(correlation[units, order].mean()),
+                num_flat_units(spec, name),
+                num_moved,
+                mean_cosine(reference, other, spec, name),
+                mean_cosine(reference, moved, spec, name),
+                None if seen is None else float(seen.diagonal().mean()),
+                None if after is None else float(after.diagonal().mean()),
+                kind,
             )
         )
     return rows
+
+
+def _moved(space: str, spec: SymmetrySpec, transforms: Transforms) -> tuple[int, str]:
+    """How many units do not stay what they were, and by what kind of transform."""
+    units = torch.arange(num_flat_units(spec, space))
+    changed = flat_order(space, spec, transforms) != units
+    transform = transforms[space]
+    kind = "permutation"
+    if transform.matrix is not None:
+        eye = torch.eye(transform.size, dtype=transform.matrix.dtype)
+        changed |= (transform.matrix - eye).abs().amax(-1).flatten() > 1e-6
+        kind = "orthogonal"
+    elif transform.signs is not None:
+        changed |= (transform.signs != 1).flatten()
+        kind = "signed permutation"
+    num_moved = int(changed.sum())
+    return num_moved, kind if num_moved else "identity"

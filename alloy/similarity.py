@@ -5,10 +5,16 @@ The similarity of two models under transforms T of the other model B is one numb
     J(T) = a * sum_p <A_p, T B_p> / (|A_p| |B_p|)  +  (1 - a) * sum_s m_s mean_i corr(a_i, (T b)_i)
 
 over weights p and spaces s, m_s the number of axes of the space (what its units weigh in the first sum).
-a = 1 is weight matching (Git Re-Basin, arXiv:2209.04836, with each weight scaled to norm 1 so that wide
-layers do not drown narrow ones), a = 0 activation matching, anything between the dual space of MuDSC
-(arXiv:2403.01753). With every other space held fixed, J is linear in the transform of one space: the
-coefficients are what `unit_similarity` gives.
+a = 1 is weight matching with each weight scaled to norm 1, so that wide layers do not drown narrow ones;
+unscaled it is Git Re-Basin's (arXiv:2209.04836). a = 0 is activation matching, anything between a dual
+space. With every other space held fixed, J is linear in the transform of one space: the coefficients are
+what `of_units` gives.
+
+MuDSC (arXiv:2403.01753) correlates the units' stretches of all weights instead (`scale="unit"`), which
+is linear as well but is no part of one J.
+
+Where a space may rotate, single units mean nothing, and corr(a_i, (T b)_i) becomes the covariance over the
+spread of the whole space: the same number for identical models, and linear in a rotation.
 
 Shape legend: n units of a space, P units of a space it depends on; the other model's carry an o.
 """
@@ -16,9 +22,10 @@ Shape legend: n units of a space, P units of a space it depends on; the other mo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,93 +38,173 @@ from alloy.types import Weights
 Statistics = Mapping[str, Sequence[CrossMoments]]
 """For each space, the cross-moments of its units (batch dims flattened in front) at each point."""
 
+Scale = Literal["tensor", "none", "unit"]
+"""How weights enter: each tensor at norm 1, as it is, or each unit's stretches centred and at norm 1."""
+
 
 def mean_correlation(moments: Sequence[CrossMoments]) -> Tensor:
     """The correlation of a space's units, averaged over the points where they were observed."""
     return torch.stack([m.correlation_DE() for m in moments]).mean(0)
 
 
+def mean_covariance(moments: Sequence[CrossMoments]) -> Tensor:
+    """Covariance over the spread of the whole space, times its size: the trace is that of a correlation."""
+    total = torch.zeros_like(moments[0].product_DE)
+    for m in moments:
+        covariance_DE = m.product_DE / m.count - torch.outer(m.sum_D, m.sum_E) / m.count**2
+        spreads = [
+            (squares / m.count - (sums / m.count) ** 2).sum().clamp(min=0)
+            for sums, squares in ((m.sum_D, m.square_D), (m.sum_E, m.square_E))
+        ]
+        scale = float((spreads[0] * spreads[1]).sqrt())
+        if scale > 0:
+            total += covariance_DE * (len(covariance_DE) / scale)
+    return total / len(moments)
+
+
+class OfUnits(NamedTuple):
+    """Similarities of all pairs of units, [*P, *Po, n, no]: what changes sign with a unit, and what does not."""
+
+    odd: Tensor
+    even: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Similarity:
-    """J of a pair of models: everything that stays fixed while transforms are searched."""
+    """Everything that stays fixed while the transforms of the other model are searched.
+
+    `reference` holds scaled weights; `activations` by space [n, no], units with their batch flattened,
+    in the units of J.
+    """
 
     reference: Weights
     spec: SymmetrySpec
-    statistics: Statistics
+    activations: Mapping[str, Tensor]
     weight_share: float
+    scale: Scale = "tensor"
+
+    @classmethod
+    def to(
+        cls,
+        reference: Weights,
+        spec: SymmetrySpec,
+        statistics: Statistics,
+        weight_share: float,
+        *,
+        scale: Scale = "tensor",
+        rotating: Collection[str] = (),
+    ) -> Similarity:
+        """Similarity to a reference; spaces in `rotating` are compared by covariance."""
+        activations = {}
+        for space, moments in statistics.items() if weight_share < 1 else ():
+            mean = (mean_covariance if space in rotating else mean_correlation)(moments)
+            weight = 1.0 if scale == "unit" else len(spec.spaces[space].axes) / len(mean)
+            activations[space] = weight * mean
+        return cls(scaled(reference, spec, scale), spec, activations, weight_share, scale)
+
+    def scaled(self, other: Weights) -> dict[str, Tensor]:
+        """The other model's weights as `of_units` wants them."""
+        return scaled(other, self.spec, self.scale)
 
     @cached_property
-    def correlations(self) -> dict[str, Tensor]:
-        """By space, what does not change while transforms are searched."""
-        return {space: mean_correlation(moments) for space, moments in self.statistics.items()}
+    def own_axes(self) -> dict[str, list[Axis]]:
+        return {space: owned_axes(self.spec, space) for space in self.spec.spaces}
 
-    def unit_similarity(self, space: str, other: Weights) -> Tensor:
+    def of_units(self, space: str, other: Weights, activations: Tensor | None) -> OfUnits:
         """What matching unit i of the reference with unit j of the other model adds to J.
 
-        `other` has every other space already transformed. Shape [*P, *Po, n, no], where the units of
-        the spaces that `space` depends on come in pairs of reference and other.
+        Args:
+            other: scaled weights, every other space already transformed.
+            activations: of this space, the columns transformed like the weights.
         """
-        batch = self.spec.batch_shape(space)
-        size = self.spec.spaces[space].size
-        total = torch.zeros(*batch, *batch, size, size, dtype=torch.float64)
+        odd, even = [], []
         if self.weight_share > 0:
-            for axis in owned_axes(self.spec, space):
-                total += self.weight_share * self._by_weight(space, axis, other)
-        if self.weight_share < 1 and space in self.statistics:
-            total += (1 - self.weight_share) * self._by_activation(space)
-        return total
+            if self.scale == "unit":
+                odd.append(self.weight_share * self._unit_correlation(space, other))
+            else:
+                for axis in self.own_axes[space]:
+                    ours, theirs = (self._rows(w, space, axis) for w in (self.reference, other))
+                    (odd if axis.variance else even).append(self.weight_share * (ours @ theirs.T))
+        if self.weight_share < 1 and activations is not None:
+            odd.append((1 - self.weight_share) * activations)
+        size = math.prod(self.spec.batch_shape(space)) * self.spec.spaces[space].size
+        start = torch.zeros(size, size, dtype=odd[0].dtype if odd else torch.float32)
+        total = OfUnits(sum(odd, start), sum(even[1:], even[0]) if even else None)
+        signless = None if total.even is None else pairs(total.even, self.spec, space)
+        return OfUnits(pairs(total.odd, self.spec, space), signless)
 
-    def _by_weight(self, space: str, axis: Axis, other: Weights) -> Tensor:
-        ours, theirs = self.reference[axis.parameter].double(), other[axis.parameter].double()
-        norms = ours.norm() * theirs.norm()
-        if norms == 0:
-            return torch.zeros((), dtype=torch.float64)
-        batch = self.spec.batch_shape(space)
-        size = self.spec.spaces[space].size
-        rows = [
-            unit_view(tensor, self.spec, space, axis).reshape(math.prod(batch) * size, -1)
-            for tensor in (ours, theirs)
+    def _rows(self, weights: Weights, space: str, axis: Axis) -> Tensor:
+        return unit_rows(weights[axis.parameter], self.spec, space, axis)
+
+    def _unit_correlation(self, space: str, other: Weights) -> Tensor:
+        """Pearson correlation of the units' stretches of all weights, laid end to end."""
+        columns, product = 0, None
+        sums: list[list[Tensor]] = [[], []]
+        squares: list[list[Tensor]] = [[], []]
+        for axis in self.own_axes[space]:
+            rows = [self._rows(w, space, axis) for w in (self.reference, other)]
+            columns += rows[0].shape[1]
+            inner = rows[0] @ rows[1].T
+            product = inner if product is None else product + inner
+            for i, row in enumerate(rows):
+                sums[i].append(row.sum(1))
+                squares[i].append(row.square().sum(1))
+        if product is None:
+            return torch.zeros(())
+        total = [torch.stack(s).sum(0) for s in sums]
+        spread = [
+            (torch.stack(q).sum(0) / columns - (s / columns) ** 2).clamp(min=0)
+            for q, s in zip(squares, total, strict=True)
         ]
-        return self._pairs(space, rows[0] @ rows[1].T / norms)
+        covariance = product / columns - torch.outer(total[0], total[1]) / columns**2
+        return covariance / torch.outer(spread[0], spread[1]).sqrt().clamp(min=1e-12)
 
-    def _by_activation(self, space: str) -> Tensor:
-        correlation = self.correlations[space]
-        weight = len(self.spec.spaces[space].axes) / len(correlation)
-        return self._pairs(space, weight * correlation)
+    def inner(self, other: Weights) -> float:
+        """The part of J that lies on some of the other model's weights, without its share."""
+        return sum(_dot(self.reference[name], theirs) for name, theirs in other.items())
 
-    def _pairs(self, space: str, flat: Tensor) -> Tensor:
-        """[P n, Po no] -> [P, Po, n, no], for any number of spaces depended on."""
-        batch = self.spec.batch_shape(space)
-        size = self.spec.spaces[space].size
-        k = len(batch)
-        view = flat.reshape(*batch, size, *batch, size)
-        return view.movedim(k, 2 * k)
 
-    def by_weight(self, space: str, other: Weights) -> float:
-        """Mean cosine of the stretches of weights that lie on a space, `other` as it is."""
-        cosines = []
-        for axis in self.spec.spaces[space].axes:
-            ours, theirs = (
-                unit_view(weights[axis.parameter].double(), self.spec, space, axis)
-                for weights in (self.reference, other)
-            )
-            norms = float(ours.norm() * theirs.norm())
-            cosines.append(float((ours * theirs).sum()) / norms if norms else 0.0)
-        return sum(cosines) / len(cosines)
+def scaled(weights: Weights, spec: SymmetrySpec, scale: Scale) -> dict[str, Tensor]:
+    """Weights that some space touches, in the dtype to compute in; tied ones once."""
+    touched = {axis.parameter for space in spec.spaces.values() for axis in space.axes}
+    double = any(weights[name].dtype == torch.float64 for name in touched)
+    result = {}
+    for name in spec.layout:
+        if name in touched and weights[name].is_floating_point():
+            tensor = weights[name].detach().cpu().to(torch.float64 if double else torch.float32)
+            norm = float(tensor.norm()) if scale == "tensor" else 1.0
+            result[name] = tensor / norm if norm > 0 else tensor
+    return result
 
-    def total(self, other: Weights, transforms_applied: Mapping[str, Tensor]) -> float:
-        """J, for `other` already transformed and the flat permutation of each space's units."""
-        j = 0.0
-        if self.weight_share > 0:
-            for name, ours in self.reference.items():
-                norms = ours.double().norm() * other[name].double().norm()
-                if norms > 0:
-                    inner = (ours.double() * other[name].double()).sum()
-                    j += self.weight_share * float(inner / norms)
-        if self.weight_share < 1:
-            for space, correlation in self.correlations.items():
-                order = transforms_applied[space]
-                matched = correlation[torch.arange(len(order)), order].mean()
-                weight = len(self.spec.spaces[space].axes)
-                j += (1 - self.weight_share) * weight * float(matched)
-        return j
+
+def unit_rows(weight: Tensor, spec: SymmetrySpec, space: str, axis: Axis) -> Tensor:
+    """The stretches of a weight that lie on the units of a space, [units with their batch, rest]."""
+    size = math.prod(spec.batch_shape(space)) * spec.spaces[space].size
+    return unit_view(weight, spec, space, axis).reshape(size, -1)
+
+
+def pairs(flat: Tensor, spec: SymmetrySpec, space: str) -> Tensor:
+    """[P n, Po no] -> [P, Po, n, no], for any number of spaces depended on."""
+    batch = spec.batch_shape(space)
+    size = spec.spaces[space].size
+    k = len(batch)
+    return flat.reshape(*batch, size, *batch, size).movedim(k, 2 * k)
+
+
+def mean_cosine(reference: Weights, other: Weights, spec: SymmetrySpec, space: str) -> float:
+    """Mean over weights of the cosine of the stretches that lie on a space, `other` as it is."""
+    cosines = []
+    for axis in spec.spaces[space].axes:
+        ours, theirs = (
+            unit_view(weights[axis.parameter].double(), spec, space, axis)
+            for weights in (reference, other)
+        )
+        norms = float(ours.norm() * theirs.norm())
+        cosines.append(float((ours * theirs).sum()) / norms if norms else 0.0)
+    return sum(cosines) / len(cosines)
+
+
+def _dot(ours: Tensor, theirs: Tensor) -> float:
+    """An inner product summed in float64."""
+    rows = (ours * theirs).reshape(-1, ours.shape[-1] if ours.ndim else 1)
+    return float(rows.sum(1, dtype=torch.float64).sum())

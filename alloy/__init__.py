@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from alloy.align import align
     from alloy.alignment import Alignment, align_models
     from alloy.checkpoint import merge_checkpoints
-    from alloy.collect import Statistics, collect
+    from alloy.collect import collect
     from alloy.distance import distance
     from alloy.merge import merge
+    from alloy.statistics import Statistics
     from alloy.symmetry import (
         SymmetrySpec,
         compose,
@@ -49,7 +50,7 @@ __all__ = [
 
 _HOMES = {
     "Alignment": "alloy.alignment",
-    "Statistics": "alloy.collect",
+    "Statistics": "alloy.statistics",
     "align": "alloy.align",
     "align_models": "alloy.alignment",
     "collect": "alloy.collect",

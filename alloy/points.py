@@ -106,6 +106,14 @@ def unit_points(spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[Un
 
 
 def _points_of(space: str, spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[UnitPoint]:
+    reading, writing = _reading_and_writing(space, spec, modules)
+    return reading or (writing[min(writing)] if writing else [])
+
+
+def _reading_and_writing(
+    space: str, spec: SymmetrySpec, modules: Mapping[str, nn.Module]
+) -> tuple[list[UnitPoint], dict[int, list[UnitPoint]]]:
+    """The points of the layers that read a space, and by rank those of the layers that write it."""
     reading: list[UnitPoint] = []
     writing: dict[int, list[UnitPoint]] = {}
     for axis, name, layer in _layers(space, spec, modules):
@@ -117,7 +125,56 @@ def _points_of(space: str, spec: SymmetrySpec, modules: Mapping[str, nn.Module])
         elif axis.dim == layer.output:
             point = UnitPoint(space, axis, Point(name, "output"), columns, layer.units)
             writing.setdefault(layer.rank, []).append(point)
-    return reading or (writing[min(writing)] if writing else [])
+    return reading, writing
+
+
+class LinearImage(NamedTuple):
+    """Units that a linear layer computes from units that are observed: y = W x + b, so moments follow."""
+
+    units: UnitPoint
+    source: UnitPoint
+
+
+def linear_images(spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[LinearImage]:
+    """The spaces all of whose units are linear in units of other spaces, where these are observed.
+
+    In a transformer queries, keys, values and the units of an MLP before its activation function, all
+    computed from the residual stream. Wide spaces come first; what they are computed from stays observed.
+    """
+    sources: dict[str, UnitPoint] = {
+        p.point.module: p for p in unit_points(spec, modules) if p.point.side == "input"
+    }
+    found: dict[str, list[LinearImage]] = {}
+    needed: set[str] = set()
+    for space in sorted(spec.spaces, key=lambda name: -_num_units(spec, name)):
+        _, writing = _reading_and_writing(space, spec, modules)
+        images = [
+            LinearImage(units, sources[units.point.module])
+            for units in writing.get(0, ())
+            if _is_plain(modules[units.point.module], sources.get(units.point.module))
+        ]
+        feeds = {image.source.space for image in images}
+        whole = set(writing) == {0} and len(images) == len(writing[0])
+        if whole and space not in needed | feeds and not feeds & set(found):
+            found[space] = images
+            needed |= feeds
+    return [image for space in spec.spaces for image in found.get(space, ())]
+
+
+def _num_units(spec: SymmetrySpec, space: str) -> int:
+    return math.prod(spec.batch_shape(space)) * spec.spaces[space].size
+
+
+def _is_plain(module: nn.Module, source: UnitPoint | None) -> bool:
+    """Whether a module computes W x + b of all its observed inputs and nothing else."""
+    if source is None or source.columns.shape[1] > 1:
+        return False
+    kind = type(module)
+    weight, layer = module.weight, layer_of(module)
+    if not isinstance(weight, Tensor) or layer is None or layer.input is None:
+        return False
+    whole = torch.equal(source.columns[:, 0], torch.arange(weight.shape[layer.input]))
+    return whole and (kind is nn.Linear or kind.__name__ == "Conv1D")
 
 
 def _layers(

@@ -93,6 +93,12 @@ def where(space: Space) -> str:
     return "\n".join([*shown, *([f"and {more} more"] if more else [])])
 
 
+def kind(space: Space) -> str:
+    if not space.pair_stride:
+        return space.kind
+    return f"{space.kind}\npairs {space.pair_stride} apart"
+
+
 def show(spec: SymmetrySpec, console: Console) -> None:
     numbers = {name: str(i) for i, name in enumerate([*spec.spaces, *spec.fixed])}
     table = Table(title=f"{len(spec.spaces)} spaces", show_lines=True)
@@ -102,7 +108,7 @@ def show(spec: SymmetrySpec, console: Console) -> None:
         parents = ", ".join(numbers[p] for p in space.depends_on)
         folded = space.folded_kind if space.folded_kind != space.kind else ""
         table.add_row(
-            numbers[space.name], str(space.size), space.kind, folded, parents, where(space)
+            numbers[space.name], str(space.size), kind(space), folded, parents, where(space)
         )
     console.print(table)
     reasons: dict[str, list[str]] = {}

@@ -6,12 +6,14 @@ from collections.abc import Generator, Iterator, Sequence
 
 from torch import nn
 
-from alloy.symmetry.engine import Engine, Requests
+from alloy.symmetry.engine import Engine, Requests, live_calls
 from alloy.symmetry.fold import NoFoldError, plan_folds
 from alloy.symmetry.kinds import Kinds
 from alloy.symmetry.reads import roles
+from alloy.symmetry.rotary import with_rotations
 from alloy.symmetry.rules import RULES
 from alloy.symmetry.spec import (
+    ROTARY_KINDS,
     Axis,
     Fold,
     Kind,
@@ -25,7 +27,7 @@ from alloy.symmetry.spec import (
     leaves,
 )
 from alloy.symmetry.structure import acyclic, atoms_in_weights, dependencies, term_of
-from alloy.symmetry.terms import find
+from alloy.symmetry.terms import Node, find, pin
 from alloy.symmetry.terms import leaves as node_leaves
 from alloy.symmetry.trace import Inputs, Log, Observe, observe_outputs, trace
 
@@ -63,8 +65,9 @@ def _without_garbage_collection() -> Generator[None]:
 def apply_rules(log: Log) -> Engine:
     """Apply the rules until no view asks for the families of a dim that is cut later."""
     requests: Requests = {}
+    calls = with_rotations(live_calls(log), log)
     for _ in range(_MOST_PASSES):
-        engine = Engine(log, RULES, requests).run()
+        engine = Engine(log, calls, RULES, requests).run()
         asked = {
             key: requests.get(key, set()) | bounds
             for key, bounds in engine.asked.items()
@@ -82,10 +85,11 @@ def spec_of(log: Log) -> SymmetrySpec:
     on_weights = atoms_in_weights(engine)
     rank = {atom: i for i, atom in enumerate(on_weights)}
     free = {atom: leaf for atom, leaf in on_weights.items() if leaf.reason is None}
+    kinds = Kinds(engine, free)
+    free = {atom: leaf for atom, leaf in free.items() if not _pin_pairs(kinds, atom, leaf)}
     parents = acyclic(dependencies(engine, free), rank)
     used = {p for atom in free for p in parents[atom]}
     names = _names(engine, {atom for atom in on_weights if atom in free or atom in used})
-    kinds = Kinds(engine, free)
     primary = _primary_names(log)
     groups = {names[atom]: "permutation" if atom in used else kinds.kind(atom) for atom in free}
     variances = _variances(kinds, {atom: groups[names[atom]] for atom in free})
@@ -107,7 +111,9 @@ def spec_of(log: Log) -> SymmetrySpec:
                 unfoldable[name] = str(reason)
         depends_on = tuple(names[p] for p in parents[atom])
         where = tuple(axes[name].values())
-        spaces[name] = Space(name, leaf.size, groups[name], folded_kind, depends_on, where)
+        spaces[name] = Space(
+            name, leaf.size, groups[name], folded_kind, depends_on, where, kinds.pair_stride(atom)
+        )
     first = {value.id: name for name, value in reversed(log.weights.items())}
     reading, both = roles(engine, free, {atom: axes[names[atom]] for atom in free})
     return SymmetrySpec(
@@ -125,6 +131,14 @@ def spec_of(log: Log) -> SymmetrySpec:
     )
 
 
+def _pin_pairs(kinds: Kinds, atom: int, leaf: Node) -> bool:
+    """Pin the units of a rotary embedding where nothing moves them. Says whether it did."""
+    reason = kinds.no_rotation(atom)
+    if reason:
+        pin(leaf, reason)
+    return bool(reason)
+
+
 def _variances(kinds: Kinds, groups: dict[int, Kind]) -> dict[tuple[str, int, int], list[int]]:
     """How each place of a space on a weight follows it: (weight, dim, atom) -> variances in order."""
     found: dict[tuple[str, int, int], list[int]] = {}
@@ -135,7 +149,7 @@ def _variances(kinds: Kinds, groups: dict[int, Kind]) -> dict[tuple[str, int, in
             variance = 1
             if kind == "signed permutation":
                 variance = int(kinds.signs.find(variable)[0] in flipped)
-            elif kind == "general linear":
+            elif kind in ("general linear", *ROTARY_KINDS):
                 _, bit = kinds.linear.find(variable)
                 start = bit if start is None else start
                 variance = 1 if bit == start else -1

@@ -37,7 +37,8 @@ class Link(NamedTuple):
     """How an operation treats units beyond reordering them.
 
     `how`: same, dual (contracted), view (all dims of a tensor), piece (`bounds` of the first slot's dim
-    are the second slot), odd, even, product, quotient, sum, rms, centre, or order (only a permutation).
+    are the second slot), odd, even, product, quotient, sum, rms, centre, rotary (pairs of units, `bounds[0]`
+    apart, are multiplied as complex numbers), or order (only a permutation).
     """
 
     how: str
@@ -64,14 +65,16 @@ Requests = dict[tuple[int, int], set[int]]
 
 
 class Engine:
-    """Terms for every tensor of a log."""
+    """Terms for every tensor of a log; `calls` are those of its calls that count."""
 
-    def __init__(self, log: Log, rules: dict[str, Callable], requests: Requests) -> None:
+    def __init__(
+        self, log: Log, calls: list[Call], rules: dict[str, Callable], requests: Requests
+    ) -> None:
         self.log = log
         self.rules = rules
         self.requests = requests
         self.asked: Requests = {}
-        self.calls = live_calls(log)
+        self.calls = calls
         self.mutated = log.mutated_storages()
         self.dims: dict[int, list[Node]] = {}
         self.values: dict[int, Value] = {}

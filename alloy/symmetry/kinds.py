@@ -8,6 +8,8 @@ Every place of a space on a tensor is a variable. Operations relate variables:
   folded away (`fold.py`).
 - *signs*: a product multiplies signs, an odd function passes them on, any other function wants none.
   That is a linear system over two elements; a solution other than zero is a sign symmetry.
+
+Units that a rotary embedding turns in pairs allow a matrix only if it commutes with every such turn.
 """
 
 from collections import defaultdict
@@ -89,6 +91,7 @@ class Facts:
     metric: bool = False
     gains: list[GainUse] = field(default_factory=list)
     measured: list[Variable] = field(default_factory=list)  # where lengths are taken, uncentred
+    strides: set[int] = field(default_factory=set)  # between rotary pairs; 0 where they are divided
 
 
 class Kinds:
@@ -165,6 +168,8 @@ class Kinds:
             self._centre(link)
         elif link.how == "rms":
             self._rms(link)
+        elif link.how == "rotary":
+            self._rotary(link)
         else:
             columns = [self.variables(slot) for slot in link.slots]
             if len({len(c) for c in columns}) > 1:
@@ -341,6 +346,12 @@ class Kinds:
             else:
                 self._same(before, after)
 
+    def _rotary(self, link: Link) -> None:
+        whole = self.node(link.slots[0]).form == LEAF
+        for x, out in zip(*map(self.variables, link.slots), strict=True):
+            self.facts[self.atom_of[x]].strides.add(link.bounds[0] if whole else 0)
+            self._same(x, out)
+
     def _centre(self, link: Link) -> None:
         has_gain, has_bias = link.bounds
         columns = [self.variables(slot) for slot in link.slots]
@@ -379,8 +390,27 @@ class Kinds:
         facts = self.facts[atom]
         if not facts.forbidden and not facts.gains:
             strict = facts.metric or atom in self._conflicting
+            if facts.strides:
+                return "orthogonal rotary" if strict else "rotary"
             return "orthogonal" if strict else "general linear"
         return "signed permutation" if self.sign_solution(atom) else "permutation"
+
+    def pair_stride(self, atom: Atom) -> int:
+        """How far apart the units of a rotary pair are; 0 where there are no pairs."""
+        return next(iter(self.facts[atom].strides), 0)
+
+    def no_rotation(self, atom: Atom) -> str | None:
+        """Why the units of a rotary embedding may not move at all: pairs have frequencies of their own."""
+        facts = self.facts[atom]
+        if not facts.strides:
+            return None
+        if facts.gains:
+            return "rotary pairs, scaled by a gain that differs between the two units of a pair"
+        if facts.forbidden:
+            return "rotary pairs, on which an operation acts that rotations do not pass"
+        if facts.strides == {0} or len(facts.strides) > 1:
+            return "rotary pairs, which other operations divide"
+        return None
 
     def sign_solution(self, atom: Atom) -> set[Variable]:
         """Classes of variables that one sign flip of a unit negates; empty if there is none.

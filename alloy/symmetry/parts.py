@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from alloy.symmetry.spec import Axis, Leaf, Product, Sum, SymmetrySpec, Term
+from alloy.symmetry.spec import Axis, SymmetrySpec, fixed_outside
 
 
 def owned_axes(spec: SymmetrySpec, space: str) -> list[Axis]:
@@ -57,7 +57,7 @@ def restrict(spec: SymmetrySpec, names: Sequence[str]) -> SymmetrySpec:
         spec,
         spaces={name: space for name, space in spec.spaces.items() if name in inside},
         layout={
-            name: tuple(_fix(term, inside) for term in terms)
+            name: tuple(fixed_outside(term, inside) for term in terms)
             for name, terms in spec.layout.items()
             if name in kept
         },
@@ -65,14 +65,3 @@ def restrict(spec: SymmetrySpec, names: Sequence[str]) -> SymmetrySpec:
         unused=tuple(name for name in spec.unused if name in kept),
         folds=(),
     )
-
-
-def _fix(term: Term, inside: set[str]) -> Term:
-    """The term with the spaces that are not inside made fixed."""
-    match term:
-        case Leaf(size, space):
-            return term if space is None or space in inside else Leaf(size)
-        case Product(factors):
-            return Product(tuple(_fix(factor, inside) for factor in factors))
-        case Sum(parts):
-            return Sum(tuple(_fix(part, inside) for part in parts))

@@ -676,6 +676,24 @@ def attention(engine: Engine, call: Call) -> None:
         )
 
 
+@rule("rotary")
+def rotary(engine: Engine, call: Call) -> None:
+    """Pairs of units of the last dim, `stride` apart, times tables of phases (see rotary.py)."""
+    x, out = call.inputs["self"], call.outputs[0]
+    last = len(x.shape) - 1
+    dims = list(engine.get(x))
+    for table, shift in zip(call.inputs["tables"], call.inputs["shifts"], strict=True):
+        nodes = engine.get(table)
+        for d in range(last):
+            if d >= shift and table.shape[d - shift] > 1:
+                dims[d] = merged([dims[d], nodes[d - shift]])
+        frequencies = range(max(last - shift, 0), len(table.shape))
+        engine.pin_dims(table, frequencies, "frequencies of a rotary embedding")
+    engine.mix(x, [last])
+    engine.set(out, dims)
+    engine.link("rotary", (x, last), (out, last), bounds=(call.inputs["stride"], 0))
+
+
 @rule("_softmax _log_softmax _safe_softmax softmax log_softmax")
 def softmax(engine: Engine, call: Call) -> None:
     x = call.inputs["self"]

@@ -14,7 +14,7 @@ the unit of the *result*: `result[h, d] = source[heads[h], width[h, d]]`.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -22,7 +22,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 Kind = Literal[
-    "permutation", "signed permutation", "orthogonal", "orthogonal fixing ones", "general linear"
+    "permutation",
+    "signed permutation",
+    "orthogonal",
+    "orthogonal fixing ones",
+    "general linear",
+    "rotary",
+    "orthogonal rotary",
 ]
 KINDS: tuple[Kind, ...] = (
     "permutation",
@@ -31,6 +37,9 @@ KINDS: tuple[Kind, ...] = (
     "orthogonal",
     "general linear",
 )
+"""Groups that permute units, each part of the next but for the ones that fix a vector."""
+ROTARY_KINDS: tuple[Kind, ...] = ("orthogonal rotary", "rotary")
+"""Rotations of each pair of units, alone and with a scale: units keep their places."""
 
 
 class SymmetryError(ValueError):
@@ -108,7 +117,8 @@ class Space:
     """Units that share one transform. `name` is its first axis, so equal models give equal names.
 
     `kind` is the largest group that the traced operations allow now; `folded_kind` the largest after
-    `fold_norms`. `depends_on` lists spaces, outermost first.
+    `fold_norms`. `depends_on` lists spaces, outermost first. The units of a rotary space are pairs
+    `pair_stride` apart: halves of the space (i, i + size / 2), or neighbours (2 i, 2 i + 1).
     """
 
     name: str
@@ -117,6 +127,7 @@ class Space:
     folded_kind: Kind
     depends_on: tuple[str, ...]
     axes: tuple[Axis, ...]
+    pair_stride: int = 0
 
 
 @dataclass(frozen=True)
@@ -297,7 +308,7 @@ def differences(first: SymmetrySpec, second: SymmetrySpec) -> Iterator[str]:
         if ours is None or theirs is None:
             yield f"space {name!r} is only in the {'first' if theirs is None else 'second'} spec"
             continue
-        for part in ("size", "kind", "depends_on"):
+        for part in ("size", "kind", "depends_on", "pair_stride"):
             a, b = getattr(ours, part), getattr(theirs, part)
             if a != b:
                 yield f"space {name!r} has {part} {a!r} in the first spec and {b!r} in the second"
@@ -360,6 +371,7 @@ def _spec_to_data(spec: SymmetrySpec) -> dict[str, Any]:
                 "folded_kind": space.folded_kind,
                 "depends_on": list(space.depends_on),
                 "axes": [_axis_to_data(axis) for axis in space.axes],
+                "pair_stride": space.pair_stride,
             }
             for space in spec.spaces.values()
         ],
@@ -398,6 +410,7 @@ def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
             **{key: space[key] for key in ("name", "size", "kind", "folded_kind")},
             depends_on=tuple(space["depends_on"]),
             axes=tuple(_axis_from_data(axis) for axis in space["axes"]),
+            pair_stride=space.get("pair_stride", 0),  # written before there were rotary spaces
         )
         for space in data["spaces"]
     ]
@@ -431,12 +444,43 @@ def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
 
 
 def with_kind(spec: SymmetrySpec, kind: Kind) -> SymmetrySpec:
-    """The spec with every space's kind lowered to at most `kind` (to move units only, say)."""
+    """The spec with every space's kind lowered to at most `kind` (to move units only, say).
+
+    Rotary spaces, whose units keep their places, are fixed where `kind` allows no rotation of pairs.
+    """
     if kind not in KINDS:
-        raise SymmetryError(f"kind {kind!r} is unknown; choose one of {list(KINDS)}")
-    limit = KINDS.index(kind)
+        raise SymmetryError(f"kind {kind!r} is no limit; choose one of {list(KINDS)}")
     spaces = {
-        name: replace(space, kind=KINDS[min(limit, KINDS.index(space.kind))])
+        name: replace(space, kind=lowered)
         for name, space in spec.spaces.items()
+        if (lowered := _lowered(space.kind, kind)) is not None
     }
-    return replace(spec, spaces=spaces)
+    gone = [space for name, space in spec.spaces.items() if name not in spaces]
+    kept = "rotary pairs keep their places"
+    return replace(
+        spec,
+        spaces=spaces,
+        layout={
+            name: tuple(fixed_outside(term, spaces) for term in terms)
+            for name, terms in spec.layout.items()
+        },
+        pinned=(*spec.pinned, *(Pinned(axis, s.size, kept) for s in gone for axis in s.axes)),
+    )
+
+
+def _lowered(kind: Kind, limit: Kind) -> Kind | None:
+    if kind not in ROTARY_KINDS:
+        return KINDS[min(KINDS.index(limit), KINDS.index(kind))]
+    return {"general linear": kind, "orthogonal": ROTARY_KINDS[0]}.get(limit)
+
+
+def fixed_outside(term: Term, spaces: Container[str]) -> Term:
+    """The term with all but the given spaces made fixed."""
+    match term:
+        case Leaf(size, space) if space is not None and space not in spaces:
+            return Leaf(size)
+        case Product(factors):
+            return Product(tuple(fixed_outside(factor, spaces) for factor in factors))
+        case Sum(parts):
+            return Sum(tuple(fixed_outside(part, spaces) for part in parts))
+    return term

@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from alloy.symmetry.spec import (
+    ROTARY_KINDS,
     Axis,
     Space,
     SymmetryError,
@@ -223,7 +224,25 @@ def random_transform(spec: SymmetrySpec, name: str, generator: Generator) -> Tra
         right = _random_orthogonal(batch, space.size, generator)
         scale = torch.rand(*batch, 1, space.size, generator=generator, dtype=torch.float64)
         drawn["matrix"] = (left * 2 ** (2 * scale - 1)) @ right
+    if space.kind in ROTARY_KINDS:
+        pairs = (*batch, space.size // 2)
+        turn = 2 * math.pi * torch.rand(*pairs, generator=generator, dtype=torch.float64)
+        scale = torch.ones_like(turn)
+        if space.kind == "rotary":
+            scale = 2 ** (2 * torch.rand(*pairs, generator=generator, dtype=torch.float64) - 1)
+        drawn["matrix"] = rotary_matrix(scale * turn.cos(), scale * turn.sin(), space.pair_stride)
     return Transform(**drawn)
+
+
+def rotary_matrix(a: Tensor, b: Tensor, pair_stride: int) -> Tensor:
+    """a I + b J on every pair of units, `pair_stride` apart: a, b [*batch, pairs] -> [*batch, n, n]."""
+    units = torch.arange(2 * a.shape[-1])
+    first = units[units // pair_stride % 2 == 0]
+    second = first + pair_stride
+    matrix = a.new_zeros(*a.shape[:-1], len(units), len(units))
+    matrix[..., first, first] = matrix[..., second, second] = a
+    matrix[..., first, second], matrix[..., second, first] = -b, b
+    return matrix
 
 
 def _random_orthogonal(batch: tuple[int, ...], size: int, generator: Generator) -> Tensor:
@@ -380,15 +399,25 @@ def _check_kind(space: Space, transform: Transform) -> None:
         order = torch.arange(space.size).expand_as(transform.permutation)
         if not torch.equal(transform.permutation.sort(-1).values, order):
             refuse("no bijection")
+        if space.kind in ROTARY_KINDS and not torch.equal(transform.permutation, order):
+            refuse("a permutation of rotary pairs, which have frequencies of their own")
     if transform.signs is not None and not (transform.signs.abs() == 1).all():
         refuse("signed with numbers other than 1 and -1")
-    if transform.signs is not None and space.kind in ("permutation", "orthogonal fixing ones"):
+    unsigned = ("permutation", "orthogonal fixing ones", *ROTARY_KINDS)
+    if transform.signs is not None and space.kind in unsigned:
         refuse("signed")
     if transform.matrix is None:
         return
     if space.kind in ("permutation", "signed permutation"):
         refuse("a matrix")
-    if space.kind != "general linear":
+    if space.kind in ROTARY_KINDS:
+        matrix = transform.matrix
+        stride = space.pair_stride
+        first = torch.arange(space.size)[torch.arange(space.size) // stride % 2 == 0]
+        a, b = matrix[..., first, first], matrix[..., first + stride, first]
+        if (matrix - rotary_matrix(a, b, stride)).abs().max() > 1e-4 * matrix.abs().max():
+            refuse(f"no rotation and scale of the pairs of units {stride} apart")
+    if space.kind not in ("general linear", "rotary"):
         product = transform.matrix.double() @ transform.matrix.double().mT
         if (product - torch.eye(space.size, dtype=product.dtype)).abs().max() > 1e-4:
             refuse("not orthogonal")

@@ -14,6 +14,7 @@ import torch
 
 import alloy
 from alloy.symmetry import SymmetryError, fold_norms
+from alloy.symmetry.validate import Prober
 
 _spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
 zoo = importlib.util.module_from_spec(_spec)
@@ -25,9 +26,12 @@ ATTENTION = [H, H, H]  # heads; width of queries and keys, and of values, within
 BLOCK = [*ATTENTION, N]  # and the neurons of the MLP
 DECODER_BLOCK = [*ATTENTION, *BLOCK]  # self- and cross-attention
 ENCODER = [N, *BLOCK, *BLOCK]  # the residual stream first
-# Rotary positions pin queries and keys; 2 key heads, 2 query heads for each, values of width H.
-GROUPED = [2, 2, H]
+# 2 key heads, 2 query heads for each, values of width H; queries and keys are rotary of width H for each
+# key head, and pinned where a norm with a gain stands in front of the rotation.
+NORMED = [2, 2, H]
+GROUPED = [*NORMED, H]
 LLAMA = [N, *2 * [*GROUPED, N]]
+NORMED_LLAMA = [N, *2 * [*NORMED, N]]
 ALIBI = [N, *2 * [H, H, 4 * N]]  # slopes differ by head: heads are pinned, widths free per head
 SWIN = [8, *2 * [2, 4, 4, 8], 16, *2 * [4, 4, 4, 16]]  # two stages: heads, widths, MLP
 
@@ -57,9 +61,9 @@ THEORY = {
     "hubert": [4, 4, N, N, *2 * BLOCK],
     "llama": LLAMA,
     "qwen2": LLAMA,
-    "qwen3": LLAMA,
+    "qwen3": NORMED_LLAMA,
     "phi3": LLAMA,
-    "gpt_neox": [N, *2 * [H, 2, H, N]],  # half of the query width is not rotated
+    "gpt_neox": [N, *2 * [H, 2, 2, H, N]],  # half of the query width is rotary, half any matrix
     "mixtral": [N, *2 * [*GROUPED, 4, N]],  # 4 experts, in any order; neurons within each
     "bloom": ALIBI,
     # One residual stream (shared embedding); heads of self-attention tied over layers by the bias.
@@ -87,26 +91,29 @@ THEORY = {
     "segformer": [8, 8, 2, 4, 4, 8, N, H, H, H, N, N, N, N],  # the first: reduced keys have a space
     "mamba": [N, *2 * [N, 4, 4]],  # inner channels, rank of the step, state
     "llava": [*ENCODER, N, *LLAMA],  # projector
-    "falcon_multi_query": [N, *2 * [H, H, 4 * N // 4]],  # rotary; one key head: heads, values, MLP
+    "falcon_multi_query": [
+        N,
+        *2 * [H, H, H, N],
+    ],  # one key head for all: heads, rotary, values, MLP
     "falcon_new": LLAMA,
     "xlnet": ENCODER,
     "mpnet": [N, H, *2 * [H, H, N]],  # heads tied over layers by the relative bias
     "albert": [8, *[N, *BLOCK]],  # one shared layer; factorised embedding
     "electra": [8, *ENCODER],
-    "modernbert": [N, *2 * [H, H, N]],
+    "modernbert": ENCODER,
     "gemma2": LLAMA,
-    "gemma3": LLAMA,
+    "gemma3": NORMED_LLAMA,
     "cohere": LLAMA,
-    "olmo2": LLAMA,
+    "olmo2": NORMED_LLAMA,
     "starcoder2": LLAMA,
     "qwen2_moe": [N, *2 * [*GROUPED, 4, N, N]],  # and a shared expert
-    "qwen3_moe": [N, *2 * [*GROUPED, 4, N]],
-    "olmoe": [N, *2 * [*GROUPED, 4, N]],
+    "qwen3_moe": [N, *2 * [*NORMED, 4, N]],
+    "olmoe": [N, *2 * [*NORMED, 4, N]],
     "gpt_oss": [N, *2 * [*GROUPED, 4, N]],
-    "gptj": [N, *2 * [H, 2, H, N]],
-    "codegen": [N, *2 * [H, 2, H, N]],
+    "gptj": [N, *2 * [H, 2, 2, H, N]],
+    "codegen": [N, *2 * [H, 2, 2, H, N]],
     "mpt": ALIBI,
-    "dinov3": [N, *2 * [H, H, N]][1:],  # observed at its last hidden state: the stream is pinned
+    "dinov3": ENCODER[1:],  # observed at its last hidden state: the stream is pinned
     "m2m100": [*2 * BLOCK, *2 * DECODER_BLOCK],  # sinusoidal positions outside the state dict
     "longt5": [N, H, H, *2 * [H, H, N], *2 * [H, H, *BLOCK]],
     "switch": [N, H, H, H, H, N, H, H, *4 * [N], H, H, *BLOCK, H, H, *ATTENTION, *4 * [N]],
@@ -122,7 +129,8 @@ THEORY = {
         N,
     ],  # the Fourier transform pins the stream: embeddings before their projection, two MLPs
     "videomae": ENCODER[1:],  # sinusoidal positions outside the state dict pin the stream
-    "glm4": [N, *2 * [2, 2, 2, H, N]],  # half of the query width is not rotated
+    "glm4": [N, *2 * [2, 2, 2, 2, H, N]],  # half of the query width is not rotated
+    "roformer": ENCODER,
 }
 
 
@@ -237,12 +245,54 @@ def test_kinds_follow_from_the_operations():
     assert kinds[f"{layer}.mlp.gate_proj.weight[0]"] == "signed permutation"
     assert kinds[f"{layer}.self_attn.v_proj.weight[0]*1"] == "general linear"
     assert kinds[f"{layer}.self_attn.q_proj.weight[0]*0"] == "permutation"
+    assert kinds[f"{layer}.self_attn.q_proj.weight[0]*2"] == "rotary"
     model, inputs = build("vit")
     spec = alloy.find_symmetries(model, inputs)
     assert Counter(s.kind for s in spec.spaces.values()) == {"permutation": 5, "general linear": 4}
     model, inputs = build("clip")
     spec = alloy.find_symmetries(model, inputs)
     assert spec.spaces["visual_projection.weight[0]"].kind == "orthogonal"
+
+
+ROTARY = {
+    "llama": (4, 2),  # halves of the head
+    "qwen2": (4, 2),
+    "phi3": (4, 2),  # one fused matrix
+    "falcon_multi_query": (4, 2),  # one key head
+    "modernbert": (4, 2),
+    "dinov3": (4, 2),  # image patches alone are rotated
+    "gpt_neox": (2, 1),  # a part of the head
+    "gptj": (2, 1),
+    "cohere": (4, 1),  # neighbours
+    "roformer": (4, 1),  # tables in the state dict
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_queries_and_keys_under_rotary_positions_turn_and_scale_by_pairs(name):
+    """One rotary space a layer, per key head; queries take M, keys its inverse transpose."""
+    model, inputs = build(name)
+    spec = alloy.find_symmetries(model, inputs)
+    spaces = [s for s in spec.spaces.values() if s.kind == "rotary"]
+    assert [(s.size, s.pair_stride) for s in spaces] == 2 * [ROTARY[name]]
+    for space in spaces:
+        assert {axis.variance for axis in space.axes} == {1, -1}
+        assert bool(space.depends_on) == (name != "falcon_multi_query")
+    alone = {s.name: alloy.random_transforms(spec, torch.Generator())[s.name] for s in spaces}
+    prober = Prober(model, spec, inputs)
+    assert prober.change(alone) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "olmo2"])
+def test_a_gain_between_the_units_of_a_rotary_pair_leaves_no_rotation(name):
+    """Norms of queries and keys with a gain: turning a pair first is not turning it after."""
+    model, inputs = build(name)
+    spec = alloy.find_symmetries(model, inputs)
+    assert not any("rotary" in s.kind for s in spec.spaces.values())
+    reasons = {p.reason for p in spec.pinned if "q_norm" in p.axis.parameter}
+    assert reasons == {
+        "rotary pairs, scaled by a gain that differs between the two units of a pair"
+    }
 
 
 def test_experts_of_a_mixture_may_change_order_with_their_neurons():

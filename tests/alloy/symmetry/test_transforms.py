@@ -25,13 +25,14 @@ from alloy.symmetry.transforms import (
     identity,
     invert,
     random_transforms,
+    rotary_matrix,
     transforms_from_tensors,
     transforms_to_tensors,
     transport,
 )
 
 
-def make_spec(kind="permutation"):
+def make_spec(kind="permutation", pair_stride=0):
     """Grouped-query attention by hand: kv heads, query heads in each, widths; an expert axis of its own."""
     kv, per, width, stream = (
         Leaf(3, "kv"),
@@ -60,7 +61,10 @@ def make_spec(kind="permutation"):
             if leaf.space == name
         )
         own = kind if name in ("width", "stream", "inner") else "permutation"
-        spaces[name] = Space(name, size, own, own, depends.get(name, ()), axes)
+        if pair_stride and name in ("stream", "inner"):  # of odd size
+            own = "general linear"
+        stride = pair_stride if name == "width" else 0
+        spaces[name] = Space(name, size, own, own, depends.get(name, ()), axes, stride)
     return SymmetrySpec(spaces=spaces, layout=layout)
 
 
@@ -78,20 +82,23 @@ def assert_close(first, second):
 
 
 KINDS = [
-    "permutation",
-    "signed permutation",
-    "orthogonal",
-    "orthogonal fixing ones",
-    "general linear",
+    ("permutation", 0),
+    ("signed permutation", 0),
+    ("orthogonal", 0),
+    ("orthogonal fixing ones", 0),
+    ("general linear", 0),
+    ("rotary", 2),
+    ("rotary", 1),
+    ("orthogonal rotary", 2),
 ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "pair_stride"), KINDS)
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_transport_is_a_group_action(kind, seed):
+def test_transport_is_a_group_action(kind, pair_stride, seed):
     """Inverse undoes, composition is doing one after the other, the identity changes nothing."""
-    spec = make_spec(kind)
+    spec = make_spec(kind, pair_stride)
     weights = make_weights(spec)
     generator = torch.Generator().manual_seed(seed)
     first, second = random_transforms(spec, generator), random_transforms(spec, generator)
@@ -142,9 +149,10 @@ def test_unit_view_has_the_batch_and_the_units_first_and_writes_through():
     assert torch.equal(inner, weights["up.weight"].permute(0, 2, 1))
 
 
-def test_spec_and_transforms_survive_their_files():
+@pytest.mark.parametrize(("kind", "pair_stride"), [("signed permutation", 0), ("rotary", 1)])
+def test_spec_and_transforms_survive_their_files(kind, pair_stride):
     """from_json(to_json(spec)) == spec; transforms come back from flat tensors."""
-    spec = make_spec("signed permutation")
+    spec = make_spec(kind, pair_stride)
     assert SymmetrySpec.from_json(spec.to_json()) == spec
     transforms = random_transforms(spec, torch.Generator().manual_seed(0))
     back = transforms_from_tensors(transforms_to_tensors(transforms), spec)
@@ -158,6 +166,55 @@ def test_specs_that_differ_name_the_first_difference():
     with pytest.raises(SymmetryError, match=r"space 'width' has kind 'permutation' in the first"):
         require_equal(spec, make_spec("signed permutation"))
     assert not list(differences(spec, with_kind(make_spec("general linear"), "permutation")))
+
+
+@pytest.mark.parametrize("pair_stride", [1, 2])
+@pytest.mark.parametrize("kind", ["rotary", "orthogonal rotary"])
+def test_rotary_transforms_are_those_that_commute_with_every_turn_of_the_pairs(kind, pair_stride):
+    """A random element commutes with random phases; lengths are kept by the orthogonal kind alone."""
+    spec = make_spec(kind, pair_stride)
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.rand(2, generator=generator, dtype=torch.float64)
+    turn = rotary_matrix(angles.cos(), angles.sin(), pair_stride)
+    matrix = random_transforms(spec, generator)["width"].matrix
+    torch.testing.assert_close(matrix @ turn, turn @ matrix)
+    keeps_lengths = torch.allclose(matrix @ matrix.mT, torch.eye(4, dtype=matrix.dtype))
+    assert keeps_lengths == (kind == "orthogonal rotary")
+    other = rotary_matrix(angles.cos(), angles.sin(), 3 - pair_stride)
+    assert not torch.allclose(matrix @ other, other @ matrix)
+
+
+def test_a_limit_without_rotations_fixes_rotary_spaces():
+    """with_kind: units of rotary pairs never change places; rotations survive the orthogonal limit."""
+    spec = make_spec("rotary", 2)
+    assert with_kind(spec, "general linear") == spec
+    assert with_kind(spec, "orthogonal").spaces["width"].kind == "orthogonal rotary"
+    moved_only = with_kind(spec, "permutation")
+    assert "width" not in moved_only.spaces
+    assert [p.axis for p in moved_only.pinned] == list(spec.spaces["width"].axes)
+    weights = make_weights(spec)
+    moved = transport(
+        weights, moved_only, random_transforms(moved_only, torch.Generator().manual_seed(0))
+    )
+    assert not torch.equal(moved["q.weight"], weights["q.weight"])
+    with pytest.raises(SymmetryError, match="'rotary' is no limit; choose one of"):
+        with_kind(spec, "rotary")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"permutation": torch.tensor([1, 0, 2, 3])}, "frequencies of their own"),
+        ({"matrix": torch.eye(4)[[2, 1, 0, 3]]}, "no rotation and scale of the pairs of units 2"),
+        ({"matrix": torch.diag(torch.tensor([1.0, 2, 3, 2]))}, "no rotation and scale"),
+        ({"signs": torch.tensor([1, -1, 1, 1])}, "is signed; its kind is rotary"),
+    ],
+)
+def test_what_is_no_rotation_of_pairs_is_refused(change, message):
+    spec = make_spec("rotary", 2)
+    change = {key: tensor.expand(3, *tensor.shape) for key, tensor in change.items()}
+    with pytest.raises(SymmetryError, match=message):
+        transport(make_weights(spec), spec, {"width": Transform(depends_on=("kv",), **change)})
 
 
 @pytest.mark.parametrize(

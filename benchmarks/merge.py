@@ -1,12 +1,17 @@
 """How fast and how small the merge engine is, against copying, reading, and mergekit.
 
-    python -m benchmarks.merge            about 10 minutes on two cores, at most 17 GB of disk
+    python -m benchmarks.merge            about 12 minutes on two cores, at most 17 GB of disk
     python -m benchmarks.merge --quick    about 1 minute, 1 GB
+    python -m benchmarks.merge --folder F round ties@mergekit 8GB    these parts alone; the report is of all so far
 
 Writes three Llama checkpoints of 551 M bfloat16 parameters in 5 shards and their base, then in every round runs each
 command in turn, so that a ratio compares neighbours in time. Commands are whole processes; "in process" is a
 call of `alloy.merge_checkpoints` in a process that has merged before. All files are in the page cache. Everything
-Alloy writes is hashed and on the disk when the clock stops; the others leave that to the kernel.
+Alloy writes is hashed and on the disk when the clock stops; the others leave that to the kernel, except `floor, on
+the disk`, which ends with a sync.
+
+Parts are `round`, `METHOD@mergekit` for mergekit's slow methods, and sizes as `8GB`; no part takes 3 minutes. What
+they measured is kept in the folder's runs.json.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -132,11 +137,19 @@ def write_checkpoint(folder: Path, size: Size, *, seed: int, num_shards: int) ->
 
 
 class Bench:
-    """Runs commands in turn and remembers what each took."""
+    """Runs commands in turn and remembers what each took, in which round: in the folder, if it stays."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.runs: dict[str, list[Run]] = {}
+        self.file = folder / "runs.json"
+        self.round = 0
+        self.runs: dict[str, dict[int, Run]] = {}
+        if self.file.is_file():
+            kept = json.loads(self.file.read_text())
+            self.runs = {
+                name: {int(i): Run(**run) for i, run in runs.items()} for name, runs in kept.items()
+            }
+            self.round = max((i for runs in self.runs.values() for i in runs), default=0)
         self.environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)  # people import compiled bytecode
 
@@ -154,27 +167,34 @@ class Bench:
             sys.exit(f"{name} failed:\n{(self.folder / 'log').read_text()[-2000:]}")
         run = Run(wall, usage.ru_utime + usage.ru_stime, peak_mb=peak[1], anonymous_mb=peak[0])
         if record:
-            self.runs.setdefault(name, []).append(run)
+            self._remember(name, run)
 
-    def call(self, name: str, worker: Worker, request: dict, *, record: bool = True) -> Run:
+    def call(self, name: str, worker: Worker, request: dict, *, record: bool = True) -> None:
         """Time `alloy.merge_checkpoints` inside the worker."""
         self._clean()
         run = worker.merge({**request, "output": str(self.folder / "out")})
         if record:
-            self.runs.setdefault(name, []).append(run)
-        return run
+            self._remember(name, run)
+
+    def _remember(self, name: str, run: Run) -> None:
+        self.runs.setdefault(name, {})[self.round] = run
+        kept = {n: {i: asdict(r) for i, r in runs.items()} for n, runs in self.runs.items()}
+        self.file.write_text(json.dumps(kept))
 
     def _clean(self) -> None:
         shutil.rmtree(self.folder / "out", ignore_errors=True)
         os.sync()
 
     def median(self, name: str, field: str = "wall") -> float:
-        return statistics.median(getattr(run, field) for run in self.runs[name])
+        return statistics.median(getattr(run, field) for run in self.runs[name].values())
+
+    def most(self, name: str, field: str) -> float:
+        return max(getattr(run, field) for run in self.runs[name].values())
 
     def ratio(self, name: str, other: str) -> float:
         """The median over rounds of one's time over the other's in the same round."""
-        pairs = zip(self.runs[name], self.runs[other], strict=False)
-        return statistics.median(a.wall / b.wall for a, b in pairs)
+        mine, theirs = self.runs[name], self.runs[other]
+        return statistics.median(mine[i].wall / theirs[i].wall for i in mine if i in theirs)
 
 
 class Worker:
@@ -273,75 +293,103 @@ def alloy_command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "tasks.merge_weights", "linear", str(folder / "out"), *sources]
 
 
-def compare(bench: Bench, rounds: int, *, quick: bool) -> None:
-    """Every command in turn, `rounds` times; mergekit's slow methods once."""
-    folder = bench.folder
-    copy = ["cp", "-r", str(folder / MODELS[0]), str(folder / "out")]
-    others = " ".join(f"{folder / m}/*.safetensors" for m in MODELS[1:])
-    floor = ["sh", "-c", f"cat {others} > /dev/null && cp -r {folder / MODELS[0]} {folder / 'out'}"]
-    worker = Worker(bench.environment)
-    methods = {
-        "linear": MODELS,
-        "task_arithmetic": MODELS,
-        "slerp": MODELS[:2],
-        "ties": MODELS,
-        "dare_ties": MODELS,
+SLOW = ("task_arithmetic", "slerp", "ties", "dare_ties")
+"""mergekit's methods that are run once; `linear` in every round."""
+METHODS = {
+    "linear": MODELS,
+    "task_arithmetic": MODELS,
+    "slerp": MODELS[:2],
+    "ties": MODELS,
+    "dare_ties": MODELS,
+}
+DENSE = "alloy ties, density 1 (nothing to select)"
+
+
+def floors(checkpoint: Path, others: Sequence[Path], out: Path) -> dict[str, list[str]]:
+    """Commands that read three checkpoints and write one, left to the kernel or put on the disk."""
+    read = " ".join(f"{other}/*.safetensors" for other in others)
+    copy = f"cat {read} > /dev/null && cp -r {checkpoint} {out}"
+    return {
+        "floor": ["sh", "-c", copy],
+        "floor, on the disk": ["sh", "-c", f"{copy} && sync -f {out}"],
     }
-    for method, models in methods.items():  # compile, and fill the page cache
+
+
+def inputs(bench: Bench, size: Size) -> None:
+    """The base and the models, unless an earlier part wrote them."""
+    for seed, model in enumerate((BASE, *MODELS)):
+        if not (bench.folder / model).is_dir():
+            partial = bench.folder / "partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            write_checkpoint(partial, size, seed=seed, num_shards=5).rename(bench.folder / model)
+
+
+def compare(bench: Bench) -> None:
+    """One round: every command in turn, mergekit's slow methods apart."""
+    folder = bench.folder
+    worker = Worker(bench.environment)
+    for method, models in METHODS.items():  # compile, and fill the page cache
         bench.call("", worker, alloy_request(folder, method, models), record=False)
     bench.command("", alloy_command(folder), record=False)
-    for i in range(rounds):
-        bench.command("cp", copy)
-        bench.command("floor", floor)
-        bench.command("mergekit linear", mergekit_command(folder, "linear", MODELS))
-        bench.command("alloy linear, command", alloy_command(folder))
-        for method, models in methods.items():
-            bench.call(f"alloy {method}", worker, alloy_request(folder, method, models))
-        dense = alloy_request(folder, "ties", MODELS) | {"density": 1.0}
-        bench.call("alloy ties, density 1 (nothing to select)", worker, dense)
-        if i == 0 and not quick:
-            for method in ("task_arithmetic", "slerp", "ties", "dare_ties"):
-                bench.command(
-                    f"mergekit {method}", mergekit_command(folder, method, methods[method])
-                )
-        print(
-            f"round {i + 1} of {rounds}: "
-            + ", ".join(f"{k} {v[-1].wall:.2f} s" for k, v in bench.runs.items())
-        )
+    bench.round += 1
+    _references(bench)
+    bench.command("mergekit linear", mergekit_command(folder, "linear", MODELS))
+    bench.command("alloy linear, command", alloy_command(folder))
+    for method, models in METHODS.items():
+        bench.call(f"alloy {method}", worker, alloy_request(folder, method, models))
+    bench.call(DENSE, worker, alloy_request(folder, "ties", MODELS) | {"density": 1.0})
     worker.close()
 
 
-def scaling(
-    bench: Bench, gigabytes: Sequence[float], repeats: int
-) -> list[tuple[float, float, float]]:
-    """Bytes of one checkpoint, seconds and anonymous MB of a linear merge of three, by size.
+def _references(bench: Bench) -> None:
+    folder, out = bench.folder, bench.folder / "out"
+    bench.command("cp", ["cp", "-r", str(folder / MODELS[0]), str(out)])
+    for name, command in floors(folder / MODELS[0], [folder / m for m in MODELS[1:]], out).items():
+        bench.command(name, command)
+
+
+def compare_slow(bench: Bench, method: str) -> None:
+    """One of mergekit's slow methods, beside the references."""
+    bench.round += 1
+    _references(bench)
+    command = mergekit_command(bench.folder, method, METHODS[method])
+    bench.command(f"mergekit {method}", command)
+
+
+def scaling(bench: Bench, size: str, repeats: int) -> None:
+    """A linear merge of three at one size, and its floors.
 
     One checkpoint stands for all three sources: they are read as often, and the disk holds a third.
     """
     worker = Worker(bench.environment)
-    rows = []
-    for size in gigabytes:
-        folder = bench.folder / "scaling"
-        layers = max(1, round((size * 1e9 / 2 - 2 * 16_000 * 1536) / 24.8e6))
-        checkpoint = write_checkpoint(
-            folder, Size(1536, 4096, layers, 16_000), seed=1, num_shards=5
-        )
-        num_bytes = sum(f.stat().st_size for f in checkpoint.glob("*.safetensors"))
-        request = {"method": "linear", "sources": [str(checkpoint)] * 3}
-        if not rows:
-            bench.call("", worker, request, record=False)
-        runs = [bench.call("", worker, request, record=False) for _ in range(repeats)]
-        rows.append(
-            (num_bytes, statistics.median(r.wall for r in runs), max(r.anonymous_mb for r in runs))
-        )
-        print(f"{num_bytes / 1e9:.2f} GB: {rows[-1][1]:.2f} s, {rows[-1][2]:.0f} MB anonymous")
-        shutil.rmtree(folder)
-        shutil.rmtree(bench.folder / "out", ignore_errors=True)
+    folder = bench.folder / "scaling"
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoint = write_checkpoint(folder, sized(gigabytes(size)), seed=1, num_shards=5)
+    request = {"method": "linear", "sources": [str(checkpoint)] * 3}
+    bench.call("", worker, request, record=False)  # compile
+    for _ in range(repeats):
+        bench.round += 1
+        bench.call(f"{size}: alloy linear", worker, request)
+        for name, command in floors(checkpoint, [checkpoint] * 2, bench.folder / "out").items():
+            bench.command(f"{size}: {name}", command)
     worker.close()
-    return rows
+    shutil.rmtree(folder)
+    shutil.rmtree(bench.folder / "out", ignore_errors=True)
 
 
-def report(bench: Bench, size: Size, rows: list[tuple[float, float, float]], arguments: str) -> str:
+def sized(gigabytes: float) -> Size:
+    """A Llama whose bfloat16 checkpoint has this size: as many layers as fit, the rest vocabulary."""
+    wanted, bare = gigabytes * 1e9 / 2, Size(1536, 4096, 0, 4000)
+    per_layer = replace(bare, layers=1).num_parameters - bare.num_parameters
+    layers = max(1, int((wanted - bare.num_parameters) / per_layer))
+    return replace(bare, layers=layers, vocabulary=int((wanted - layers * per_layer) / (2 * 1536)))
+
+
+def gigabytes(size: str) -> float:
+    return float(size.removesuffix("GB"))
+
+
+def report(bench: Bench, size: Size, arguments: str) -> str:
     parameters = f"{size.num_parameters / 1e6:.0f} M"
     lines = [
         "# The merge engine against copying, reading and mergekit",
@@ -354,33 +402,60 @@ def report(bench: Bench, size: Size, rows: list[tuple[float, float, float]], arg
         "| command | runs | wall s | CPU s | peak RSS MB | anonymous MB | / cp | / floor |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, runs in bench.runs.items():
+    compared = {name: runs for name, runs in bench.runs.items() if "GB: " not in name}
+    for name, runs in compared.items():
         cells = [f"{bench.median(name, field):.2f}" for field in ("wall", "cpu")]
-        cells += [
-            f"{max(getattr(r, field) for r in runs):.0f}" for field in ("peak_mb", "anonymous_mb")
-        ]
-        ratios = [f"{bench.ratio(name, other):.1f}x" for other in ("cp", "floor")]
-        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells + ratios)} |")
-    linear, command = "alloy linear", "alloy linear, command"
-    dense = "alloy ties, density 1 (nothing to select)"
+        cells += [f"{bench.most(name, field):.0f}" for field in ("peak_mb", "anonymous_mb")]
+        cells += [f"{bench.ratio(name, other):.1f}x" for other in ("cp", "floor")]
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    if "alloy linear" in compared:
+        lines += _goals(bench)
+    sizes = sorted({n.partition(": ")[0] for n in bench.runs if "GB: " in n}, key=gigabytes)
     lines += [
+        "",
+        "Time against size: linear, three sources, in process. Size is that of one checkpoint: at 8 GB, 24 GB are read and 8 GB "
+        "written, hashed and put on the disk.",
+        "",
+        "| GB of one checkpoint | runs | wall s | s per GB | CPU s per GB | floor s per GB | floor on the disk s per GB | anonymous MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for size_ in sizes:
+        ours, gb = f"{size_}: alloy linear", gigabytes(size_)
+        per_gb = [
+            bench.median(ours) / gb, bench.median(ours, "cpu") / gb,
+            *(bench.median(f"{size_}: {name}") / gb for name in ("floor", "floor, on the disk")),
+        ]  # fmt: skip
+        lines.append(
+            f"| {size_.removesuffix('GB')} | {len(bench.runs[ours])} | {bench.median(ours):.2f} | "
+            + " | ".join(f"{x:.2f}" for x in per_gb)
+            + f" | {bench.most(ours, 'anonymous_mb'):.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _goals(bench: Bench) -> list[str]:
+    linear, command = "alloy linear", "alloy linear, command"
+    one = bench.median("alloy ties") - bench.median(DENSE)
+    most = 2 * (bench.median(linear) + one)
+
+    def votes(method: str) -> str:
+        taken = bench.median(f"alloy {method}")
+        return (
+            f"{taken:.2f} s of {most:.2f} s; {bench.ratio(f'alloy {method}', linear):.2f}x linear"
+        )
+
+    return [
+        "",
+        f"A selection pass takes {one:.2f} s: what TIES takes beyond TIES with nothing to select.",
         "",
         "| goal | measured |",
         "|---|---|",
         f"| linear in process at most 2.5x the floor | {bench.ratio(linear, 'floor'):.2f}x |",
         f"| linear command at most 1/5 of mergekit's | 1/{1 / bench.ratio(command, 'mergekit linear'):.1f} |",
-        f"| TIES at most 2x linear + one selection pass | {bench.ratio(dense, linear):.2f}x linear + the pass, "
-        f"{bench.ratio('alloy ties', linear):.2f}x in all |",
-        f"| DARE-TIES at most 2x linear + one selection pass | {bench.ratio('alloy dare_ties', linear):.2f}x linear, no pass |",
-        f"| anonymous memory at most 256 MB | {max(r.anonymous_mb for r in bench.runs[linear]):.0f} MB |",
-        "",
-        "Time against size: linear, three sources, in process.",
-        "",
-        "| GB of one checkpoint | wall s | s per GB | anonymous MB |",
-        "|---|---|---|---|",
-        *(f"| {n / 1e9:.2f} | {s:.2f} | {s / n * 1e9:.2f} | {m:.0f} |" for n, s, m in rows),
+        f"| TIES at most 2x (linear + a selection pass) | {votes('ties')} |",
+        f"| DARE-TIES at most 2x (linear + a selection pass) | {votes('dare_ties')}, no pass |",
+        f"| anonymous memory at most 256 MB | {bench.most(linear, 'anonymous_mb'):.0f} MB, of which most is what the imports take |",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _machine() -> str:
@@ -405,11 +480,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a 39 M model, no slow mergekit methods"
-    )
+    parser.add_argument("parts", nargs="*", help="parts to run, all by default")
+    parser.add_argument("--quick", action="store_true", help="a 39 M model, no slow methods")
     parser.add_argument("--rounds", type=int, help="default 5, quick 3")
-    parser.add_argument("--folder", type=Path, help="where to write; default a temporary folder")
+    parser.add_argument("--folder", type=Path, help="keeps inputs and measurements; else temporary")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -417,19 +491,54 @@ def main() -> None:
         serve()
         return
     size = QUICK if given.quick else FULL
-    with tempfile.TemporaryDirectory(dir=given.folder, prefix="alloy-merge-") as name:
-        bench = Bench(Path(name))
-        for seed, model in enumerate((BASE, *MODELS)):
-            write_checkpoint(bench.folder / model, size, seed=seed, num_shards=5)
-        compare(bench, given.rounds or (3 if given.quick else 5), quick=given.quick)
-        for model in (BASE, *MODELS):
-            shutil.rmtree(bench.folder / model)
-        sizes = (0.12, 0.25, 0.5) if given.quick else (0.12, 0.5, 1, 2, 4, 8)
-        rows = scaling(bench, sizes, repeats=3)
-        text = report(bench, size, rows, " --quick" if given.quick else "")
+    with _folder(given.folder) as folder:
+        bench = Bench(folder)
+        for part in given.parts or all_parts(given.quick, given.rounds):
+            run(bench, part, size)
+            print(
+                part,
+                {
+                    k: f"{v[bench.round].wall:.2f}"
+                    for k, v in bench.runs.items()
+                    if bench.round in v
+                },
+            )
+        text = report(bench, size, " --quick" if given.quick else "")
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_text(text)
     print(text)
+
+
+@contextmanager
+def _folder(given: Path | None) -> Generator[Path]:
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="alloy-merge-") as name:
+        yield Path(name)
+
+
+def all_parts(quick: bool, rounds: int | None) -> list[str]:
+    sizes = (0.12, 0.25, 0.5) if quick else (0.12, 0.5, 1, 2, 4, 8)
+    slow = [] if quick else [f"{method}@mergekit" for method in SLOW]
+    return ["round"] * (rounds or (3 if quick else 5)) + slow + [f"{gb:g}GB" for gb in sizes]
+
+
+def run(bench: Bench, part: str, size: Size) -> None:
+    method, _, tool = part.partition("@")
+    if part == "round":
+        inputs(bench, size)
+        compare(bench)
+    elif tool == "mergekit" and method in SLOW:
+        inputs(bench, size)
+        compare_slow(bench, method)
+    elif part.endswith("GB"):
+        scaling(bench, part, repeats=3)
+    else:
+        sys.exit(
+            f"no part {part!r}: round, a size as 8GB, or {', '.join(f'{m}@mergekit' for m in SLOW)}"
+        )
 
 
 if __name__ == "__main__":

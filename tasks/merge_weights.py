@@ -86,7 +86,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATTERN=C,C,...",
         help="by glob pattern of tensor names; the first that matches decides",
     )
-    add("--set", action="append", default=[], metavar="OPTION=VALUE", help="the method's options")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help='the method\'s options; by pattern of tensor names density={"*attn*": 0.3, "*": 0.5}',
+    )
     add(
         "--statistics",
         action="append",

@@ -89,7 +89,7 @@ def merge_checkpoints(
         command: how this was called, for the model card.
         title: of the model card; by default the output's name.
         on_bytes: told the number of bytes just computed, from the workers.
-        options: the method's settings.
+        options: the method's settings, each a value or the values by glob pattern of tensor names.
 
     Raises:
         MergeError, CheckpointError: anything wrong, with names and fixes, before anything is written; NaN or

@@ -68,6 +68,8 @@ class PlannedTensor:
     sources: tuple[str, ...]
     inputs: tuple[Entry, ...]
     coefficients: tuple[float, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Those that were given by pattern, with this tensor's values."""
     mapped: bool = False
     """Rows are looked up by token, because the vocabularies differ."""
 
@@ -148,12 +150,15 @@ class MergePlan:
                 f"{t.dtype} {list(t.shape)}",
                 t.how + (" (rows by token)" if t.mapped else ""),
                 ", ".join(t.sources),
-                ", ".join(f"{c:.4g}" for c in t.coefficients),
+                ", ".join(
+                    [f"{c:.4g}" for c in t.coefficients]
+                    + [f"{key}={value}" for key, value in t.options.items()]
+                ),
                 f"{t.num_bytes:,}",
             )
             for t in self.tensors
         ]
-        head = ("tensor", "dtype and shape", "how", "from", "coefficients", "bytes")
+        head = ("tensor", "dtype and shape", "how", "from", "settings", "bytes")
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
@@ -587,7 +592,12 @@ def _with_method(tensor: PlannedTensor, settings: MergeSettings) -> PlannedTenso
     if tensor.how != "merge":
         return tensor
     row = settings.coefficients.get(tensor.name, ())
-    return replace(tensor, how=settings.name, coefficients=tuple(row))
+    return replace(
+        tensor,
+        how=settings.name,
+        coefficients=tuple(row),
+        options=settings.patterned.get(tensor.name, {}),
+    )
 
 
 def _layout(

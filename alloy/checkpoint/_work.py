@@ -7,7 +7,7 @@ order, which float32 coefficients hide almost always (tests/alloy/checkpoint/tes
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -162,7 +162,7 @@ class Sparse(_Work):
     """Task vectors thinned out and added, or put to a vote, by one compiled loop."""
 
     def __init__(self, tensors: Tensors, settings: MergeSettings):
-        options = settings.options
+        options = settings.options_of(tensors.name)
         n = len(tensors.inputs) - 1
         self.tensors = tensors
         self.coefficients = np.array(settings.coefficients[tensors.name], np.float32)
@@ -190,11 +190,12 @@ class Drop(Sparse):
         from alloy.merge._random import stream_key
 
         super().__init__(tensors, settings)
-        density, seed = settings.options["density"], settings.options["seed"]
+        options = settings.options_of(tensors.name)
+        density, seed = options["density"], options["seed"]
         limit = int(np.ceil(density * 2.0**32))  # an integer is below a number if below its ceiling
         keys = [stream_key(seed, tensors.name, i) for i in range(self.num_models)]
         self.drops = np.array([(key, limit) for key in keys], np.uint64)
-        self.factor = np.float32(1 / density if settings.options["rescale"] else 1.0)
+        self.factor = np.float32(1 / density if options["rescale"] else 1.0)
 
 
 class Trim(Sparse):
@@ -202,7 +203,7 @@ class Trim(Sparse):
 
     def __init__(self, tensors: Tensors, settings: MergeSettings):
         super().__init__(tensors, settings)
-        self.ranks = _ranks(settings, tensors.num_elements)
+        self.ranks = _ranks(settings.name, settings.options_of(tensors.name), tensors.num_elements)
         self.trims = np.array([_KEEP_EVERYTHING] * self.num_models, np.uint32)
         if isinstance(self.ranks, tuple):
             rounds = 2 if tensors.inputs[0].dtype == "F32" else 1
@@ -306,7 +307,7 @@ def work_for(
     compiled: bool = True,
 ) -> partial[_Work]:
     """How to merge a tensor; `compiled` False forces the method's own function."""
-    method, options = settings.method, settings.options
+    method, options = settings.method, settings.options_of(tensors.name)
     if compiled and tensors.compiled and statistics is None:
         coefficients = settings.coefficients.get(tensors.name)
         match settings.name:
@@ -327,15 +328,15 @@ def work_for(
     return partial(Function, tensors, settings, base=base, statistics=statistics)
 
 
-def _ranks(settings: MergeSettings, num_elements: int) -> tuple[int, ...] | bool:
+def _ranks(method: str, options: Mapping[str, Any], num_elements: int) -> tuple[int, ...] | bool:
     """The ranks, counted from the largest, whose magnitudes bound what is kept; or whether all is kept."""
-    density = settings.options["density"]
-    if settings.name == "ties":
+    density = options["density"]
+    if method == "ties":
         if density >= 1 or density <= 0:
             return density >= 1
         return (max(1, int(density * num_elements)),)
     count = int(density * num_elements)
-    outliers = int(settings.options["gamma"] * num_elements)
+    outliers = int(options["gamma"] * num_elements)
     return (outliers + count, outliers + 1) if count else False
 
 

@@ -34,7 +34,7 @@ def validate(
         names: the tensors to be merged.
         num_models: how many models, the base not counted.
         base, statistics: whether they are given.
-        coefficients: as in `merge`.
+        coefficients, options: as in `merge`.
         inputs: which of the method's `inputs` are given.
 
     Raises:
@@ -50,17 +50,67 @@ def validate(
             hint = nearest(option, spec.options) if spec.options else "it has none"
             raise MergeError(f"method {method!r} has no option {option!r}: {hint}")
     values = {key: option.default for key, option in spec.options.items()}
-    values |= {key: spec.options[key].check(key, value) for key, value in options.items()}
+    values |= {key: _checked_option(method, spec, key, value) for key, value in options.items()}
+    patterned = _by_tensor(values, names)
     if spec.check is not None:
-        spec.check(**values)
+        by_pattern = any(isinstance(value, Mapping) for value in values.values())
+        for combination in patterned.values() if by_pattern else [{}]:
+            spec.check(**values | combination)
     for pattern in options.get("skip", ()):
         _require_match(f"skip pattern {pattern!r}", pattern, names)
+    normalize = {
+        name: patterned.get(name, values).get("normalize", values.get("normalize", True))
+        for name in names
+    }
     return MergeSettings(
         name=method,
         method=spec,
         options=values,
-        coefficients=_coefficients(method, spec, names, num_models, coefficients, values),
+        patterned=patterned,
+        coefficients=_coefficients(method, spec, names, num_models, coefficients, normalize),
     )
+
+
+def _checked_option(method: str, spec: MergeMethod, name: str, value: Any) -> Any:
+    """One option's value, or its values by pattern."""
+    option = spec.options[name]
+    if not isinstance(value, Mapping):
+        return option.check(name, value)
+    if option.type is tuple:
+        raise MergeError(f"option {name}={dict(value)!r}: it is a list of patterns itself")
+    if spec.scope == "model":
+        raise MergeError(
+            f"option {name}={dict(value)!r}: {method!r} works on whole models, it takes one value"
+        )
+    if not value:
+        raise MergeError(f"option {name}={{}}: no pattern; give {{'*': value}}")
+    return {pattern: option.check(f"{name} of {pattern!r}", v) for pattern, v in value.items()}
+
+
+def _by_tensor(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By tensor name the values of the options that were given by pattern."""
+    result: dict[str, dict[str, Any]] = {}
+    for option, value in values.items():
+        if isinstance(value, Mapping):
+            for name, pattern in _deciders(f"option {option}", value, names).items():
+                result.setdefault(name, {})[option] = value[pattern]
+    return result
+
+
+def _deciders(what: str, patterns: Iterable[str], names: Sequence[str]) -> dict[str, str]:
+    """For each name the first pattern that matches it; every pattern must decide something."""
+    patterns = list(patterns)
+    decides = {name: next((p for p in patterns if fnmatchcase(name, p)), None) for name in names}
+    if undecided := [name for name, pattern in decides.items() if pattern is None]:
+        raise MergeError(
+            f"no {what} for {few(undecided)}: end the patterns {patterns} with '*' for the rest"
+        )
+    for pattern in set(patterns) - set(decides.values()) if names else ():
+        _require_match(f"{what} pattern {pattern!r}", pattern, names)
+        raise MergeError(
+            f"{what} pattern {pattern!r} decides nothing: earlier patterns match all its tensors"
+        )
+    return {name: pattern for name, pattern in decides.items() if pattern is not None}
 
 
 def known_method(name: str) -> MergeMethod:
@@ -114,7 +164,7 @@ def _coefficients(
     names: Sequence[str],
     num_models: int,
     given: Coefficients | None,
-    options: Mapping[str, Any],
+    normalize: Mapping[str, bool],
 ) -> dict[str, tuple[float, ...]]:
     if method.coefficients is None:
         if given is not None:
@@ -126,45 +176,45 @@ def _coefficients(
         default = method.default_scale if method.coefficients == "scales" else 1 / num_models
         given = [default] * num_models
     by_pattern = given if isinstance(given, Mapping) else {"*": given}
-    normalize = method.coefficients != "scales" and options.get("normalize", True)
-    checked = {
-        pattern: _checked(method, pattern, row, num_models, normalize)
-        for pattern, row in by_pattern.items()
+    rows = {
+        pattern: _checked(method, pattern, row, num_models) for pattern, row in by_pattern.items()
     }
-    decides = {name: next((p for p in checked if fnmatchcase(name, p)), None) for name in names}
-    if undecided := [name for name, pattern in decides.items() if pattern is None]:
-        raise MergeError(
-            f"no coefficients for {few(undecided)}: end the patterns {list(checked)} with '*' for the rest"
-        )
-    for pattern in set(checked) - set(decides.values()) if names else ():
-        _require_match(f"coefficients pattern {pattern!r}", pattern, names)
-        raise MergeError(
-            f"coefficients pattern {pattern!r} decides nothing: earlier patterns match all its tensors"
-        )
-    return {name: checked[pattern] for name, pattern in decides.items() if pattern is not None}
+    averages = method.coefficients != "scales"
+    result = {}
+    for name, pattern in _deciders("coefficients", rows, names).items():
+        divide = averages and normalize[name]
+        result[name] = _normalized(pattern, rows[pattern]) if divide else rows[pattern]
+    return result
 
 
 def _checked(
-    method: MergeMethod, pattern: str, row: Sequence[float], num_models: int, normalize: bool
+    method: MergeMethod, pattern: str, row: Sequence[float], num_models: int
 ) -> tuple[float, ...]:
-    """One row of coefficients, divided by its sum if the method averages."""
+    """One row of coefficients as given, if the method can take it."""
     row = [float(c) for c in row]
-    where = f"coefficients {row}" + (f" of {pattern!r}" if pattern != "*" else "")
+    where = _where(pattern, row)
     if len(row) != num_models:
         raise MergeError(f"{where}: give one for each of the {num_models} models")
     if not all(math.isfinite(c) for c in row):
         raise MergeError(f"{where}: they must be finite")
     if method.coefficients == "nonnegative weights" and min(row) < 0:
         raise MergeError(f"{where}: the weights of this mean must not be negative")
-    if not normalize:
-        return tuple(row)
+    return tuple(row)
+
+
+def _normalized(pattern: str, row: Sequence[float]) -> tuple[float, ...]:
+    """The row divided by its sum."""
     total = math.fsum(row)
     if abs(total) <= 1e-6 * sum(map(abs, row)):
         raise MergeError(
-            f"{where} sum to {total:g}, so they cannot be normalised: change them, or take a method that "
+            f"{_where(pattern, row)} sum to {total:g}, so they cannot be normalised: change them, or take a method that "
             "adds task vectors"
         )
     return tuple(c / total for c in row)
+
+
+def _where(pattern: str, row: Sequence[float]) -> str:
+    return f"coefficients {list(row)}" + (f" of {pattern!r}" if pattern != "*" else "")
 
 
 def _require_match(what: str, pattern: str, names: Sequence[str]) -> None:

@@ -42,7 +42,8 @@ def merge(
             one.
         statistics: per model, parameter name to `alloy.activations.Gram` of the layer's inputs
             (RegMean) or to the diagonal of the Fisher information (Fisher).
-        options: settings of the method, and for methods that run the model what they run.
+        options: settings of the method, each a value or, as coefficients, values by glob pattern;
+            for methods that run the model also what they run.
 
     Returns:
         The merged weights, in the models' names, order and dtypes; computed in float32 or better.
@@ -119,7 +120,7 @@ def merge_tensor(
         _require_finite(tensor, f"{name} in {source}", "repair or replace that checkpoint")
     if first.numel() == 0:
         return first.clone()
-    keywords: dict[str, Any] = dict(settings.options)
+    keywords = settings.options_of(name)
     if method.coefficients is not None:
         keywords["coefficients"] = settings.coefficients[name]
     if method.base != "unused":
@@ -245,6 +246,8 @@ def _owners(named: Mapping[str, Weights], settings: MergeSettings) -> dict[str, 
     for name, first in owner.items():
         if settings.coefficients.get(name) != settings.coefficients.get(first):
             raise MergeError(f"{name} is tied to {first}: give both the same coefficients")
+        if settings.patterned.get(name) != settings.patterned.get(first):
+            raise MergeError(f"{name} is tied to {first}: give both the same options")
     return owner
 
 

@@ -153,8 +153,15 @@ class MergeSettings:
     name: str
     method: MergeMethod
     options: Mapping[str, Any]
+    """As asked for: by name a value, or the values by glob pattern of tensor names."""
+    patterned: Mapping[str, Mapping[str, Any]]
+    """By tensor name the values of the options that were given by pattern. Empty if none was."""
     coefficients: Mapping[str, tuple[float, ...]]
     """By tensor name, weights divided by their sum. Empty for a method that takes none."""
+
+    def options_of(self, name: str) -> dict[str, Any]:
+        """The value of every option for one tensor."""
+        return {**self.options, **self.patterned.get(name, {})}
 
 
 def _imported(path: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import alloy
 from tasks.merge_weights import main
 
 
@@ -50,6 +51,31 @@ def test_dry_run_prints_the_plan(folders, tmp_path, capsys):
     assert "model.layers.10.mlp.up.weight" in printed
     assert "0.5, 0.5" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_options_by_pattern_are_planned_and_merged_tensor_by_tensor(
+    folders, tmp_path, load, weights, capsys
+):
+    """The plan shows each tensor's value; the result is the merge in memory with the same options."""
+    arguments = [
+        "modality_arithmetic", str(tmp_path / "out"), folders["a"], folders["b"], "--base", folders["seed"],
+        "--set", 'scale={"model.layers.*": 0.25, "*": 0.75}',
+    ]  # fmt: skip
+    main([*arguments, "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    for name, value in (("model.layers.0.norm.weight", 0.25), ("lm_head.weight", 0.75)):
+        assert any(line.startswith(name) and f"scale={value}" in line for line in lines), name
+    main(arguments)
+    expected = alloy.merge(
+        "modality_arithmetic",
+        [weights(1), weights(2)],
+        base=weights(0),
+        scale={"model.layers.*": 0.25, "*": 0.75},
+    )
+    merged = load(tmp_path / "out")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    account = json.loads((tmp_path / "out" / "alloy_merge.json").read_text())
+    assert account["options"] == {"scale": {"model.layers.*": 0.25, "*": 0.75}}
 
 
 @pytest.mark.parametrize(

@@ -367,3 +367,44 @@ def test_model_stock_keeps_the_base_where_models_disagree_and_the_mean_where_the
     t = 2 * 0.5**0.5 / (1 + 0.5**0.5)
     merged = merge("model_stock", right_angle, base={"x": base})["x"]
     torch.testing.assert_close(merged, t * torch.tensor([1.0, 0.5]))
+
+
+def _values_by_block(option):
+    """Two values that an option may have."""
+    if option.choices:
+        return option.choices[0], option.choices[-1]
+    if option.type is bool:
+        return True, False
+    if option.type is int:
+        return 3, 1
+    return (0.4, 0.2) if option.maximum <= 1 or "gamma" in repr(option) else (0.7, 0.3)
+
+
+PATTERNED = [
+    (name, option)
+    for name in STREAMED
+    for option, about in MERGE_METHODS[name].options.items()
+    if about.type is not tuple
+]
+
+
+@pytest.mark.parametrize(("method", "option"), PATTERNED)
+def test_options_by_pattern_are_the_union_of_merges_with_one_value(family, method, option):
+    """Tensor by tensor a merge with an option by pattern is the merge with the value that decides."""
+    about = MERGE_METHODS[method].options[option]
+    first, rest = _values_by_block(about)
+    others = {"density": 0.5, "epsilon": 0.05, "gamma": 0.1}
+    others = {k: v for k, v in others.items() if k in MERGE_METHODS[method].options and k != option}
+    if option == "epsilon":
+        first, rest = 0.1, 0.3
+    merged = family.merge(method, **others, **{option: {"layers.1.*": first, "*": rest}})
+    whole = {value: family.merge(method, **others, **{option: value}) for value in (first, rest)}
+    for name, tensor in merged.items():
+        expected = whole[first if name.startswith("layers.1.") else rest][name]
+        assert torch.equal(tensor, expected), name
+
+
+def test_every_streamed_method_has_settings_by_pattern():
+    """Coefficients, or options that stand for them: none is one number for the whole model alone."""
+    for name in STREAMED:
+        assert MERGE_METHODS[name].coefficients or any(n == name for n, _ in PATTERNED), name

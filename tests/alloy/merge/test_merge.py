@@ -136,6 +136,40 @@ REFUSED = {
         {"method": "linear", "coefficients": {"layers.*": [1, 1], "*": [1, 2]}},
         "pattern 'layers.*' matches no tensor",
     ),
+    "option pattern that matches nothing": (
+        {"method": "modality_arithmetic", "base": weights(), "scale": {"layers.*": 1.0, "*": 0.5}},
+        "option scale pattern 'layers.*' matches no tensor",
+    ),
+    "option patterns that leave a tensor out": (
+        {"method": "nearswap", "models": [weights()], "base": weights(), "t": {"a": 1.0}},
+        r"no option t for b.* end the patterns \['a'\] with '\*'",
+    ),
+    "option outside its range in one pattern": (
+        {"method": "interpolation", "ratio": {"a": 1.5, "*": 0.5}},
+        r"option ratio of 'a'=1.5 is outside \[0, 1\]",
+    ),
+    "options wrong together in one pattern": (
+        {"method": "breadcrumbs", "base": weights(), "density": {"a": 0.5, "*": 0.995}},
+        "density 0.995 and gamma 0.01",
+    ),
+    "patterns of a list of patterns": (
+        {"method": "wudi", "base": weights(), "skip": {"*": ["a"]}},
+        "list of patterns itself",
+    ),
+    "option patterns of a method that runs the model": (
+        {
+            "method": "adamerging",
+            "base": weights(),
+            "forward": None,
+            "batches": [],
+            "num_steps": {"a": 1, "*": 2},
+        },
+        "'adamerging' works on whole models",
+    ),
+    "weights that cancel in the tensors that are normalised": (
+        {"method": "linear", "coefficients": [1, -1], "normalize": {"a": False, "*": True}},
+        "sum to 0",
+    ),
     "pattern that is shadowed": (
         {"method": "linear", "coefficients": {"*": [1, 2], "a": [1, 1]}},
         "'a' decides nothing",

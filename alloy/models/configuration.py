@@ -25,6 +25,8 @@ class ModalityConfig(PretrainedConfig):
     Heads of size 0 (`num_answers`, `num_segment_classes`) are left out.
     `segment_cells` is the number of labels along one side of a patch.
     `layer_scale` is the initial LayerScale gain, None for no LayerScale.
+    `joint_adapters`: whether a fixed matrix per modality stands where its stream enters the joint blocks,
+    for merged models whose streams have bases of their own (`alloy.models.gauge`).
     """
 
     model_type = "modality"
@@ -51,6 +53,7 @@ class ModalityConfig(PretrainedConfig):
         num_answers: int = 3129,
         num_segment_classes: int = 150,
         segment_cells: int = 1,
+        joint_adapters: bool = False,
         **kwargs,
     ):
         self.sharing = sharing
@@ -72,6 +75,7 @@ class ModalityConfig(PretrainedConfig):
         self.num_answers = num_answers
         self.num_segment_classes = num_segment_classes
         self.segment_cells = segment_cells
+        self.joint_adapters = joint_adapters
         self._refuse_impossible_sizes()
         self.pad_token_id = pad_token_id
         super().__init__(**kwargs)

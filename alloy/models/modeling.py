@@ -150,6 +150,17 @@ class TextEmbeddings(nn.Module):
         return self.norm(self.words(input_ids_BT) + self.positions[:, :num_tokens])
 
 
+class JointAdapter(nn.Linear):
+    """A fixed change of basis of one modality's stream, where it meets the other; starts as none.
+
+    Part of the state dict and of the number of parameters; training leaves it alone.
+    """
+
+    def __init__(self, size: int):
+        super().__init__(size, size, bias=False)
+        self.weight.requires_grad_(False)
+
+
 class MaskedWordHead(nn.Module):
     """BERT's masked-language-modelling head, its decoder not tied to the word embeddings."""
 
@@ -211,6 +222,8 @@ class ModalityModel(PreTrainedModel):
         self.text_embeddings = TextEmbeddings(config)
         self.type_embeddings = nn.Embedding(2, D)  # 0 text, 1 image
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        if config.joint_adapters:
+            self.image_adapter, self.text_adapter = JointAdapter(D), JointAdapter(D)
         self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.pooler = nn.Linear(D, D)
         self.image_projection = nn.Linear(D, E, bias=False)
@@ -228,7 +241,9 @@ class ModalityModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        if isinstance(module, JointAdapter):
+            init.eye_(module.weight)
+        elif isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             init.trunc_normal_(module.weight, std=std * getattr(module, "depth_scale", 1.0))
             if isinstance(bias := getattr(module, "bias", None), Tensor):
                 init.zeros_(bias)
@@ -303,6 +318,8 @@ class ModalityModel(PreTrainedModel):
         """Run the joint blocks and the norm on the lower blocks' image and text states."""
         image_mask_BI = attention_mask_BT.new_ones(image_BID.shape[:2])
         mask = key_mask(torch.cat([attention_mask_BT, image_mask_BI], dim=1))
+        if self.config.joint_adapters:
+            image_BID, text_BTD = self.image_adapter(image_BID), self.text_adapter(text_BTD)
         x_BSD = torch.cat([text_BTD, image_BID], dim=1)
         return self.norm(self.run_blocks(x_BSD, "vl", self.config.num_single_layers, None, mask))
 

@@ -1,0 +1,326 @@
+"""The modality transformer in a gauge: its experts' streams, heads and neurons moved, its function kept.
+
+The stream of each modality has a basis of its own. Where v and l enter the joint blocks, fixed
+adapters change to the basis of vl. What writes the stream of v takes its rotation; the stream of l, into which the
+text embeddings' norm writes, is the reference and never turns. Norms lose their gains and biases to
+the layers that read them, and what writes a stream loses its mean, which no norm lets through.
+
+The final norm is shared by streams of different bases, so it cannot keep a bias. But the output of a
+LayerNorm sums to zero: it leaves the direction of ones free, and there a bias fits. The norm gets the
+bias 1, and each reader's rows the sum that makes of it what the old bias was.
+
+Shapes: D hidden, R rows of a reader.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alloy.activations import Gram
+from alloy.gauge import Gauge, search_gauge
+from alloy.models.configuration import ModalityConfig
+from alloy.models.experts import (
+    MODALITIES,
+    agnostic_config,
+    expert_name,
+    join,
+    shared_weights,
+    split_experts,
+)
+from alloy.models.modeling import Block, ModalityModel
+from alloy.symmetry import SymmetrySpec, Transform, find_symmetries, fold_norms, identity, transport
+from alloy.types import Weights
+
+REFERENCE = "l"
+"""The modality whose stream, heads and neurons stay where they are."""
+
+_WRITERS = {"v": ("image_embeddings.cls_token", "image_embeddings.positions")}
+_READERS = {
+    "v": ("image_projection.weight", "segment_head.weight"),
+    "l": ("text_projection.weight",),
+    "vl": ("pooler.weight", "masked_word_head.transform.weight"),
+}
+
+
+class Tower(nn.Module):
+    """One modality's way through its blocks, from what writes its stream to what reads it."""
+
+    def __init__(self, config: ModalityConfig, first: int) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.writer = nn.Linear(D, D, bias=False)
+        layers = range(first, config.num_hidden_layers)
+        self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in layers})
+        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.reader = nn.Linear(D, D, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.writer(x_BSD)
+        for block in self.blocks.values():
+            x_BSD = block(x_BSD, "", None)
+        return self.reader(self.norm(x_BSD))
+
+
+@dataclass(frozen=True)
+class TowerWeights:
+    """A modality's tower with its norms folded: ready to move by the transforms of `spec`.
+
+    `writer.weight` and `reader.weight` are what becomes of the identity in front of the stream and
+    behind the final norm.
+    """
+
+    weights: Weights
+    spec: SymmetrySpec
+
+
+def towers(model: ModalityModel) -> dict[str, TowerWeights]:
+    """Each modality's experts as a tower whose stream may turn; the model's function, folded.
+
+    Raises:
+        ValueError: a model whose modalities share parts, so that they have no streams of their own.
+    """
+    config = model.config
+    if config.sharing != "none":
+        raise ValueError(
+            f"a model of sharing {config.sharing!r} has parts in one basis for all modalities; only "
+            f"sharing 'none' has streams that may turn apart"
+        )
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    experts = split_experts(weights, config)
+    gains = {name: tensor for name, tensor in weights.items() if ".scale" in name}
+    eye_DD = torch.eye(config.hidden_size, dtype=torch.float64)
+    found = {}
+    for modality in MODALITIES:
+        first = config.num_single_layers if modality == "vl" else 0
+        spec = _trace(config, first)
+        own = {
+            **experts[modality],
+            **{name: gain for name, gain in gains.items() if int(name.split(".")[1]) >= first},
+            "norm.weight": weights["norm.weight"],
+            "norm.bias": weights["norm.bias"],
+            "writer.weight": eye_DD,
+            "reader.weight": eye_DD,
+        }
+        folded, folded_spec = fold_norms(own, spec)
+        found[modality] = TowerWeights(_without_norm_biases(folded, config, first), folded_spec)
+    return found
+
+
+def _trace(config: ModalityConfig, first: int) -> SymmetrySpec:
+    tower = Tower(agnostic_config(config), first).eval()
+    return find_symmetries(tower, {"x_BSD": torch.randn(2, 3, config.hidden_size)})
+
+
+def _without_norm_biases(weights: Weights, config: ModalityConfig, first: int) -> dict[str, Tensor]:
+    result = dict(weights)
+    for i in range(first, config.num_hidden_layers):
+        for norm, reader in (("norm1", "attention.qkv"), ("norm2", "ffn.fc1")):
+            bias = result[f"blocks.{i}.{norm}.bias"]
+            read = f"blocks.{i}.{reader}"
+            moved = result[f"{read}.weight"] @ bias
+            result[f"{read}.bias"] = result[f"{read}.bias"] + moved
+            result[f"blocks.{i}.{norm}.bias"] = torch.zeros_like(bias)
+    return result
+
+
+def in_gauge(
+    model: ModalityModel, transforms: Mapping[str, Mapping[str, Transform]] | None = None
+) -> ModalityModel:
+    """The same function with every modality's tower moved by its transforms (without: folded only).
+
+    The result has joint adapters where a stream has turned. It stays modality-specific; the experts of
+    REFERENCE must not turn their stream.
+    """
+    folded = towers(model)
+    transforms = {} if transforms is None else transforms
+    moved = {
+        modality: transport(
+            tower.weights, tower.spec, transforms.get(modality, identity(tower.spec))
+        )
+        for modality, tower in folded.items()
+    }
+    turned = any(
+        transform.matrix is not None
+        for modality, tower in folded.items()
+        for name, transform in transforms.get(modality, {}).items()
+        if name == _stream(tower.spec)
+    )
+    config = copy.deepcopy(model.config)
+    config.joint_adapters = turned
+    result = ModalityModel(config).to(model.dtype)
+    result.load_state_dict(_assembled(model, moved, turned))
+    result.config._attn_implementation = model.config._attn_implementation
+    return result.to(model.device).eval()
+
+
+def _stream(spec: SymmetrySpec) -> str:
+    found = spec.layout["writer.weight"][0]
+    (name,) = {leaf for leaf in [getattr(found, "space", None)] if leaf}
+    return name
+
+
+def _assembled(
+    model: ModalityModel, moved: Mapping[str, Weights], turned: bool
+) -> dict[str, Tensor]:
+    """The model's weights, given its moved towers."""
+    old = model.state_dict()
+    experts = {
+        modality: {
+            name: tensor
+            for name, tensor in tower.items()
+            if name.startswith("blocks.") and ".scale" not in name
+        }
+        for modality, tower in moved.items()
+    }
+    weights = shared_weights(old, model.config)
+    weights |= {name: torch.ones_like(t) for name, t in weights.items() if ".scale" in name}
+    weights["norm.weight"] = torch.ones_like(old["norm.weight"])
+    weights["norm.bias"] = torch.ones_like(old["norm.bias"])
+    for modality, names in _READERS.items():
+        if modality in moved:
+            for name in (name for name in names if name in weights):
+                weights[name] = _read_after(moved[modality], weights[name])
+    turn_DD = moved["v"]["writer.weight"]
+    for name in _WRITERS["v"]:
+        weights[name] = weights[name].double() @ turn_DD.T
+    patches = weights["image_embeddings.patches.weight"].double()
+    weights["image_embeddings.patches.weight"] = torch.einsum("de,e...->d...", turn_DD, patches)
+    bias = weights["image_embeddings.patches.bias"].double()
+    weights["image_embeddings.patches.bias"] = turn_DD @ bias
+    types = weights["type_embeddings.weight"].double()
+    weights["type_embeddings.weight"] = torch.stack([types[0], turn_DD @ types[1]])
+    if turned and "vl" in moved:
+        entry_DD = moved["vl"]["writer.weight"]
+        weights["image_adapter.weight"] = entry_DD @ turn_DD.T
+        weights["text_adapter.weight"] = entry_DD
+    return join(experts, weights, model.config)
+
+
+def _read_after(tower: Weights, reader_RD: Tensor) -> Tensor:
+    """A layer behind the final norm, made to read the turned stream and a norm whose bias is 1."""
+    read_RD = reader_RD.double() @ tower["reader.weight"]
+    wanted_R1 = (read_RD @ tower["norm.bias"])[:, None]
+    return read_RD - read_RD.mean(1, keepdim=True) + wanted_R1 / read_RD.shape[1]
+
+
+# What the experts see.
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One modality's forward pass, and which tokens of it count."""
+
+    forward: Callable[[ModalityModel, Batch], object]
+    mask: Callable[[ModalityModel, Batch], Tensor | None]
+    first: Callable[[ModalityConfig], int]
+    """The first block in which the modality has experts."""
+
+
+def _run_images(model: ModalityModel, batch: Batch) -> Tensor:
+    return model.image_states(batch["pixel_values"])
+
+
+def _run_texts(model: ModalityModel, batch: Batch) -> Tensor:
+    return model.text_states(batch["input_ids"], batch["attention_mask"])
+
+
+def _run_pairs(model: ModalityModel, batch: Batch) -> Tensor:
+    return model.encode_joint(*(batch[n] for n in ("pixel_values", "input_ids", "attention_mask")))
+
+
+def _mask_pairs(model: ModalityModel, batch: Batch) -> Tensor:
+    mask_BT = batch["attention_mask"]
+    return torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1 + model.config.num_patches)], 1)
+
+
+RUNS: Mapping[str, Run] = {
+    "v": Run(_run_images, lambda _, batch: None, lambda config: 0),
+    "l": Run(_run_texts, lambda _, batch: batch["attention_mask"], lambda config: 0),
+    "vl": Run(_run_pairs, _mask_pairs, lambda config: config.num_single_layers),
+}
+
+
+@contextmanager
+def _inputs_of(
+    model: ModalityModel, modality: str, own: Iterable[str]
+) -> Generator[dict[str, Tensor]]:
+    """Fills a mapping with the inputs of the expert's linear layers while the model runs."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name in own:
+        layer = model.get_submodule(expert_name(name, modality).rpartition(".")[0])
+        if name.endswith(".weight") and isinstance(layer, nn.Linear):
+            handles.append(
+                layer.register_forward_pre_hook(
+                    lambda _, args, name=name: seen.__setitem__(name, args[0])
+                )
+            )
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def affine_grams(model: ModalityModel, batches: Iterable[Batch]) -> dict[str, dict[str, Gram]]:
+    """Grams of the inputs of the experts' linear layers with a constant 1 behind them, in one pass.
+
+    By modality and by the weight's name in the agnostic model; padding does not count.
+    """
+    experts = {m: own for m, own in split_experts(model.state_dict(), model.config).items() if own}
+    grams: dict[str, dict[str, Gram]] = {m: {} for m in experts}
+    for batch in batches:
+        for modality, own in experts.items():
+            run = RUNS[modality]
+            mask = run.mask(model, batch)
+            with _inputs_of(model, modality, own) as seen:
+                run.forward(model, batch)
+            for name, x_BSD in seen.items():
+                x_ND = x_BSD.flatten(0, 1) if mask is None else x_BSD[mask.bool()]
+                x_ND = torch.cat([x_ND, x_ND.new_ones(len(x_ND), 1)], dim=1)
+                zero = Gram.zero(x_ND.shape[1])
+                grams[modality][name] = grams[modality].get(name, zero).update(x_ND)
+    return grams
+
+
+def find_gauge(
+    model: ModalityModel,
+    grams: Mapping[str, Mapping[str, Gram]],
+    *,
+    turn_streams: bool = True,
+    **settings: Any,
+) -> tuple[dict[str, dict[str, Transform]], Gauge]:
+    """Each modality's transforms at which merging its experts costs least, and the search's report.
+
+    Args:
+        model: folded, as `in_gauge(model)` gives it.
+        grams: `affine_grams` of it. Experts whose modality has none are not moved.
+        turn_streams: whether v and vl may have bases of their own, at the price of two adapters.
+        settings: of `alloy.gauge.search_gauge`.
+    """
+    folded = towers(model)
+    spec = folded[REFERENCE].spec
+    names = [m for m in MODALITIES if grams.get(m)]
+    gauge = search_gauge(
+        [folded[m].weights for m in names],
+        spec,
+        [grams[m] for m in names],
+        reference=names.index(REFERENCE),
+        fixed=() if turn_streams else (_stream(spec),),
+        **settings,
+    )
+    transforms = {}
+    for modality, found in zip(names, gauge.transforms, strict=True):
+        spaces = folded[modality].spec.spaces
+        transforms[modality] = {name: t for name, t in found.items() if name in spaces}
+    return transforms, gauge

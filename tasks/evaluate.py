@@ -21,7 +21,7 @@ from torch import Tensor
 
 from alloy.distance import distance
 from alloy.models import ModalityModel, split_experts
-from tasks import evaluate_weights, report
+from tasks import evaluate_models, evaluate_weights, report
 from tasks.benchmarks import BENCHMARKS, FINETUNED, TRAINING_FREE, load_split
 from tasks.command import run_stage
 from tasks.merge_experts import aligned
@@ -261,8 +261,9 @@ def evaluate(recipe: str) -> Results:
 
 
 def main(recipe: str) -> None:
-    if kind(recipe) == "weights":
-        evaluate_weights.main(recipe)
+    others = {"weights": evaluate_weights.main, "models": evaluate_models.main}
+    if kind(recipe) in others:
+        others[kind(recipe)](recipe)
         return
     results = evaluate(recipe)
     report.write(results)

@@ -20,7 +20,7 @@ from typing import Any
 
 from tasks import params, storage, tracking
 from tasks.command import run_stage
-from tasks.params import ParamsError, RegisterParams
+from tasks.params import ModelsCollectParams, ParamsError, RegisterParams
 
 MODELS, DATA, REPORTS = Path("models"), Path("data"), Path("reports")
 CHALLENGER = "challenger"
@@ -31,6 +31,9 @@ SCORES = "metrics.json"
 PACKAGES = (
     "mlflow", "numpy", "pandas", "pillow", "safetensors", "scipy", "tokenizers", "torch", "transformers",
 )  # fmt: skip
+MODALITY = (
+    "modality"  # the model type that is served (tasks/serving.py); others are kept to be loaded
+)
 _LONGEST_PARAM = 6000  # MLflow's limit
 
 
@@ -69,16 +72,38 @@ def find_lineage(recipe: str) -> dict[str, Any]:
     `parents`: source, revision and digest by checkpoint; `data`: SHA-256 by file; the params file, the git
     revision (with `+changes` for a dirty tree) and the SHA-256 of `dvc.lock`.
     """
-    lock, data = Path("dvc.lock"), DATA / recipe / "manifest.json"
+    lock = Path("dvc.lock")
     return {
         "recipe": recipe,
         "parents": find_parents(recipe),
-        "data": storage.read_json(data)["files"] if data.is_file() else {},
+        "data": find_data(recipe),
         "metrics": storage.sha256(REPORTS / recipe / SCORES),
         "params": storage.sha256(params.PARAMS / f"{recipe}.yaml"),
         "git": git_revision(),
         "dvc_lock": storage.sha256(lock) if lock.is_file() else None,
     }
+
+
+def find_data(recipe: str) -> dict[str, str]:
+    """SHA-256 by file; of kind "models" also what each set is measured on, as `SET/SPLIT.safetensors`.
+
+    Under that name gates look for the data of a score (`tasks.promotion`).
+    """
+    manifest = DATA / recipe / "manifest.json"
+    files = storage.read_json(manifest)["files"] if manifest.is_file() else {}
+    if params.kind(recipe) != "models":
+        return files
+    measured = {}
+    for name, found in params.load(recipe, "collect", ModelsCollectParams).sets.items():
+        splits = ("validation", "test") if found.benchmark else ("calibration",)
+        for split in splits:
+            file = (
+                f"benchmarks/{found.benchmark}/{split}"
+                if found.benchmark
+                else f"calibration/{found.calibration}"
+            )
+            measured[f"{name}/{split}.safetensors"] = files[f"{file}.safetensors"]
+    return {**files, **measured}
 
 
 def find_parents(recipe: str) -> dict[str, dict[str, str]]:
@@ -178,8 +203,10 @@ def _log_model(log: tracking.Log, name: str, folder: Path, tags: Mapping[str, st
     )
 
 
-def _example(config: Mapping[str, Any]) -> dict[str, str]:
-    """One row of input; with an image where the model takes images."""
+def _example(config: Mapping[str, Any]) -> dict[str, str] | None:
+    """One row of input; with an image where the model takes images; none for a model that is not served."""
+    if config["model_type"] != MODALITY:
+        return None
     text = {"text": "where is cat"}
     return {"image": _grey(config["image_size"]), **text} if "image_size" in config else text
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from tasks.benchmarks import BENCHMARKS, METRIC_TITLES
 from tasks.command import run_stage
+from tasks.params import kind
 from tasks.results import Results, ScoreRow, shown_rows
 from tasks.storage import read_json, write_file, write_folder, write_json
 
@@ -132,6 +133,14 @@ def _best(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
     return best
 
 
+def read_table(recipe: str) -> str:
+    """The tables that the last evaluation wrote, as Markdown; ValueError where there was none."""
+    path = REPORTS / recipe / "table.md"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: run `dvc repro evaluate@{recipe}` first")
+    return path.read_text()
+
+
 def write_readme(recipe: str, readme: Path = Path("README.md")) -> None:
     """Replace what stands between the two marks of the recipe's results.
 
@@ -146,11 +155,16 @@ def write_readme(recipe: str, readme: Path = Path("README.md")) -> None:
             f"{readme}: expected the lines {start.strip()!r} and '<!-- end of results -->'"
         )
     with write_file(readme) as partial:
-        partial.write_text(f"{before}{found}{markdown(read_scores(recipe))}{end}{after}")
+        partial.write_text(f"{before}{found}{read_table(recipe)}{end}{after}")
 
 
 def main(recipe: str, readme: bool = False) -> None:
-    print_table(recipe)
+    if kind(recipe) == "models":
+        from tasks import report_models
+
+        report_models.show(recipe)
+    else:
+        print_table(recipe)
     if readme:
         write_readme(recipe)
 

@@ -26,7 +26,7 @@ from mlflow.pyfunc import PythonModel
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from alloy.models import ModalityModel
+from alloy.models import ModalityConfig, ModalityModel
 
 INPUTS = (("image", "string"), ("text", "string"))
 OUTPUTS = (
@@ -55,10 +55,15 @@ class ServedModel(PythonModel):
     """A modality transformer behind MLflow's `predict`."""
 
     def load_context(self, context) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         folder = Path(context.artifacts["checkpoint"])
-        self.model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        self.architecture = (config.architectures or [config.model_type])[0]
+        self.answers_rows = isinstance(config, ModalityConfig)
+        if not self.answers_rows:
+            return
+        self.model = ModalityModel.from_pretrained(folder, local_files_only=True).eval()
         has_words = (folder / "tokenizer.json").is_file()
         self.tokenizer = (
             AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_words else None
@@ -70,9 +75,9 @@ class ServedModel(PythonModel):
     def predict(self, context, model_input: pd.DataFrame, params=None):
         """One answer a row; BadRequestError says which row cannot be answered and why."""
         output = (params or {}).get("output", OPTIONS["output"])
-        if not isinstance(self.model, ModalityModel):
+        if not self.answers_rows:
             raise BadRequestError(
-                f"only modality transformers answer; this {type(self.model).__name__} is kept to be loaded: "
+                f"only modality transformers answer; this {self.architecture} is kept to be loaded: "
                 "mlflow.artifacts.download_artifacts, then from_pretrained on artifacts/"
             )
         if output not in _ANSWER:

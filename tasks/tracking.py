@@ -38,6 +38,7 @@ _QUIET = {
 _NOISE = (
     ".*Any type hint is inferred as AnyType",
     "Operation with range is deprecated",
+    ".*An input example was not provided",
 )
 
 
@@ -190,7 +191,7 @@ def register(
     inputs: Sequence[tuple[str, str]],
     outputs: Sequence[tuple[str, str]],
     options: Mapping[str, str],
-    example: Mapping[str, object],
+    example: Mapping[str, object] | None,
     tags: Mapping[str, str],
     alias: str,
 ) -> str:
@@ -202,7 +203,7 @@ def register(
         packages: folders of code that travel with the model.
         inputs, outputs: columns and their types, a `[]` behind a type for a list; none is required.
         options: the served model's string parameters and their defaults.
-        example: one row of input, by column.
+        example: one row of input, by column; None for a model that answers none.
     """
     import mlflow
     from mlflow.models import ModelSignature
@@ -222,7 +223,7 @@ def register(
                 model_config=dict(settings),
                 pip_requirements=list(requirements),
                 signature=signature,
-                input_example=_frame(example),
+                input_example=None if example is None else _frame(example),
             )
         _create_registered_model(client, name)
         version = client.create_model_version(

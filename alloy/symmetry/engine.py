@@ -37,8 +37,9 @@ class Link(NamedTuple):
     """How an operation treats units beyond reordering them.
 
     `how`: same, dual (contracted), view (all dims of a tensor), piece (`bounds` of the first slot's dim
-    are the second slot), odd, even, product, quotient, sum, rms, centre, rotary (pairs of units, `bounds[0]`
-    apart, are multiplied as complex numbers), or order (only a permutation).
+    are the second slot), odd, even, product, quotient, sum, rms, centre, rotary (pairs of units, as far
+    apart as `bounds` say before and after it, are multiplied as complex numbers), or order (only a
+    permutation).
     """
 
     how: str

@@ -92,6 +92,9 @@ class Facts:
     gains: list[GainUse] = field(default_factory=list)
     measured: list[Variable] = field(default_factory=list)  # where lengths are taken, uncentred
     strides: set[int] = field(default_factory=set)  # between rotary pairs; 0 where they are divided
+    reordered: list[tuple[Variable, Variable]] = field(
+        default_factory=list
+    )  # by a rotary embedding
 
 
 class Kinds:
@@ -348,9 +351,15 @@ class Kinds:
 
     def _rotary(self, link: Link) -> None:
         whole = self.node(link.slots[0]).form == LEAF
+        before, after = link.bounds
         for x, out in zip(*map(self.variables, link.slots), strict=True):
-            self.facts[self.atom_of[x]].strides.add(link.bounds[0] if whole else 0)
-            self._same(x, out)
+            facts = self.facts[self.atom_of[x]]
+            facts.strides.add(before if whole else 0)
+            if before == after:
+                self._same(x, out)
+            else:  # pairs are laid out anew: the same matrix, but not the same places
+                facts.reordered.append((x, out))
+                self.linear.unite(x, out)
 
     def _centre(self, link: Link) -> None:
         has_gain, has_bias = link.bounds
@@ -408,9 +417,20 @@ class Kinds:
             return "rotary pairs, scaled by a gain that differs between the two units of a pair"
         if facts.forbidden:
             return "rotary pairs, on which an operation acts that rotations do not pass"
-        if facts.strides == {0} or len(facts.strides) > 1:
+        if facts.strides == {0} or len(facts.strides) > 1 or not self._two_orders(atom):
             return "rotary pairs, which other operations divide"
         return None
+
+    def _two_orders(self, atom: Atom) -> bool:
+        """Whether units that a rotary embedding reordered never meet units in their first order."""
+        facts = self.facts[atom]
+        first = {self.station.find(v)[0] for *_, v in self.weight_variables(atom)}
+        second = {self.station.find(out)[0] for _, out in facts.reordered}
+        sources = {self.station.find(x)[0] for x, _ in facts.reordered}
+        turned_twice = bool(second & sources)
+        return not facts.reordered or not (
+            facts.measured or second & first or turned_twice or not sources <= first
+        )
 
     def sign_solution(self, atom: Atom) -> set[Variable]:
         """Classes of variables that one sign flip of a unit negates; empty if there is none.

@@ -42,8 +42,8 @@ class NotLinearError(Exception):
 def with_rotations(calls: Sequence[Call], log: Log) -> list[Call]:
     """The calls, those of each rotary embedding replaced by one named "rotary".
 
-    Its inputs: `self`, the `tables`, how many dims each table lacks in front (`shifts`), and the
-    `stride` between the two coordinates of a pair.
+    Its inputs: `self`, the `tables`, how many dims each table lacks in front (`shifts`), and how far
+    apart the two coordinates of a pair are before and after it (`strides`).
     """
     finder = _Finder(calls, log)
     dropped: set[int] = set()
@@ -78,24 +78,27 @@ class _Finder:
         out = self.calls[end].outputs[0]
         frontier = {out.id: out}
         inside: set[int] = set()
+        found: tuple[set[int], Call] | None = (
+            None  # the largest so far: units may be reordered first
+        )
         while len(inside) < _MOST_CALLS:
             latest = max(frontier, key=lambda v: self.producer.get(v, -1))
             source = frontier[latest]
             if len(frontier) == 1 and inside and source.shape == out.shape:
                 call = self._rotation(source, out, sorted(inside))
-                if call is not None:
-                    return (inside, call) if self._closed(inside, out) else None
+                if call is not None and self._closed(inside, out):
+                    found = (set(inside), call)
             number = self.producer.get(latest)
             if number is None or self.calls[number].name not in _LINEAR:
-                return None
+                return found
             inside.add(number)
             for value in self.calls[number].outputs:
                 frontier.pop(value.id, None)
             before = [v for v in self.calls[number].tensors() if v.id in self.moving]
             if not before or (self.calls[number].name == "mul" and len(before) > 1):
-                return None
+                return found
             frontier |= {v.id: v for v in before}
-        return None
+        return found
 
     def _closed(self, inside: set[int], out: Value) -> bool:
         """Whether nothing but the result leaves the region, and nothing in it is written to."""
@@ -120,15 +123,17 @@ class _Finder:
         except (NotLinearError, LookupError, ValueError, TypeError, AttributeError):
             return None
         rows = region.forms[out.id]
-        stride = next((s for s in (width // 2, 1) if _commutes(rows, s)), None)
-        if stride is None:
+        layouts = [(before, after) for before in (width // 2, 1) for after in (width // 2, 1)]
+        layouts.sort(key=lambda strides: strides[0] != strides[1])
+        strides = next((s for s in layouts if _turns_pairs(rows, *s)), None)
+        if strides is None:
             return None
         tables = {v.id: (v, shift) for v, shift in region.tables}.values()
         inputs = {
             "self": source,
             "tables": [v for v, _ in tables],
             "shifts": [shift for _, shift in tables],
-            "stride": stride,
+            "strides": strides,
         }
         return Call(ROTARY, inputs, [out], self.calls[inside[-1]].module, out)
 
@@ -146,19 +151,11 @@ def _moving(calls: Sequence[Call], log: Log) -> set[int]:
     return moving
 
 
-def partner(unit: int, stride: int) -> int:
-    """The other coordinate of a unit's pair."""
-    return unit - stride if unit // stride % 2 else unit + stride
-
-
-def _commutes(rows: np.ndarray, stride: int) -> bool:
-    """Whether the map is a I + b J on every pair, b somewhere not zero."""
+def _turns_pairs(rows: np.ndarray, before: int, after: int) -> bool:
+    """Whether the map is a I + b J from every pair to the pair of its number, b somewhere not zero."""
     turns = False
-    for j in range(len(rows)):
-        k = partner(j, stride)
-        if k < j:
-            continue
-        upper, lower = _by_coordinate(rows[j]), _by_coordinate(rows[k])
+    for (j, k), (u, v) in zip(_pairs(len(rows), before), _pairs(len(rows), after), strict=True):
+        upper, lower = _by_coordinate(rows[u]), _by_coordinate(rows[v])
         if not {*upper, *lower} <= {j, k}:
             return False
         minus_b = {m: -c for m, c in lower.get(j, {}).items()}
@@ -166,6 +163,10 @@ def _commutes(rows: np.ndarray, stride: int) -> bool:
             return False
         turns |= bool(minus_b)
     return turns
+
+
+def _pairs(width: int, stride: int) -> list[tuple[int, int]]:
+    return [(j, j + stride) for j in range(width) if not j // stride % 2]
 
 
 def _by_coordinate(form: Form) -> dict[int, dict[tuple[Symbol, ...], int]]:
@@ -395,14 +396,9 @@ class _Tables:
     def _made(self, number: int, out: Value, lead: int) -> np.ndarray | None:
         call = self.finder.calls[number]
         inputs, rank = call.inputs, len(out.shape)
-        source = inputs.get("self")
+        source: Any = inputs.get("self")
         if call.name in ("cat", "stack"):
-            parts = inputs["tensors"]
-            dim = inputs["dim"] % rank - lead
-            if dim < 0 or any(p.shape == (0,) for p in parts):
-                return None
-            join = np.stack if call.name == "stack" else np.concatenate
-            return join([self.keys(p, lead, number) for p in parts], dim)
+            return self._joined(call, inputs["tensors"], inputs["dim"] % rank, lead, number)
         if call.name in ("select", "unbind", "slice", "split", "split_with_sizes"):
             return self._piece(call, source, out, lead, number)
         if call.name in ("unsqueeze", "squeeze", *_VIEWS):
@@ -431,6 +427,19 @@ class _Tables:
         tag = (str(call.operation), names, others)
         keys = [self.keys(v, max(lead - rank + len(v.shape), 0), number) for v in operands]
         return _elementwise(lambda *k: self._intern((*tag, *k)), *keys)
+
+    def _joined(
+        self, call: Call, parts: list[Value], dim: int, lead: int, number: int
+    ) -> np.ndarray | None:
+        added = int(call.name == "stack")
+        if any(part.shape == (0,) for part in parts):
+            return None
+        if dim < lead:
+            tag = (call.name, dim, tuple(part.shape[:lead] for part in parts))
+            keys = [self.keys(part, lead - added, number) for part in parts]
+            return _elementwise(lambda *k: self._intern((*tag, *k)), *keys)
+        join = np.stack if added else np.concatenate
+        return join([self.keys(part, lead, number) for part in parts], dim - lead)
 
     def _piece(
         self, call: Call, source: Value, out: Value, lead: int, number: int

@@ -678,7 +678,7 @@ def attention(engine: Engine, call: Call) -> None:
 
 @rule("rotary")
 def rotary(engine: Engine, call: Call) -> None:
-    """Pairs of units of the last dim, `stride` apart, times tables of phases (see rotary.py)."""
+    """Pairs of units of the last dim times tables of phases, perhaps reordered (see rotary.py)."""
     x, out = call.inputs["self"], call.outputs[0]
     last = len(x.shape) - 1
     dims = list(engine.get(x))
@@ -691,7 +691,7 @@ def rotary(engine: Engine, call: Call) -> None:
         engine.pin_dims(table, frequencies, "frequencies of a rotary embedding")
     engine.mix(x, [last])
     engine.set(out, dims)
-    engine.link("rotary", (x, last), (out, last), bounds=(call.inputs["stride"], 0))
+    engine.link("rotary", (x, last), (out, last), bounds=call.inputs["strides"])
 
 
 @rule("_softmax _log_softmax _safe_softmax softmax log_softmax")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from alloy.symmetry.parts import owned_axes
-from alloy.symmetry.spec import Axis, SymmetrySpec, view_axis
+from alloy.symmetry.spec import Axis, Product, Sum, SymmetrySpec, leaves, view_axis
 
 
 class Point(NamedTuple):
@@ -116,6 +116,8 @@ def _reading_and_writing(
     """The points of the layers that read a space, and by rank those of the layers that write it."""
     reading: list[UnitPoint] = []
     writing: dict[int, list[UnitPoint]] = {}
+    if spec.dependents(space):  # seen through the units within
+        return reading, writing
     for axis, name, layer in _layers(space, spec, modules):
         columns = _columns(space, spec, axis)
         if columns is None:
@@ -151,7 +153,8 @@ def linear_images(spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[
         images = [
             LinearImage(units, sources[units.point.module])
             for units in writing.get(0, ())
-            if _is_plain(modules[units.point.module], sources.get(units.point.module))
+            if units.columns.shape[1] == 1
+            and _is_plain(modules[units.point.module], sources.get(units.point.module))
         ]
         feeds = {image.source.space for image in images}
         whole = set(writing) == {0} and len(images) == len(writing[0])
@@ -193,12 +196,24 @@ def _layers(
 
 
 def _columns(space: str, spec: SymmetrySpec, axis: Axis) -> Tensor | None:
-    """Which entries of the dim are the space's units; None where one dim alone does not say."""
+    """Which entries of the dim are the space's units; None where the dim alone does not say.
+
+    So it is where the units it depends on lie along another dim (a matrix for each expert), and where
+    units of a third space lie between (query heads that share keys): they may be in another order.
+    """
     term = spec.layout[axis.parameter][axis.dim]
     parents = spec.spaces[space].depends_on
+    known = {space, *parents}
+    for step in axis.path:
+        if isinstance(term, Product):
+            beside = {leaf.space for factor in term.factors for _, leaf in leaves(factor)}
+            if not beside - {None} <= known:
+                return None
+        term = term.parts[int(step[1:])] if isinstance(term, Sum) else term.factors[int(step[1:])]
+    term = spec.layout[axis.parameter][axis.dim]
     try:
         entries = view_axis(torch.arange(term.size), (term,), parents, Axis("", 0, axis.path))
-    except KeyError:  # the units it depends on lie along another dim: one matrix for each head
+    except KeyError:
         return None
     return entries.reshape(math.prod(entries.shape[: len(parents) + 1]), -1)
 

@@ -184,7 +184,7 @@ class Statistics:
         for name, grams in self.grams.items():
             for weight, gram in grams.items():
                 at = (name, weight, str(gram.dim))
-                tensors[_key("gram", *at)] = gram.sum_DD
+                tensors[_key("gram", *at)] = gram.sum_DD.clone()  # layers share those of one input
                 tensors[_key("tokens", *at)] = torch.tensor(gram.count)
         return tensors
 

@@ -87,7 +87,9 @@ def spec_of(log: Log) -> SymmetrySpec:
     free = {atom: leaf for atom, leaf in on_weights.items() if leaf.reason is None}
     kinds = Kinds(engine, free)
     free = {atom: leaf for atom, leaf in free.items() if not _pin_pairs(kinds, atom, leaf)}
-    parents = acyclic(dependencies(engine, free), rank)
+    turned = {atom for atom in free if kinds.facts[atom].strides}  # only what permutes carries others
+    depends = {atom: found - turned for atom, found in dependencies(engine, free).items()}
+    parents = acyclic(depends, rank)
     used = {p for atom in free for p in parents[atom]}
     names = _names(engine, {atom for atom in on_weights if atom in free or atom in used})
     primary = _primary_names(log)

@@ -131,6 +131,11 @@ THEORY = {
     "videomae": ENCODER[1:],  # sinusoidal positions outside the state dict pin the stream
     "glm4": [N, *2 * [2, 2, 2, 2, H, N]],  # half of the query width is not rotated
     "roformer": ENCODER,
+    # Latent attention: compressed queries, heads, unrotated width, rotary key shared by all heads,
+    # compressed keys and values, values; an MLP, then 2 groups of 2 experts and a shared one.
+    "deepseek_v3": [N, *2 * [8, H, H, H, 8, H], N, 2, 2, N, N],
+    "llama4": [N, *2 * [*GROUPED, 2, N, N]],  # 2 experts and a shared one
+    "qwen2_vl": [2 * N, *2 * [2, 2, 2 * H, 2 * H, N]],  # pairs take turns at three positions
 }
 
 
@@ -265,6 +270,8 @@ ROTARY = {
     "gptj": (2, 1),
     "cohere": (4, 1),  # neighbours
     "roformer": (4, 1),  # tables in the state dict
+    "deepseek_v3": (4, 1),  # neighbours, laid out as halves after they were turned
+    "qwen2_vl": (8, 4),
 }
 
 
@@ -277,7 +284,7 @@ def test_queries_and_keys_under_rotary_positions_turn_and_scale_by_pairs(name):
     assert [(s.size, s.pair_stride) for s in spaces] == 2 * [ROTARY[name]]
     for space in spaces:
         assert {axis.variance for axis in space.axes} == {1, -1}
-        assert bool(space.depends_on) == (name != "falcon_multi_query")
+        assert bool(space.depends_on) == (name not in ("falcon_multi_query", "deepseek_v3"))
     alone = {s.name: alloy.random_transforms(spec, torch.Generator())[s.name] for s in spaces}
     prober = Prober(model, spec, inputs)
     assert prober.change(alone) < 1e-9
@@ -293,6 +300,13 @@ def test_a_gain_between_the_units_of_a_rotary_pair_leaves_no_rotation(name):
     assert reasons == {
         "rotary pairs, scaled by a gain that differs between the two units of a pair"
     }
+
+
+def test_a_norm_without_a_gain_leaves_rotations_without_scales():
+    """Llama 4 divides rotated queries and keys by their lengths."""
+    model, inputs = build("llama4")
+    spec = alloy.find_symmetries(model, inputs)
+    assert [s.kind for s in spec.spaces.values() if s.pair_stride] == 2 * ["orthogonal rotary"]
 
 
 def test_experts_of_a_mixture_may_change_order_with_their_neurons():

@@ -1054,6 +1054,29 @@ MORE = {
         lambda: {**text(), **pixels()},
     ),
     "roformer": case("RoFormerForMaskedLM", "RoFormerConfig", {**TEXT, "embedding_size": N}, text),
+    "llama4": case(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {**GQA, "head_dim": H, "intermediate_size_mlp": N, "num_local_experts": 2},
+        text,
+    ),
+    "qwen2_vl": case(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        {
+            "text_config": {
+                **GQA,
+                "hidden_size": 2 * N,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "mrope_section": [1, 1, 2],
+                    "rope_theta": 1e4,
+                },
+            },
+            "vision_config": {"depth": 1, "embed_dim": N, "hidden_size": 2 * N, "num_heads": H},
+        },
+        text,
+    ),
     "nystromformer": case(
         "NystromformerForMaskedLM",
         "NystromformerConfig",

@@ -7,7 +7,9 @@ Embeddings and heads are the checkpoint's own.
 
 import shutil
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,7 +39,7 @@ def merge_experts(
     grams: Mapping[str, Grams] | None = None,
 ) -> dict[str, Tensor]:
     """Merge the experts of every block: v and l in the lower ones, `arm.joint_experts` in the joint."""
-    joint = experts["vl"]
+    joint, every = experts["vl"], list(experts[REFERENCE])
     lower = [name for name in experts[REFERENCE] if name not in joint]
     merged: dict[str, Tensor] = {}
     for names, modalities in ((lower, LOWER_EXPERTS), (list(joint), arm.joint_experts)):
@@ -52,11 +54,27 @@ def merge_experts(
             arm.method,
             [{name: experts[m][name] for name in names} for m in modalities],
             base=None if base is None else {name: base[name] for name in names},
-            coefficients=_coefficients(arm, modalities),
+            coefficients=_coefficients(arm, modalities, names, every),
             statistics=statistics,
-            **arm.options,
+            **{
+                option: _by_name(value, names, every) if isinstance(value, Mapping) else value
+                for option, value in arm.options.items()
+            },
         )
     return merged
+
+
+def _by_name(
+    given: Mapping[str, Any], names: Sequence[str], every: Sequence[str]
+) -> dict[str, Any]:
+    """Values by glob pattern as values by name, of the blocks that are merged at once.
+
+    A pattern may be about the lower or the joint blocks alone, so it is matched against every name.
+    """
+    decides = {name: next((p for p in given if fnmatchcase(name, p)), None) for name in every}
+    if idle := [pattern for pattern in given if pattern not in decides.values()]:
+        raise MergeError(f"patterns {idle} decide nothing: {nearest(idle[0], list(every))}")
+    return {name: given[p] for name in names if (p := decides[name]) is not None}
 
 
 def aligned(
@@ -145,10 +163,11 @@ def _refuse_impossible(params: MergeParams, recipe: str, models: Path) -> None:
             if asked is not None and asked not in right:
                 raise ParamsError(f"{where}.{key}: {asked!r}: {nearest(asked, right)}")
         for modalities in (LOWER_EXPERTS, arm.joint_experts):
-            _validate(where, arm, modalities)
+            check_arm(where, arm, modalities)
 
 
-def _validate(where: str, arm: ArmParams, modalities: Sequence[str]) -> None:
+def check_arm(where: str, arm: ArmParams, modalities: Sequence[str]) -> None:
+    """ParamsError unless the method can merge these modalities so."""
     try:
         validate(
             arm.method,
@@ -163,14 +182,23 @@ def _validate(where: str, arm: ArmParams, modalities: Sequence[str]) -> None:
         raise ParamsError(f"{where}: {error}") from error
 
 
-def _coefficients(arm: ArmParams, modalities: Sequence[str]) -> list[float] | None:
-    """The arm's coefficients of these modalities, in their order."""
+def _coefficients(
+    arm: ArmParams, modalities: Sequence[str], names: Sequence[str] = (), every: Sequence[str] = ()
+) -> list[float] | dict[str, list[float]] | None:
+    """The arm's coefficients of these modalities, in their order; by pattern as by name."""
     if arm.coefficients is None:
         return None
-    by_modality: Mapping[str, float] = {**arm.coefficients}
-    if missing := [m for m in modalities if m not in by_modality]:
-        raise MergeError(f"coefficients {by_modality} lack {missing}")
-    return [by_modality[m] for m in modalities]
+    given: Any = arm.coefficients
+    if all(isinstance(row, Mapping) for row in given.values()):
+        rows = {pattern: _in_order(row, modalities) for pattern, row in given.items()}
+        return _by_name(rows, names, every) if every else rows
+    return _in_order(given, modalities)
+
+
+def _in_order(given: Mapping[str, Any], modalities: Sequence[str]) -> list[float]:
+    if missing := [m for m in modalities if m not in given]:
+        raise MergeError(f"coefficients {dict(given)} lack {missing}")
+    return [given[m] for m in modalities]
 
 
 def main(recipe: str) -> None:

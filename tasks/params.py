@@ -220,7 +220,11 @@ class ArmParams(Section):
     method: str  # a key of alloy's MERGE_METHODS
     align: bool = False  # move the units by align's transforms first
     base: str | None = None  # the checkpoint that task vectors start from
-    coefficients: dict[Literal["v", "l", "vl"], float] | None = None  # the method's own without
+    coefficients: (  # by expert, or that by glob pattern of names; the method's own without
+        dict[Literal["v", "l", "vl"], float]
+        | dict[str, dict[Literal["v", "l", "vl"], float]]
+        | None
+    ) = None
     joint_experts: list[Literal["v", "l", "vl"]] = ["v", "l", "vl"]  # merged in the joint blocks
     options: dict[str, Any] = {}  # checked against the method's own
 
@@ -356,7 +360,9 @@ class FamilyParams(Section):
     architecture: Literal["vit", "resnet", "bert"]
     config: dict[str, Any]  # of the Hugging Face configuration
     shift_pixels: int = Field(ge=0)  # training images move by at most this much
-    recolour: bool  # training images get their colours in random order, and half of them are mirrored
+    recolour: (
+        bool  # training images get their colours in random order, and half of them are mirrored
+    )
     batch_size: int = Field(gt=0)
     training: Schedule
     parents: dict[CheckpointName, ParentParams] = Field(min_length=2)

@@ -21,8 +21,8 @@ from alloy.models import (
 from alloy.models.observe import collect_experts, expert_spec
 from alloy.symmetry import random_transforms
 from alloy.symmetry.spec import with_kind
-from tasks import align, collect, merge
-from tasks.params import ParamsError
+from tasks import align, collect, merge, merge_experts
+from tasks.params import ArmParams, ParamsError
 
 CONFIG = {
     "hidden_size": 12,
@@ -193,6 +193,36 @@ def test_every_arm_loads_and_the_result_is_one_of_them(workspace):
     merged = load_file(workspace / "models/tiny/merged/model.safetensors")
     regmean = load_file(workspace / "models/tiny/arms/regmean/model.safetensors")
     assert all(torch.equal(merged[name], regmean[name]) for name in regmean)
+
+
+def test_settings_by_pattern_hold_in_the_blocks_they_match(workspace):
+    """An arm's options and coefficients by pattern, of lower and joint blocks: each block as with its value alone."""
+    models = workspace / "models/tiny"
+
+    def merged(**settings):
+        arm = ArmParams.model_validate({"checkpoint": "specific", **settings})
+        return merge_experts.merge_arm(arm, models).state_dict()
+
+    for settings in (
+        {"method": "interpolation", "options": {"ratio": {"blocks.2.*": 0.9, "*": 0.1}}},
+        {
+            "method": "linear",
+            "coefficients": {"blocks.0.*": {"v": 1, "l": 2, "vl": 3}, "*": {"v": 3, "l": 1, "vl": 1}},
+        },
+    ):
+        key = "options" if "options" in settings else "coefficients"
+        pattern = "blocks.2." if key == "options" else "blocks.0."
+        values = settings[key]["ratio"] if key == "options" else settings[key]
+        found = merged(**settings)
+        whole = {
+            value_of: merged(**settings | {key: {"ratio": v} if key == "options" else v})
+            for value_of, v in values.items()
+        }
+        for name, tensor in found.items():
+            expected = whole[f"{pattern}*" if name.startswith(pattern) else "*"][name]
+            assert torch.equal(tensor, expected), name
+    with pytest.raises(ValueError, match=r"\['block.2.\*'\] decide nothing"):
+        merged(method="interpolation", options={"ratio": {"block.2.*": 0.9, "*": 0.1}})
 
 
 def test_interpolation_has_the_papers_coefficients_in_lower_and_joint_blocks(workspace):

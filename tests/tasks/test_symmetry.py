@@ -38,3 +38,15 @@ def test_what_is_no_configuration_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="must name a class of transformers"):
         main([str(tmp_path)])
     assert not list(tmp_path.glob("*.symmetry.json"))
+
+
+def test_rotary_spaces_say_which_units_make_a_pair(tmp_path, capsys):
+    text = {k: v for k, v in TINY.items() if "size" not in k or "hidden" in k}
+    config = hf.LlamaConfig(**text, vocab_size=16, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    main([str(tmp_path), str(tmp_path / "spec.json")])
+    shown = capsys.readouterr().out
+    assert "rotary" in shown
+    assert "pairs 2 apart" in shown
+    spec = SymmetrySpec.from_json((tmp_path / "spec.json").read_text())
+    assert [space.pair_stride for space in spec.spaces.values() if space.kind == "rotary"] == [2]

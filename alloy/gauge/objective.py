@@ -216,7 +216,7 @@ def _act_product(x: Tensor, factors: tuple[Term, ...], matrices: Matrices) -> Te
     x = x.reshape(*[factor.size for factor in factors], -1)
     places = "abcdefgh"[: len(factors)]
     for i, factor in enumerate(factors):
-        if not isinstance(factor, Leaf) or factor.space not in matrices:
+        if not isinstance(factor, Leaf) or factor.space is None or factor.space not in matrices:
             continue
         matrix = matrices[factor.space]
         batch = places[: matrix.ndim - 2]  # the factors in front are what the space depends on

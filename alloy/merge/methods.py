@@ -216,6 +216,16 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         inputs=("module", "batches", "blocks"),
         options=_GRAM_OPTIONS,
     ),
+    "sequential": MergeMethod(
+        implementation="sequential.sequential",
+        coefficients="nonnegative weights",
+        scope="model",
+        inputs=("module", "batches"),
+        options={
+            "ridge": Option(type=float, default=1e-2, minimum=0),
+            "residual": Option(type=bool, default=True),
+        },
+    ),
     "wudi": MergeMethod(
         implementation="regression.wudi",
         coefficients="nonnegative weights",

@@ -15,7 +15,7 @@ Shapes: D hidden, R rows of a reader.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from alloy.activations import Gram
 from alloy.gauge import Gauge, search_gauge
+from alloy.merge.sequential import Teacher, fit_layers
 from alloy.models.configuration import ModalityConfig
 from alloy.models.experts import (
     MODALITIES,
@@ -324,3 +325,52 @@ def find_gauge(
         spaces = folded[modality].spec.spaces
         transforms[modality] = {name: t for name, t in found.items() if name in spaces}
     return transforms, gauge
+
+
+@torch.no_grad()
+def merge_sequentially(
+    model: ModalityModel,
+    batches: Sequence[Batch],
+    *,
+    joint_experts: Sequence[str] = MODALITIES,
+    ridge: float = 1e-2,
+    residual: bool = True,
+) -> ModalityModel:
+    """The modality-agnostic model of a model's experts by sequential least squares.
+
+    Args:
+        model: in any gauge; its adapters, embeddings and heads become the merged model's.
+        batches: calibration data, read once per layer.
+        joint_experts: the modalities that are merged in the joint blocks.
+    """
+    student = average_of_experts(model, joint_experts)
+    own = split_experts(model.state_dict(), model.config)
+    teachers = []
+    for modality, run in RUNS.items():
+        layers = {}
+        for name in own[modality]:
+            layer = name.removesuffix(".weight")
+            first_joint = int(name.split(".")[1]) >= model.config.num_single_layers
+            if name == layer or not isinstance(student.get_submodule(layer), nn.Linear):
+                continue
+            if not first_joint or modality in joint_experts:
+                layers[layer] = expert_name(layer, modality)
+        if layers:
+            teachers.append(Teacher(model, batches, layers, run.forward, run.mask))
+    fit_layers(student, teachers, ridge=ridge, residual=residual)
+    return student
+
+
+def average_of_experts(
+    model: ModalityModel, joint_experts: Sequence[str] = MODALITIES
+) -> ModalityModel:
+    """The modality-agnostic model whose parts are the means of the model's experts."""
+    experts = split_experts(model.state_dict(), model.config)
+    merged = {}
+    for name in experts["v"]:
+        joint = int(name.split(".")[1]) >= model.config.num_single_layers
+        members = joint_experts if joint else ("v", "l")
+        merged[name] = torch.stack([experts[m][name] for m in members]).mean(0)
+    result = ModalityModel(agnostic_config(model.config)).to(model.dtype)
+    result.load_state_dict({**shared_weights(model.state_dict(), model.config), **merged})
+    return result.to(model.device).eval()

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from alloy.activations import Gram
+from alloy.masks import Masks
 from alloy.points import (
     LinearImage,
     Point,
     UnitPoint,
+    identity_of,
     layer_of,
     linear_images,
     observe,
@@ -159,7 +161,7 @@ class _Observer:
             key: value.to(self.device) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
-        masks = _Masks(inputs)
+        masks = Masks(inputs)
         seen: dict[str, list[Tensor]] = {}
         # holds what was seen until the end of the pass, so that no memory is used twice
         first: dict[object, tuple[str, Tensor]] = {}
@@ -167,7 +169,7 @@ class _Observer:
         def see(key: str, activation: Tensor) -> None:
             unit = self.units.get(key)
             place = (unit.space, unit.dim, unit.columns.numpy().tobytes()) if unit else None
-            earlier, _ = first.setdefault((place, *_identity(activation)), (key, activation))
+            earlier, _ = first.setdefault((place, *identity_of(activation)), (key, activation))
             if earlier != key:
                 self.same[key] = earlier
                 return
@@ -256,53 +258,6 @@ def _linear_inputs(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, int
         if layer and layer.input is not None and not isinstance(module, nn.modules.conv._ConvNd):
             found[f"{name}.weight"] = (name, layer.input)
     return found
-
-
-def _identity(x: Tensor) -> tuple[object, ...]:
-    """Equal for two tensors with the same contents in the same memory."""
-    return (x.data_ptr(), x.shape, x.stride(), 0 if x.is_inference() else x._version)
-
-
-class _Masks:
-    """The masks of a batch, and which activations they are of."""
-
-    def __init__(self, inputs: Batch) -> None:
-        self.masks = {k: v for k, v in inputs.items() if k.endswith("attention_mask")}
-        for name, mask in self.masks.items():
-            if mask.ndim != 2:
-                raise CollectionError(
-                    f"{name} has shape {tuple(mask.shape)}; padding is masked by [batch, tokens]"
-                )
-        decoded = inputs.get("decoder_input_ids")
-        if decoded is not None and "decoder_attention_mask" not in self.masks:
-            self.masks["decoder_input_ids"] = torch.ones_like(decoded)
-        self.pending = {name for name, mask in self.masks.items() if not mask.all()}
-
-    @property
-    def unused(self) -> bool:
-        """Whether there is padding that no activation was found to have."""
-        return bool(self.pending)
-
-    def kept(self, units: Tensor) -> Tensor:
-        """The samples that are no padding, as [N, D]."""
-        samples = units.shape[:-1]
-        fitting = {name: m for name, m in self.masks.items() if m.shape == samples[:2]}
-        flat = {name: m for name, m in self.masks.items() if samples == (m.numel(),)}
-        found = list((fitting or flat).items())
-        if not found:
-            return units.reshape(-1, units.shape[-1])
-        name, mask = found[0]
-        for other, second in found[1:]:
-            if not torch.equal(mask.bool(), second.bool()):
-                raise CollectionError(
-                    f"{name} and {other} have the same shape {tuple(mask.shape)} and mask different "
-                    f"tokens: pad one of them further, so that activations tell which they are of"
-                )
-        self.pending.difference_update(name for name, _ in found)
-        if mask.all():
-            return units.reshape(-1, units.shape[-1])
-        where = mask.bool() if fitting else mask.bool().flatten()
-        return units[where].reshape(-1, units.shape[-1])
 
 
 class _Products:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from alloy.symmetry.parts import owned_axes
-from alloy.symmetry.spec import Axis, Product, Sum, SymmetrySpec, leaves, view_axis
+from alloy.symmetry.spec import Axis, Leaf, Product, Sum, SymmetrySpec, leaves, view_axis
 
 
 class Point(NamedTuple):
@@ -209,7 +209,9 @@ def _columns(space: str, spec: SymmetrySpec, axis: Axis) -> Tensor | None:
             beside = {leaf.space for factor in term.factors for _, leaf in leaves(factor)}
             if not beside - {None} <= known:
                 return None
-        term = term.parts[int(step[1:])] if isinstance(term, Sum) else term.factors[int(step[1:])]
+        assert not isinstance(term, Leaf)
+        parts = term.parts if isinstance(term, Sum) else term.factors
+        term = parts[int(step[1:])]
     term = spec.layout[axis.parameter][axis.dim]
     try:
         entries = view_axis(torch.arange(term.size), (term,), parents, Axis("", 0, axis.path))
@@ -236,9 +238,11 @@ def observe(
         module = modules[point.module]
         if point.side == "input":
             return module.register_forward_pre_hook(
-                lambda _, args, kwargs: see(key, _first(args, kwargs)), with_kwargs=True
+                lambda _, args, kwargs: see(key, first_tensor(args, kwargs)), with_kwargs=True
             )
-        return module.register_forward_hook(lambda _, args, output: see(key, _first((output,), {})))
+        return module.register_forward_hook(
+            lambda _, args, output: see(key, first_tensor((output,), {}))
+        )
 
     handles = [hook(key, point) for key, point in points.items()]
     try:
@@ -248,6 +252,11 @@ def observe(
             handle.remove()
 
 
-def _first(args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
+def first_tensor(args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
     """The first tensor among a module's arguments, by position or by name."""
     return next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).detach()
+
+
+def identity_of(x: Tensor) -> tuple[object, ...]:
+    """Equal for two tensors with the same contents in the same memory."""
+    return (x.data_ptr(), x.shape, x.stride(), 0 if x.is_inference() else x._version)

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel, T5Config, T5Model, ViTConfig, Vi
 import alloy
 from alloy.align import flat_order
 from alloy.collect import CollectionError, collect
+from alloy.masks import MaskError
 from alloy.points import Point, linear_images, observe, unit_points
 from alloy.statistics import Statistics
 from alloy.symmetry import random_transforms, transport
@@ -165,7 +166,7 @@ def test_each_side_of_an_encoder_decoder_has_its_own_mask():
         collect({"a": model}, alone, spec, grams=True),
     )
     ambiguous = {"input_ids": source, "decoder_input_ids": source}
-    with pytest.raises(CollectionError, match="pad one of them further"):
+    with pytest.raises(MaskError, match="pad one of them further"):
         collect({"a": model}, [{**ambiguous, "attention_mask": masks["attention_mask"]}], spec)
 
 

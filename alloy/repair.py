@@ -50,7 +50,7 @@ def fit_layers(
 ) -> dict[str, Tensor]:
     """Refit each layer by least squares, so that it computes the mean of what the parents' layers compute.
 
-    Permuted least squares (PLeaS, arXiv:2407.02447, section 3.2): the layer's new weights minimise
+    Permuted least squares (PLeaS, arXiv:2407.02447): the layer's new weights minimise
     |W x + b - mean_p y_p|² + ridge * s * |W - W_merged|², s the mean variance of its inputs x. Linear
     layers and convolutions; one that a batch norm follows is fitted together with it, and the batch norm
     gets the statistics of its new inputs.
@@ -98,7 +98,7 @@ def match_variance(
 ) -> dict[str, Tensor]:
     """Give every unit that a linear layer or convolution writes the parents' mean and deviation.
 
-    REPAIR (arXiv:2211.08403, section 4): both become the mean over the parents of theirs, by an affine
+    REPAIR (arXiv:2211.08403): both become the mean over the parents of theirs, by an affine
     map absorbed into the layer; a layer without bias gets the deviation only. Layer after layer, since
     each changes what the next ones see. Units in front of a batch norm are that norm's
     (`reestimate_norms`); outputs that belong to no space of the spec, such as logits, stay.
@@ -168,7 +168,7 @@ def reestimate_norms(
 def inverse_temperature(logits_NC: Tensor, targets: Tensor) -> float:
     """The factor on the logits that minimises their cross-entropy to the targets, within 0.01 to 100.
 
-    Temperature scaling (arXiv:1706.04599, section 4.2). With the parents' mean probabilities as targets
+    Temperature scaling (arXiv:1706.04599). With the parents' mean probabilities as targets
     it needs no labels; a model whose own probabilities are the targets gets 1.
 
     Args:

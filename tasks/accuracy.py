@@ -84,6 +84,15 @@ def ensemble(logits: Sequence[Tensor], classes: Classes) -> Tensor:
     return torch.stack(list(logits)).gather(0, rows)[0]
 
 
+def confidence(logits: Sequence[Tensor]) -> Tensor:
+    """Each parent's share in each example [P, N], columns of sum 1: the softmax of their largest logits.
+
+    Labels are not needed: a parent that knows the example's classes points at one of their codes.
+    Cosines are comparable between parents as they are; other logits should be log-probabilities.
+    """
+    return torch.stack([of_parent.amax(dim=1) for of_parent in logits]).softmax(dim=0)
+
+
 def loss(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
     """The mean cross-entropy over the classes of all tasks."""
     return F.cross_entropy(logits_NC, labels_N)

@@ -19,12 +19,13 @@ import alloy
 from alloy.align import transport_grams
 from alloy.alignment import Alignment
 from alloy.merge import MERGE_METHODS, MergeError
+from tasks import accuracy
 from tasks.align_models import load_alignment
 from tasks.collect_models import load_statistics
 from tasks.models import load_any, load_config
 from tasks.outputs import answers
-from tasks.params import ModelsArm, models_recipe
-from tasks.sets import MODELS, Job, Report, batches, jobs, load_weights, run_jobs
+from tasks.params import ModelsArm, models_recipe, nearest
+from tasks.sets import DATA, MODELS, Job, Report, batches, jobs, load_weights, run_jobs
 from tasks.storage import read_json, write_folder, write_json
 
 LEFT_BEHIND = ("config.json", "manifest.json", "alloy_merge.json", "README.md")  # of the reference
@@ -151,9 +152,15 @@ def mend(
         else None
     )
     if switches.permuted_least_squares is not None:
-        merged = repair.fit_layers(
-            model, merged, parents, seen, coefficients=shares, **switches.permuted_least_squares
-        )
+        settings = dict(switches.permuted_least_squares)
+        targets = settings.pop("targets", "mean")
+        if targets == "confidence":
+            settings["example_weights"] = confidence(job, seen)
+        elif targets != "mean":
+            raise ValueError(
+                f"permuted_least_squares.targets {targets!r}: {nearest(targets, ['confidence', 'mean'])}"
+            )
+        merged = repair.fit_layers(model, merged, parents, seen, coefficients=shares, **settings)
     if switches.repair:
         merged = repair.match_variance(
             model, merged, parents, seen, alignment.spec, coefficients=shares
@@ -165,6 +172,25 @@ def mend(
         layer = output_layer(model, merged, seen[0])
         merged, found["temperature"] = repair.scale_outputs(merged, layer, factor), factor
     return {alignment.reference: merged}, found
+
+
+def confidence(job: Job, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """How sure each parent is of each calibration example [P, N], by its own answer and without labels."""
+    outputs = [_logits(load_any(folder), seen) for folder in job.folders.values()]
+    if any(len(found) != sum(_num_examples(batch) for batch in seen) for found in outputs):
+        raise ValueError("targets 'confidence' needs models with one answer an example")
+    benchmark = job.found.benchmark
+    if benchmark is None:
+        return accuracy.confidence([found.log_softmax(dim=1) for found in outputs])
+    classes = load_file(DATA / job.recipe / "benchmarks" / benchmark / "classes.safetensors")
+    logits = [accuracy.logits(found, classes) for found in outputs]
+    if "codes" not in classes:
+        logits = [found.log_softmax(dim=1) for found in logits]
+    return accuracy.confidence(logits)
+
+
+def _num_examples(batch: Mapping[str, Tensor]) -> int:
+    return len(next(iter(batch.values())))
 
 
 def temperature(

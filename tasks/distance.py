@@ -16,11 +16,12 @@ checkpoints:
     truncation: tensor
     merges:
       - name: a-b
-        checkpoints: [models/a, models/b]      # folders with *.safetensors; distances are averaged
-            over pairs
-        base: models/seed                      # null: distances of weights; otherwise of task
-            vectors
+        checkpoints: [models/a, models/b]      # folders with *.safetensors; distances are averaged over pairs
+        base: models/seed                      # null: distances of weights; otherwise of task vectors
         outcomes: {accuracy: 61.2}
+
+or a YAML file that asks for merges of a modality recipe whose units were reordered, as params/distance.yaml
+(`tasks.distance_sweep`), which are made, measured and merged now.
 
 Writes the table to the terminal and to reports/distance/<SWEEP>.json.
 """
@@ -45,7 +46,7 @@ from scipy import stats
 from torch import Tensor
 
 from alloy.distance import Distances, distance
-from tasks.params import DistanceParams, ParamsError
+from tasks.params import DistanceParams, ParamsError, PermutedSweepParams
 from tasks.storage import read_json, write_json
 
 REPORTS = Path("reports")
@@ -170,7 +171,16 @@ def from_reports(folder: Path) -> list[Merge]:
 def from_file(path: Path) -> list[Merge]:
     """The merges that a YAML file lists, their distances measured now."""
     try:
-        params = DistanceParams.model_validate(yaml.safe_load(path.read_text()))
+        given = yaml.safe_load(path.read_text())
+        if isinstance(given, dict) and "recipe" in given:
+            from tasks.distance_sweep import permuted_merges
+
+            sweep = PermutedSweepParams.model_validate(given)
+            return [
+                Merge(name, arm, distances, outcomes)
+                for name, arm, distances, outcomes in permuted_merges(sweep)
+            ]
+        params = DistanceParams.model_validate(given)
     except (yaml.YAMLError, ValidationError) as error:
         raise ParamsError(f"{path}: {error}") from error
     merges = []

@@ -418,6 +418,18 @@ class DistanceParams(Section):
     merges: list[SweptMerge] = Field(min_length=2)
 
 
+class PermutedSweepParams(Section):
+    """A sweep of merges of experts whose units were reordered (`tasks/distance_sweep.py`)."""
+
+    keep: float = Field(gt=0, le=1)
+    zeros: Literal["exclude", "agree"]
+    truncation: Literal["tensor", "model"]
+    recipe: str  # of kind modality; fetched, prepared and collected
+    arms: list[str] = Field(min_length=1)  # its arms that neither align nor have a base
+    merges: int = Field(ge=2)  # of each arm, the share of reordered units from 0 to 1
+    seed: int
+
+
 class WeightsMergeParams(Section):
     """Whole checkpoints of one architecture, merged tensor by tensor (`alloy.merge_checkpoints`)."""
 
@@ -563,6 +575,13 @@ class ModelsMergeParams(Section):
     result: ModelsResult
     arms: dict[CheckpointName, ModelsArm] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _names_are_free(self) -> "ModelsMergeParams":
+        for name in self.arms:
+            if name in ("ensemble", "merged") or name.startswith("parent_"):
+                raise ValueError(f"an arm cannot be called {name!r}: another model has that name")
+        return self
+
 
 class ModelsEvaluateParams(Section):
     """What is measured beside the scores (`alloy.landscape`)."""
@@ -643,10 +662,17 @@ def models_recipe(recipe: str) -> ModelsRecipe:
         for field in fields(ModelsRecipe)
     }
     found = ModelsRecipe(**sections)  # ty: ignore[invalid-argument-type]
+    where = f"{PARAMS / recipe}.yaml"
     for key, name, known in _names(found):
         if name not in known:
-            where = f"{PARAMS / recipe}.yaml: {key}: {name!r}"
-            raise ParamsError(f"{where}: {nearest(str(name), [*map(str, known)])}")
+            raise ParamsError(f"{where}: {key}: {name!r}: {nearest(str(name), [*map(str, known)])}")
+    sets = found.collect.sets.values()
+    for part, used in (
+        ("calibration", {entry.calibration for entry in sets}),
+        ("benchmarks", {entry.benchmark for entry in sets}),
+    ):
+        if unused := sorted(set(getattr(found.prepare, part)) - used):
+            raise ParamsError(f"{where}: prepare.{part}: no set has {', '.join(unused)}")
     return found
 
 

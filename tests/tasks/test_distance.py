@@ -10,7 +10,12 @@ import yaml
 from safetensors.torch import save_file
 from scipy import stats
 
+import alloy
+from alloy.models import ModalityConfig, ModalityModel
+from alloy.models.observe import expert_spec
 from tasks import distance as command
+from tasks.collect import agnostic_symmetries
+from tasks.distance_sweep import reordered
 from tasks.params import ParamsError
 
 
@@ -176,3 +181,30 @@ def test_what_is_no_sweep_is_refused(tmp_path):
     (tmp_path / "a3" / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match=r"second lacks|first lacks"):
         command.main(path)
+
+
+def test_reordering_changes_the_place_of_units_and_not_what_an_expert_computes():
+    """Share 0 moves nothing, share 1 nearly everything, any share leaves the model's outputs."""
+    config = ModalityConfig(
+        sharing="all", hidden_size=12, num_hidden_layers=2, num_joint_layers=1, num_attention_heads=3,
+        intermediate_size=24, layer_scale=None, image_size=8, patch_size=4, vocab_size=12,
+        max_position_embeddings=6, embedding_size=12, num_answers=4, num_segment_classes=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = ModalityModel(config).eval()
+    images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    spec = agnostic_symmetries(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    outputs = model.encode_image(images)
+    mlp = "blocks.0.ffn.fc1.weight"
+    moved = []
+    for share in (0.0, 0.5, 1.0):
+        inner = expert_spec(spec, [n for n in before if n.startswith("blocks.")])
+        generator = torch.Generator().manual_seed(1)
+        blocks = {n: t for n, t in before.items() if n.startswith("blocks.")}
+        after = alloy.transport(blocks, inner, reordered(inner, share, generator))
+        model.load_state_dict({**before, **after})
+        torch.testing.assert_close(model.encode_image(images), outputs)
+        moved.append(int((after[mlp] != before[mlp]).any(1).sum()))
+    assert moved[0] == 0
+    assert 0 < moved[1] <= 12 < moved[2]

@@ -6,7 +6,7 @@ group. docs/symmetry.md explains the idea.
 """
 
 from alloy.symmetry.discover import find_symmetries
-from alloy.symmetry.fold import fold_norms
+from alloy.symmetry.fold import add_norm_matrices, fold_norms, unfold_norms
 from alloy.symmetry.spec import (
     Axis,
     Fold,
@@ -50,6 +50,7 @@ __all__ = [
     "Transform",
     "Transforms",
     "Validation",
+    "add_norm_matrices",
     "compose",
     "differences",
     "find_symmetries",
@@ -62,6 +63,7 @@ __all__ = [
     "transforms_from_tensors",
     "transforms_to_tensors",
     "transport",
+    "unfold_norms",
     "unit_view",
     "validate",
     "with_kind",

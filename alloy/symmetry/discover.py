@@ -87,7 +87,9 @@ def spec_of(log: Log) -> SymmetrySpec:
     free = {atom: leaf for atom, leaf in on_weights.items() if leaf.reason is None}
     kinds = Kinds(engine, free)
     free = {atom: leaf for atom, leaf in free.items() if not _pin_pairs(kinds, atom, leaf)}
-    turned = {atom for atom in free if kinds.facts[atom].strides}  # only what permutes carries others
+    turned = {
+        atom for atom in free if kinds.facts[atom].strides
+    }  # only what permutes carries others
     depends = {atom: found - turned for atom, found in dependencies(engine, free).items()}
     parents = acyclic(depends, rank)
     used = {p for atom in free for p in parents[atom]}
@@ -99,6 +101,7 @@ def spec_of(log: Log) -> SymmetrySpec:
     axes = _axes(layout, primary)
     folds: list[Fold] = []
     unfoldable: dict[str, str] = {}
+    unfolded: dict[str, tuple[str, ...]] = {}
     spaces = {}
     for atom, leaf in free.items():
         name = names[atom]
@@ -110,7 +113,7 @@ def spec_of(log: Log) -> SymmetrySpec:
                 ones = any(use.centres for use in facts.gains)
                 folded_kind = "orthogonal fixing ones" if ones else "orthogonal"
             except NoFoldError as reason:
-                unfoldable[name] = str(reason)
+                unfoldable[name], unfolded[name] = str(reason), reason.gains
         depends_on = tuple(names[p] for p in parents[atom])
         where = tuple(axes[name].values())
         spaces[name] = Space(
@@ -128,6 +131,7 @@ def spec_of(log: Log) -> SymmetrySpec:
         unknown_operations=dict(engine.unknown),
         folds=tuple(folds),
         unfoldable=unfoldable,
+        unfolded=unfolded,
         reading=reading,
         both=both,
     )

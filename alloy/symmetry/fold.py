@@ -35,17 +35,27 @@ AxisOf = Mapping[tuple[str, int, int], Axis]
 
 
 class NoFoldError(Exception):
-    """Why the gains of a space cannot be moved."""
+    """Why the gains of a space cannot be moved, and which of them (`gains`) cannot."""
+
+    gains: tuple[str, ...] = ()
 
 
 def plan_folds(kinds: Kinds, atom: Atom, space: str, axis_of: AxisOf) -> list[Fold]:
     """The folds that remove all gains of a space. Raises NoFoldError with the reason if some stay."""
     planner = _Planner(kinds, atom, space, axis_of)
-    folds = []
+    folds: list[Fold] = []
+    failures: dict[str, NoFoldError] = {}
     for use in kinds.facts[atom].gains:
-        fold = planner.fold(use)
+        try:
+            fold = planner.fold(use)
+        except NoFoldError as failure:
+            failures.setdefault(planner.names[use.weight or 0], failure)
+            continue
         if fold is not None and fold not in folds:
             folds.append(fold)
+    for failure in failures.values():
+        failure.gains = tuple(failures)
+        raise failure
     return [*folds, *planner.centring(folds)]
 
 
@@ -158,11 +168,83 @@ def fold_norms(
     """
     chosen = _chosen(spec, spaces)
     if isinstance(model, nn.Module):
-        folded_model = copy.deepcopy(model)
         folded, folded_spec = fold_norms(dict(model.state_dict()), spec, spaces=spaces)
-        folded_model.load_state_dict(folded)
-        return folded_model, folded_spec
+        return _with_weights(model, folded), folded_spec
     return _fold_weights(model, spec, chosen), _folded_spec(spec, chosen)
+
+
+def unfold_norms(
+    model: Any, spec: SymmetrySpec, gains: Weights, *, spaces: list[str] | None = None
+) -> Any:
+    """Give folded norms gains again, taken out of the weights beside them; the function stays the same.
+
+    `model` (a state dict or a module; a copy of the same kind is returned) is folded: by `fold_norms`,
+    and perhaps transported or merged since. `spec` and `spaces` are those that `fold_norms` was given.
+    `gains` holds the norm weights wanted, under their names: with those of the model before folding
+    (its state dict will do) the inverse of `fold_norms`, but for the means that centring removed.
+
+    Raises SymmetryError if a gain is missing, zero or not finite, and if a norm's gain is not one.
+    """
+    chosen = _chosen(spec, spaces)
+    if isinstance(model, nn.Module):
+        return _with_weights(
+            model, unfold_norms(dict(model.state_dict()), spec, gains, spaces=spaces)
+        )
+    work = _Work(model, spec)
+    for fold in spec.folds:
+        if fold.space in chosen and fold.gain is not None:
+            name = fold.gain.parameter
+            _check_gain(name, fold.offset, model, gains)
+            work.scale(fold, 1 / _gain(gains, spec, fold, fold.gain))
+            work.changed[name] = gains[name].double().clone()
+    return work.result()
+
+
+def add_norm_matrices(model: nn.Module, spec: SymmetrySpec) -> nn.Module:
+    """Put an identity matrix behind each norm whose gain cannot be folded: the function stays.
+
+    A norm that writes into a stream (of embeddings, of a post-norm block, of a sublayer before it is
+    added) scales units one by one, so the stream cannot be rotated. A matrix in the place of the gain
+    can be: trace the result again, and `fold_norms` folds the gain into it. The model grows by d x d
+    weights for each such norm, called `<norm>.matrix.weight`; names of the others stay.
+
+    Returns a copy. Raises SymmetryError if nothing stands in the way of folding.
+    """
+    gains = list(dict.fromkeys(name for names in spec.unfolded.values() for name in names))
+    if not gains:
+        raise SymmetryError("no norm stands in the way of folding: no matrix is needed")
+    result = copy.deepcopy(model)
+    for gain in gains:
+        norm = result.get_submodule(gain.rpartition(".")[0])
+        weight = norm.get_parameter(gain.rpartition(".")[2])
+        matrix = nn.Linear(weight.numel(), weight.numel(), bias=False)
+        nn.init.eye_(matrix.weight)
+        norm.add_module("matrix", matrix.to(weight))
+        norm.register_forward_hook(_multiply)
+    return result
+
+
+def _multiply(norm: Any, _: Any, output: Tensor) -> Tensor:
+    return norm.matrix(output)
+
+
+def _check_gain(name: str, offset: float, weights: Weights, gains: Weights) -> None:
+    if name not in gains or gains[name].shape != weights[name].shape:
+        found = tuple(gains[name].shape) if name in gains else "none"
+        raise SymmetryError(
+            f"unfolding needs a gain {name!r} of shape {tuple(weights[name].shape)}; given: {found}"
+        )
+    gain = gains[name].double() + offset
+    if not (gain.isfinite() & (gain != 0)).all():
+        raise SymmetryError(f"gain {name!r} has a zero, NaN or Inf: readers would be divided by it")
+    if (weights[name].double() + offset - 1).abs().max() > 1e-6:
+        raise SymmetryError(f"{name!r} is not folded: its gain is not one; unfold what was folded")
+
+
+def _with_weights(model: nn.Module, weights: Weights) -> nn.Module:
+    result = copy.deepcopy(model)
+    result.load_state_dict(weights)
+    return result
 
 
 def _chosen(spec: SymmetrySpec, spaces: list[str] | None) -> set[str]:
@@ -170,6 +252,8 @@ def _chosen(spec: SymmetrySpec, spaces: list[str] | None) -> set[str]:
     if spaces is None:
         if not foldable:
             reasons = "; ".join(spec.unfoldable.values()) or "the model has no norm with a gain"
+            if spec.unfolded:
+                reasons += " (add_norm_matrices makes room for the gain of such a norm)"
             raise SymmetryError(f"no norm can be folded without changing the function: {reasons}")
         return foldable
     for space in spaces:
@@ -179,45 +263,67 @@ def _chosen(spec: SymmetrySpec, spaces: list[str] | None) -> set[str]:
     return set(spaces)
 
 
-def _fold_weights(weights: Weights, spec: SymmetrySpec, chosen: set[str]) -> dict[str, Tensor]:
-    check_weights(weights, spec)
-    work: dict[str, Tensor] = {}
+class _Work:
+    """Weights in float64 while they are folded: only those that change are copied."""
 
-    def units(axis: Axis, space: str) -> Tensor:
+    def __init__(self, weights: Weights, spec: SymmetrySpec) -> None:
+        check_weights(weights, spec)
+        self.weights = weights
+        self.spec = spec
+        self.changed: dict[str, Tensor] = {}
+
+    def units(self, axis: Axis, space: str) -> Tensor:
+        """The part of a weight on an axis, to be written into."""
         name = axis.parameter
-        if name not in work:
-            work[name] = weights[name].double().clone()
-        return unit_view(work[name], spec, space, axis)
+        if name not in self.changed:
+            self.changed[name] = self.weights[name].double().clone()
+        return unit_view(self.changed[name], self.spec, space, axis)
 
+    def scale(self, fold: Fold, gain: Tensor) -> None:
+        """Move a gain into the weights that take it."""
+        for axes, factor in ((fold.scaled, gain), (fold.divided, 1 / gain)):
+            for axis in axes:
+                view = self.units(axis, fold.space)
+                view.mul_(factor.reshape(-1, *[1] * (view.ndim - 1)))
+
+    def result(self) -> dict[str, Tensor]:
+        result = dict(self.weights)
+        for name, tensor in self.changed.items():
+            old = self.weights[name]
+            result[name] = tensor.to(old.dtype)
+            if not torch.isfinite(result[name]).all() and torch.isfinite(old).all():
+                raise SymmetryError(f"folding overflows {name} in {old.dtype}: use float32")
+        for alias, name in self.spec.tied.items():
+            if alias in result:
+                result[alias] = result[name]
+        return result
+
+
+def _gain(weights: Weights, spec: SymmetrySpec, fold: Fold, axis: Axis) -> Tensor:
+    """A norm's gain over the units of the fold's space."""
+    stored = unit_view(weights[axis.parameter], spec, fold.space, axis)
+    return fold.offset + stored.double().flatten()
+
+
+def _fold_weights(weights: Weights, spec: SymmetrySpec, chosen: set[str]) -> dict[str, Tensor]:
+    work = _Work(weights, spec)
     folds = [fold for fold in spec.folds if fold.space in chosen]
-    gains = {f.gain: f.offset + units(f.gain, f.space).flatten() for f in folds if f.gain}
     for fold in folds:
         if fold.gain is None:
             continue
-        gain = gains[fold.gain]
+        gain = _gain(weights, spec, fold, fold.gain)
         if fold.divided and not gain.all():
             raise SymmetryError(
                 f"{fold.gain.parameter} has gains of zero, by which {fold.divided[0].parameter} would "
                 f"be divided: space {fold.space!r} cannot be folded"
             )
-        for axes, factor in ((fold.scaled, gain), (fold.divided, 1 / gain)):
-            for axis in axes:
-                view = units(axis, fold.space)
-                view.mul_(factor.reshape(-1, *[1] * (view.ndim - 1)))
-        units(fold.gain, fold.space).fill_(1 - fold.offset)
+        work.scale(fold, gain)
+        work.units(fold.gain, fold.space).fill_(1 - fold.offset)
     for fold in folds:
         for axis in fold.centred:
-            view = units(axis, fold.space)
+            view = work.units(axis, fold.space)
             view.sub_(view.mean(0, keepdim=True))
-    result = dict(weights)
-    for name, tensor in work.items():
-        result[name] = tensor.to(weights[name].dtype)
-        if not torch.isfinite(result[name]).all() and torch.isfinite(weights[name]).all():
-            raise SymmetryError(f"folding overflows {name} in {weights[name].dtype}: use float32")
-    for alias, name in spec.tied.items():
-        if alias in result:
-            result[alias] = result[name]
-    return result
+    return work.result()
 
 
 def _folded_spec(spec: SymmetrySpec, chosen: set[str]) -> SymmetrySpec:

@@ -139,7 +139,8 @@ class SymmetrySpec:
     ALiBi tells apart): a space may depend on them, and no transform exists for them.
     `tied` maps further names of a tied weight to its first one; axes are listed under the first only.
     `unused` lists weights that the traced forwards never read: their layout is fixed.
-    `folds` are the gains that `fold_norms` can move, `unfoldable` says for each space why it cannot;
+    `folds` are the gains that `fold_norms` can move, `unfoldable` says for each space why it cannot, and
+    `unfolded` by which gains;
     `folded` lists gains that have been moved: the spec holds only while they stay one.
     `unknown_operations` maps each operation without a rule to the module that called it first.
     `reading` names the axes (`str(axis)`) along which a weight is contracted with what depends on the
@@ -156,6 +157,7 @@ class SymmetrySpec:
     folds: "tuple[Fold, ...]" = ()
     folded: tuple[str, ...] = ()
     unfoldable: Mapping[str, str] = field(default_factory=dict)
+    unfolded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reading: frozenset[str] = frozenset()
     both: frozenset[str] = frozenset()
 
@@ -397,6 +399,7 @@ def _spec_to_data(spec: SymmetrySpec) -> dict[str, Any]:
             for fold in spec.folds
         ],
         "unfoldable": dict(spec.unfoldable),
+        "unfolded": {space: list(gains) for space, gains in spec.unfolded.items()},
         "reading": sorted(spec.reading),
         "both": sorted(spec.both),
     }
@@ -438,6 +441,7 @@ def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
         ),
         folded=tuple(data["folded"]),
         unfoldable=data["unfoldable"],
+        unfolded={space: tuple(names) for space, names in data.get("unfolded", {}).items()},
         reading=frozenset(data.get("reading", ())),
         both=frozenset(data.get("both", ())),
     )

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import alloy
-from alloy.symmetry import SymmetryError, fold_norms
-from alloy.symmetry.validate import Prober
+from alloy.symmetry import SymmetryError, add_norm_matrices, fold_norms, unfold_norms
+from alloy.symmetry.validate import Prober, random_weights
 
 _spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
 zoo = importlib.util.module_from_spec(_spec)
@@ -104,6 +104,7 @@ THEORY = {
     "gemma2": LLAMA,
     "gemma3": NORMED_LLAMA,
     "cohere": LLAMA,
+    "gemma": LLAMA,
     "olmo2": NORMED_LLAMA,
     "starcoder2": LLAMA,
     "qwen2_moe": [N, *2 * [*GROUPED, 4, N, N]],  # and a shared expert
@@ -224,6 +225,57 @@ def test_folding_keeps_the_function_and_makes_the_residual_stream_orthogonal(nam
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
     assert folded_spec.spaces[stream.name].kind == kind
     alloy.validate(folded, folded_spec, inputs, trials=1)
+    # Back again: after a rotation too, the norms have their gains and the function is the same.
+    rotated = alloy.random_transforms(folded_spec, generator)
+    moved = alloy.transport(folded.state_dict(), folded_spec, rotated)
+    folded.load_state_dict(moved)
+    with torch.no_grad():
+        back = unfold_norms(folded, spec, model.state_dict())(**inputs).logits
+    torch.testing.assert_close(back, before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "vit"])
+def test_unfolding_is_the_inverse_of_folding(name):
+    """With the gains from before, every weight comes back; of LayerNorms' streams, but for the mean."""
+    model, inputs = build(name)
+    spec = alloy.find_symmetries(model, inputs)
+    buffers = set(dict(model.named_buffers()))
+    generator = torch.Generator().manual_seed(1)
+    weights = random_weights(model.state_dict(keep_vars=True), buffers, generator)
+    folded, _ = fold_norms(weights, spec)
+    back = unfold_norms(folded, spec, weights)
+    centred = {axis.parameter for fold in spec.folds for axis in fold.centred}
+    assert bool(centred) == (name == "vit")
+    for key in weights:
+        if key not in centred:
+            torch.testing.assert_close(back[key], weights[key], rtol=1e-12, atol=1e-12)
+    gain = next(fold for fold in spec.folds if fold.gain)
+    assert bool(gain.offset) == (name == "gemma")  # stores gain - 1
+    assert not torch.equal(folded[gain.gain.parameter], weights[gain.gain.parameter])
+    other = {key: 1.5 * value for key, value in weights.items()}  # any gains will do
+    fold_again, _ = fold_norms(unfold_norms(folded, spec, other), spec)
+    for key in weights:
+        torch.testing.assert_close(fold_again[key], folded[key], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: {}, r"needs a gain '.*norm.weight' of shape \(16,\); given: none"),
+        (lambda g: g | dict.fromkeys(g, torch.zeros(4)), r"shape \(16,\); given: \(4,\)"),
+        (lambda g: g | {k: 0 * v for k, v in g.items()}, "has a zero, NaN or Inf"),
+        (lambda g: g | {k: v / 0 for k, v in g.items()}, "has a zero, NaN or Inf"),
+    ],
+)
+def test_unfolding_with_gains_that_do_not_fit_is_refused(change, message):
+    model, inputs = build("llama")
+    spec = alloy.find_symmetries(model, inputs)
+    folded, _ = fold_norms(model.state_dict(), spec)
+    gains = {f.gain.parameter: torch.full((N,), 2.0) for f in spec.folds if f.gain}
+    with pytest.raises(SymmetryError, match=message):
+        unfold_norms(folded, spec, change(gains))
+    with pytest.raises(SymmetryError, match="is not folded: its gain is not one"):
+        unfold_norms(unfold_norms(folded, spec, gains), spec, gains)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +291,42 @@ def test_folding_is_refused_where_it_would_change_the_function(name, reason):
     spec = alloy.find_symmetries(model, inputs)
     with pytest.raises(SymmetryError, match=reason):
         fold_norms(model, spec)
+
+
+STREAMS = {
+    "bert_classifier": (
+        "orthogonal fixing ones",
+        5,
+    ),  # post-norm: a stream from each norm to the next
+    "gemma2": ("orthogonal", 5),  # one, and what each norm in front of it reads
+    "gpt2": ("orthogonal fixing ones", 1),  # embedding tied to the output
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_matrix_behind_a_norm_that_writes_a_stream_makes_room_for_its_gain(name):
+    """The function and all names stay; then every norm folds, and streams rotate."""
+    model, inputs = build(name)
+    weights = random_weights(model.state_dict(keep_vars=True), (), torch.Generator().manual_seed(0))
+    model.load_state_dict(weights)
+    spec = alloy.find_symmetries(model, inputs)
+    with pytest.raises(SymmetryError, match="add_norm_matrices makes room"):
+        fold_norms(model, spec)
+    widened = add_norm_matrices(model, spec)
+    assert set(model.state_dict()) < set(widened.state_dict())
+    wider_spec = alloy.find_symmetries(widened, inputs)
+    assert not wider_spec.unfoldable
+    folded, folded_spec = fold_norms(widened, wider_spec)
+    with torch.no_grad():
+        logits = [m(**inputs).logits for m in (model, widened, folded)]
+    assert torch.equal(logits[0], logits[1])
+    torch.testing.assert_close(logits[2], logits[0], rtol=1e-3, atol=1e-4)
+    kinds = Counter(s.kind for s in folded_spec.spaces.values())
+    kind, streams = STREAMS[name]
+    assert kinds[kind] == streams
+    alloy.validate(folded, folded_spec, inputs, trials=1)
+    with pytest.raises(SymmetryError, match="no norm stands in the way"):
+        add_norm_matrices(widened, wider_spec)
 
 
 def test_kinds_follow_from_the_operations():
@@ -388,3 +476,13 @@ def test_the_modality_transformer_in_every_sharing(sharing):
     expected = [N, N, N, N, 2 * N, *attentions * ATTENTION, *mlps * [N]]
     assert sizes(spec) == Counter(expected)
     alloy.validate(model, spec, [dual, other], observe=heads, trials=1)
+    # The text embeddings' norm writes the stream; norms of several modalities share their readers.
+    (gains,) = spec.unfolded.values()
+    assert "text_embeddings.norm.weight" in gains
+    assert len(gains) == (15 if sharing == "custom_norms" else 1)
+    wider = add_norm_matrices(model, spec)
+    wider_spec = alloy.find_symmetries(wider, [dual, other], observe=heads)
+    folded, folded_spec = fold_norms(wider, wider_spec)
+    rotating = [s.size for s in folded_spec.spaces.values() if s.kind == "orthogonal fixing ones"]
+    assert rotating == [N, N]  # the stream, and the embeddings in front of their norm
+    alloy.validate(folded, folded_spec, [dual, other], observe=heads, trials=1)

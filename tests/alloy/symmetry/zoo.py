@@ -490,6 +490,12 @@ MORE = {
         },
         text,
     ),
+    "gemma": case(
+        "GemmaForCausalLM",
+        "GemmaConfig",
+        {**GQA, "head_dim": H, "tie_word_embeddings": False},
+        text,
+    ),
     "gemma2": case(
         "Gemma2ForCausalLM",
         "Gemma2Config",

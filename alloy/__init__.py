@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from alloy.statistics import Statistics
     from alloy.symmetry import (
         SymmetrySpec,
+        add_norm_matrices,
         compose,
         find_symmetries,
         fold_norms,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         invert,
         random_transforms,
         transport,
+        unfold_norms,
         validate,
     )
 
@@ -32,6 +34,7 @@ __all__ = [
     "Alignment",
     "Statistics",
     "SymmetrySpec",
+    "add_norm_matrices",
     "align",
     "align_models",
     "collect",
@@ -45,6 +48,7 @@ __all__ = [
     "merge_checkpoints",
     "random_transforms",
     "transport",
+    "unfold_norms",
     "validate",
 ]
 
@@ -60,6 +64,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             "SymmetrySpec",
+            "add_norm_matrices",
             "compose",
             "find_symmetries",
             "fold_norms",
@@ -67,6 +72,7 @@ _HOMES = {
             "invert",
             "random_transforms",
             "transport",
+            "unfold_norms",
             "validate",
         ),
         "alloy.symmetry",

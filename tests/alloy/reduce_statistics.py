@@ -26,11 +26,14 @@ def data():
     return torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
 
 
-if __name__ == "__main__":
-    rank, folder = int(sys.argv[1]), sys.argv[2]
+def main(rank: int, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     part = data()[:15] if rank == 0 else data()[15:]
     reduced = statistics(part, joint=True, grams=True).reduce()
     save_file(reduced.to_tensors(), f"{folder}/{rank}.safetensors")
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

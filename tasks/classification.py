@@ -112,7 +112,9 @@ def read_drawings() -> Mapping[str, Split]:
 def _on_white(cells: np.ndarray) -> Split:
     """Premultiplied RGBA cells, uint8 [C, V, P, P, 4], as pixels about mean 0, variance 1."""
     num_concepts, variants, side, _, _ = cells.shape
-    pixels = cells[..., :3] + (255 - cells[..., 3:])  # no sum exceeds 255: colours are premultiplied
+    pixels = cells[..., :3] + (
+        255 - cells[..., 3:]
+    )  # no sum exceeds 255: colours are premultiplied
     images = pixels.reshape(-1, side, side, 3).transpose(0, 3, 1, 2).astype(np.float32)
     labels = torch.arange(num_concepts).repeat_interleave(variants)
     return Split(torch.from_numpy((images / 255 - 0.7) * 3), labels)

@@ -15,6 +15,7 @@ Models are trained side by side, one thread each; an interrupted run goes on fro
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -24,8 +25,6 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from safetensors.torch import load_file as load_tensors
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tasks import accuracy
@@ -49,7 +48,7 @@ FACTS = "pretraining.json"
 LIMIT_MB = 14  # of all released files
 EVALUATION_BATCH = 500
 
-ARCHITECTURES: Mapping[str, tuple[type, type]] = {
+ARCHITECTURES: Mapping[str, tuple[type, type[transformers.PreTrainedModel]]] = {
     "vit": (transformers.ViTConfig, transformers.ViTForImageClassification),
     "resnet": (transformers.ResNetConfig, transformers.ResNetForImageClassification),
     "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
@@ -73,13 +72,17 @@ class Job(NamedTuple):
         return self.params.parents[self.parent].task
 
     @property
+    def versions(self) -> dict[str, str]:
+        """The packages that carry or shape the data, and those that train."""
+        packages = (*DATASETS[self.params.dataset].packages, "torch", "transformers")
+        return {package: version(package) for package in packages}
+
+    @property
     def identity(self) -> str:
         """A digest of all that determines the weights, the code apart."""
-        dataset = DATASETS[self.params.dataset]
         family = self.params.model_dump(exclude={"parents"})
         parent = self.params.parents[self.parent].model_dump()
-        versions = [version(package) for package in (*dataset.packages, "torch", "transformers")]
-        parts = [self.parent, self.seed, family, parent, versions]
+        parts = [self.parent, self.seed, family, parent, [*self.versions.values()]]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -89,7 +92,7 @@ def jobs(params: MultitaskPretrainParams, family: str) -> list[Job]:
     return [Job(family, parent, seed, found) for seed in params.seeds for parent in found.parents]
 
 
-def build(job: Job, vocabulary: int | None) -> torch.nn.Module:
+def build(job: Job, vocabulary: int | None) -> transformers.PreTrainedModel:
     """The model as it starts: equal seeds and starts give equal weights, where sizes are equal."""
     config_class, model_class = ARCHITECTURES[job.params.architecture]
     parent = job.params.parents[job.parent]
@@ -102,7 +105,9 @@ def build(job: Job, vocabulary: int | None) -> torch.nn.Module:
 def varied(images: Tensor, params: FamilyParams, generator: torch.Generator) -> Tensor:
     """Training images [N, c, h, w] as they are shown in one step: moved, recoloured and mirrored."""
     if most := params.shift_pixels:
-        images = shifted(images, torch.randint(-most, most + 1, (2, len(images)), generator=generator))
+        images = shifted(
+            images, torch.randint(-most, most + 1, (2, len(images)), generator=generator)
+        )
     if params.recolour:
         num, channels = images.shape[:2]
         order = torch.rand(num, channels, generator=generator).argsort(dim=1)
@@ -136,7 +141,7 @@ def pretrain(job: Job, made: Path, work: Path, report: Report) -> None:
     split = own_task(splits["train"], job)
     inputs = encode(split.examples, tokenizer)
     model = build(job, len(tokenizer) if tokenizer else None)
-    own = torch.zeros(job.params.batch_size, dtype=torch.int64) + job.task
+    own = torch.full((job.params.batch_size,), job.task)
     order_seed = int.from_bytes(hashlib.sha256(job.name.encode()).digest()[:2], "big")
 
     def losses_at(step: int) -> dict[str, Tensor]:
@@ -158,41 +163,39 @@ def pretrain(job: Job, made: Path, work: Path, report: Report) -> None:
         curves=lambda values, step: None,
         say=lambda line: report("say", line),
     )
-    model.half().float()  # what is released
+    model.half().float()  # as it is released
     validation = own_task(splits["validation"], job)
     score = score_of(model, encode(validation.examples, tokenizer), validation.labels, job)
-    report("say", f"validation accuracy within its task {score.value:.1f} +- {score.error:.1f}")
-    facts = {
+    report("say", f"validation accuracy within its task {score.value:.1f} ± {score.error:.1f}")
+    with write_folder(made / job.name) as folder:
+        model.half().save_pretrained(folder)
+        if tokenizer:
+            tokenizer.save_pretrained(folder)
+        facts = facts_of(job, model, progress.losses, score)
+        write_json(folder / FACTS, facts | {"sha256": sha256(folder / "model.safetensors")})
+
+
+def facts_of(
+    job: Job, model: torch.nn.Module, losses: Mapping[str, float], score: accuracy.Score
+) -> dict[str, object]:
+    """How a model was made, for its card and for whoever asks whether it is up to date."""
+    dataset = DATASETS[job.params.dataset]
+    named = zip(dataset.classes, dataset.class_tasks, strict=True)
+    return {
         "name": job.name,
         "identity": job.identity,
         "dataset": job.params.dataset,
         "architecture": job.params.architecture,
         "task": job.task,
+        "classes": [name for name, task in named if task == job.task],
         "seed": job.seed,
         "start": job.params.parents[job.parent].start,
-        "classes": [
-            name
-            for name, task in zip(
-                DATASETS[job.params.dataset].classes,
-                DATASETS[job.params.dataset].class_tasks,
-                strict=True,
-            )
-            if task == job.task
-        ],
-        "losses": progress.losses,
+        "num_steps": job.params.training.num_steps,
+        "losses": dict(losses),
         "validation_accuracy": score._asdict(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "num_steps": job.params.training.num_steps,
-        "versions": {
-            package: version(package)
-            for package in (*DATASETS[job.params.dataset].packages, "torch", "transformers")
-        },
+        "versions": job.versions,
     }
-    with write_folder(made / job.name) as folder:
-        model.half().save_pretrained(folder)
-        if tokenizer:
-            tokenizer.save_pretrained(folder)
-        write_json(folder / FACTS, facts | {"sha256": sha256(folder / "model.safetensors")})
 
 
 def trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -235,7 +238,7 @@ def chain(todo: list[Job], made: Path, work: Path, report: Report) -> None:
 
 
 def train_family(family: str) -> None:
-    """Train what is not made of a family, two chains at a time or as many as there are cores."""
+    """Train what is not made of a family, as many models at a time as there are cores."""
     params = load_file(PARAMS, MultitaskPretrainParams)
     if family not in params.families:
         raise ParamsError(f"{family!r} is no family: {nearest(family, list(params.families))}")
@@ -296,8 +299,6 @@ Made by `python -m tasks.pretrain_multitask` with {versions}; licences of the da
 
 def num_cores() -> int:
     """Cores that this process may use."""
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

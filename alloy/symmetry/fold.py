@@ -208,15 +208,22 @@ def add_norm_matrices(model: nn.Module, spec: SymmetrySpec) -> nn.Module:
     can be: trace the result again, and `fold_norms` folds the gain into it. The model grows by d x d
     weights for each such norm, called `<norm>.matrix.weight`; names of the others stay.
 
-    Returns a copy. Raises SymmetryError if nothing stands in the way of folding.
+    Returns a copy. Raises SymmetryError if nothing stands in the way of folding, and if a gain belongs to
+    a module that does more than scale.
     """
     gains = list(dict.fromkeys(name for names in spec.unfolded.values() for name in names))
     if not gains:
         raise SymmetryError("no norm stands in the way of folding: no matrix is needed")
     result = copy.deepcopy(model)
     for gain in gains:
-        norm = result.get_submodule(gain.rpartition(".")[0])
-        weight = norm.get_parameter(gain.rpartition(".")[2])
+        owner, _, name = gain.rpartition(".")
+        norm = result.get_submodule(owner)
+        if any(True for _ in norm.children()):
+            raise SymmetryError(
+                f"gain {gain!r} is a weight of {type(norm).__name__}, which does more than scale: a "
+                "matrix behind it would be in another place; make the scaling a module of its own"
+            )
+        weight = norm.get_parameter(name)
         matrix = nn.Linear(weight.numel(), weight.numel(), bias=False)
         nn.init.eye_(matrix.weight)
         norm.add_module("matrix", matrix.to(weight))

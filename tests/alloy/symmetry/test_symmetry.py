@@ -116,6 +116,23 @@ class Net(nn.Module):
         return self.down(self.between(self.up(x)))
 
 
+def test_a_matrix_is_not_put_behind_a_module_that_does_more_than_scale():
+    class Scaled(Net):
+        def __init__(self):
+            super().__init__(torch.nn.Identity())
+            self.gain = nn.Parameter(torch.rand(8))
+
+        def forward(self, x):
+            h = self.up(x)
+            return self.down(h + h * self.gain)
+
+    model = Scaled()
+    spec = alloy.find_symmetries(model, {"x": torch.randn(2, 4)})
+    assert [*spec.unfolded.values()] == [("gain",)]
+    with pytest.raises(SymmetryError, match="'gain' is a weight of Scaled, which does more than"):
+        alloy.add_norm_matrices(model, spec)
+
+
 HOSTILE = {
     "flip": (lambda h: h + h.flip(-1), 0),
     "roll": (lambda h: h * h.roll(1, -1), 0),

@@ -19,12 +19,14 @@ from alloy.activations import Gram
 from alloy.align import transport_grams
 from alloy.merge import MERGE_METHODS, MergeError, validate
 from alloy.models import ModalityModel, agnostic_config, shared_weights, split_experts
+from alloy.models.gauge import affine_grams, merge_sequentially, without_constant
 from alloy.models.observe import REFERENCE, expert_spec
 from alloy.symmetry import transforms_from_tensors
 from tasks.collect import load_spec, load_statistics
+from tasks.gauge import calibration, move
 from tasks.models import load_model
 from tasks.params import ArmParams, MergeParams, ParamsError, load, nearest
-from tasks.storage import folder_digest, write_folder
+from tasks.storage import folder_digest, write_folder, write_json
 
 Experts = Mapping[str, Mapping[str, Tensor]]
 Grams = Mapping[str, Gram]
@@ -95,13 +97,24 @@ def aligned(
     return moved, moved_grams
 
 
-def merge_arm(arm: ArmParams, models: Path) -> ModalityModel:
-    """The agnostic model of one arm."""
+def merge_arm(arm: ArmParams, models: Path, reports: dict[str, Any] | None = None) -> ModalityModel:
+    """The agnostic model of one arm; what its gauge says of it goes into `reports`."""
     source = load_model(models / "checkpoints" / arm.checkpoint).cpu()
+    data = calibration(models) if arm.gauge or arm.method == "sequential" else []
+    if arm.gauge is not None:
+        source, report = move(source, arm.gauge, data)
+        if reports is not None:
+            reports["gauge"] = report
+    if arm.method == "sequential":
+        return merge_sequentially(
+            source, data, joint_experts=arm.joint_experts, **_sequential_options(arm)
+        )
     weights = source.state_dict()
     experts: Experts = split_experts(weights, source.config)
     grams: Mapping[str, Grams] | None = None
-    if MERGE_METHODS[arm.method].statistics == "gram":
+    if MERGE_METHODS[arm.method].statistics == "gram" and arm.gauge is not None:
+        grams = without_constant(affine_grams(source, data))
+    elif MERGE_METHODS[arm.method].statistics == "gram":
         grams = load_statistics(models / "statistics" / arm.checkpoint).grams
     if arm.align:
         experts, grams_moved = aligned(experts, arm.checkpoint, models, grams)
@@ -113,6 +126,12 @@ def merge_arm(arm: ArmParams, models: Path) -> ModalityModel:
     model = ModalityModel(agnostic_config(source.config))
     model.load_state_dict({**shared_weights(weights, source.config), **merged}, strict=True)
     return model.eval()
+
+
+def _sequential_options(arm: ArmParams) -> dict[str, Any]:
+    """The method's options with its defaults."""
+    known = MERGE_METHODS["sequential"].options
+    return {name: arm.options.get(name, option.default) for name, option in known.items()}
 
 
 def write_checkpoint(model: ModalityModel, source: Path, card: str, folder: Path) -> None:
@@ -162,6 +181,14 @@ def _refuse_impossible(params: MergeParams, recipe: str, models: Path) -> None:
         ):
             if asked is not None and asked not in right:
                 raise ParamsError(f"{where}.{key}: {asked!r}: {nearest(asked, right)}")
+        if arm.gauge is not None and arm.align:
+            raise ParamsError(
+                f"{where}: align moves units before the search of the gauge undoes it; leave out one"
+            )
+        if arm.method == "sequential" and arm.coefficients is not None:
+            raise ParamsError(
+                f"{where}: sequential weighs all experts alike; leave out coefficients"
+            )
         for modalities in (LOWER_EXPERTS, arm.joint_experts):
             check_arm(where, arm, modalities)
 
@@ -177,6 +204,7 @@ def check_arm(where: str, arm: ArmParams, modalities: Sequence[str]) -> None:
             statistics=MERGE_METHODS[arm.method].statistics == "gram",
             coefficients=_coefficients(arm, modalities),
             options=arm.options,
+            inputs=MERGE_METHODS[arm.method].inputs if arm.method == "sequential" else (),
         )
     except MergeError as error:
         raise ParamsError(f"{where}: {error}") from error
@@ -207,16 +235,18 @@ def main(recipe: str) -> None:
     _refuse_impossible(params, recipe, models)
     with write_folder(models / "arms") as arms:
         for name, arm in params.arms.items():
-            print(
-                f"merge: {name}: {arm.method} of {arm.checkpoint}{', aligned' if arm.align else ''}"
-            )
+            how = ", aligned" * arm.align + ", in the best gauge" * (arm.gauge is not None)
+            print(f"merge: {name}: {arm.method} of {arm.checkpoint}{how}")
             (arms / name).mkdir()
+            reports: dict[str, Any] = {}
             write_checkpoint(
-                merge_arm(arm, models),
+                merge_arm(arm, models, reports),
                 models / "checkpoints" / arm.checkpoint,
                 card(recipe, name, arm, models),
                 arms / name,
             )
+            for kind, report in reports.items():
+                write_json(arms / name / f"{kind}.json", report)
     with write_folder(models / "merged") as merged:
         shutil.copytree(models / "arms" / params.result, merged, dirs_exist_ok=True)
     print(f"merge: wrote {models / 'arms'}; {models / 'merged'} is the arm {params.result!r}")

@@ -213,12 +213,21 @@ class AlignParams(Section):
     max_sweeps: int = Field(gt=0)
 
 
+class GaugeParams(Section):
+    """The search for the symmetry in which merging costs least (`alloy.gauge`)."""
+
+    streams: bool  # turn the residual streams, too, at the price of two fixed adapters
+    steps: int = Field(gt=0)  # a round
+    max_rounds: int = Field(gt=0)
+
+
 class ArmParams(Section):
     """One way of merging: a checkpoint's experts, how, and with which settings of the method."""
 
     checkpoint: str
     method: str  # a key of alloy's MERGE_METHODS
     align: bool = False  # move the units by align's transforms first
+    gauge: GaugeParams | None = None  # or bring the experts to where merging them costs least
     base: str | None = None  # the checkpoint that task vectors start from
     coefficients: (  # by expert, or that by glob pattern of names; the method's own without
         dict[Literal["v", "l", "vl"], float]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -292,6 +292,16 @@ def affine_grams(model: ModalityModel, batches: Iterable[Batch]) -> dict[str, di
                 zero = Gram.zero(x_ND.shape[1])
                 grams[modality][name] = grams[modality].get(name, zero).update(x_ND)
     return grams
+
+
+def without_constant(
+    grams: Mapping[str, Mapping[str, Gram]],
+) -> dict[str, dict[str, Gram]]:
+    """`affine_grams` as Grams of the layers' inputs alone."""
+    return {
+        modality: {name: replace(g, sum_DD=g.sum_DD[:-1, :-1]) for name, g in own.items()}
+        for modality, own in grams.items()
+    }
 
 
 def find_gauge(

@@ -100,7 +100,7 @@ class _Collector:
         found = {}
         for weight in self.experts[modality]:
             name = weight.removesuffix(".weight")
-            module = modules.get(expert_name(name, modality))
+            module = modules.get(expert_name(weight, modality).removesuffix(".weight"))
             if isinstance(module, nn.Linear):
                 found[name] = module
         return found

@@ -255,6 +255,7 @@ def plan_merge(
             settings.method.statistics, {t.name: t.shape for t in tensors if t.how == "merge"}
         )
     tensors = tuple(_with_method(t, settings) for t in tensors)
+    notes += _unskipped(tensors, settings, reference, configs)
     layout = _layout(tensors, checkpoints[reference].entries, shard_bytes)
     _check_room(problems, Path(output), sum(t.num_bytes for t in tensors))
     _raise(problems)
@@ -598,6 +599,25 @@ def _with_method(tensor: PlannedTensor, settings: MergeSettings) -> PlannedTenso
         coefficients=tuple(row),
         options=settings.patterned.get(tensor.name, {}),
     )
+
+
+def _unskipped(
+    tensors: Sequence[PlannedTensor],
+    settings: MergeSettings,
+    reference: str,
+    configs: Mapping[str, Mapping | None],
+) -> list[str]:
+    """Notes about embeddings and heads that a method for matrices would take for layers, by their shape."""
+    if "skip" not in settings.options:
+        return []
+    return [
+        f"{t.name} has a row per token, and {settings.name} merges it as it does layers: add it to skip?"
+        for t in tensors
+        if t.how == settings.name
+        and len(t.shape) == 2
+        and _has_row_per_token(t.name, dict(zip(t.sources, t.inputs, strict=True)), configs)
+        and not any(fnmatchcase(t.name, pattern) for pattern in settings.options["skip"])
+    ]
 
 
 def _layout(

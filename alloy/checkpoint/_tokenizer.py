@@ -180,7 +180,10 @@ def _extended(
     ids: Mapping[str, int],
     new: Mapping[str, str],
 ) -> dict:
-    """The base's tokenizer.json with the new tokens: ordinary ones in the model, added ones as added tokens."""
+    """The base's tokenizer.json with the new tokens: ordinary ones in the model, added ones as added tokens.
+
+    A Unigram model takes the pieces with the scores (log-probabilities) of the source that has them.
+    """
     assert base.data is not None, "checked before"
     data = json.loads(json.dumps(base.data))
     kind = data["model"].get("type")
@@ -195,17 +198,31 @@ def _extended(
         mine = [token for token, owner in new.items() if owner == source]
         entries = {e["content"]: e for e in tokenizer.data.get("added_tokens") or []}
         for token in mine:
-            if token in entries or isinstance(data["model"].get("vocab"), list):
-                entry = entries.get(token) or {
-                    "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                    "normalized": True, "special": False,
-                }  # fmt: skip
+            if token in entries:
                 if token not in added:
-                    data["added_tokens"].append({**entry, "id": ids[token]})
-            else:
+                    data["added_tokens"].append({**entries[token], "id": ids[token]})
+            elif kind != "Unigram":
                 data["model"]["vocab"][token] = ids[token]
         _add_merges(data["model"], tokenizer.data["model"].get("merges") or [], set(mine))
+    if kind == "Unigram":
+        _add_pieces(data["model"]["vocab"], tokenizers, ids)
     return data
+
+
+def _add_pieces(pieces: list, tokenizers: Mapping[str, Tokenizer], ids: Mapping[str, int]) -> None:
+    """Extend a Unigram model's list, in which a piece's position is its id, to all ids.
+
+    Added tokens are found before the model looks; in its list they fill their place, never chosen.
+    """
+    scores: dict[str, float] = {}
+    for tokenizer in tokenizers.values():
+        for token, score in tokenizer.data["model"]["vocab"] if tokenizer.data else ():
+            scores.setdefault(token, score)
+    token_at = {i: token for token, i in ids.items()}
+    never = min(scores.values()) - 100
+    for i in range(len(pieces), max(ids.values()) + 1):
+        token = token_at.get(i, f"<unused_{i}>")
+        pieces.append([token, scores.get(token, never)])
 
 
 def _add_merges(model: dict, merges: Sequence, tokens: set[str]) -> None:

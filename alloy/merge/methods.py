@@ -35,7 +35,10 @@ _SHARE = Option(type=float, default=0.8, minimum=0, maximum=1)
 _GAMMA = Option(type=float, default=0.01, minimum=0, maximum=1, excludes=(1,))
 _EPSILON = Option(type=float, default=0.1, minimum=0, maximum=0.5)
 _NORMALIZE = Option(type=bool, default=True)
-_SKIP = Option(type=tuple, default=("*embed*", "*lm_head*"))
+_SKIP = Option(
+    type=tuple,
+    default=("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight", "*predictions.decoder*"),
+)
 _WHOLE_OR_ROWS = Option(type=str, default="tensor", choices=("tensor", "rows"))
 _START = Option(type=str, default="sum", choices=("sum", "mean", "zero"))
 _GRAM_OPTIONS = {

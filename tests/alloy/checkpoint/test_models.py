@@ -14,6 +14,8 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -26,6 +28,7 @@ from transformers import (
 )
 
 import alloy
+from alloy.checkpoint import plan_merge
 
 TEXT = {
     "vocab_size": 64,
@@ -249,3 +252,75 @@ def test_byte_pair_union_merges_what_only_one_source_could(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_ids_to_tokens(tokenizer("cado").input_ids) == ["ca", "do"]
     assert LlamaForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 6
+
+
+def unigram_tokenizer(pieces, added=()):
+    """A SentencePiece-like tokenizer: words begin with the mark ▁, the likeliest pieces are taken."""
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *pieces], unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(list(added))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def test_unigram_union_cuts_text_as_the_source_that_knows_its_pieces(tmp_path):
+    """Each source's words are cut as by its own tokenizer, added tokens stay whole, rows follow their pieces."""
+    kind, _, _ = ARCHITECTURES["Llama"]
+    letters = [(c, -8.0) for c in "▁abcdnort"]
+    tokenizers = {
+        "a": unigram_tokenizer([*letters, ("▁cat", -2.0), ("▁c", -4.0)], added=["<mask>"]),
+        "b": unigram_tokenizer([("▁dorn", -2.0), *letters[::-1], ("or", -3.0)], added=["<end>"]),
+    }
+    built = {}
+    for seed, (name, tokenizer) in enumerate(tokenizers.items()):
+        config = LlamaConfig(**{**TEXT, "vocab_size": len(tokenizer)}, num_key_value_heads=2)
+        built[name] = build(kind, config, seed)
+        built[name].save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match="tokenizer='union'"):
+        alloy.merge_checkpoints("linear", [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    alloy.merge_checkpoints(
+        "linear", [tmp_path / "a", tmp_path / "b"], tmp_path / "out", tokenizer="union"
+    )
+    union = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for name, text in (("a", "cat <mask> cab"), ("b", "dorn<end> torn")):
+        assert union.tokenize(text) == tokenizers[name].tokenize(text), name
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.config.vocab_size == len(union) == len(tokenizers["a"]) + 3
+    rows = merged.get_input_embeddings().weight
+    ours, theirs = (built[name].get_input_embeddings().weight for name in "ab")
+    for piece, i in union.get_vocab().items():
+        found = [
+            table[tokenizers[name].get_vocab()[piece]]
+            for name, table in (("a", ours), ("b", theirs))
+            if piece in tokenizers[name].get_vocab()
+        ]
+        torch.testing.assert_close(rows[i], sum(found) / len(found))
+
+
+def test_sentencepiece_without_tokenizer_json_is_compared_by_its_bytes(tmp_path):
+    """Equal models merge and come along; different ones are refused, and a union says which file it needs."""
+    kind, config, _ = ARCHITECTURES["Llama"]
+    for seed, name in enumerate("ab"):
+        build(kind, config, seed).save_pretrained(tmp_path / name)
+        (tmp_path / name / "tokenizer.model").write_bytes(b"pieces")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    alloy.merge_checkpoints("linear", folders, tmp_path / "same")
+    assert (tmp_path / "same" / "tokenizer.model").read_bytes() == b"pieces"
+    (tmp_path / "b" / "tokenizer.model").write_bytes(b"other pieces")
+    with pytest.raises(ValueError, match="'a' and 'b' cut text differently"):
+        alloy.merge_checkpoints("linear", folders, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"needs a tokenizer\.json; save it again from a fast"):
+        alloy.merge_checkpoints("linear", folders, tmp_path / "out", tokenizer="union")
+
+
+def test_embeddings_are_skipped_by_name_and_told_of_by_shape(tmp_path):
+    """GPT-2's wte is no layer to WUDI; a table of tokens by another name is told in the plan."""
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 16}
+    for seed, name in enumerate(("seed", "a", "b")):
+        build(GPT2LMHeadModel, GPT2Config(vocab_size=64, **sizes), seed).save_pretrained(
+            tmp_path / name
+        )
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for options, told in (({}, False), ({"skip": ("*wpe*",)}, True)):
+        plan = plan_merge("wudi", folders, tmp_path / "out", base=tmp_path / "seed", **options)
+        assert any("wte.weight has a row per token" in note for note in plan.notes) == told

@@ -163,9 +163,8 @@ class Unlabelled:
         if not self.are_logits:
             return (answer.rows - seen.mean).square().sum(1) / self.variance, answer.examples
         log_p = answer.rows.log_softmax(1)
-        return torch.xlogy(seen.mean, seen.mean).sum(1) - (seen.mean * log_p).sum(
-            1
-        ), answer.examples
+        divergence = (torch.xlogy(seen.mean, seen.mean) - seen.mean * log_p).sum(1)
+        return divergence.clamp(min=0), answer.examples  # below 0 is rounding
 
 
 def _see(parents: Sequence[Answers], keep_mean: bool) -> _Seen:

@@ -62,6 +62,7 @@ class _Finder:
     def __init__(self, calls: Sequence[Call], log: Log) -> None:
         self.calls = calls
         self.mutated = log.mutated_storages()
+        self.buffers = log.buffers
         self.kept = {v.id for v in log.roots} | log.read
         self.producer: dict[int, int] = {}
         self.users: dict[int, list[int]] = {}
@@ -375,6 +376,8 @@ class _Tables:
         if (value.id, lead) not in self.known:
             number = self.finder.producer.get(value.id)
             made = None if number is None else self._made(number, value, lead)
+            if value.id in self.finder.buffers:
+                made = self._columns(value, lead)
             if made is None or made.shape != value.shape[lead:]:
                 made = self._leaves((value.id,), value, lead)
             self.known[value.id, lead] = made
@@ -387,6 +390,15 @@ class _Tables:
         shape = value.shape[lead:]
         keys = np.empty(math.prod(shape), dtype=object)
         keys[:] = [self._intern(("entry", *name, lead, i)) for i in range(len(keys))]
+        return keys.reshape(shape)
+
+    def _columns(self, value: Value, lead: int) -> np.ndarray:
+        """Keys of a table whose numbers are known: equal numbers at all places in front, equal keys."""
+        shape = value.shape[lead:]
+        columns = self.finder.buffers[value.id].detach().double().reshape(-1, math.prod(shape))
+        kinds = torch.unique(columns, dim=1, return_inverse=True)[1].tolist()
+        keys = np.empty(len(kinds), dtype=object)
+        keys[:] = [self._intern(("kind", value.id, lead, kind)) for kind in kinds]
         return keys.reshape(shape)
 
     def _tag(self, tag: tuple, keys: np.ndarray) -> np.ndarray:

@@ -78,6 +78,7 @@ class Log:
     inputs: set[int] = field(default_factory=set)
     roots: list[Value] = field(default_factory=list)
     read: set[int] = field(default_factory=set)  # ids whose numbers left the log: `.item()`, numpy
+    buffers: dict[int, Tensor] = field(default_factory=dict)  # floating buffers with their numbers
     fake: bool = False
 
     def mutated_storages(self) -> set[int]:
@@ -336,6 +337,7 @@ def _trace_real(model: nn.Module, examples: list[Inputs], observe: Observe) -> L
     log = Log()
     recorder = _Recorder(model, log)
     _register_weights(recorder, model, {})
+    _register_buffers(recorder, list(model.buffers()), list(model.buffers()))
     try:
         with torch.random.fork_rng(), _Reads(recorder):
             torch.manual_seed(0)
@@ -398,8 +400,10 @@ def _trace_fake(model: nn.Module, examples: list[Inputs], observe: Observe) -> L
         return memo[id(tensor)]
 
     examples = [tree_map(fake, dict(example)) for example in examples]
+    buffers = list(model.buffers())
     with _swapped(model, fake), mode:
         _register_weights(recorder, model, memo)
+        _register_buffers(recorder, buffers, [fake(buffer) for buffer in buffers])
         _run(recorder, model, examples, observe)
     return log
 
@@ -434,6 +438,15 @@ def _register_weights(recorder: _Recorder, model: nn.Module, fakes: Mapping[int,
             recorder.log.trainable.add(value.id)
         if id(tensor) in originals:
             recorder.values[originals[id(tensor)]] = value
+
+
+def _register_buffers(
+    recorder: _Recorder, buffers: Sequence[Tensor], twins: Sequence[Tensor]
+) -> None:
+    """Keep the numbers of buffers (finished tables), where there are any."""
+    for buffer, twin in zip(buffers, twins, strict=True):
+        if buffer.is_floating_point() and not buffer.is_meta:
+            recorder.log.buffers[recorder.value(twin).id] = buffer
 
 
 def _run(recorder: _Recorder, model: nn.Module, examples: list[Inputs], observe: Observe) -> None:

@@ -77,7 +77,6 @@ class Attention(nn.Module):
             nn.Linear(i, o) for i, o in [(3, HEADS * WIDTH)] * 3 + [(HEADS * WIDTH, 3)]
         )
         self.of_query, self.of_key = of_query, of_key
-        self.register_buffer("table", torch.cat([angles(), angles()], -1))
 
     def forward(self, x):
         q, k, v = (
@@ -133,6 +132,37 @@ def test_a_rotary_embedding_is_found_however_it_is_written(name):
     space = spec_of(of_query, of_key)
     assert (space.kind, space.size, space.pair_stride) == (kind, WIDTH, stride)
     assert len(space.depends_on) == 1
+
+
+class Cached(Attention):
+    """Tables are finished buffers."""
+
+    def __init__(self, table, *, persistent):
+        super().__init__(self.turn, self.turn)
+        self.register_buffer("cos", table.cos(), persistent=persistent)
+        self.register_buffer("sin", table.sin(), persistent=persistent)
+
+    def turn(self, x):
+        turned = torch.cat([-x[..., PAIRS:], x[..., :PAIRS]], -1)
+        return x * self.cos[:LENGTH] + turned * self.sin[:LENGTH]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_finished_table_in_a_buffer_is_known_by_its_numbers(persistent):
+    """Equal halves, a rotary space; halves that differ anywhere, or are not known, none."""
+    inputs = {"x": torch.randn(2, LENGTH, 3)}
+    equal = torch.cat([angles(), angles()], -1)
+    other = equal.clone()
+    other[-1, 0] += 0.1
+    found = []
+    for table in (equal, other):
+        model = Cached(table, persistent=persistent).eval()
+        spec = alloy.find_symmetries(model, inputs)
+        alloy.validate(model, spec, inputs)
+        found.append([s.kind for s in spec.spaces.values() if s.pair_stride])
+    assert found == [["rotary"], []]
+    spec = alloy.find_symmetries(model.to("meta"), inputs)
+    assert not any(s.pair_stride for s in spec.spaces.values())
 
 
 PINNED = {

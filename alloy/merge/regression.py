@@ -49,7 +49,7 @@ def regmean(
 
     Raises:
         MergeError: a Gram of another size than the dim of the weight that the inputs meet, or of no
-            tokens; Grams that disagree about that dim.
+            tokens, or that is not finite; Grams that disagree about that dim.
     """
     dims = {gram.dim for gram in statistics}
     if len(dims) > 1:
@@ -63,6 +63,10 @@ def regmean(
             raise MergeError(
                 f"a Gram has shape {tuple(gram.sum_DD.shape)}, a weight whose inputs meet dim {gram.dim} of "
                 f"{tuple(model.T.shape if transposed else model.shape)} needs {(model.shape[1], model.shape[1])}"
+            )
+        if not bool(gram.sum_DD.isfinite().all()):
+            raise MergeError(
+                "a Gram has NaN or Inf: a model's activations overflow; collect it again"
             )
         if gram.count == 0:
             raise MergeError("a Gram of no tokens: the calibration data never reached this layer")

@@ -79,9 +79,8 @@ class _Finder:
         out = self.calls[end].outputs[0]
         frontier = {out.id: out}
         inside: set[int] = set()
-        found: tuple[set[int], Call] | None = (
-            None  # the largest so far: units may be reordered first
-        )
+        found: tuple[set[int], Call] | None = None
+        # From the result back to ever larger regions: the largest also sees units reordered first.
         while len(inside) < _MOST_CALLS:
             latest = max(frontier, key=lambda v: self.producer.get(v, -1))
             source = frontier[latest]
@@ -129,7 +128,7 @@ class _Finder:
         strides = next((s for s in layouts if _turns_pairs(rows, *s)), None)
         if strides is None:
             return None
-        tables = {v.id: (v, shift) for v, shift in region.tables}.values()
+        tables = {(v.id, shift): (v, shift) for v, shift in region.tables}.values()
         inputs = {
             "self": source,
             "tables": [v for v, _ in tables],
@@ -220,7 +219,7 @@ class _Region:
         results = _LINEAR[call.name](self, call, first, number)
         for out, form in zip(call.outputs, results, strict=True):
             imaginary = 1 if out.id in self.complex else 0
-            if out.shape[: self.lead] != self.front:
+            if out.shape[: self.lead] != self.front or not out.floating:
                 raise NotLinearError
             if form.shape[: form.ndim - imaginary] != out.shape[self.lead :]:
                 raise NotLinearError

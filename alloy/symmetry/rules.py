@@ -110,6 +110,8 @@ def _pointwise_link(
     operands = [v for key, v in call.inputs.items() if key not in ("condition", "mask")]
     tensors = [v for v in operands if isinstance(v, Value)]
     moving = [(v, d) for v, d in aligned if v in tensors]
+    if not out[0].floating:
+        return  # a conversion to integers rounds
     if name in LINEAR:
         scalars = [
             v

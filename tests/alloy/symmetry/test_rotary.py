@@ -185,6 +185,15 @@ PINNED = {
     "regrouped twice": (lambda x: even_odd(even_odd(x)), None),
     "a nonlinearity": (lambda x: halves(x.relu()), None),
     "in place": (in_place, None),
+    "rounded on the way": (lambda x: halves((8 * x).int().float()), None),
+    "rounded inside": (
+        lambda x: (
+            x * angles().cos().repeat(1, 2)
+            + torch.cat([-x[..., PAIRS:], x[..., :PAIRS]], -1).mul(8).int().float()
+            * angles().sin().repeat(1, 2)
+        ),
+        None,
+    ),
     "a gain": (lambda x: halves(x * torch.arange(1.0, WIDTH + 1)), None),
     "part of it read": (lambda x: halves(x) * x[..., :1].exp(), None),
 }

@@ -161,6 +161,7 @@ HOSTILE = {
         0,
     ),
     "unsqueezed in place": (lambda h: h.clone().unsqueeze_(0).squeeze(0), 1),
+    "rounded": (lambda h: (8 * h).int().float(), 1),
     "data attribute": (lambda h: h.data * torch.arange(8.0), 0),
 }
 

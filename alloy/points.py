@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ class Point(NamedTuple):
         return f"{self.module}.{self.side}"
 
 
-class UnitPoint(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class UnitPoint:
     """A point at which the units of a space can be read: which entries of the activation they are."""
 
     space: str
@@ -45,16 +47,30 @@ class UnitPoint(NamedTuple):
     dim: int = -1
     """The dim of the activation that the units lie along; all others are samples."""
 
+    @cached_property
+    def least_size(self) -> int:
+        """How many entries the activation must have."""
+        return int(self.columns.max()) + 1
+
+    @cached_property
+    def start(self) -> int | None:
+        """The first entry, where the units are neighbours in order."""
+        first = int(self.columns[0, 0])
+        run = torch.arange(first, first + len(self.columns))[:, None]
+        return first if torch.equal(self.columns, run) else None
+
+    @cached_property
+    def place(self) -> tuple[object, ...]:
+        """Equal for points that read the same units from the same activation."""
+        return (self.space, self.dim, self.columns.numpy().tobytes())
+
     def read(self, activation: Tensor) -> Tensor:
         """The units as the last dim, samples in front: [..., D] or [..., R, D]."""
         entries = activation.movedim(self.dim, -1)
-        num_units, num_places = self.columns.shape
-        if num_places > 1:
-            return entries[..., self.columns.T.to(entries.device)]
-        start = int(self.columns[0, 0])
-        if torch.equal(self.columns[:, 0], torch.arange(start, start + num_units)):
-            return entries.narrow(-1, start, num_units)
-        return entries.index_select(-1, self.columns[:, 0].to(entries.device))
+        if self.start is not None:
+            return entries.narrow(-1, self.start, len(self.columns))
+        columns = self.columns.T.to(entries.device)
+        return entries[..., columns if len(columns) > 1 else columns[0]]
 
 
 class Layer(NamedTuple):

@@ -65,7 +65,12 @@ SIZES = (
     Size("width 192, 6 blocks", 192, 6, 3, 32, 8, 2048, 128),
     Size("ViT-S/16, 224 pixels", 384, 12, 6, 224, 16, 32, 8),
 )
-MODES = {"permute": {}, "permute, as written": {"units": "written"}, "zip": {"joint": True}, "RegMean": {"grams": True}}
+MODES = {
+    "permute": {},
+    "permute, units as read": {"units": "read"},
+    "zip": {"joint": True},
+    "RegMean": {"grams": True},
+}
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,9 @@ def table(size: Size, times: dict[str, list[Time]]) -> list[str]:
         ]
         shares = [f"{statistics.median(r):.2f}x ({min(r):.2f} to {max(r):.2f})" for r in ratios]
         seconds = [statistics.median(getattr(t, kind) for t in found) for kind in ("cpu", "wall")]
-        lines.append(f"| {name} | {seconds[0]:.2f} | {seconds[1]:.2f} | {shares[0]} | {shares[1]} |")
+        lines.append(
+            f"| {name} | {seconds[0]:.2f} | {seconds[1]:.2f} | {shares[0]} | {shares[1]} |"
+        )
     return [*lines, ""]
 
 
@@ -132,6 +139,10 @@ def main() -> None:
     lines = [
         "# Cost of statistics",
         "",
+        "Two vision transformers side by side; each pass in turn in every round. permute: cross-moments of all spaces "
+        "by `alloy.collect`, units as written; zip: also the moments within each model; RegMean: permute and "
+        "the float64 Grams of all linear inputs.",
+        "",
         f"`python -m benchmarks.statistics`, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, {platform.processor() or platform.machine()}; medians of "
         f"{arguments.rounds} rounds with the range.",
@@ -140,7 +151,7 @@ def main() -> None:
     for size in SIZES[: 1 if arguments.quick else None]:
         lines += table(size, measure(size, arguments.rounds))
     text = "\n".join(lines)
-    print(text)  # noqa: T201 - the result of the command
+    print(text)
     if not arguments.quick:
         RESULTS.write_text(text)
 

@@ -34,6 +34,7 @@ def merge_weights(recipe: str) -> None:
         fresh,
         base=None if params.base is None else models / "checkpoints" / params.base,
         coefficients=params.coefficients,
+        statistics=params.statistics,
         dtype=params.dtype,
         tokenizer=params.tokenizer,
         **params.options,

@@ -451,6 +451,7 @@ class WeightsMergeParams(Section):
         list[float] | dict[str, list[float]] | None
     )  # by glob pattern of names; null: alike
     options: dict[str, Any]  # the method's settings, checked against its own
+    statistics: dict[str, str] | None = None  # by source a file of alloy.checkpoint.save_statistics
     dtype: str | None  # of the result; null: that of the sources
     tokenizer: Literal["same", "base", "union"]  # what to do where vocabularies differ
 

@@ -75,7 +75,8 @@ def merge_checkpoints(
         output: a folder that does not exist or is empty.
         base: the checkpoint that the sources were trained from, for methods with task vectors.
         coefficients: one per source, or by glob pattern of tensor names; the first pattern that matches decides.
-        statistics: one safetensors file per source, for RegMean (Grams) and Fisher; see `_statistics`.
+        statistics: one safetensors file per source, for RegMean (Grams) and Fisher, as
+            `alloy.checkpoint.save_statistics` writes it.
         dtype: of the result: float32, float16, bfloat16, float64; by default that of the sources.
         shard_bytes: the most that a file holds; by default as many files as the first source has.
         tokenizer: what to do where vocabularies differ: "same" refuses, "base" keeps the base's (else the first

@@ -262,6 +262,7 @@ def plan_merge(
     choices = {
         "dtype": dtype, "shard_bytes": shard_bytes, "tokenizer": tokenizer,
         "copy": dict(copy or {}), "drop": list(drop), "allow": list(allow),
+        "statistics": {name: str(c.path) for name, c in measured.files_of.items()} if measured else {},
     }  # fmt: skip
     return MergePlan(
         settings=settings,

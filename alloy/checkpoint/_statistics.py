@@ -85,6 +85,45 @@ class Statistics:
         return [_load(c.entries[name]) for c in self.files_of.values()]
 
 
+def save_statistics(
+    measured: Mapping[str, Any],
+    file: str | Path,
+    *,
+    weights: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
+) -> None:
+    """Write what was measured of one model, as `merge_checkpoints(..., statistics=...)` reads it.
+
+    Args:
+        measured: by tensor name `alloy.activations.Gram` of the layer's inputs (one model's of
+            `alloy.collect(..., grams=True).grams`), or the Fisher diagonal
+            (`alloy.merge.fisher_diagonal`).
+        weights, checkpoint: the model's state dict and where it is stored. transformers gives some
+            tensors other names as it saves them; with both, what is measured goes under the name
+            of the stored tensor that equals the weight.
+
+    Raises:
+        MergeError: a weight that no stored tensor, or several, equal.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from alloy.activations import Gram
+
+    if weights is not None and checkpoint is not None:
+        stored = open_checkpoint(checkpoint)
+        measured = {_stored_name(n, weights[n], stored): value for n, value in measured.items()}
+    tensors = {}
+    for name, value in measured.items():
+        if isinstance(value, Gram):
+            tensors[f"{name}/sum"] = value.sum_DD.clone()  # one Gram may be that of several layers
+            tensors[f"{name}/count"] = torch.tensor(value.count)
+            tensors[f"{name}/dim"] = torch.tensor(value.dim)
+        else:
+            tensors[name] = value.contiguous()
+    save_file(tensors, file)
+
+
 def open_statistics(
     given: Mapping[str, str | Path] | Sequence[str | Path], models: Sequence[str]
 ) -> Statistics:
@@ -95,6 +134,20 @@ def open_statistics(
             f"statistics: give one file for each of {list(models)}, got {len(given)}: {list(by_name)}"
         )
     return Statistics({name: open_checkpoint(by_name[name]) for name in models})
+
+
+def _stored_name(name: str, weight: Any, checkpoint: Checkpoint) -> str:
+    """The name under which a checkpoint has this weight."""
+    import torch
+
+    if name in checkpoint.entries:
+        return name
+    alike = [e for e in checkpoint.entries.values() if e.shape == tuple(weight.shape)]
+    equal = [e.name for e in alike if torch.equal(_load(e).to(weight.dtype), weight.cpu())]
+    if len(equal) != 1:
+        what = f"equals {few(equal)}" if equal else "equals no stored tensor"
+        raise MergeError(f"{checkpoint.path}: {name} of the model {what}; rename its statistics")
+    return equal[0]
 
 
 def _gram_problems(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> list[str]:

@@ -10,6 +10,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel, ViTConfig, ViTModel
 
+import alloy
+from alloy.checkpoint import save_statistics
 from tasks import command, evaluate, fetch, merge, params
 from tasks.params import ParamsError
 
@@ -81,6 +83,38 @@ def test_two_checkpoints_become_one_that_transformers_loads(workspace):
     assert metrics["a - merged"]["l2"] == pytest.approx(3 * metrics["b - merged"]["l2"], rel=1e-3)
     assert (workspace / "reports/mine/plots/distances.png").is_file()
     assert not list((workspace / "models").rglob("*.incomplete"))
+
+
+def test_regmean_reads_the_grams_that_collect_measured(workspace):
+    """collect's Grams, saved by source, stream through the recipe: the merge is that in memory."""
+    fetch.main("mine")
+    models = {name: _vit(seed) for seed, name in enumerate("ab")}
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"pixel_values": torch.randn(20, 3, 8, 8, generator=generator)} for _ in range(3)]
+    spec = alloy.find_symmetries(models["a"], batches[0])
+    grams = alloy.collect(models, batches, spec, grams=True).grams
+    for name, of_model in grams.items():
+        weights = models[name].state_dict()
+        save_statistics(
+            of_model, f"{name}.safetensors", weights=weights, checkpoint=f"given/{name}"
+        )
+    files = {name: f"{name}.safetensors" for name in "ab"}
+    _change(
+        workspace,
+        lambda r: r["merge"].update(method="regmean", statistics=files, coefficients=None),
+    )
+    merge.main("mine")
+    expected = alloy.merge(
+        "regmean",
+        [models[name].state_dict() for name in "ab"],
+        statistics=[grams[name] for name in "ab"],
+    )
+    assert len(grams["a"]) == 13
+    merged = AutoModel.from_pretrained("models/mine/merged").state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor)
+    account = json.loads(Path("models/mine/merged/alloy_merge.json").read_text())
+    assert account["settings"]["statistics"] == files
 
 
 def test_the_readmes_recipe_is_one(workspace):

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,14 @@ from safetensors.torch import save_file
 
 import alloy
 from alloy.activations import Gram
-from alloy.checkpoint import CheckpointError, _execute, open_checkpoint, plan_merge, run_plan
+from alloy.checkpoint import (
+    CheckpointError,
+    _execute,
+    open_checkpoint,
+    plan_merge,
+    run_plan,
+    save_statistics,
+)
 from alloy.checkpoint._execute import Step, read_mapped
 from alloy.merge import MERGE_METHODS, MergeError
 
@@ -33,23 +41,16 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def statistics_of(
-    kind: str, weights: dict[str, torch.Tensor], seed: int
-) -> dict[str, torch.Tensor]:
-    """Random statistics in the files' format."""
+def statistics_of(kind: str, weights: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
+    """Random statistics of one model: Grams of the first layer's matrices, or a Fisher diagonal of everything."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "fisher":
         return {name: torch.rand(w.shape, generator=generator) for name, w in weights.items()}
-    result = {}
-    for name, weight in weights.items():
-        if weight.ndim == 2 and weight.numel() and "layers.0" in name:
-            x = torch.randn(64, weight.shape[1], generator=generator).double()
-            result |= {
-                f"{name}/sum": x.T @ x,
-                f"{name}/count": torch.tensor(64),
-                f"{name}/dim": torch.tensor(1),
-            }
-    return result
+    return {
+        name: Gram.zero(w.shape[1]).update(torch.randn(64, w.shape[1], generator=generator))
+        for name, w in weights.items()
+        if w.ndim == 2 and w.numel() and "layers.0" in name
+    }
 
 
 @pytest.mark.parametrize("method", STREAMED)
@@ -63,20 +64,10 @@ def test_streamed_merge_is_the_merge_in_memory(method, write, weights, load, tmp
     base = spec.base != "unused"
     files, measured = None, None
     if spec.statistics:
-        stored = [statistics_of(spec.statistics, model, i) for i, model in enumerate(models)]
+        measured = [statistics_of(spec.statistics, model, i) for i, model in enumerate(models)]
         files = [tmp_path / f"s{i}.safetensors" for i in range(n)]
-        for file, tensors in zip(files, stored, strict=True):
-            save_file(tensors, file)
-        measured = stored
-        if spec.statistics == "gram":
-            measured = [
-                {
-                    k[:-4]: Gram(v, int(s[k[:-4] + "/count"]), int(s[k[:-4] + "/dim"]))
-                    for k, v in s.items()
-                    if k.endswith("/sum")
-                }
-                for s in stored
-            ]
+        for file, of_model in zip(files, measured, strict=True):
+            save_statistics(of_model, file)
     alloy.merge_checkpoints(
         method,
         folders,

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from alloy.align import align
-    from alloy.alignment import Alignment, align_models
+    from alloy.alignment import Alignment
     from alloy.checkpoint import merge_checkpoints
     from alloy.collect import collect
     from alloy.distance import distance
     from alloy.merge import merge
+    from alloy.presets import align_models
     from alloy.statistics import Statistics
     from alloy.symmetry import (
         SymmetrySpec,
@@ -56,7 +57,7 @@ _HOMES = {
     "Alignment": "alloy.alignment",
     "Statistics": "alloy.statistics",
     "align": "alloy.align",
-    "align_models": "alloy.alignment",
+    "align_models": "alloy.presets",
     "collect": "alloy.collect",
     "distance": "alloy.distance",
     "merge": "alloy.merge",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from alloy.activations import CrossMoments, Gram
+from alloy.maps import UnitMap
 from alloy.matching import (
     MATCHING_METHODS,
     Matched,
@@ -187,7 +188,8 @@ class Search:
         if all(map(is_identity, found.transforms.values())):
             return False
         moved = self._moved(root, found.transforms)
-        if self._gain(found, moved) <= _TOLERANCE * max(1.0, abs(self.values[-1])):
+        size = abs(self.values[-1]) if math.isfinite(self.values[-1]) else 1.0
+        if self._gain(found, moved) <= _TOLERANCE * max(1.0, size):
             return False
         transforms, weights, activations = self.state
         self.state = State(
@@ -408,24 +410,78 @@ def describe(
     for name in spec.order:
         moments = (statistics or {}).get(name)
         turned = transforms[name].matrix is not None
-        seen = None
-        if moments:
-            seen = (mean_covariance if turned else mean_correlation)(moments)
+        seen = (mean_covariance if turned else mean_correlation)(moments) if moments else None
         num_moved, kind = _moved(name, spec, transforms)
-        after = None if seen is None else move_columns(seen, name, spec, transforms)
         rows.append(
-            SpaceAlignment(
+            space_alignment(
                 name,
-                num_flat_units(spec, name),
-                num_moved,
-                mean_cosine(reference, other, spec, name),
-                mean_cosine(reference, moved, spec, name),
-                None if seen is None else float(seen.diagonal().mean()),
-                None if after is None else float(after.diagonal().mean()),
+                spec,
+                spec,
+                transforms,
+                (None, None),
                 kind,
-            )
+                (reference, other),
+                (reference, moved),
+                seen,
+            )._replace(num_moved=num_moved)
         )
     return rows
+
+
+def space_alignment(
+    space: str,
+    spec: SymmetrySpec,
+    other_spec: SymmetrySpec,
+    transforms: Transforms,
+    mapped: tuple[UnitMap | None, UnitMap | None],
+    kind: str,
+    before: tuple[Weights, Weights],
+    after: tuple[Weights, Weights],
+    seen_DE: Tensor | None,
+) -> SpaceAlignment:
+    """One row of a report: two models before and after, and the correlation of their units before."""
+    same = other_spec.spaces[space].size == spec.spaces[space].size
+    moved_DE = seen_DE
+    num_moved = int(
+        (
+            flat_order(space, other_spec, transforms)
+            != torch.arange(num_flat_units(other_spec, space))
+        ).sum()
+    )
+    if seen_DE is not None:
+        moved_DE = move_columns(seen_DE, space, other_spec, transforms)
+    for side, unit_map in enumerate(mapped):
+        if unit_map is None:
+            continue
+        share = _all_units(unit_map.write)
+        mean = share / share.sum(1, keepdim=True).clamp(min=1e-12)
+        if moved_DE is not None:
+            moved_DE = moved_DE @ mean.T if side else mean @ moved_DE
+        if side:
+            stays = share.argmax(0) == torch.arange(share.shape[1])
+            num_moved = int((~stays).sum()) if same else share.shape[1]
+    return SpaceAlignment(
+        space,
+        num_flat_units(spec, space),
+        num_moved,
+        mean_cosine(*before, spec, space) if same and _same_shapes(before, spec, space) else 0.0,
+        mean_cosine(*after, spec, space),
+        float(seen_DE.diagonal().mean()) if seen_DE is not None and same else None,
+        None if moved_DE is None else float(moved_DE.diagonal().mean()),
+        kind if num_moved else "identity",
+    )
+
+
+def _same_shapes(pair: tuple[Weights, Weights], spec: SymmetrySpec, space: str) -> bool:
+    names = {axis.parameter for axis in spec.spaces[space].axes}
+    return all(pair[0][name].shape == pair[1][name].shape for name in names)
+
+
+def _all_units(matrix: Tensor) -> Tensor:
+    """Blocks [*batch, n, no] as one block-diagonal matrix over all units."""
+    if matrix.ndim == 2:
+        return matrix.double()
+    return torch.block_diag(*matrix.double().reshape(-1, *matrix.shape[-2:]))
 
 
 def _moved(space: str, spec: SymmetrySpec, transforms: Transforms) -> tuple[int, str]:

@@ -1,0 +1,576 @@
+"""Named settings of the search, for any number of models: `align_models` and PRESETS.
+
+docs/alignment.md says what each preset is, where it comes from and when to use it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from alloy.align import (
+    AlignmentError,
+    Search,
+    SpaceAlignment,
+    align,
+    check_method,
+    check_statistics,
+    check_weights,
+    describe,
+    space_alignment,
+)
+from alloy.alignment import Alignment, require_names
+from alloy.matching import leave, operators, rotating
+from alloy.similarity import Similarity, mean_correlation
+from alloy.similarity import Statistics as Moments
+from alloy.symmetry.fold import fold_norms
+from alloy.symmetry.spec import SymmetrySpec, differences
+from alloy.symmetry.transforms import Transform, Transforms, identity, transport
+from alloy.transport_models import Settings, TransportSearch
+from alloy.types import Weights
+from alloy.universe import align_to_universe
+from alloy.zip_models import ZipSearch, joint_correlation, plan
+
+Score = Callable[[Mapping[str, Weights]], float]
+"""How good aligned models are, merged as the caller likes; more is better."""
+
+
+class Statistics(Protocol):
+    """What `align_models` reads of `alloy.collect`'s statistics."""
+
+    def between(self, a: str, b: str) -> Moments:
+        """Cross-moments of every observed space's units, by space."""
+        ...
+
+    def joint(self, space: str) -> Iterable[Any]:
+        """Moments of all models' units together; zip needs them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named setting of the search: the function that runs it, and its settings' values."""
+
+    run: Callable[..., Alignment]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every preset starts from; the reference is the first model."""
+
+    preset: str
+    models: Mapping[str, Weights]
+    specs: Mapping[str, SymmetrySpec]
+    statistics: Statistics | None
+
+    @property
+    def reference(self) -> str:
+        return next(iter(self.models))
+
+    @property
+    def spec(self) -> SymmetrySpec:
+        return self.specs[self.reference]
+
+    @property
+    def others(self) -> list[str]:
+        return list(self.models)[1:]
+
+    def moments(self, other: str, reference: str | None = None) -> Moments:
+        """Cross-moments of the reference (or another model) and one more; none without statistics."""
+        if self.statistics is None:
+            return {}
+        found = self.statistics.between(reference or self.reference, other)
+        return {space: points for space, points in found.items() if len(points)}
+
+
+def align_models(
+    models: Mapping[str, Weights],
+    spec: SymmetrySpec | Mapping[str, SymmetrySpec],
+    statistics: Statistics | None = None,
+    *,
+    preset: str = "mudsc",
+    reference: str | None = None,
+    **settings: Any,
+) -> Alignment:
+    """Find what brings all models into the space of a reference.
+
+    Args:
+        models: state dicts that their spec describes, by name.
+        spec: the symmetries of all models, or of each by name.
+        statistics: of the models side by side (`alloy.collect`); presets that use no activations need none.
+        preset: a key of PRESETS.
+        reference: the model that stays as it is; the first without a name.
+        settings: instead of the preset's own; what a preset does not know is an error.
+
+    Raises:
+        AlignmentError: unknown preset, setting or reference, fewer than two models, specs that differ,
+            statistics missing or broken, weights that are not finite.
+    """
+    if preset not in PRESETS:
+        raise AlignmentError(f"preset {preset!r} is unknown; choose one of {sorted(PRESETS)}")
+    if len(models) < 2:
+        raise AlignmentError(f"alignment needs at least two models, got {sorted(models)}")
+    reference = reference if reference is not None else next(iter(models))
+    if reference not in models:
+        raise AlignmentError(f"reference {reference!r} is none of the models {sorted(models)}")
+    specs = dict(spec) if isinstance(spec, Mapping) else dict.fromkeys(models, spec)
+    require_names(specs, models)
+    chosen = PRESETS[preset]
+    if unknown := sorted(set(settings) - set(chosen.settings)):
+        near = difflib.get_close_matches(unknown[0], chosen.settings, 1)
+        hint = f", did you mean {near[0]!r}?" if near else "."
+        raise AlignmentError(
+            f"preset {preset!r} has no setting {unknown[0]!r}{hint} It has {sorted(chosen.settings)}"
+        )
+    ordered = {reference: models[reference], **models}
+    given = Given(preset, ordered, {name: specs[name] for name in ordered}, statistics)
+    try:
+        found = chosen.run(given, **{**chosen.settings, **settings})
+    except AlignmentError:
+        raise
+    except ValueError as error:
+        raise AlignmentError(f"preset {preset!r}: {error}") from error
+    return replace(found, warnings=(*doubts(given), *found.warnings))
+
+
+def doubts(given: Given) -> Iterable[str]:
+    """What the statistics say about themselves: constant units, too few samples, ..."""
+    for warned in getattr(given.statistics, "warnings", ()):
+        yield f"{warned.name}: {warned.message}" if hasattr(warned, "message") else str(warned)
+
+
+# Presets
+
+
+def _leave(given: Given) -> Alignment:
+    """Every model stays as it is."""
+    _require_equal_specs(given.specs, given.reference)
+    transforms = {name: identity(given.spec) for name in given.models}
+    report = {o: _describe(given, given.models, given.spec, o, transforms[o]) for o in given.others}
+    return Alignment(
+        given.preset, given.reference, given.spec, given.specs, transforms, report=report
+    )
+
+
+def _search(
+    given: Given,
+    *,
+    weight_share: float | str,
+    scale: str,
+    start: str,
+    method: str,
+    keep: Collection[str],
+    fold: bool,
+    seed: int,
+    max_sweeps: int,
+    score: Score | None,
+) -> Alignment:
+    """Coordinate descent of each model towards the reference."""
+    _require_equal_specs(given.specs, given.reference)
+    check_method(method)
+    models, spec = given.models, given.spec
+    if fold:
+        models, spec = _folded(given)
+    if weight_share == "search":
+        shares: Sequence[float] = SHARES
+    elif isinstance(weight_share, (int, float)) and 0 <= weight_share <= 1:
+        shares = (float(weight_share),)
+    else:
+        raise AlignmentError(f"weight_share {weight_share!r} is neither 'search' nor in 0..1")
+    _require_statistics(given, any(share < 1 for share in shares) or start != "identity")
+    if score is not None and len(shares) == 1:
+        raise AlignmentError("a score chooses the weight_share: it needs weight_share='search'")
+    settings = {
+        "scale": scale,
+        "method": method,
+        "keep": _kept(spec, keep),
+        "max_sweeps": max_sweeps,
+        "seed": seed,
+    }
+    candidates = {
+        share: {
+            o: _pair(
+                models[given.reference], models[o], spec, given.moments(o), share, start, settings
+            )
+            for o in given.others
+        }
+        for share in shares
+    }
+    share = _choose(given, models, spec, candidates, score)
+    transforms: dict[str, Transforms] = {given.reference: identity(spec), **candidates[share]}
+    report = {o: _describe(given, models, spec, o, transforms[o]) for o in given.others}
+    notes = (f"weight_share {share} was chosen among {list(shares)}",) if len(shares) > 1 else ()
+    return Alignment(
+        given.preset, given.reference, spec, given.specs, transforms, report=report, warnings=notes
+    )
+
+
+SHARES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+"""What `weight_share="search"` tries."""
+
+
+def _pair(
+    reference: Weights,
+    other: Weights,
+    spec: SymmetrySpec,
+    moments: Moments,
+    share: float,
+    start: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Transform]:
+    """One model to the reference; with start "best" from wherever the search ends higher."""
+    generator_seed = settings["seed"]
+    rest = {key: value for key, value in settings.items() if key != "seed"}
+    seen = moments if share < 1 or start != "identity" else None
+    space = {1.0: "weight", 0.0: "activation"}.get(share, "dual")
+    found = []
+    for first in ("identity", "activation") if start == "best" else (start,):
+        transforms = align(
+            reference,
+            other,
+            spec,
+            seen,
+            space=space,  # ty: ignore[invalid-argument-type]
+            weight_share=share if space == "dual" else None,
+            start=first if share > 0 else "identity",  # ty: ignore[invalid-argument-type]
+            generator=torch.Generator().manual_seed(generator_seed),
+            **rest,
+        )
+        found.append(transforms)
+    if len(found) == 1:
+        return found[0]
+    turning = rotating(spec, settings["method"])
+    similarity = Similarity.to(
+        reference, spec, moments, share, scale=settings["scale"], rotating=turning
+    )
+    values = [Search(similarity, other, {}, transforms).values[0] for transforms in found]
+    return found[values.index(max(values))]
+
+
+def _choose(
+    given: Given,
+    models: Mapping[str, Weights],
+    spec: SymmetrySpec,
+    candidates: Mapping[float, Mapping[str, Transforms]],
+    score: Score | None,
+) -> float:
+    """The share whose alignment scores best; without a score the knee of the two similarities.
+
+    As the share grows, weights become more alike and activations less. Both are scaled to 0..1 over the
+    candidates, and their sum is largest where neither gives up much for the other. No data but the
+    statistics are needed, and no unit of measure matters.
+    """
+    if len(candidates) == 1:
+        return next(iter(candidates))
+    shares = list(candidates)
+    if score is not None:
+        scores = []
+        for found in candidates.values():
+            moved = {n: transport(models[n], spec, t) for n, t in found.items()}
+            scores.append(score({given.reference: models[given.reference], **moved}))
+        return shares[scores.index(max(scores))]
+    by_weight, by_activation = [], []
+    for found in candidates.values():
+        rows = [r for o in found for r in _describe(given, models, spec, o, found[o])]
+        seen = [r.activation_after for r in rows if r.activation_after is not None]
+        by_weight.append(sum(r.weight_after for r in rows) / len(rows))
+        by_activation.append(sum(seen) / max(1, len(seen)))
+    sums = [w + a for w, a in zip(_spread(by_weight), _spread(by_activation), strict=True)]
+    return shares[sums.index(max(sums))]
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    """Values scaled to 0..1."""
+    low, span = min(values), max(values) - min(values)
+    return [(value - low) / (span or 1) for value in values]
+
+
+def _universe(
+    given: Given,
+    *,
+    weight_share: float,
+    method: str,
+    keep: Collection[str],
+    seed: int,
+    max_sweeps: int,
+) -> Alignment:
+    """All models at once, to a universe in the reference's coordinates."""
+    _require_equal_specs(given.specs, given.reference)
+    check_method(method)
+    if method == "orthogonal":
+        raise AlignmentError("method 'orthogonal' has one reference; use 'permute' or 'signed'")
+    _require_statistics(given, weight_share < 1)
+    for other in given.others:
+        check_weights(given.models[given.reference], given.models[other], given.spec)
+    first = _search(
+        given,
+        weight_share=weight_share,
+        scale="tensor",
+        start="identity",
+        method=method,
+        keep=keep,
+        fold=False,
+        seed=seed,
+        max_sweeps=max_sweeps,
+        score=None,
+    )
+    chosen = {
+        **operators(given.spec, method),
+        **dict.fromkeys(_kept(given.spec, keep), leave),
+    }
+    transforms, _ = align_to_universe(
+        given.models,
+        given.spec,
+        lambda a, b: given.moments(b, a),
+        first.transforms,
+        chosen,
+        weight_share=weight_share,
+        generator=torch.Generator().manual_seed(seed),
+        max_sweeps=max_sweeps,
+    )
+    report = {o: _describe(given, given.models, given.spec, o, transforms[o]) for o in given.others}
+    return Alignment(
+        given.preset, given.reference, given.spec, given.specs, transforms, report=report
+    )
+
+
+def _zip(
+    given: Given,
+    *,
+    weight_share: float,
+    budget: float,
+    repeat: float,
+    until: str | None,
+    keep: Collection[str],
+    seed: int,
+    max_sweeps: int,
+    patience: int,
+) -> Alignment:
+    """Units of all models, merged many to many."""
+    spec, names = given.spec, list(given.models)
+    _require_equal_specs(given.specs, given.reference)
+    _require_statistics(given, weight_share < 1)
+    for other in given.others:
+        check_weights(given.models[given.reference], given.models[other], spec)
+        check_statistics(given.moments(other), spec, spec)
+    planned = plan(spec, until)
+    kept = frozenset(_kept(spec, keep))
+    planned = replace(planned, zipped=planned.zipped - kept, permuted=planned.permuted - kept)
+    correlations = {}
+    if given.statistics is not None:
+        for space in sorted(planned.zipped | planned.permuted):
+            if points := list(given.statistics.joint(space)):
+                correlations[space] = joint_correlation(points, names)
+    search = ZipSearch(
+        given.models,
+        spec,
+        correlations,
+        planned,
+        weight_share=weight_share,
+        budget=budget,
+        repeat=repeat,
+    )
+    found = search.run(torch.Generator().manual_seed(seed), max_sweeps, patience)
+    alignment = Alignment(
+        given.preset,
+        given.reference,
+        spec,
+        given.specs,
+        found.transforms,
+        found.maps,
+        None if until is None else planned.shared,
+    )
+    kinds = {**dict.fromkeys(planned.zipped, "zip"), **dict.fromkeys(found.kept, "identity")}
+    reasons = tuple(f"{space!r} is only permuted: {why}" for space, why in planned.reasons.items())
+    return replace(alignment, report=_describe_maps(given, alignment, kinds), warnings=reasons)
+
+
+def _transport(
+    given: Given,
+    *,
+    weight_share: float,
+    regularisation: float,
+    residual: str,
+    readers: str,
+) -> Alignment:
+    """Every model into the reference by optimal transport, layer by layer."""
+    _require_statistics(given, weight_share < 1)
+    if residual not in ("joint", "mean", "identity"):
+        raise AlignmentError(f"residual {residual!r} is unknown; choose joint, mean or identity")
+    if readers not in ("average", "sum"):
+        raise AlignmentError(f"readers {readers!r} is unknown; choose average or sum")
+    settings = Settings(weight_share, regularisation, residual, readers)
+    transforms: dict[str, Transforms] = {given.reference: identity(given.spec)}
+    maps = {}
+    kinds: dict[str, dict[str, str]] = {}
+    for other in given.others:
+        spec = given.specs[other]
+        _require_same_structure(given.spec, spec, other)
+        moments = given.moments(other) if weight_share < 1 else {}
+        check_statistics(moments, given.spec, spec)
+        for model, of in ((given.reference, given.spec), (other, spec)):
+            check_weights(given.models[model], given.models[model], of)
+        found = TransportSearch(
+            given.models[given.reference], given.models[other], given.spec, spec, moments, settings
+        ).run()
+        transforms[other], maps[other] = found.transforms, found.maps
+        kinds[other] = {
+            **dict.fromkeys(found.maps, "transport"),
+            **dict.fromkeys(found.kept, "identity"),
+        }
+    alignment = Alignment(given.preset, given.reference, given.spec, given.specs, transforms, maps)
+    report: dict[str, Sequence[SpaceAlignment]] = {}
+    for other in given.others:
+        report |= _describe_maps(given, alignment, kinds[other], [other])
+    return replace(alignment, report=report)
+
+
+# What presets share
+
+
+def _folded(given: Given) -> tuple[dict[str, Weights], SymmetrySpec]:
+    models, spec = {}, given.spec
+    for name, weights in given.models.items():
+        models[name], spec = fold_norms(dict(weights), given.spec)
+    return models, spec
+
+
+def _describe(
+    given: Given,
+    models: Mapping[str, Weights],
+    spec: SymmetrySpec,
+    other: str,
+    transforms: Transforms,
+) -> tuple[SpaceAlignment, ...]:
+    pair = (models[given.reference], models[other], spec)
+    return tuple(describe(*pair, transforms, given.moments(other)))
+
+
+def _describe_maps(
+    given: Given,
+    alignment: Alignment,
+    kinds: Mapping[str, str],
+    others: Sequence[str] | None = None,
+) -> dict[str, Sequence[SpaceAlignment]]:
+    """Similarities of models that maps have brought together; before only where widths are equal."""
+    aligned = alignment.apply(given.models)
+    reference = aligned[given.reference]
+    report: dict[str, Sequence[SpaceAlignment]] = {}
+    for other in others or given.others:
+        moments = given.moments(other)
+        rows = []
+        for name in given.spec.order:
+            points = moments.get(name)
+            seen = mean_correlation(points) if points else None
+            rows.append(
+                space_alignment(
+                    name,
+                    given.spec,
+                    given.specs[other],
+                    alignment.transforms[other],
+                    tuple(alignment.maps.get(m, {}).get(name) for m in (given.reference, other)),
+                    kinds.get(name, "permutation"),
+                    (given.models[given.reference], given.models[other]),
+                    (reference, aligned[other]),
+                    seen,
+                )
+            )
+        report[other] = tuple(rows)
+    return report
+
+
+def _kept(spec: SymmetrySpec, keep: Collection[str]) -> list[str]:
+    """Spaces to leave alone; "streams" stands for those that several layers read and several write."""
+    found = []
+    for name in keep:
+        if name == "streams":
+            found += [s for s in spec.spaces if is_stream(spec, s)]
+        elif name not in spec.spaces:
+            raise AlignmentError(f"keep names {name!r}, which is no space of the spec")
+        else:
+            found.append(name)
+    return found
+
+
+def is_stream(spec: SymmetrySpec, space: str) -> bool:
+    """Whether a space is a residual stream: more than one matrix writes it, and more than one reads it."""
+    matrices = [a for a in spec.spaces[space].axes if len(spec.layout[a.parameter]) > 1]
+    reading = [a for a in matrices if str(a) in spec.reading]
+    return len(reading) > 1 and len(matrices) - len(reading) > 1
+
+
+def _require_statistics(given: Given, needed: bool) -> None:
+    if needed and given.statistics is None:
+        raise AlignmentError(
+            f"preset {given.preset!r} needs statistics of activations, none were given"
+        )
+
+
+def _require_equal_specs(specs: Mapping[str, SymmetrySpec], reference: str) -> None:
+    for name, spec in specs.items():
+        if spec is specs[reference]:
+            continue
+        for difference in differences(specs[reference], spec):
+            raise AlignmentError(
+                f"the symmetries of {reference!r} (first) and {name!r} (second) differ: {difference}"
+            )
+
+
+def _require_same_structure(spec: SymmetrySpec, other: SymmetrySpec, name: str) -> None:
+    """Raise AlignmentError unless two specs are those of one architecture in two sizes."""
+    for ours, theirs, what in (
+        (spec.layout, other.layout, "weights"),
+        (spec.spaces, other.spaces, "spaces"),
+    ):
+        if different := sorted(set(ours) ^ set(theirs)):
+            raise AlignmentError(
+                f"the reference and {name!r} have different {what}: {different[:3]} "
+                f"({len(different)} in all); only widths may differ"
+            )
+
+
+_SEARCH: dict[str, Any] = {
+    "weight_share": 0.5,
+    "scale": "tensor",
+    "start": "identity",
+    "method": "permute",
+    "keep": (),
+    "fold": False,
+    "seed": 0,
+    "max_sweeps": 100,
+    "score": None,
+}
+_ZIP: dict[str, Any] = {
+    "weight_share": 0.5,
+    "budget": 1.0,
+    "repeat": 0.5,
+    "until": None,
+    "keep": (),
+    "seed": 0,
+    "max_sweeps": 100,
+    "patience": 5,
+}
+_UNIVERSE = {key: _SEARCH[key] for key in ("weight_share", "method", "keep", "seed", "max_sweeps")}
+
+PRESETS: Mapping[str, Preset] = {
+    "identity": Preset(_leave, {}),
+    "git_rebasin": Preset(_search, {**_SEARCH, "weight_share": 1.0, "scale": "none"}),
+    "activation_matching": Preset(_search, {**_SEARCH, "weight_share": 0.0}),
+    "mudsc": Preset(_search, {**_SEARCH, "scale": "unit", "start": "activation"}),
+    "dual": Preset(_search, {**_SEARCH, "start": "best"}),
+    "orthogonal": Preset(
+        _search, {**_SEARCH, "start": "best", "method": "orthogonal", "fold": True}
+    ),
+    "cycle_consistent": Preset(_universe, {**_UNIVERSE}),
+    "zipit": Preset(_zip, {**_ZIP, "weight_share": 0.0, "budget": 0.125, "repeat": 0.3}),
+    "mudsc_zip": Preset(_zip, _ZIP),
+    "ot_fusion": Preset(
+        _transport,
+        {"weight_share": 0.0, "regularisation": 0.0, "residual": "joint", "readers": "average"},
+    ),
+}

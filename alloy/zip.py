@@ -1,0 +1,136 @@
+"""Zip: merge units many to many, within and across models (ZipIt, arXiv:2305.03053, algorithm 1).
+
+The pair of units, of any models, that is most similar becomes one; its similarity to others is the smaller of
+the two, times `repeat`, so that what has been merged is merged again less readily. It ends when as many
+clusters are left as one model has units. A model may merge only `budget` of its share of merges within
+itself.
+
+Shape legend: R units of all models end to end, C clusters.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+_SPENT = np.float32(-1e30)
+"""The similarity of pairs that are beyond a budget."""
+
+
+class Zipped(NamedTuple):
+    """The cluster of each unit, int64 [R], numbered by their first units; the mean similarity of merges."""
+
+    cluster_R: Tensor
+    mean_similarity: float
+
+
+def zip_units(
+    similarity_RR: Tensor, num_models: int, *, budget: float = 1.0, repeat: float = 0.5
+) -> Zipped:
+    """Merge the units of models until one model's number is left.
+
+    Args:
+        similarity_RR: symmetric, finite, the models' equally many units end to end.
+        budget: the part b of (R - C) / num_models merges that a model may spend within itself, as long
+            as there are others to make.
+        repeat: the factor a on a merged unit's similarities; 0 lets every unit merge once.
+
+    Raises:
+        ValueError: settings with which so many merges are impossible.
+    """
+    size = len(similarity_RR)
+    if size % num_models:
+        raise ValueError(f"{size} units cannot be those of {num_models} equally wide models")
+    if repeat <= 0 and num_models > 2:
+        raise ValueError(f"repeat 0 lets every unit merge once, too few for {num_models} models")
+    if budget < 0 or not 0 <= repeat <= 1:
+        raise ValueError(f"budget {budget} must be at least 0, repeat {repeat} lie in 0..1")
+    width = size // num_models
+    work = similarity_RR.detach().to(torch.float32, copy=True).numpy()
+    origin = np.repeat(np.arange(num_models), width)
+    spend = np.full(num_models, int((size - width) // num_models * budget + 1e-4))
+    labels = np.arange(size)
+    total = _merge(work, origin, spend, width, float(repeat), labels)
+    if not np.isfinite(total):
+        raise ValueError("similarities that are not finite leave no pair to merge")
+    _, clusters = np.unique(labels, return_inverse=True)
+    return Zipped(torch.from_numpy(clusters), total / (size - width))
+
+
+def explained(similarity_RR: Tensor, cluster_R: Tensor) -> float:
+    """What a cluster's mean says of its members, summed over clusters: (1/k) of the off-diagonal sum.
+
+    For correlations, the standardised units' variance that k-means would maximise.
+    """
+    member = torch.nn.functional.one_hot(cluster_R).to(similarity_RR.dtype)
+    sizes = member.sum(0)
+    inside = (member * (similarity_RR @ member)).sum(0) - member.T @ similarity_RR.diagonal()
+    return float((inside / sizes.clamp(min=1)).sum(dtype=torch.float64))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _merge(s, origin, budget, target, repeat, labels):
+    """Greedy merging in place; the sum of the similarities at which units were merged."""
+    n = s.shape[0]
+    alive = np.ones(n, dtype=np.bool_)
+    stale = np.ones(n, dtype=np.bool_)
+    value = np.empty(n, dtype=np.float32)
+    at = np.zeros(n, dtype=np.int64)
+    lowest = np.float32(-np.inf)
+    for i in range(n):
+        s[i, i] = lowest
+    for model in range(len(budget)):
+        if budget[model] <= 0:
+            _separate(s, origin, alive, stale, model)
+    total = 0.0
+    for _ in range(n - target):
+        first, highest = -1, lowest
+        for i in range(n):
+            if not alive[i]:
+                continue
+            if stale[i]:
+                value[i], at[i] = lowest, -1
+                for j in range(n):
+                    if alive[j] and j != i and s[i, j] > value[i]:
+                        value[i], at[i] = s[i, j], j
+                stale[i] = False
+            if value[i] > highest:
+                highest, first = value[i], i
+        if first < 0:
+            return np.inf
+        low, high = min(first, at[first]), max(first, at[first])
+        total += max(highest, np.float32(-1))
+        labels[labels == labels[high]] = labels[low]
+        alive[high] = False
+        for k in range(n):
+            if not alive[k] or k == low:
+                continue
+            merged = min(s[low, k], s[high, k])
+            merged = merged * np.float32(repeat) if repeat > 0 else lowest
+            s[low, k] = merged
+            s[k, low] = merged
+            if at[k] == low or at[k] == high:
+                stale[k] = True
+            elif merged > value[k] or (merged == value[k] and low < at[k]):
+                value[k], at[k] = merged, low
+        stale[low] = True
+        if origin[low] == origin[high]:
+            budget[origin[low]] -= 1
+            if budget[origin[low]] == 0:
+                _separate(s, origin, alive, stale, origin[low])
+    return total
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _separate(s, origin, alive, stale, model):
+    """No two units of a model may merge any more, unless nothing else is left to merge."""
+    for i in range(s.shape[0]):
+        if alive[i] and origin[i] == model:
+            stale[i] = True
+            for j in range(s.shape[0]):
+                if origin[j] == model:
+                    s[i, j] = _SPENT

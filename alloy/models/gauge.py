@@ -37,6 +37,7 @@ from alloy.models.experts import (
 )
 from alloy.models.modeling import Block, ModalityModel
 from alloy.symmetry import SymmetrySpec, Transform, find_symmetries, fold_norms, identity, transport
+from alloy.symmetry.spec import leaves
 from alloy.types import Weights
 
 REFERENCE = "l"
@@ -136,8 +137,10 @@ def in_gauge(
 ) -> ModalityModel:
     """The same function with every modality's tower moved by its transforms (without: folded only).
 
-    The result has joint adapters where a stream has turned. It stays modality-specific; the experts of
-    REFERENCE must not turn their stream.
+    The result has joint adapters where a stream has turned. It stays modality-specific.
+
+    Raises:
+        ValueError: a model whose modalities share parts; transforms that turn the stream of REFERENCE.
     """
     folded = towers(model)
     transforms = {} if transforms is None else transforms
@@ -147,28 +150,37 @@ def in_gauge(
         )
         for modality, tower in folded.items()
     }
-    turned = any(
-        transform.matrix is not None
+    turned = {
+        modality
         for modality, tower in folded.items()
-        for name, transform in transforms.get(modality, {}).items()
-        if name == _stream(tower.spec)
-    )
+        if _turns(transforms.get(modality, {}).get(_stream(tower.spec)))
+    }
+    if REFERENCE in turned:
+        raise ValueError(
+            f"the stream of {REFERENCE!r} cannot turn: the norm of the text embeddings writes into it"
+        )
     config = copy.deepcopy(model.config)
-    config.joint_adapters = turned
+    config.joint_adapters = config.joint_adapters or bool(turned)
     result = ModalityModel(config).to(model.dtype)
-    result.load_state_dict(_assembled(model, moved, turned))
+    result.load_state_dict(_assembled(model, moved, config.joint_adapters))
     result.config._attn_implementation = model.config._attn_implementation
     return result.to(model.device).eval()
 
 
+def _turns(transform: Transform | None) -> bool:
+    return transform is not None and not torch.equal(
+        transform.as_matrix(), torch.eye(transform.size, dtype=torch.float64)
+    )
+
+
 def _stream(spec: SymmetrySpec) -> str:
-    found = spec.layout["writer.weight"][0]
-    (name,) = {leaf for leaf in [getattr(found, "space", None)] if leaf}
+    """The name of the space that the tower's writer writes."""
+    (name,) = {str(leaf.space) for _, leaf in leaves(spec.layout["writer.weight"][0])}
     return name
 
 
 def _assembled(
-    model: ModalityModel, moved: Mapping[str, Weights], turned: bool
+    model: ModalityModel, moved: Mapping[str, Weights], with_adapters: bool
 ) -> dict[str, Tensor]:
     """The model's weights, given its moved towers."""
     old = model.state_dict()
@@ -185,10 +197,10 @@ def _assembled(
     weights["norm.weight"] = torch.ones_like(old["norm.weight"])
     weights["norm.bias"] = torch.ones_like(old["norm.bias"])
     for modality, names in _READERS.items():
-        if modality in moved:
-            for name in (name for name in names if name in weights):
-                weights[name] = _read_after(moved[modality], weights[name])
+        for name in (name for name in names if name in weights):
+            weights[name] = _read_after(moved[modality], weights[name])
     turn_DD = moved["v"]["writer.weight"]
+    eye_DD = torch.eye(len(turn_DD), dtype=torch.float64)
     for name in _WRITERS["v"]:
         weights[name] = weights[name].double() @ turn_DD.T
     patches = weights["image_embeddings.patches.weight"].double()
@@ -197,10 +209,14 @@ def _assembled(
     weights["image_embeddings.patches.bias"] = turn_DD @ bias
     types = weights["type_embeddings.weight"].double()
     weights["type_embeddings.weight"] = torch.stack([types[0], turn_DD @ types[1]])
-    if turned and "vl" in moved:
+    if with_adapters:
         entry_DD = moved["vl"]["writer.weight"]
-        weights["image_adapter.weight"] = entry_DD @ turn_DD.T
-        weights["text_adapter.weight"] = entry_DD
+        before = {
+            side: old[name].double() if (name := f"{side}_adapter.weight") in old else eye_DD
+            for side in ("image", "text")
+        }
+        weights["image_adapter.weight"] = entry_DD @ before["image"] @ turn_DD.T
+        weights["text_adapter.weight"] = entry_DD @ before["text"]
     return join(experts, weights, model.config)
 
 
@@ -309,6 +325,7 @@ def find_gauge(
     grams: Mapping[str, Mapping[str, Gram]],
     *,
     turn_streams: bool = True,
+    fixed_spaces: Sequence[str] = (),
     **settings: Any,
 ) -> tuple[dict[str, dict[str, Transform]], Gauge]:
     """Each modality's transforms at which merging its experts costs least, and the search's report.
@@ -317,6 +334,7 @@ def find_gauge(
         model: folded, as `in_gauge(model)` gives it.
         grams: `affine_grams` of it. Experts whose modality has none are not moved.
         turn_streams: whether v and vl may have bases of their own, at the price of two adapters.
+        fixed_spaces: spaces of the towers' spec that stay as they are in every expert.
         settings: of `alloy.gauge.search_gauge`.
     """
     folded = towers(model)
@@ -327,7 +345,7 @@ def find_gauge(
         spec,
         [grams[m] for m in names],
         reference=names.index(REFERENCE),
-        fixed=() if turn_streams else (_stream(spec),),
+        fixed=[*fixed_spaces, *([] if turn_streams else [_stream(spec)])],
         **settings,
     )
     transforms = {}

@@ -153,12 +153,15 @@ class TextEmbeddings(nn.Module):
 class JointAdapter(nn.Linear):
     """A fixed change of basis of one modality's stream, where it meets the other; starts as none.
 
-    Part of the state dict and of the number of parameters; training leaves it alone.
+    Part of the state dict and of the number of parameters. No gradient reaches it, so training leaves it alone.
     """
 
     def __init__(self, size: int):
         super().__init__(size, size, bias=False)
-        self.weight.requires_grad_(False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        # Loading makes every parameter require gradients, whatever it did before.
+        return F.linear(x_BSD, self.weight.detach())
 
 
 class MaskedWordHead(nn.Module):

@@ -129,13 +129,12 @@ def test_least_squares_brings_a_damaged_layer_back(case):
     assert after < 0.15 * before, (before, after)
 
 
-@pytest.mark.parametrize("sizes", [[24], [1, 5, 18]])
-def test_least_squares_do_not_depend_on_the_split(case, sizes):
+def test_least_squares_do_not_depend_on_the_split(case):
     model, other, inputs, batches = case
     parents = {"a": _weights(model), "b": _weights(other)}
     merged = reestimate_norms(model, _mean(*parents.values()), batches)
     one = fit_layers(model, merged, parents, batches)
-    two = fit_layers(model, merged, parents, _split(inputs, sizes))
+    two = fit_layers(model, merged, parents, _split(inputs, [1, 5, 18]))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-3)
 

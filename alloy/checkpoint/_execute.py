@@ -485,6 +485,8 @@ class _Schedule:
     def _read(self, piece: _Piece, buffer: np.ndarray) -> tuple[np.ndarray, Rows]:
         """The inputs' bytes of a piece, one row each, in a buffer that is used again."""
         task, step = piece.task, piece.task.step
+        if not step.inputs:
+            return buffer, []
         if step.row_maps is not None:
             return buffer, read_mapped(step, task.descriptors, piece.start, piece.stop)
         widths = [(piece.stop - piece.start) * ITEM_BYTES[e.dtype] for e in step.inputs]

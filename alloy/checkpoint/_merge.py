@@ -19,7 +19,7 @@ from alloy.checkpoint._execute import Shard, Step, chunk_bytes_for, execute
 from alloy.checkpoint._format import INDEX, CheckpointError
 from alloy.checkpoint._hash import sha256
 from alloy.checkpoint._plan import RECORD, MergePlan, Paths, PlannedTensor, plan_merge
-from alloy.checkpoint._work import Copy, Function, Tensors, work_for
+from alloy.checkpoint._work import Copy, Function, Held, Tensors, merged_whole, work_for
 from alloy.merge import MergeError
 
 INCOMPLETE = ".incomplete"
@@ -90,7 +90,9 @@ def merge_checkpoints(
         command: how this was called, for the model card.
         title: of the model card; by default the output's name.
         on_bytes: told the number of bytes just computed, from the workers.
-        options: the method's settings, each a value or the values by glob pattern of tensor names.
+        options: the method's settings, each a value or the values by glob pattern of tensor names; for a
+            method that runs the model also what it runs, as in `alloy.merge`. Such a method holds the
+            merged model in memory, the sources stay mapped files, and an interrupted run starts anew.
 
     Raises:
         MergeError, CheckpointError: anything wrong, with names and fixes, before anything is written; NaN or
@@ -190,14 +192,29 @@ def _write_result(
 
 def _shards(plan: MergePlan, compiled: bool) -> list[Shard]:
     tensors = {tensor.name: tensor for tensor in plan.tensors}
+    whole = None
+    if plan.settings.method.scope == "model":
+        merged = [_about(t) for t in plan.tensors if t.how == plan.settings.name]
+        whole = merged_whole(merged, plan.settings, plan.data, base=plan.base is not None)
     return [
-        Shard(file, tuple(_step(plan, tensors[name], compiled) for name in names))
+        Shard(file, tuple(_step(plan, tensors[name], compiled, whole) for name in names))
         for file, names in plan.layout.items()
     ]
 
 
-def _step(plan: MergePlan, tensor: PlannedTensor, compiled: bool) -> Step:
-    about = Tensors(tensor.name, tensor.inputs, tensor.sources, tensor.dtype, tensor.shape)
+def _about(tensor: PlannedTensor) -> Tensors:
+    return Tensors(tensor.name, tensor.inputs, tensor.sources, tensor.dtype, tensor.shape)
+
+
+def _step(
+    plan: MergePlan,
+    tensor: PlannedTensor,
+    compiled: bool,
+    whole: Mapping[str, Any] | None = None,
+) -> Step:
+    about = _about(tensor)
+    if whole is not None and tensor.name in whole:
+        return Step(tensor.name, tensor.dtype, tensor.shape, (), partial(Held, about, whole))
     row_maps = None
     if tensor.mapped and plan.vocabulary is not None:
         row_maps = tuple(plan.vocabulary.row_maps[source] for source in tensor.sources)

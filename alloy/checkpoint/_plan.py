@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -103,6 +104,8 @@ class MergePlan:
     notes: tuple[str, ...] = ()
     choices: Mapping[str, Any] = field(default_factory=dict)
     """The engine's settings that are not the defaults, for the record."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """What a method that runs the model was given to run: the module, batches."""
 
     @property
     def num_bytes(self) -> int:
@@ -121,6 +124,7 @@ class MergePlan:
                 ],
                 "layout": {k: list(v) for k, v in self.layout.items()},
                 "choices": {k: repr(v) for k, v in self.choices.items()},
+                "data": os.urandom(16).hex() if self.data else None,  # batches have no digest
                 "files": [
                     (str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns)
                     for path in self._read_files()
@@ -235,8 +239,17 @@ def plan_merge(
     tensors = _tensors(
         problems, checkpoints, untied, reference, vocabulary, dict(copy or {}), tuple(drop), dtype
     )
+    spec = MERGE_METHODS[method]
+    if spec.scope == "model":
+        problems += [
+            f"{t.name} has rows by token, which method {method!r} cannot look up: it runs the models; "
+            "give them one vocabulary first"
+            for t in tensors
+            if t.mapped
+        ]
     _raise(problems)
 
+    data = {key: options.pop(key) for key in spec.inputs if key in options}
     merged = [t.name for t in tensors if t.how == "merge"]
     measured = None
     if statistics is not None:
@@ -249,6 +262,7 @@ def plan_merge(
         statistics=measured is not None,
         coefficients=coefficients,
         options=options,
+        inputs=data,
     )
     if measured is not None:
         problems += measured.problems(
@@ -278,16 +292,13 @@ def plan_merge(
         choices={
             key: value for key, value in choices.items() if value not in (None, "same", {}, [])
         },
+        data=data,
     )
 
 
 def _check_method(method: str) -> None:
     if method not in MERGE_METHODS:
         raise MergeError(f"method {method!r} is unknown: {nearest(method, MERGE_METHODS)}")
-    if MERGE_METHODS[method].scope == "model":
-        raise MergeError(
-            f"method {method!r} runs the models while it merges; load them and call alloy.merge({method!r}, ...)"
-        )
 
 
 def _named(sources: Paths) -> dict[str, Path]:

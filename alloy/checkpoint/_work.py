@@ -17,7 +17,7 @@ import numpy as np
 
 from alloy.checkpoint import _kernels as kernels
 from alloy.checkpoint._execute import Rows
-from alloy.checkpoint._format import Entry
+from alloy.checkpoint._format import ITEM_BYTES, Entry
 from alloy.merge import MergeError, MergeMethod, MergeSettings
 
 _TORCH_DTYPES = {
@@ -115,6 +115,20 @@ class Copy(_Work):
             out[:] = rows[0]
         else:
             _convert(tensors, rows, start, out)
+
+
+class Held(_Work):
+    """A tensor that was merged already, by a method that runs the whole model."""
+
+    def __init__(self, tensors: Tensors, merged: Mapping[str, Any]):
+        self.tensors, self.merged = tensors, merged
+
+    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
+        import torch
+
+        data = self.merged[self.tensors.name].flatten().view(torch.uint8).numpy()
+        first = start * ITEM_BYTES[self.tensors.dtype]
+        out[:] = data[first : first + len(out)]
 
 
 class Mix(_Work):
@@ -296,6 +310,35 @@ class Function(_Work):
             dtype=getattr(torch, _TORCH_DTYPES[tensors.dtype]),
         )
         out[:] = merged.contiguous().flatten().view(torch.uint8).numpy()
+
+
+def merged_whole(
+    tensors: Sequence[Tensors], settings: MergeSettings, data: Mapping[str, Any], *, base: bool
+) -> dict[str, Any]:
+    """All tensors of a method that runs the whole model, in memory; the sources stay mapped files."""
+    import torch
+
+    from alloy.merge._merge import merge_whole
+
+    def sources(i: int) -> dict[str, torch.Tensor]:
+        return {t.name: _mapped(t.inputs[i]) for t in tensors}
+
+    models = [sources(i) for i in range(len(tensors[0].inputs))] if tensors else []
+    first = models.pop(0) if base and models else None
+    merged = merge_whole(settings, [t.name for t in tensors], models, first, data)
+    dtypes = {t.name: getattr(torch, _TORCH_DTYPES[t.dtype]) for t in tensors}
+    return {name: tensor.to(dtypes[name]).contiguous() for name, tensor in merged.items()}
+
+
+def _mapped(entry: Entry) -> Any:
+    """A tensor whose memory is its file: read when looked at, and given back when memory is short."""
+    import torch
+
+    if not entry.num_bytes:
+        return torch.empty(entry.shape, dtype=getattr(torch, _TORCH_DTYPES[entry.dtype]))
+    pages = np.memmap(entry.file, np.uint8, "c", entry.start, (entry.num_bytes,))
+    flat = torch.from_numpy(pages).clone() if entry.start % 8 else torch.from_numpy(pages)
+    return flat.view(getattr(torch, _TORCH_DTYPES[entry.dtype])).reshape(entry.shape)
 
 
 def work_for(

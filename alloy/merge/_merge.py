@@ -75,7 +75,7 @@ def merge(
     measured = _statistics_of_owners(owner, statistics, len(models))
     owned = list(dict.fromkeys(owner.values()))
     if spec.scope == "model":
-        merged = _merge_whole(settings, owned, models, base, data)
+        merged = merge_whole(settings, owned, models, base, data)
     else:
         merged = {
             name: merge_tensor(
@@ -171,13 +171,14 @@ def _mean(
     return combine([base, *models], [1 - sum(shares), *shares])
 
 
-def _merge_whole(
+def merge_whole(
     settings: MergeSettings,
     names: Sequence[str],
     models: Sequence[Weights],
     base: Weights | None,
     data: Mapping[str, Any],
 ) -> dict[str, Tensor]:
+    """The tensors of a method that runs the model: inputs and result are checked, each as in `merge_tensor`."""
     method = settings.method
     inputs = {f"models[{i}]": model for i, model in enumerate(models)}
     if base is not None:

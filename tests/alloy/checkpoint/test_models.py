@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.func import functional_call
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -324,3 +325,41 @@ def test_embeddings_are_skipped_by_name_and_told_of_by_shape(tmp_path):
     for options, told in (({}, False), ({"skip": ("*wpe*",)}, True)):
         plan = plan_merge("wudi", folders, tmp_path / "out", base=tmp_path / "seed", **options)
         assert any("wte.weight has a row per token" in note for note in plan.notes) == told
+
+
+@pytest.mark.parametrize("method", ["regmean_plus_plus", "adamerging", "sequential"])
+def test_methods_that_run_the_model_merge_checkpoints_as_they_merge_in_memory(method, tmp_path):
+    """From sharded files to a model that loads: the same weights as from state dicts."""
+    kind, config, _ = ARCHITECTURES["Llama"]
+    built = {name: build(kind, config, seed) for seed, name in enumerate(("seed", "a", "b"))}
+    for name, model in built.items():
+        model.save_pretrained(tmp_path / name, max_shard_size="50KB")
+    module = build(kind, config, 5)
+    batches = [[{"input_ids": (IDS + i) % 64}] * 2 for i in range(2)]
+
+    def forward(weights, batch, task):
+        return functional_call(module, dict(weights), kwargs=batch).logits
+
+    given = {
+        "regmean_plus_plus": {"module": module, "batches": batches, "blocks": ["model.layers.0", "model.layers.1"]},
+        "adamerging": {"forward": forward, "batches": batches, "num_steps": 2},
+        "sequential": {"module": module, "batches": batches},
+    }[method]  # fmt: skip
+    base = method == "adamerging"
+    alloy.merge_checkpoints(
+        method,
+        [tmp_path / "a", tmp_path / "b"],
+        tmp_path / "out",
+        base=tmp_path / "seed" if base else None,
+        **given,
+    )
+    expected = alloy.merge(
+        method,
+        [built[name].state_dict() for name in "ab"],
+        base=built["seed"].state_dict() if base else None,
+        **given,
+    )
+    loaded, info = kind.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import combinations, product
 from typing import NamedTuple
 
 import torch
@@ -55,6 +55,10 @@ class StreamUse(NamedTuple):
     pooled_before: int
     """Of all models together; the sum of `own` where they lie side by side, at most the width."""
     pooled_after: int
+    overlap_before: float
+    """Mean over pairs of models of tr[G_a G_b] / (|G_a| |G_b|): 1 where they read the same directions
+    alike, 0 where their inputs are orthogonal."""
+    overlap_after: float
 
 
 @dataclass(frozen=True)
@@ -315,18 +319,23 @@ class _Search:
 
     def use(self, space: str, gauge: Sequence[Transforms]) -> StreamUse:
         moments = self._moments(space)
-        own = tuple(_dims_99(second) for second, _ in moments.values())
-        before = torch.stack([second for second, _ in moments.values()]).sum(0)
-        fixes_ones = self.spec.spaces[space].kind == "orthogonal fixing ones"
-        after = torch.zeros_like(before)
+        before = [second for second, _ in moments.values()]
+        after = []
         for m, (second, _) in moments.items():
             matrix = gauge[m][space].as_matrix()
-            if fixes_ones:
+            if self.spec.spaces[space].kind == "orthogonal fixing ones":
                 basis = _complement_of_ones(len(matrix))
                 matrix = basis.T @ matrix @ basis
-            after += matrix @ second @ matrix.T
-        width = self.spec.spaces[space].size
-        return StreamUse(space, width, own, _dims_99(before), _dims_99(after))
+            after.append(matrix @ second @ matrix.T)
+        return StreamUse(
+            space=space,
+            width=self.spec.spaces[space].size,
+            own=tuple(map(_dims_99, before)),
+            pooled_before=_dims_99(torch.stack(before).sum(0)),
+            pooled_after=_dims_99(torch.stack(after).sum(0)),
+            overlap_before=_overlap(before),
+            overlap_after=_overlap(after),
+        )
 
     # Discrete steps.
 
@@ -536,3 +545,9 @@ def _dims_99(second: Tensor) -> int:
     energies = torch.linalg.eigvalsh(second).flip(0).clamp(min=0)
     share = energies.cumsum(0) / energies.sum()
     return int((share < 0.99).sum()) + 1
+
+
+def _overlap(seconds: Sequence[Tensor]) -> float:
+    unit = [second / second.norm() for second in seconds]
+    pairs = [float((a * b).sum()) for a, b in combinations(unit, 2)]
+    return sum(pairs) / len(pairs) if pairs else 0.0

@@ -3,6 +3,7 @@
     python -m benchmarks.gauge measure specific_unseeded --draws 0 1 2    # about 2 CPU minutes a draw
     python -m benchmarks.gauge ablate specific_unseeded                   # calibration size, what may turn
     python -m benchmarks.gauge cost                                       # search against width and depth
+    python -m benchmarks.gauge figure specific_unseeded                   # docs/figures/gauge.svg
     python -m benchmarks.gauge table                                      # benchmarks/results/gauge.md
 
 A draw is a set of training scenes and captions, without labels; scores are of the validation split. Rows go
@@ -42,6 +43,7 @@ from tasks.storage import write_file
 
 RECIPE = "modality"
 RESULTS = Path("benchmarks/results/gauge.json")
+FIGURE = Path("docs/figures/gauge.svg")
 TABLE = RESULTS.with_suffix(".md")
 EXAMPLES, BATCH = 512, 64
 SEARCH: dict[str, Any] = {"steps": 60, "max_rounds": 2}
@@ -103,6 +105,7 @@ def diagnostics(gauge: Gauge) -> dict[str, Any]:
             "width": stream.width,
             "own": stream.own,
             "pooled": [stream.pooled_before, stream.pooled_after],
+            "overlap": [round(stream.overlap_before, 3), round(stream.overlap_after, 3)],
         },
     }
 
@@ -246,6 +249,37 @@ def cost() -> None:
         print(row, step, seconds[0], flush=True)
 
 
+def figure(checkpoint: str) -> None:
+    """Where the experts' inputs lie in the stream of a joint block, before and after."""
+    start = _start(load_model(Path("released") / RECIPE / checkpoint), 0, EXAMPLES)
+    moved, gauge = search(start)
+    draw(start.grams, moved.grams, gauge).savefig(FIGURE, metadata={"Date": None})
+
+
+def draw(before: dict, after: dict, gauge: Gauge):
+    """The energy of each expert's inputs along the axes that hold the vl expert's, largest first."""
+    from matplotlib.figure import Figure
+
+    name = "blocks.3.ffn.fc1.weight"
+    figure = Figure(figsize=(8, 2.8), layout="tight")
+    panels = figure.subplots(1, 2, sharey=True)
+    (stream,) = gauge.streams
+    titles = (
+        f"before: J {gauge.error_before:.0f}, overlap {stream.overlap_before:.2f}",
+        f"after: J {gauge.error_after:.0f}, overlap {stream.overlap_after:.2f}",
+    )
+    for axis, grams, title in zip(panels, (before, after), titles, strict=True):
+        basis = torch.linalg.eigh(grams["vl"][name].mean_DD[:-1, :-1]).eigenvectors.flip(-1)
+        for modality in ("vl", "v", "l"):
+            gram = grams[modality][name].mean_DD[:-1, :-1]
+            energy = torch.einsum("di,de,ei->i", basis, gram, basis) / gram.trace()
+            axis.plot((100 * energy.cumsum(0)).tolist(), label=modality)
+        axis.set(title=title, xlabel="principal axes of what vl reads")
+    panels[0].set_ylabel("energy, % (cumulated)")
+    panels[0].legend()
+    return figure
+
+
 def table() -> None:
     """Means and spreads over the draws, as Markdown."""
     rows = Rows().rows
@@ -253,14 +287,16 @@ def table() -> None:
         "# Training-free merges of the released modality checkpoints, validation split",
         "",
         "`python -m benchmarks.gauge` made this file. Mean over calibration draws (± half their range);",
-        f"{EXAMPLES} scenes a draw where nothing else is said. J is the summed least-squares error, dims are those",
-        "with 99 % of the energy of what v, l, vl read from the stream (together, before and after).",
+        "J is the summed least-squares error; dims hold 99 % of the energy of what v, l, vl read from the",
+        "stream, overlap is the mean cosine of their Grams (before and after).",
         "",
     ]
     for checkpoint in dict.fromkeys(row["checkpoint"] for row in rows if "checkpoint" in row):
         lines += [
             f"## {checkpoint}",
-            "| arm | scenes | draws | " + " | ".join(TRAINING_FREE) + " | J | dims | CPU s |",
+            "| arm | scenes | draws | "
+            + " | ".join(TRAINING_FREE)
+            + " | J | dims: overlap | CPU s |",
             "|---|---|---|" + "---|" * (len(TRAINING_FREE) + 3),
         ]
         here = [row for row in rows if row.get("checkpoint") == checkpoint]
@@ -269,7 +305,7 @@ def table() -> None:
             cells = [_spread([r["scores"][name] for r in same]) for name in TRAINING_FREE]
             error = " → ".join(f"{x:.0f}" for x in same[0].get("error", []))
             dims = same[0].get("dims")
-            used = f"{dims['own']}: {dims['pooled']} of {dims['width']}" if dims else ""
+            used = f"{dims['own']} of {dims['width']}: {dims['overlap']}" if dims else ""
             seconds = _spread([r["cpu_seconds"] for r in same])
             num = len(same) if examples else ""
             lines.append(
@@ -302,7 +338,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("measure", "ablate"):
+    for name in ("measure", "ablate", "figure"):
         command = commands.add_parser(name)
         command.add_argument("checkpoint")
         if name == "measure":
@@ -311,7 +347,7 @@ def main() -> None:
     commands.add_parser("table")
     arguments = vars(parser.parse_args())
     torch.set_num_threads(1)
-    {"measure": measure, "ablate": ablate, "cost": cost, "table": table}[arguments.pop("command")](
+    {f.__name__: f for f in (measure, ablate, figure, cost, table)}[arguments.pop("command")](
         **arguments
     )
 

@@ -38,9 +38,9 @@ _BUFFER_BYTES = 96 << 20
 _CHUNKS_PER_WORKER = 7  # four of inputs, one of output, two that wait to be hashed
 LARGE_BYTES = 32 << 20
 """Inputs beyond this, which only a method that needs whole tensors asks for, are held by one worker at a time."""
-_STAGE_BYTES = 4 << 20
+_STAGE_BYTES = 2 << 20
 """What a file's writes gather before they go to the disk; two of these per file that grows."""
-_STAGES_BYTES = 32 << 20
+_STAGES_BYTES = 16 << 20
 DIRECT_BYTES = 16 << 20
 """Files from this size on bypass the page cache."""
 _DIRECT_ALIGNMENT = 4096
@@ -259,6 +259,7 @@ class _File:
         if self._filled:
             self._put()
         self._wait()
+        self._stages = []
         os.fsync(self._descriptor)
         self.close()
 

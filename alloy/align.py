@@ -423,7 +423,7 @@ def describe(
                 (reference, other),
                 (reference, moved),
                 seen,
-            )._replace(num_moved=num_moved)
+            )._replace(num_moved=num_moved, kind=kind)
         )
     return rows
 

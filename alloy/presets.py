@@ -8,10 +8,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from alloy.activations import CrossMoments
 from alloy.align import (
     AlignmentError,
     Search,
@@ -28,7 +31,7 @@ from alloy.matching import leave, operators, rotating
 from alloy.similarity import Similarity, mean_correlation
 from alloy.similarity import Statistics as Moments
 from alloy.symmetry.fold import fold_norms
-from alloy.symmetry.spec import SymmetrySpec, differences
+from alloy.symmetry.spec import Fold, SymmetrySpec, differences, unit_view
 from alloy.symmetry.transforms import Transform, Transforms, identity, transport
 from alloy.transport_models import Settings, TransportSearch
 from alloy.types import Weights
@@ -151,7 +154,7 @@ def _leave(given: Given) -> Alignment:
     """Every model stays as it is."""
     _require_equal_specs(given.specs, given.reference)
     transforms = {name: identity(given.spec) for name in given.models}
-    report = {o: _describe(given, given.models, given.spec, o, transforms[o]) for o in given.others}
+    report = _reports(given, transforms)
     return Alignment(
         given.preset, given.reference, given.spec, given.specs, transforms, report=report
     )
@@ -173,9 +176,10 @@ def _search(
     """Coordinate descent of each model towards the reference."""
     _require_equal_specs(given.specs, given.reference)
     check_method(method)
-    models, spec = given.models, given.spec
+    models, spec, moments = given.models, given.spec, given.moments
     if fold:
         models, spec = _folded(given)
+        moments = partial(_folded_moments, given)
     if weight_share == "search":
         shares: Sequence[float] = SHARES
     elif isinstance(weight_share, (int, float)) and 0 <= weight_share <= 1:
@@ -192,18 +196,24 @@ def _search(
         "max_sweeps": max_sweeps,
         "seed": seed,
     }
+    ours = models[given.reference]
     candidates = {
         share: {
-            o: _pair(
-                models[given.reference], models[o], spec, given.moments(o), share, start, settings
-            )
+            o: _pair(ours, models[o], spec, moments(o), share, start, settings)
             for o in given.others
         }
         for share in shares
     }
-    share = _choose(given, models, spec, candidates, score)
+    if len(shares) == 1:
+        share = shares[0]
+    elif score is not None:
+        share = _by_score(models, spec, candidates, score)
+    else:
+        share = _by_knee(models, spec, candidates, {o: moments(o) for o in given.others})
     transforms: dict[str, Transforms] = {given.reference: identity(spec), **candidates[share]}
-    report = {o: _describe(given, models, spec, o, transforms[o]) for o in given.others}
+    report = {
+        o: _describe(models, spec, transforms, given.reference, o, moments(o)) for o in given.others
+    }
     notes = (f"weight_share {share} was chosen among {list(shares)}",) if len(shares) > 1 else ()
     return Alignment(
         given.preset, given.reference, spec, given.specs, transforms, report=report, warnings=notes
@@ -252,36 +262,41 @@ def _pair(
     return found[values.index(max(values))]
 
 
-def _choose(
-    given: Given,
+def _by_score(
     models: Mapping[str, Weights],
     spec: SymmetrySpec,
     candidates: Mapping[float, Mapping[str, Transforms]],
-    score: Score | None,
+    score: Score,
 ) -> float:
-    """The share whose alignment scores best; without a score the knee of the two similarities.
+    """The share whose aligned models score best."""
+    scores = {}
+    for share, found in candidates.items():
+        moved = {n: transport(models[n], spec, t) for n, t in found.items()}
+        scores[share] = score({**models, **moved})
+    return max(scores, key=lambda share: scores[share])
+
+
+def _by_knee(
+    models: Mapping[str, Weights],
+    spec: SymmetrySpec,
+    candidates: Mapping[float, Mapping[str, Transforms]],
+    moments: Mapping[str, Moments],
+) -> float:
+    """The share at the knee of the two similarities.
 
     As the share grows, weights become more alike and activations less. Both are scaled to 0..1 over the
     candidates, and their sum is largest where neither gives up much for the other. No data but the
     statistics are needed, and no unit of measure matters.
     """
-    if len(candidates) == 1:
-        return next(iter(candidates))
-    shares = list(candidates)
-    if score is not None:
-        scores = []
-        for found in candidates.values():
-            moved = {n: transport(models[n], spec, t) for n, t in found.items()}
-            scores.append(score({given.reference: models[given.reference], **moved}))
-        return shares[scores.index(max(scores))]
+    reference = next(iter(models))
     by_weight, by_activation = [], []
     for found in candidates.values():
-        rows = [r for o in found for r in _describe(given, models, spec, o, found[o])]
+        rows = [r for o in found for r in _describe(models, spec, found, reference, o, moments[o])]
         seen = [r.activation_after for r in rows if r.activation_after is not None]
         by_weight.append(sum(r.weight_after for r in rows) / len(rows))
         by_activation.append(sum(seen) / max(1, len(seen)))
     sums = [w + a for w, a in zip(_spread(by_weight), _spread(by_activation), strict=True)]
-    return shares[sums.index(max(sums))]
+    return list(candidates)[sums.index(max(sums))]
 
 
 def _spread(values: Sequence[float]) -> list[float]:
@@ -333,7 +348,7 @@ def _universe(
         generator=torch.Generator().manual_seed(seed),
         max_sweeps=max_sweeps,
     )
-    report = {o: _describe(given, given.models, given.spec, o, transforms[o]) for o in given.others}
+    report = _reports(given, transforms)
     return Alignment(
         given.preset, given.reference, given.spec, given.specs, transforms, report=report
     )
@@ -440,15 +455,70 @@ def _folded(given: Given) -> tuple[dict[str, Weights], SymmetrySpec]:
     return models, spec
 
 
+def _reports(
+    given: Given, transforms: Mapping[str, Transforms]
+) -> dict[str, tuple[SpaceAlignment, ...]]:
+    """Reports of models that are as they were given."""
+    return {
+        other: _describe(
+            given.models, given.spec, transforms, given.reference, other, given.moments(other)
+        )
+        for other in given.others
+    }
+
+
+def _folded_moments(given: Given, other: str) -> dict[str, list[CrossMoments]]:
+    """Cross-moments of the folded models: what a layer reads loses the gain that the layer takes over.
+
+    Statistics that do not name their points are taken to be of folded models already.
+    """
+    points = getattr(given.statistics, "places", {})
+    gains = {
+        (fold.space, axis.parameter.rpartition(".")[0]): fold
+        for fold in given.spec.folds
+        if fold.gain is not None
+        for axis in fold.scaled
+    }
+    found = {}
+    for space, moments in given.moments(other).items():
+        found[space] = list(moments)
+        for i, place in enumerate(points.get(space, ())):
+            fold = gains.get((space, place.point.removesuffix(".input")))
+            if fold is not None and place.point.endswith(".input"):
+                found[space][i] = _divided(
+                    moments[i],
+                    *(_gain(given.models[n], given.spec, fold) for n in (given.reference, other)),
+                )
+    return found
+
+
+def _gain(weights: Weights, spec: SymmetrySpec, fold: Fold) -> Tensor:
+    assert fold.gain is not None
+    units = unit_view(weights[fold.gain.parameter].double(), spec, fold.space, fold.gain)
+    gain = fold.offset + units.flatten()
+    return torch.where(gain == 0, 1.0, gain)
+
+
+def _divided(moments: CrossMoments, ours_D: Tensor, theirs_E: Tensor) -> CrossMoments:
+    return CrossMoments(
+        moments.sum_D / ours_D,
+        moments.sum_E / theirs_E,
+        moments.square_D / ours_D.square(),
+        moments.square_E / theirs_E.square(),
+        moments.product_DE / torch.outer(ours_D, theirs_E),
+        moments.count,
+    )
+
+
 def _describe(
-    given: Given,
     models: Mapping[str, Weights],
     spec: SymmetrySpec,
+    transforms: Mapping[str, Transforms],
+    reference: str,
     other: str,
-    transforms: Transforms,
+    moments: Moments,
 ) -> tuple[SpaceAlignment, ...]:
-    pair = (models[given.reference], models[other], spec)
-    return tuple(describe(*pair, transforms, given.moments(other)))
+    return tuple(describe(models[reference], models[other], spec, transforms[other], moments))
 
 
 def _describe_maps(

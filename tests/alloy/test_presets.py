@@ -1,0 +1,655 @@
+"""Each preset is what its paper defines: a transcription of the definition gives the same transforms."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment, linprog
+from torch import nn
+
+import alloy
+from alloy.align import AlignmentError, Search
+from alloy.matching import operators
+from alloy.presets import PRESETS
+from alloy.similarity import Similarity
+from alloy.symmetry import compose, identity, invert, random_transforms
+from alloy.symmetry.spec import with_kind
+
+SIZE = 7  # inputs = hidden = outputs: nothing fits by the luck of its shape
+
+
+class Mlp(nn.Module):
+    """Two hidden spaces; the smallest model in which one depends on the other."""
+
+    def __init__(self, widths=(SIZE, SIZE)):
+        super().__init__()
+        self.first = nn.Linear(SIZE, widths[0])
+        self.second = nn.Linear(widths[0], widths[1])
+        self.third = nn.Linear(widths[1], SIZE)
+
+    def forward(self, x):
+        return self.third(torch.relu(self.second(torch.relu(self.first(x)))))
+
+    def hidden(self, x):
+        first = torch.relu(self.first(x))
+        return [first.detach(), torch.relu(self.second(first)).detach()]
+
+
+class Block(nn.Module):
+    """A pre-norm stream with attention, read by a head: every kind of space that a transformer has."""
+
+    def __init__(self, width=12, heads=3, hidden=10):
+        super().__init__()
+        self.heads = heads
+        self.embed = nn.Linear(5, width)
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(3))
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = self.embed(x)
+        y = self.norms[0](x)
+        q, k, v = (
+            f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        x = x + self.o(attention.transpose(1, 2).flatten(2))
+        x = x + self.down(torch.relu(self.up(self.norms[1](x))))
+        return self.head(self.norms[2](x))
+
+
+def _random(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def _inputs(*shape, seed=9):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+DATA = _inputs(200, SIZE)
+TOKENS = _inputs(40, 6, 5)
+
+
+def _mlps(num=2, widths=(SIZE, SIZE)):
+    models = {name: _random(Mlp(), i) for i, name in enumerate("abcd"[:num])}
+    if widths != (SIZE, SIZE):
+        models["b"] = _random(Mlp(widths), 1)
+    return models
+
+
+def _weights(models):
+    return {
+        name: {n: t.detach() for n, t in model.state_dict().items()}
+        for name, model in models.items()
+    }
+
+
+def _statistics(models, specs, data, **settings):
+    return alloy.collect(models, [{"x": data}], specs, units="read", **settings)
+
+
+def _found(models, preset, *, joint=False, **settings):
+    spec = {n: alloy.find_symmetries(m, {"x": DATA[:4]}) for n, m in models.items()}
+    statistics = _statistics(models, spec, DATA, joint=joint)
+    return alloy.align_models(_weights(models), spec, statistics, preset=preset, **settings)
+
+
+def _orders(alignment, model="b"):
+    return [t.permutation.numpy() for t in alignment.transforms[model].values()]
+
+
+def _assign(similarity):
+    return linear_sum_assignment(np.asarray(similarity), maximize=True)[1]
+
+
+def _layers(model):
+    """[W, b] side by side, as the definitions write a layer."""
+    return [
+        torch.cat([layer.weight, layer.bias[:, None]], 1).detach().double().numpy()
+        for layer in (model.first, model.second, model.third)
+    ]
+
+
+def _stretches(layers, space, orders):
+    """What lies on the units of a hidden space, the other space as `orders` has it."""
+    before, after = layers[space].copy(), layers[space + 1][:, :SIZE].copy()
+    if space == 1:
+        before[:, :SIZE] = before[:, orders[0]]
+    else:
+        after = after[orders[1]]
+    return [before[:, :SIZE], before[:, SIZE:], after.T]
+
+
+def _visits(generator, sweeps):
+    return [torch.randperm(2, generator=generator).tolist() for _ in range(sweeps)]
+
+
+def test_git_rebasin_is_algorithm_1_of_its_paper():
+    """Visit layers in random order; the best order of one maximises <W_a, P W_b> over what touches it."""
+    models = _mlps()
+    ours, theirs = (_layers(m) for m in models.values())
+    orders = [np.arange(SIZE)] * 2
+    for visits in _visits(torch.Generator().manual_seed(4), 20):
+        for space in visits:
+            pairs = zip(
+                _stretches(ours, space, [np.arange(SIZE)] * 2),
+                _stretches(theirs, space, orders),
+                strict=True,
+            )
+            orders[space] = _assign(sum(a @ b.T for a, b in pairs))
+    found = _orders(_found(models, "git_rebasin", seed=4))
+    assert all(map(np.array_equal, found, orders))
+    assert not np.array_equal(orders[0], np.arange(SIZE))
+
+
+def _correlation(a, b):
+    return np.corrcoef(a.T, b.T)[: a.shape[1], a.shape[1] :]
+
+
+def test_activation_matching_assigns_correlated_units():
+    models = _mlps()
+    hidden = zip(*(m.hidden(DATA) for m in models.values()), strict=True)
+    expected = [_assign(_correlation(a.double().numpy(), b.double().numpy())) for a, b in hidden]
+    assert all(map(np.array_equal, _orders(_found(models, "activation_matching")), expected))
+
+
+@pytest.mark.parametrize("weight_share", [0.5, 0.9])
+def test_mudsc_is_coordinate_descent_on_the_mean_of_two_correlations(weight_share):
+    """Start from activations; S = a corr(stretches) + (1 - a) corr(units); keep the best sweep's orders."""
+    models = _mlps()
+    ours, theirs = (_layers(m) for m in models.values())
+    hidden = zip(*(m.hidden(DATA) for m in models.values()), strict=True)
+    seen = [_correlation(a.double().numpy(), b.double().numpy()) for a, b in hidden]
+    orders = [_assign(s) for s in seen]
+    best, highest, bad, state = list(orders), -np.inf, 0, [0.0, 0.0]
+    generator = torch.Generator().manual_seed(2)
+    torch.randperm(
+        2, generator=generator
+    )  # what the search by activations alone draws: it moves all
+    torch.randperm(2, generator=generator)  # and then finds nothing to move
+    for _ in range(100):
+        (visits,) = _visits(generator, 1)
+        for space in visits:
+            a, b = (
+                np.concatenate(_stretches(layers, space, o), 1)
+                for layers, o in ((ours, [np.arange(SIZE)] * 2), (theirs, orders))
+            )
+            joint = np.corrcoef(np.concatenate([a, b]))[:SIZE, SIZE:]
+            similarity = weight_share * joint + (1 - weight_share) * seen[space]
+            orders[space] = _assign(similarity)
+            state[space] = similarity[np.arange(SIZE), orders[space]].mean()
+        if np.mean(state) > highest:
+            best, highest, bad = list(orders), np.mean(state), 0
+        else:
+            orders, bad = list(best), bad + 1
+        if bad >= 5:
+            break
+    found = _orders(_found(models, "mudsc", weight_share=weight_share, seed=2))
+    assert all(map(np.array_equal, found, best))
+
+
+def _zip(similarity, num_models, repeat, budget):
+    """Algorithm 1 of ZipIt as its paper and MuDSC's code describe it: lists of clusters, merged greedily."""
+    s = np.array(similarity, dtype=np.float32)
+    np.fill_diagonal(s, -np.inf)
+    width = len(s) // num_models
+    clusters = [[i] for i in range(len(s))]
+    origin = [i // width for i in range(len(s))]
+    left = [int((len(s) - width) // num_models * budget + 1e-4)] * num_models
+
+    def separate(model):
+        own = np.array([o == model for o in origin])
+        s[np.outer(own, own)] = -1e30
+        np.fill_diagonal(s, -np.inf)
+
+    for model in range(num_models):
+        if left[model] <= 0:
+            separate(model)
+    picked = []
+    while len(clusters) > width:
+        i, j = sorted(divmod(int(s.argmax()), len(clusters)))
+        picked.append(max(float(s[i, j]), -1))
+        clusters[i] += clusters[j]
+        within, model = origin[i] == origin[j], origin[i]
+        merged = np.minimum(s[i], s[j]) * np.float32(repeat) if repeat else np.full(len(s), -np.inf)
+        s[i], s[:, i] = merged, merged
+        s[i, i] = -np.inf
+        s = np.delete(np.delete(s, j, 0), j, 1)
+        del clusters[j], origin[j]
+        if within:
+            left[model] -= 1
+            if left[model] == 0:
+                separate(model)
+    member = np.zeros((len(similarity), width))
+    for c, units in enumerate(clusters):
+        member[units, c] = 1
+    return member, float(np.mean(picked))
+
+
+def _zip_merge(models, members):
+    """W* = mean over models of N M_i W_i U_i, with U the members and M their means."""
+    total = None
+    num = len(models)
+    for i, model in enumerate(models.values()):
+        parts = []
+        spaces = [None, *members, None]
+        for layer, (reads, writes) in zip(
+            (model.first, model.second, model.third), itertools.pairwise(spaces), strict=True
+        ):
+            w, b = (t.detach().double().numpy() for t in (layer.weight, layer.bias))
+            if reads is not None:
+                w = w @ reads[i * SIZE : (i + 1) * SIZE]
+            if writes is not None:
+                mean = num * (writes / writes.sum(0))[i * SIZE : (i + 1) * SIZE].T
+                w, b = mean @ w, mean @ b
+            parts += [w, b]
+        total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
+    return [t / num for t in total]
+
+
+def _joint(models, space):
+    hidden = np.concatenate([m.hidden(DATA)[space].double().numpy() for m in models.values()], 1)
+    return np.corrcoef(hidden.T)
+
+
+@pytest.mark.parametrize(
+    ("num", "budget", "repeat"), [(2, 0.125, 0.3), (2, 1.0, 0.5), (3, 1.0, 0.5)]
+)
+def test_zipit_is_its_greedy_matching_and_its_merge(num, budget, repeat):
+    models = _mlps(num)
+    members = [_zip(_joint(models, space), num, repeat, budget)[0] for space in (0, 1)]
+    alignment = _found(models, "zipit", joint=True, budget=budget, repeat=repeat)
+    merged = alignment.merge(_weights(models))["a"]
+    for ours, expected in zip(merged.values(), _zip_merge(models, members), strict=True):
+        np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5)
+    mean = {n: sum(w[n] for w in alignment.apply(_weights(models)).values()) / num for n in merged}
+    assert all(torch.allclose(mean[n], merged[n], atol=1e-6) for n in mean)
+
+
+def test_mudsc_zip_zips_the_mean_of_two_correlations():
+    """As MuDSC, with ZipIt's matching: other spaces are merged on the side that writes them (M), and
+    taken apart on the side that reads them (U)."""
+    models = _mlps()
+    seen = [_joint(models, space) for space in (0, 1)]
+    members = [_zip(s, 2, 0.5, 1.0)[0] for s in seen]
+    best, highest, bad, state = list(members), -np.inf, 0, [0.0, 0.0]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        before = list(members)
+        (visits,) = _visits(generator, 1)
+        for space in visits:
+            rows = []
+            for i, model in enumerate(models.values()):
+                layers = _layers(model)
+                own = slice(i * SIZE, (i + 1) * SIZE)
+                writes, reads = layers[space].copy(), layers[space + 1][:, :SIZE].copy()
+                if space == 1:
+                    writes[:, :SIZE] = writes[:, :SIZE] @ members[0][own]
+                else:
+                    reads = (members[1] / members[1].sum(0))[own].T @ reads
+                rows.append(np.concatenate([writes, reads.T], 1))
+            similarity = 0.5 * np.corrcoef(np.concatenate(rows)) + 0.5 * seen[space]
+            members[space], state[space] = _zip(similarity, 2, 0.5, 1.0)
+        if np.mean(state) > highest:
+            best, highest = list(members), np.mean(state)
+        else:
+            members, bad = list(best), bad + 1
+        if bad > 5 or all(map(np.array_equal, before, members)):
+            break
+    merged = _found(models, "mudsc_zip", joint=True).merge(_weights(models))["a"]
+    for ours, expected in zip(merged.values(), _zip_merge(models, best), strict=True):
+        np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5)
+
+
+def _plan(cost):
+    """The transport plan between uniform masses, as a linear program."""
+    n, m = cost.shape
+    sums = np.concatenate([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
+    masses = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
+    return linprog(cost.ravel(), A_eq=sums, b_eq=masses).x.reshape(n, m)
+
+
+@pytest.mark.parametrize("weight_share", [0.0, 1.0])
+@pytest.mark.parametrize("widths", [(SIZE, SIZE), (11, 9)])
+def test_ot_fusion_is_transport_layer_by_layer(weight_share, widths):
+    """W <- W T / beta from the layer before; then T from the distances of neurons; then W <- T' W / beta."""
+    models = _mlps(widths=widths)
+    ours, theirs = (_layers(m) for m in models.values())
+    hidden = [m.hidden(DATA) for m in models.values()]
+    merged, incoming = [], None
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        w, bias = b[:, :-1], b[:, -1:]
+        if incoming is not None:
+            w = w @ incoming.T * len(incoming)
+        b = np.concatenate([w, bias], 1)
+        if i < 2:
+            x, y = (a, b) if weight_share else (h[i].double().numpy().T for h in hidden)
+            incoming = _plan(np.linalg.norm(x[:, None] - y[None], axis=-1))
+            b = len(incoming) * incoming @ b
+        merged.append((a + b) / 2)
+    alignment = _found(models, "ot_fusion", weight_share=weight_share)
+    found = alignment.merge(_weights(models))["a"]
+    for i, expected in enumerate(merged):
+        weight, bias = list(found.values())[2 * i : 2 * i + 2]
+        np.testing.assert_allclose(weight.numpy(), expected[:, :-1], atol=1e-5)
+        np.testing.assert_allclose(bias.numpy(), expected[:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_units_that_are_copies_fuse_back_into_the_model_they_are_copies_of(hard):
+    """A net whose units were each split in two computes the same; summed over readers, so does the fusion."""
+    models = {"a": _random(Mlp(), 0), "b": Mlp((2 * SIZE, 2 * SIZE)).eval()}
+    small, wide = models["a"].state_dict(), models["b"].state_dict()
+    twice = torch.randperm(2 * SIZE, generator=torch.Generator().manual_seed(0)) % SIZE
+    for name in ("first", "second"):
+        wide[f"{name}.weight"] = small[f"{name}.weight"][twice]
+        wide[f"{name}.bias"] = small[f"{name}.bias"][twice]
+    wide["third.weight"], wide["third.bias"] = small["third.weight"], small["third.bias"]
+    for name in ("second", "third"):
+        wide[f"{name}.weight"] = wide[f"{name}.weight"][:, twice] / 2
+    models["b"].load_state_dict(wide)
+    torch.testing.assert_close(models["a"](DATA), models["b"](DATA))
+    alignment = _found(models, "ot_fusion", readers="sum", regularisation=0.0 if hard else 0.002)
+    fused = alignment.apply(_weights(models))["b"]
+    for name, tensor in fused.items():
+        torch.testing.assert_close(tensor, small[name], atol=1e-4 if hard else 2e-2, rtol=0)
+
+
+def _transformers(num=2):
+    models = {name: _random(Block(), i) for i, name in enumerate("abcd"[:num])}
+    spec = alloy.find_symmetries(models["a"], {"x": TOKENS[:4]})
+    return models, spec, alloy.collect(models, [{"x": TOKENS}], spec, joint=True)
+
+
+EXACT = ["git_rebasin", "activation_matching", "mudsc", "dual", "orthogonal", "cycle_consistent"]
+
+
+@pytest.mark.parametrize("preset", [*EXACT, "identity"])
+def test_exact_presets_leave_every_function_as_it_is(preset):
+    models, spec, statistics = _transformers(3)
+    models = {name: model.double() for name, model in models.items()}
+    alignment = alloy.align_models(_weights(models), spec, statistics, preset=preset)
+    assert alignment.exact
+    moved = alignment.apply(_weights(models))
+    for name, model in models.items():
+        before = model(TOKENS.double())
+        model.load_state_dict(moved[name])
+        torch.testing.assert_close(model(TOKENS.double()), before, rtol=1e-9, atol=1e-9)
+    kinds = {row.kind for row in alignment.report["b"]}
+    assert kinds == {"identity"} if preset == "identity" else kinds - {"identity"}
+
+
+@pytest.mark.parametrize("preset", [*EXACT, "zipit", "mudsc_zip", "ot_fusion"])
+def test_a_model_aligned_with_itself_is_the_identity(preset):
+    """And the merge of a model with itself is the model."""
+    models, spec, _ = _transformers(1)
+    models["b"] = models["a"]
+    statistics = alloy.collect(models, [{"x": TOKENS}], spec, joint=True)
+    weights = _weights(models)
+    alignment = alloy.align_models(weights, spec, statistics, preset=preset)
+    assert {row.kind for row in alignment.report["b"]} == {"identity"}
+    model = models["a"].double()
+    before = model(TOKENS.double()).detach()
+    model.load_state_dict(alignment.merge(weights)["a"])
+    torch.testing.assert_close(model(TOKENS.double()), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind"),
+    [
+        ("git_rebasin", "permutation"),
+        ("activation_matching", "permutation"),
+        ("mudsc", "permutation"),
+        ("dual", "permutation"),
+        ("dual", "signed permutation"),
+        ("orthogonal", "orthogonal"),
+        ("cycle_consistent", "permutation"),
+        ("ot_fusion", "permutation"),
+    ],
+)
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_planted_transform_of_every_space_is_undone(preset, kind, trained):
+    """On random nets and on briefly trained ones, for the kind of transform that a preset looks for."""
+    model = _random(Block(), 0)
+    if trained:
+        _train(model)
+    spec = alloy.find_symmetries(model, {"x": TOKENS[:4]})
+    source, group = dict(_weights({"a": model})["a"]), spec
+    if kind == "orthogonal":
+        source, group = alloy.fold_norms(source, spec)
+    drawn = random_transforms(with_kind(group, kind), torch.Generator().manual_seed(3))
+    planted = Block().eval()
+    planted.load_state_dict(alloy.transport(source, group, drawn))
+    models = {"a": model, "b": planted}
+    torch.testing.assert_close(planted(TOKENS), model(TOKENS), rtol=1e-3, atol=1e-3)
+    statistics = alloy.collect(models, [{"x": TOKENS}], spec)
+    method = {"method": "signed"} if kind == "signed permutation" else {}
+    alignment = alloy.align_models(_weights(models), spec, statistics, preset=preset, **method)
+    moved = alignment.apply(_weights(models))
+    for name, tensor in moved["a"].items():
+        torch.testing.assert_close(moved["b"][name], tensor, rtol=0, atol=2e-4, msg=name)
+
+
+def _train(model):
+    """A few steps towards the sum of the tokens: weights that are no longer noise."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    target = TOKENS.sum(1, keepdim=True)[..., :4]
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(TOKENS), target.expand(-1, 6, -1)).backward()
+        optimizer.step()
+    model.eval()
+
+
+@pytest.mark.parametrize("method", ["permute", "signed", "orthogonal"])
+@pytest.mark.parametrize("weight_share", [0.0, 0.5, 1.0])
+def test_the_objective_never_falls_in_a_sweep(method, weight_share):
+    models, spec, statistics = _transformers()
+    weights = _weights(models)
+    if method == "orthogonal":
+        pairs = {n: alloy.fold_norms(w, spec) for n, w in weights.items()}
+        weights, spec = {n: w for n, (w, _) in pairs.items()}, pairs["a"][1]
+    similarity = Similarity.to(
+        weights["a"],
+        spec,
+        statistics.between("a", "b"),
+        weight_share,
+        rotating=[s for s in spec.spaces if spec.spaces[s].kind.startswith(("orth", "general"))]
+        if method == "orthogonal"
+        else [],
+    )
+    search = Search(similarity, weights["b"], operators(spec, method))
+    for _ in range(4):
+        search.sweep()
+    assert search.values == sorted(search.values)
+    assert search.values[-1] > search.values[0]
+
+
+def test_a_larger_group_finds_more_similarity():
+    """Permutations are signed permutations, which are orthogonal: what is found can only rise."""
+    models, spec, _ = _transformers()
+    pairs = {n: alloy.fold_norms(w, spec) for n, w in _weights(models).items()}
+    weights, spec = {n: w for n, (w, _) in pairs.items()}, pairs["a"][1]
+    values = []
+    for method in ("permute", "signed", "orthogonal"):
+        similarity = Similarity.to(weights["a"], spec, {}, 1.0)
+        search = Search(similarity, weights["b"], operators(spec, method))
+        search.run(None, 30)
+        values.append(search.values[-1])
+    assert values == sorted(values)
+    assert values[0] < values[2]
+
+
+def test_one_assignment_for_all_that_hangs_on_a_head():
+    """Queries, keys and values move with one order of heads; units within them have their own."""
+    models, spec, statistics = _transformers()
+    found = alloy.align_models(_weights(models), spec, statistics, preset="dual").transforms["b"]
+    (heads,) = [name for name in spec.spaces if spec.dependents(name)]
+    carried = spec.dependents(heads)
+    assert len(carried) == 2
+    assert all(found[name].permutation.shape == (3, 4) for name in carried)
+
+
+def test_maps_around_a_cycle_compose_to_the_identity():
+    """Models are aligned to one universe: a -> b -> c -> a is where one started. Pairwise it is not."""
+    models, spec, statistics = _transformers(3)
+    weights = _weights(models)
+    found = alloy.align_models(weights, spec, statistics, preset="cycle_consistent").transforms
+
+    def to(a, b):
+        return compose(found[a], invert(found[b]))
+
+    around = compose(compose(to("a", "b"), to("b", "c")), to("c", "a"))
+    same = identity(spec)
+    assert all(torch.equal(around[n].permutation, same[n].permutation) for n in same)
+    pair = {}
+    for a, b in (("a", "b"), ("b", "c"), ("c", "a")):
+        two = {b: weights[b], a: weights[a]}
+        pair[a, b] = alloy.align_models(two, spec, statistics, preset="dual").transforms[a]
+    around = compose(compose(pair["a", "b"], pair["b", "c"]), pair["c", "a"])
+    assert not all(torch.equal(around[n].permutation, same[n].permutation) for n in same)
+
+
+def test_the_universe_is_at_least_as_good_as_one_reference_for_all_pairs():
+    """C2M3's objective, the similarity of all pairs, by a transcription of it."""
+    models, spec, _ = _transformers(3)
+    weights = _weights(models)
+
+    def all_pairs(alignment):
+        moved = alignment.apply(weights).values()
+        return sum(
+            float((a[n] * b[n]).sum() / (a[n].norm() * b[n].norm()))
+            for a, b in itertools.combinations(moved, 2)
+            for n in a
+        )
+
+    star = alloy.align_models(weights, spec, preset="dual", weight_share=1.0, start="identity")
+    universe = alloy.align_models(weights, spec, preset="cycle_consistent", weight_share=1.0)
+    assert all_pairs(universe) > all_pairs(star)
+
+
+def test_partial_zipping_shares_a_prefix_and_keeps_the_rest():
+    """Up to a layer the merged models are one; behind it each computes with its own weights."""
+    models = _mlps(3)
+    weights = _weights(models)
+    alignment = _found(models, "mudsc_zip", joint=True, until="first")
+    assert alignment.shared == {"first.weight", "first.bias"}
+    merged = alignment.merge(weights)
+    for name in "bc":
+        assert torch.equal(merged[name]["first.weight"], merged["a"]["first.weight"])
+        assert torch.equal(merged[name]["third.weight"], weights[name]["third.weight"])
+    member = alignment.maps["b"][next(iter(alignment.maps["b"]))].read
+    expected = weights["b"]["second.weight"] @ member.T
+    torch.testing.assert_close(merged["b"]["second.weight"], expected)
+
+
+def test_a_stream_that_the_unzipped_part_writes_is_only_permuted():
+    models, spec, statistics = _transformers()
+    alignment = alloy.align_models(_weights(models), spec, statistics, preset="zipit", until="o")
+    assert any("not zipped writes it" in warning for warning in alignment.warnings)
+    moved = alignment.apply(_weights(models))
+    stream = next(iter(spec.spaces))
+    assert stream not in alignment.maps["b"]
+    assert torch.equal(moved["a"]["up.weight"], models["a"].up.weight)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_equal_seeds_give_equal_transforms_and_files_give_them_back(preset):
+    models, spec, statistics = _transformers()
+    weights = _weights(models)
+    settings = {"seed": 5} if "seed" in PRESETS[preset].settings else {}
+    one, again = (
+        alloy.align_models(weights, spec, statistics, preset=preset, **settings) for _ in "12"
+    )
+    read = alloy.Alignment.from_tensors(again.to_tensors())
+    assert (read.report, read.warnings, read.shared) == (one.report, one.warnings, one.shared)
+    assert (read.exact, read.names, read.preset) == (one.exact, one.names, one.preset)
+    ours, theirs = one.apply(weights), read.apply(weights)
+    assert all(torch.equal(ours[n][k], theirs[n][k]) for n in ours for k in ours[n])
+
+
+def test_the_share_is_chosen_by_a_score_or_by_the_knee():
+    """A score sees the aligned models; without one, neither similarity is given up for the other."""
+    models, spec, statistics = _transformers()
+    weights = _weights(models)
+    wanted = alloy.align_models(weights, spec, statistics, preset="dual", weight_share=0.9)
+    goal = wanted.apply(weights)["b"]
+
+    def score(aligned):
+        return -sum(float((aligned["b"][n] - goal[n]).norm()) for n in goal)
+
+    settings = {"preset": "dual", "weight_share": "search"}
+    scored = alloy.align_models(weights, spec, statistics, score=score, **settings)
+    assert all(torch.equal(scored.apply(weights)["b"][n], goal[n]) for n in goal)
+    knee = alloy.align_models(weights, spec, statistics, **settings)
+    assert "was chosen among" in knee.warnings[-1]
+
+
+def test_streams_can_be_kept():
+    models, spec, statistics = _transformers()
+    alignment = alloy.align_models(
+        _weights(models), spec, statistics, preset="dual", keep=["streams"]
+    )
+    kinds = {row.space: row.kind for row in alignment.report["b"]}
+    assert kinds[next(iter(spec.spaces))] == "identity"
+    assert "permutation" in kinds.values()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "mudcs"}, "preset 'mudcs' is unknown"),
+        ({"preset": "mudsc", "wieght_share": 0.3}, "did you mean 'weight_share'"),
+        ({"preset": "mudsc", "weight_share": 1.5}, "neither 'search' nor in 0..1"),
+        ({"preset": "mudsc", "reference": "z"}, "none of the models"),
+        ({"preset": "dual", "method": "zap"}, "matching method 'zap' is unknown"),
+        ({"preset": "dual", "keep": ["nothing"]}, "no space of the spec"),
+        ({"preset": "dual", "score": len}, "needs weight_share='search'"),
+        ({"preset": "zipit", "until": "tenth"}, "names no layer"),
+        ({"preset": "zipit", "budget": -1.0}, "budget -1.0"),
+        ({"preset": "ot_fusion", "readers": "all"}, "choose average or sum"),
+        ({"preset": "ot_fusion", "residual": "all"}, "choose joint, mean or identity"),
+        ({"preset": "ot_fusion", "regularisation": -1.0}, "regularisation -1.0"),
+        ({"preset": "cycle_consistent", "method": "orthogonal"}, "has one reference"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(AlignmentError, match=message):
+        _found(_mlps(), joint=True, **settings)
+
+
+def test_models_and_statistics_that_do_not_fit_are_refused():
+    models = _mlps()
+    spec = alloy.find_symmetries(models["a"], {"x": DATA[:4]})
+    weights = _weights(models)
+    with pytest.raises(AlignmentError, match="needs statistics"):
+        alloy.align_models(weights, spec, preset="mudsc")
+    with pytest.raises(AlignmentError, match="at least two models"):
+        alloy.align_models({"a": weights["a"]}, spec, preset="git_rebasin")
+    wide = Mlp((9, 9)).eval()
+    specs = {"a": spec, "b": alloy.find_symmetries(wide, {"x": DATA[:4]})}
+    with pytest.raises(AlignmentError, match="symmetries of 'a'"):
+        alloy.align_models(weights, specs, preset="git_rebasin")
+    broken = {"a": weights["a"], "b": {n: t * torch.nan for n, t in weights["b"].items()}}
+    for preset in ("git_rebasin", "cycle_consistent"):
+        with pytest.raises(AlignmentError, match="NaN or Inf"):
+            alloy.align_models(broken, spec, preset=preset, weight_share=1.0)
+    alignment = alloy.align_models(weights, spec, preset="identity")
+    with pytest.raises(AlignmentError, match="were expected"):
+        alignment.apply({"a": weights["a"]})
+    with pytest.raises(AlignmentError, match="no alignment"):
+        alloy.Alignment.from_tensors(weights["a"])
+
+
+def test_doubts_about_the_data_reach_the_report():
+    """Units that never vary are named, and match nothing by what they compute."""
+    models = _mlps()
+    with torch.no_grad():
+        models["b"].first.bias[2] = -100  # a unit that is never on
+    alignment = _found(models, "activation_matching")
+    assert any("constant" in warning for warning in alignment.warnings)

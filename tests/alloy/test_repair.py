@@ -139,6 +139,40 @@ def test_least_squares_do_not_depend_on_the_split(case):
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-3)
 
 
+def test_one_layer_is_the_ridge_regression_on_the_weighted_targets():
+    """Against an explicit least-squares problem whose last rows are the ridge; inputs of large mean."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3)).eval()
+    merged, a, b = (
+        {f"0.{n}": t for n, t in nn.Linear(5, 3).state_dict().items()} for _ in range(3)
+    )
+    x, share = torch.randn(30, 5) + 3, torch.rand(30)
+    fitted = fit_layers(
+        model,
+        merged,
+        {"a": a, "b": b},
+        _split({"input": x}, [11, 19]),
+        example_weights=torch.stack([share, 1 - share]),
+        ridge=0.5,
+    )
+    y = share[:, None] * (x @ a["0.weight"].T + a["0.bias"])
+    y = y + (1 - share)[:, None] * (x @ b["0.weight"].T + b["0.bias"])
+    penalty = (0.5 * 30 * x.var(0, correction=0).mean()).sqrt()
+    rows = torch.cat([torch.cat([x, torch.ones(30, 1)], 1), penalty * torch.eye(5, 6)])
+    solution = torch.linalg.lstsq(rows, torch.cat([y, penalty * merged["0.weight"].T])).solution
+    torch.testing.assert_close(fitted["0.weight"], solution[:5].T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fitted["0.bias"], solution[5], rtol=1e-4, atol=1e-4)
+
+
+def test_fitted_batch_norms_hold_the_moments_of_their_inputs():
+    model, batches = _resnet(0), _split(_images(), [8, 16])
+    parents = {"a": _weights(model), "b": _weights(_resnet(1))}
+    fitted = fit_layers(model, _mean(*parents.values()), parents, batches)
+    again = reestimate_norms(model, fitted, batches)
+    for name, tensor in fitted.items():
+        torch.testing.assert_close(tensor, again[name], rtol=1e-3, atol=1e-4)
+
+
 def test_padding_has_no_say_in_least_squares():
     model, other = _bert(0), _bert(1)
     parents = {"a": _weights(model), "b": _weights(other)}

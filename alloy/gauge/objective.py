@@ -50,16 +50,12 @@ class Layer:
     """The dim of the stored weight that the inputs meet."""
     has_constant: bool
     """Whether the last input is the constant 1, and the last column of the weights the bias."""
-    scale: float
-    """What the layer's error is divided by."""
 
 
 def layers_of(
     models: Sequence[Weights],
     grams: Sequence[Mapping[str, Gram]],
     spec: SymmetrySpec,
-    *,
-    relative: bool = False,
 ) -> list[Layer]:
     """The layers that at least two models have, in the order of the spec's layout, in float64.
 
@@ -67,7 +63,6 @@ def layers_of(
         models: each with a part of the spec's weights, or all of them.
         grams: by weight; of the layer's inputs, or of those and a constant 1 at the end. The bias
             then counts as the column that meets the constant.
-        relative: measure each layer's error in units of its output energy, mean_m tr[W_m G_m W_mᵀ].
 
     Raises:
         GaugeError: a Gram of another size, of a weight that a model lacks, of no tokens or not
@@ -80,7 +75,7 @@ def layers_of(
     for name, terms in spec.layout.items():
         here = tuple(m for m, measured in enumerate(grams) if name in measured)
         if len(here) > 1:
-            found.append(_layer(name, terms, here, models, grams, spec, relative))
+            found.append(_layer(name, terms, here, models, grams))
     if not found:
         raise GaugeError("no layer has a Gram in two models: there is nothing to merge")
     return found
@@ -107,8 +102,6 @@ def _layer(
     here: tuple[int, ...],
     models: Sequence[Weights],
     grams: Sequence[Mapping[str, Gram]],
-    spec: SymmetrySpec,
-    relative: bool,
 ) -> Layer:
     dim = grams[here[0]][name].dim
     sizes = {grams[m][name].sum_DD.shape[0] for m in here}
@@ -129,9 +122,7 @@ def _layer(
         ]
     weight_MOI = torch.stack(weights)
     gram_MII = torch.stack([grams[m][name].mean_DD for m in here])
-    energy = float((weight_MOI @ gram_MII * weight_MOI).sum()) / len(here)
-    scale = energy if relative and energy else 1.0
-    return Layer(name, rows, columns, here, weight_MOI, gram_MII, dim, has_constant, scale)
+    return Layer(name, rows, columns, here, weight_MOI, gram_MII, dim, has_constant)
 
 
 def bias_of(weight: str) -> str:

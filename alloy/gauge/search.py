@@ -86,7 +86,6 @@ def search_gauge(
     fixed: Sequence[str] = (),
     starts: Sequence[str] = STARTS,
     ridge: float = 1e-3,
-    relative: bool = False,
     max_rounds: int = 6,
     steps: int = 60,
     learning_rate: float = 0.02,
@@ -120,7 +119,7 @@ def search_gauge(
     if not 0 <= reference < len(models):
         raise GaugeError(f"reference {reference} is none of {len(models)} models")
     search = _Search(
-        layers_of(models, grams, spec, relative=relative),
+        layers_of(models, grams, spec),
         spec,
         len(models),
         reference,
@@ -206,7 +205,7 @@ class _Search:
 
     def total(self, gauge: Sequence[Transforms]) -> float:
         return sum(
-            float(error(moved.weight_MOI, moved.gram_MII, self.ridge)) / layer.scale
+            float(error(moved.weight_MOI, moved.gram_MII, self.ridge))
             for layer in self.layers
             for moved in [transported(layer, self.spec, gauge)]
         )
@@ -357,7 +356,7 @@ class _Search:
             proposal[m] = compose(result[m], found)
             there = [transported(self.layers[i], self.spec, proposal) for i in touched]
             now, then = (
-                sum(float(error(x.weight_MOI, x.gram_MII, self.ridge)) / x.scale for x in moved)
+                sum(float(error(x.weight_MOI, x.gram_MII, self.ridge)) for x in moved)
                 for moved in (here, there)
             )
             if then < now * (1 - 1e-9):
@@ -368,7 +367,7 @@ class _Search:
 def _term(layer: Layer, turning: Sequence[str], ridge: float) -> Callable[[Sequence], Tensor]:
     """J of one layer as a function of the models' matrices."""
     if not any(leaf.space in turning for _, leaf in leaves(layer.columns)):
-        form = quadratic_form(layer, ridge) / layer.scale
+        form = quadratic_form(layer, ridge)
 
         def of_rows(moves: Sequence[Mapping[str, Tensor]]) -> Tensor:
             total = torch.zeros((), dtype=torch.float64)
@@ -387,7 +386,7 @@ def _term(layer: Layer, turning: Sequence[str], ridge: float) -> Callable[[Seque
         ):
             weights.append(act(act(weight_OI, 0, layer.rows, moves[m]), 1, layer.columns, moves[m]))
             grams.append(act(act(gram_II, 0, layer.columns, moves[m]), 1, layer.columns, moves[m]))
-        return error(torch.stack(weights), torch.stack(grams), ridge) / layer.scale
+        return error(torch.stack(weights), torch.stack(grams), ridge)
 
     return of_both
 
@@ -510,9 +509,7 @@ def _sides(
     # One loudness per model, not one per input, so that turning the inputs turns the value alike.
     energy_MI = layer.gram_MII.diagonal(dim1=-2, dim2=-1)[:, :size]
     felt_MOI = layer.weight_MOI[..., :size] * energy_MI.mean(-1).sqrt()[:, None, None]
-    rows = solved_OI / layer.scale, moved_MOI[own]
-    columns = felt_MOI[rest].sum(0) / layer.scale, felt_MOI[own]
-    return layer.dim, rows, columns
+    return layer.dim, (solved_OI, moved_MOI[own]), (felt_MOI[rest].sum(0), felt_MOI[own])
 
 
 def _lies_on(space: str, layer: Layer) -> bool:

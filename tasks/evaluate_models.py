@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from alloy import landscape
 from alloy.alignment import Alignment
 from alloy.distance import distance
 from tasks import report_models
@@ -216,16 +217,12 @@ class Curves:
     def path(
         self, model: nn.Module, other: int, start: Mapping[str, Tensor], end: Mapping[str, Tensor]
     ) -> Iterator[PathRow]:
-        from alloy import landscape
-
         ts = torch.linspace(0, 1, self.job.params.evaluate.path_points).tolist()
         for t, weights in landscape.path(start, end, ts):
             for metric, value in self.values(model, weights).items():
                 yield PathRow(self.job.set, self.job.seed, self.name, other, t, metric, value)
 
     def barriers(self, other: int, path: list[PathRow]) -> Iterator[BarrierRow]:
-        from alloy import landscape
-
         for metric in dict.fromkeys(row.metric for row in path):
             points = [(row.t, row.value) for row in path if row.metric == metric]
             sign = 1.0 if metric.endswith("loss") else -1.0
@@ -242,8 +239,6 @@ class Curves:
         aligned: Mapping[str, Mapping[str, Tensor]],
     ) -> Iterator[PlaneRow]:
         """Through the reference, the other member as it was given, and the mean of both aligned."""
-        from alloy import landscape
-
         reference, member = self.alignment.reference, self.job.members[other]
         ours, theirs = aligned[reference], aligned[member]
         mean = {n: (t + theirs[n]) / 2 if t.is_floating_point() else t for n, t in ours.items()}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import alloy
+from alloy import repair
 from alloy.align import transport_grams
 from alloy.alignment import Alignment
 from alloy.merge import MERGE_METHODS, MergeError
@@ -137,8 +138,6 @@ def mend(
     switches, found = arm.repair, {}
     if switches == type(switches)():
         return {alignment.reference: merged}, found
-    from alloy import repair
-
     if (switches.permuted_least_squares is not None or switches.repair) and not alignment.exact:
         raise ValueError(
             f"permuted_least_squares and repair look at the aligned parents' activations, and alignment "
@@ -197,8 +196,6 @@ def temperature(
     model: nn.Module, merged: Weights, job: Job, seen: Sequence[Mapping[str, Tensor]]
 ) -> float:
     """The factor on the merged model's logits that brings them nearest to the parents' mean answer."""
-    from alloy import repair
-
     parents = [load_any(folder) for folder in job.folders.values()]
     mean = torch.stack([_logits(parent, seen).softmax(-1) for parent in parents]).mean(0)
     model.load_state_dict(merged)
@@ -216,8 +213,6 @@ def output_layer(model: nn.Module, weights: Weights, batch: Mapping[str, Tensor]
 
     Raises ValueError where there is none, as for an output layer that is also the embedding.
     """
-    from alloy import repair
-
     model.load_state_dict(weights)
     before = answers(model, batch).rows
     candidates = [

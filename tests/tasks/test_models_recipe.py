@@ -1,0 +1,393 @@
+"""Recipes of kind "models": checkpoints of any architecture, from folders to a merged model and its report."""
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import ConvNextImageProcessor
+
+import alloy
+from alloy.symmetry import with_kind
+from tasks import align, calibration, collect, evaluate, fetch, merge, params, prepare
+from tasks.align_models import load_alignment
+from tasks.params import ParamsError
+from tasks.sets import Job
+from tests import tiny_models
+
+STAGES = (fetch, prepare, collect, align, merge, evaluate)
+OWN = {
+    "images": {"images": "photos", "examples": 24},
+    "texts": {"texts": "letters", "examples": 24, "tokens": 16},
+}
+CONVNEXT, OPT = "ConvNextForImageClassification", "OPTForCausalLM"
+
+
+@pytest.fixture(scope="session")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints of each architecture, pictures and texts."""
+    folder = tmp_path_factory.mktemp("given")
+    for name in tiny_models.ARCHITECTURES:
+        for seed, member in enumerate("ab"):
+            tiny_models.save(tiny_models.model(name, seed), folder / name / member)
+    tiny_models.pictures(folder / "photos")
+    tiny_models.letters(folder / "letters")
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, given: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(given / "photos", tmp_path / "photos")
+    shutil.copytree(given / "letters", tmp_path / "letters")
+    (tmp_path / "params").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def write(workspace: Path, given: Path) -> Callable[..., None]:
+    """Write the recipe `mine` that merges an architecture's two checkpoints, and bring those."""
+
+    def write(name: str, change: Callable[[dict], None] = lambda recipe: None) -> None:
+        shutil.copytree(given / name, workspace / "given", dirs_exist_ok=True)
+        recipe = tiny_models.recipe(OWN[tiny_models.ARCHITECTURES[name][0]], {0: ["a", "b"]})
+        change(recipe)
+        (workspace / "params/recipes.yaml").write_text("recipes: [mine]\n")
+        (workspace / "params/mine.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+    return write
+
+
+def run(*stages) -> None:
+    for stage in stages or STAGES:
+        stage.main("mine")
+
+
+def change_params(change: Callable[[dict], None]) -> None:
+    path = Path("params/mine.yaml")
+    recipe = yaml.safe_load(path.read_text())
+    change(recipe)
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+
+def scores(model: str, split: str = "calibration") -> dict[str, float]:
+    return json.loads(Path("reports/mine/metrics.json").read_text())[split][model]["pair"]
+
+
+@pytest.mark.parametrize("name", tiny_models.ARCHITECTURES)
+def test_any_architecture_passes_every_stage_without_code(write, workspace, name) -> None:
+    """Folders in, a model that transformers loads and a report out, for classes that alloy never names."""
+    code = "".join(path.read_text() for path in Path(alloy.__file__).parent.rglob("*.py"))
+    assert re.sub(r"(For|Model).*", "", name).lower() not in re.findall(r"\w+", code.lower())
+    write(name)
+    params.check("mine")
+    run()
+    _, info = getattr(transformers, name).from_pretrained(
+        "models/mine/merged", output_loading_info=True
+    )
+    assert not any(info.values())
+    job = Job("mine", "pair", 0)
+    moved = load_alignment(job, "mudsc").apply(job.weights())
+    merged = load_file("models/mine/merged/model.safetensors")
+    for key, tensor in merged.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, (moved["a"][key] + moved["b"][key]) / 2)
+    report = json.loads(Path("models/mine/transforms/pair/0/report.json").read_text())
+    assert report["mudsc"]["change"] < 1e-9  # the same function, in float64
+    agreement = "explained_variance" if name == "ElectraModel" else "agreement"
+    assert scores("parent_0")[f"{agreement}_parent_0"] == pytest.approx(100, abs=1e-4)
+    assert scores("merged") == scores("mudsc")
+    assert scores("ensemble")["loss"] <= scores("parent_0")["loss"] + 0.05
+    page = Path("reports/mine/report.html").read_text()
+    assert "mudsc" in page
+    assert "data:image/png" in page
+    barriers = json.loads(Path("reports/mine/plots/barriers.json").read_text())
+    assert {row["alignment"] for row in barriers} == {"identity", "mudsc"}
+    assert not list(workspace.rglob("*.incomplete"))
+
+
+def plant(source: Path, target: Path, seed: int) -> None:
+    """Write a checkpoint that computes the same with all its units in another order."""
+    model = transformers.AutoModelForImageClassification.from_pretrained(source)
+    spec = alloy.find_symmetries(model, {"pixel_values": torch.randn(2, 3, 32, 32)})
+    spec = with_kind(spec, "permutation")
+    order = alloy.random_transforms(spec, torch.Generator().manual_seed(seed))
+    model.load_state_dict(alloy.transport(model.state_dict(), spec, order))
+    shutil.copytree(source, target)
+    model.save_pretrained(target)
+
+
+def test_units_in_another_order_are_found_again_in_every_seed(write, workspace, given) -> None:
+    """Merged with itself in another order a model is itself, in sets of two seeds that run side by side; its
+    plain average is not. Seeds give a mean and a spread."""
+    write(CONVNEXT)
+    for seed, name in enumerate("ab"):
+        plant(given / CONVNEXT / name, workspace / f"given/{name}_moved", seed)
+    members = {0: ["a", "a_moved"], 1: ["b", "b_moved"]}
+    checkpoints = {name: f"given/{name}" for pair in members.values() for name in pair}
+    change_params(lambda r: r["collect"]["sets"]["pair"].update(members=members))
+    change_params(lambda r: r["fetch"].update(checkpoints=checkpoints))
+    change_params(lambda r: r["evaluate"].update(curves=[]))
+    run()
+    assert scores("mudsc")["agreement"] == 100
+    assert scores("mudsc")["agreement_spread"] == 0
+    assert scores("mudsc")["loss"] < 1e-9
+    assert scores("average")["loss"] > 1e-6
+    assert "agreement_spread" not in scores("merged")  # one seed's own
+    assert "2 seeds, mean ± standard deviation" in Path("reports/mine/table.md").read_text()
+    for seed, name in enumerate("ab"):
+        arm = load_file(f"models/mine/arms/pair/{seed}/mudsc/model.safetensors")
+        parent = load_file(f"given/{name}/model.safetensors")
+        for key, tensor in parent.items():
+            torch.testing.assert_close(arm[key], tensor)
+
+
+def test_labels_give_accuracies_of_all_tasks(write, workspace) -> None:
+    """With a benchmark, joint, per-task and average accuracy; a model merged with itself keeps them all."""
+    model = tiny_models.model(CONVNEXT, 0, num_channels=1, num_labels=32)
+    for name in "ab":
+        model.save_pretrained(workspace / "given" / name)
+    write_labelled(write)
+    for name in "ab":
+        model.save_pretrained(workspace / "given" / name)
+    run()
+    found = scores("merged", "test")
+    assert {"joint_accuracy", "task_0_accuracy", "task_1_accuracy", "average_accuracy"} <= {*found}
+    assert found == scores("parent_0", "test") == scores("parent_1", "test")
+    assert found["average_accuracy"] == pytest.approx(
+        (found["task_0_accuracy"] + found["task_1_accuracy"]) / 2, abs=1e-4
+    )
+    assert scores("merged", "validation")["loss"] > 0
+
+
+def write_labelled(write) -> None:
+    def change(recipe: dict) -> None:
+        sizes = {"validation": 40, "test": 60}
+        recipe["prepare"]["calibration"]["own"] = {"writer": "mnist", "examples": 32}
+        recipe["prepare"]["benchmarks"] = {"digits": {"writer": "mnist", "options": sizes}}
+        recipe["collect"]["sets"]["pair"]["benchmark"] = "digits"
+        recipe["evaluate"]["curves"] = []
+
+    write(CONVNEXT, change)
+
+
+def text_examples(**changes: object) -> dict[str, torch.Tensor]:
+    given = params.ModelsCalibration(**{**OWN["texts"], **changes})
+    return calibration.calibration("here", given, Path("given/a"), 0)
+
+
+def test_texts_are_cut_into_pieces_of_the_models_own_tokens(write, workspace) -> None:
+    """Every piece has its special tokens and is padded; without padding token only whole pieces count."""
+    write(OPT)
+    padded = text_examples(examples=80)
+    assert padded["input_ids"].shape == (80, 16)
+    ends = padded["attention_mask"].sum(1) - 1
+    assert (padded["input_ids"][:, 0] == 2).all()
+    assert (padded["input_ids"][torch.arange(80), ends] == 3).all()
+    assert not padded["attention_mask"].all()
+    bare = tiny_models.tokenizer()
+    bare.pad_token = None
+    bare.save_pretrained("given/a")
+    whole = text_examples(examples=50)
+    assert [*whole] == ["input_ids"]
+    assert not (whole["input_ids"] == 0).any()
+    with pytest.raises(ValueError, match="no text has 500 tokens"):
+        text_examples(tokens=500)
+
+
+def test_data_sets_on_disk_give_texts_pictures_and_inputs(write, workspace) -> None:
+    """A column of texts or pictures passes the models' processors; columns named as inputs pass as they are."""
+    write(OPT)
+    texts = ["a b c d e f g", "h i j", "k l m n o p"] * 3
+    datasets.Dataset.from_dict({"text": texts, "n": range(9)}).save_to_disk("data_text")
+    datasets.Dataset.from_dict({"text": texts}).to_parquet("data.parquet")
+    for path in ("data_text", "data.parquet"):
+        given = params.ModelsCalibration(dataset=path, column="text", examples=9, tokens=12)
+        assert calibration.calibration("here", given, Path("given/a"), 0)["input_ids"].shape == (
+            9,
+            12,
+        )
+    ids = torch.randint(5, 20, (6, 7))
+    datasets.Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk("data_ids")
+    given = params.ModelsCalibration(dataset="data_ids", examples=6)
+    found = calibration.calibration("here", given, Path("given/a"), 0)["input_ids"]
+    assert sorted(map(tuple, found.tolist())) == sorted(map(tuple, ids.tolist()))
+    write(CONVNEXT)
+    shown = [Image.new("RGB", (20, 20), (i, 0, 0)) for i in range(5)]
+    datasets.Dataset.from_dict({"image": shown}).save_to_disk("data_image")
+    given = params.ModelsCalibration(dataset="data_image", column="image", examples=5)
+    pixels = calibration.calibration("here", given, Path("given/a"), 0)["pixel_values"]
+    assert pixels.shape == (5, 3, 32, 32)
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"a": [1]})}).save_to_disk("splits")
+    given = params.ModelsCalibration(dataset="splits", examples=2)
+    with pytest.raises(ValueError, match="has splits; name one, such as splits/train"):
+        calibration.calibration("here", given, Path("given/a"), 0)
+    given = params.ModelsCalibration(dataset="data_text", column="txt", examples=9, tokens=12)
+    with pytest.raises(ParamsError, match=r"column: 'txt': did you mean 'text'"):
+        calibration.calibration("here", given, Path("given/a"), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["collect"]["sets"]["pair"].update(calibration="ow"), "did you mean 'own'"),
+        (lambda r: r["collect"]["sets"]["pair"]["members"].update({0: ["a", "c"]}), "members.0: 'c'"),
+        (lambda r: r["collect"]["sets"]["pair"]["members"].update({0: ["a"]}), "two or more"),
+        (lambda r: r["collect"]["sets"]["pair"]["members"].update({0: ["a", "a"]}), "named twice"),
+        (lambda r: r["merge"]["arms"]["mudsc"].update(alignment="mudsk"), "did you mean 'mudsc'"),
+        (lambda r: r["merge"]["result"].update(seed=3), r"result\.seed: 3"),
+        (lambda r: r["merge"]["result"].update(arm="avrage"), "did you mean 'average'"),
+        (lambda r: r["merge"]["arms"].update(ensemble=r["merge"]["arms"]["mudsc"]), "'ensemble'"),
+        (lambda r: r["evaluate"].update(curves=["x"]), r"evaluate\.curves: 'x'"),
+        (lambda r: r["prepare"]["calibration"]["own"].update(texts="x"), "give one of images"),
+        (lambda r: r["prepare"]["calibration"]["own"].update(tokens=8), "'tokens' is of texts"),
+        (lambda r: r["prepare"]["calibration"].update(b=OWN["images"]), "no set has"),
+        (lambda r: r.update(finetune={}), "write `finetune: null`"),
+    ],
+)  # fmt: skip
+def test_a_recipe_whose_sections_do_not_fit_is_refused_before_the_first_stage(
+    write, change, message
+) -> None:
+    write(CONVNEXT, change)
+    with pytest.raises(ParamsError, match=message):
+        params.check("mine")
+
+
+def _empty(workspace: Path) -> None:
+    for file in (workspace / "photos").iterdir():
+        file.rename(file.with_suffix(".txt"))
+
+
+def _broken_picture(workspace: Path) -> None:
+    (workspace / "photos/3.png").write_bytes(b"no picture")
+
+
+def _no_processor(workspace: Path) -> None:
+    for name in "ab":
+        (workspace / "given" / name / "preprocessor_config.json").unlink()
+
+
+def _other_processor(workspace: Path) -> None:
+    ConvNextImageProcessor(size={"shortest_edge": 48}).save_pretrained(workspace / "given/b")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_empty, r"photos is empty: it has 24 entries, none of them \*\.bmp"),
+        (_broken_picture, r"photos/3\.png is no picture"),
+        (_no_processor, r"has no image processor \(preprocessor_config\.json\)"),
+        (_other_processor, r"image processor of .*a and .*b differ: .*\bis\b.*\band\b"),
+        (lambda _: shutil.rmtree("photos"), "photos is not there"),
+        (
+            lambda _: change_params(
+                lambda r: r["prepare"]["calibration"]["own"].update(examples=99)
+            ),
+            r"own\.examples is 99, the source has 24",
+        ),
+    ],
+)
+def test_pictures_that_cannot_be_used_are_refused(write, workspace, spoil, message) -> None:
+    """Nothing is written: the message says what was found and what would be right."""
+    write(CONVNEXT)
+    spoil(workspace)
+    fetch.main("mine")
+    with pytest.raises(ValueError, match=message):
+        prepare.main("mine")
+    assert not Path("data/mine").exists()
+
+
+def test_tokenizers_that_differ_are_refused_with_the_first_difference(write, workspace) -> None:
+    write(OPT)
+    shuffled = random.Random(0).sample(tiny_models.LETTERS, 26)
+    tiny_models.tokenizer("".join(shuffled)).save_pretrained("given/b")
+    fetch.main("mine")
+    with pytest.raises(ValueError, match=r"tokenizer of .*a and .*b differ: token '\w' is number"):
+        prepare.main("mine")
+    tiny_models.tokenizer(tiny_models.LETTERS[:-1]).save_pretrained("given/b")
+    fetch.main("mine")
+    with pytest.raises(ValueError, match="vocabularies of 31 and 30 tokens"):
+        prepare.main("mine")
+
+
+def spoil_weights(member: str) -> None:
+    path = Path("given") / member / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("classifier.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_models_that_cannot_be_merged_are_refused_and_the_old_result_stands(
+    write, workspace
+) -> None:
+    """NaN weights, another class, other symmetries, settings that a preset or method does not have."""
+    write(CONVNEXT)
+    run(fetch, prepare, collect, align, merge)
+    stands = Path("models/mine/merged/model.safetensors").read_bytes()
+    settings = {"weight_shar": 0.5}
+    change_params(lambda r: r["align"]["alignments"]["mudsc"].update(settings=settings))
+    with pytest.raises(ValueError, match=r"set 'pair': align\.alignments\.mudsc: .*weight_share"):
+        align.main("mine")
+    change_params(lambda r: r["align"]["alignments"]["mudsc"].update(settings={}))
+    change_params(lambda r: r["merge"]["arms"]["mudsc"].update(options={"densty": 1}))
+    with pytest.raises(ValueError, match=r"set 'pair': merge\.arms\.mudsc: .*densty"):
+        merge.main("mine")
+    change_params(lambda r: r["merge"]["arms"]["mudsc"].update(options={}, method="regmean"))
+    change_params(lambda r: r["collect"].update(grams=False))
+    run(collect, align)
+    with pytest.raises(ValueError, match=r"set collect\.grams to true"):
+        merge.main("mine")
+    tiny_models.save(tiny_models.model(CONVNEXT, 1, depths=[1, 1]), Path("given/b"))
+    run(fetch, prepare)
+    with pytest.raises(ValueError, match=r"'a' and 'b'"):
+        run(collect, align)
+    tiny_models.save(tiny_models.model("RegNetForImageClassification", 1), Path("given/b"))
+    fetch.main("mine")
+    with pytest.raises(ValueError, match="a is a ConvNextForImageClassification, b a RegNet"):
+        collect.main("mine")
+    assert Path("models/mine/merged/model.safetensors").read_bytes() == stands
+
+
+def test_nan_is_refused_where_it_is_seen_first(write, workspace) -> None:
+    """Weights or inputs that are not finite never reach a result."""
+    write(CONVNEXT)
+    spoil_weights("b")
+    run(fetch, prepare, collect)
+    with pytest.raises(ValueError, match=r"not finite|NaN|Inf"):
+        align.main("mine")
+    rows = {"input_ids": [[1.0, 2.0], [3.0, float("nan")]]}
+    datasets.Dataset.from_dict(rows).save_to_disk("broken")
+    write(OPT)
+    given = params.ModelsCalibration(dataset="broken", examples=2)
+    with pytest.raises(ValueError, match=r"input_ids has NaN or Inf in examples \[[01]\]"):
+        calibration.calibration("here", given, Path("given/a"), 0)
+
+
+def test_too_little_and_constant_data_are_warned_of_in_the_report(write, workspace) -> None:
+    """Fewer tokens than units, and units that never vary, are named; nothing is silently zero."""
+
+    def change(recipe: dict) -> None:
+        recipe["prepare"]["calibration"]["own"]["examples"] = 4
+        recipe["evaluate"]["curves"] = []
+
+    write("RegNetForImageClassification", change)
+    for name in "ab":
+        path = Path("given") / name / "model.safetensors"
+        weights = load_file(path)
+        key = next(n for n in weights if "stages.0.layers.0.layer.0.normalization.weight" in n)
+        weights[key][3] = 0  # a unit that says the same whatever it sees
+        save_file(weights, path, metadata={"format": "pt"})
+    run()
+    page = Path("reports/mine/report.html").read_text()
+    assert "constant units" in page
+    assert "few samples" in page

@@ -139,6 +139,7 @@ class _Observer:
         self.images = {_unit_key(image.units): image for image in images}
         derived = {image.units.space for image in images}
         read = [p for p in unit_points(spec, self.modules) if p.space not in derived]
+        read += [image.source for image in images if not image.source.space]
         self.units = {_unit_key(p): p for p in (*read, *(image.units for image in images))}
         self.inputs = _linear_inputs(self.modules) if grams else {}
         self.points = {key: unit.point for key, unit in self.units.items()}
@@ -309,7 +310,7 @@ class _Products:
             raise CollectionError("there are no calibration batches: nothing was observed")
         places: dict[str, list[Place]] = {space: [] for space in self.first.spec.spaces}
         for key, unit in self.first.units.items():
-            if key in self.first.sums:
+            if unit.space and key in self.first.sums:
                 places[unit.space].append(self._place(key, unit))
         return Statistics(
             tuple(self.observers),

@@ -151,27 +151,25 @@ class LinearImage(NamedTuple):
 
     units: UnitPoint
     source: UnitPoint
+    """Of no space (the name is empty) where what the layer reads cannot be transformed."""
 
 
 def linear_images(spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[LinearImage]:
-    """The spaces all of whose units are linear in units of other spaces, where these are observed.
+    """The spaces all of whose units are linear in others, where it is cheaper to observe these.
 
     In a transformer queries, keys, values and the units of an MLP before its activation function, all
     computed from the residual stream. Wide spaces come first; what they are computed from stays observed.
     """
-    sources: dict[str, UnitPoint] = {
-        p.point.module: p for p in unit_points(spec, modules) if p.point.side == "input"
-    }
+    read = {p.point.module: p for p in unit_points(spec, modules) if p.point.side == "input"}
     found: dict[str, list[LinearImage]] = {}
     needed: set[str] = set()
     for space in sorted(spec.spaces, key=lambda name: -_num_units(spec, name)):
         _, writing = _reading_and_writing(space, spec, modules)
-        images = [
-            LinearImage(units, sources[units.point.module])
+        sources = [
+            (units, _source_of(units, read, modules, _num_units(spec, space)))
             for units in writing.get(0, ())
-            if units.columns.shape[1] == 1
-            and _is_plain(modules[units.point.module], sources.get(units.point.module))
         ]
+        images = [LinearImage(units, source) for units, source in sources if source]
         feeds = {image.source.space for image in images}
         whole = set(writing) == {0} and len(images) == len(writing[0])
         if whole and space not in needed | feeds and not feeds & set(found):
@@ -184,16 +182,24 @@ def _num_units(spec: SymmetrySpec, space: str) -> int:
     return math.prod(spec.batch_shape(space)) * spec.spaces[space].size
 
 
-def _is_plain(module: nn.Module, source: UnitPoint | None) -> bool:
-    """Whether a module computes W x + b of all its observed inputs and nothing else."""
-    if source is None or source.columns.shape[1] > 1:
-        return False
-    kind = type(module)
+def _source_of(
+    units: UnitPoint, read: Mapping[str, UnitPoint], modules: Mapping[str, nn.Module], limit: int
+) -> UnitPoint | None:
+    """What a layer computes W x + b of, if it does nothing else and x is observed or no wider."""
+    module = modules[units.point.module]
     weight, layer = module.weight, layer_of(module)
-    if not isinstance(weight, Tensor) or layer is None or layer.input is None:
-        return False
-    whole = torch.equal(source.columns[:, 0], torch.arange(weight.shape[layer.input]))
-    return whole and (kind is nn.Linear or kind.__name__ == "Conv1D")
+    plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    if not (plain and isinstance(weight, Tensor) and layer and units.columns.shape[1] == 1):
+        return None
+    assert layer.input is not None
+    size = weight.shape[layer.input]
+    whole = torch.arange(size)[:, None]
+    if source := read.get(units.point.module):
+        return source if torch.equal(source.columns, whole) else None
+    if size > limit:
+        return None
+    axis = Axis(f"{units.point.module}.weight", layer.input)
+    return UnitPoint("", axis, Point(units.point.module, "input"), whole)
 
 
 def _layers(

@@ -117,6 +117,24 @@ def test_correlations_are_numpys_at_every_point(models, ids, spec, units):
             assert min(float((found - e).abs().max()) for e in expected) < 1e-4
 
 
+def test_moments_follow_from_a_stream_that_is_fixed():
+    """A model without a head: nobody may reorder its outputs, yet its MLP units are linear in them."""
+    models, images = {"a": _vit(8, 0), "b": _vit(8, 1)}, torch.randn(6, 3, 8, 8)
+    spec = _vit_spec(8)
+    assert {i.source.space for i in linear_images(spec, dict(models["a"].named_modules()))} == {""}
+    found, read = (
+        collect(models, [{"pixel_values": images}], spec, units=units).between("a", "b")
+        for units in ("written", "read")
+    )
+    for space, moments in read.items():
+        assert len(found[space]) == len(moments)
+        if "query" in space:  # written in either case
+            for ours, theirs in zip(found[space], moments, strict=True):
+                torch.testing.assert_close(
+                    ours.correlation_DE(), theirs.correlation_DE(), rtol=1e-4, atol=1e-4
+                )
+
+
 def test_each_tensor_counts_once_for_a_space(models, ids, spec):
     """Queries, keys and values read one tensor: it is one observation of the residual stream."""
     statistics = collect(models, _batches(ids, [9]), spec)

@@ -77,20 +77,30 @@ def ensemble(logits: Sequence[Tensor], classes: Classes) -> Tensor:
     Raises:
         ValueError: another number of parents than of tasks.
     """
+    rows = _parent_of_each_class(logits, classes)
+    return torch.stack(list(logits)).gather(0, rows.expand(1, len(logits[0]), -1))[0]
+
+
+def confidence(logits: Sequence[Tensor], classes: Classes) -> Tensor:
+    """Each parent's share in each example [P, N], columns of sum 1, from their logits and no labels.
+
+    The softmax over parents of the largest logit among their own tasks' classes: the parent that the
+    ensemble would believe counts most.
+
+    Raises:
+        ValueError: another number of parents than of tasks.
+    """
+    rows = _parent_of_each_class(logits, classes)[0, 0]
+    own = [found[:, rows == parent].amax(dim=1) for parent, found in enumerate(logits)]
+    return torch.stack(own).softmax(dim=0)
+
+
+def _parent_of_each_class(logits: Sequence[Tensor], classes: Classes) -> Tensor:
+    """The parents' numbers [1, 1, C]: the position of a parent is that of its task."""
     num_tasks = int(classes["class_tasks"].max()) + 1
     if len(logits) != num_tasks:
         raise ValueError(f"{len(logits)} parents for {num_tasks} tasks: one for each is needed")
-    rows = classes["class_tasks"][None, None].expand(1, len(logits[0]), -1)
-    return torch.stack(list(logits)).gather(0, rows)[0]
-
-
-def confidence(logits: Sequence[Tensor]) -> Tensor:
-    """Each parent's share in each example [P, N], columns of sum 1: the softmax of their largest logits.
-
-    Labels are not needed: a parent that knows the example's classes points at one of their codes.
-    Cosines are comparable between parents as they are; other logits should be log-probabilities.
-    """
-    return torch.stack([of_parent.amax(dim=1) for of_parent in logits]).softmax(dim=0)
+    return classes["class_tasks"][None, None]
 
 
 def loss(logits_NC: Tensor, labels_N: Tensor) -> Tensor:

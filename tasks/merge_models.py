@@ -21,6 +21,7 @@ from alloy.align import transport_grams
 from alloy.alignment import Alignment
 from alloy.merge import MERGE_METHODS, MergeError
 from tasks import accuracy
+from tasks import accuracy
 from tasks.align_models import load_alignment
 from tasks.collect_models import load_statistics
 from tasks.models import load_any, load_config
@@ -115,10 +116,11 @@ def grams_of(
         raise MergeError(
             f"{arm.method} needs Grams of the layers' inputs: set collect.grams to true"
         )
-    if not alignment.exact:
+    folded = alignment.spec.folded != alignment.specs[alignment.reference].folded
+    if folded or not alignment.exact:
         raise MergeError(
             f"{arm.method} needs Grams in the common units, which alignment {arm.alignment!r} "
-            f"({alignment.preset}) does not give; choose one that keeps the functions"
+            f"({alignment.preset}) does not give; choose one that permutes"
         )
     moved = {
         name: transport_grams(grams[name], alignment.specs[name], alignment.transforms[name])
@@ -174,22 +176,20 @@ def mend(
 
 
 def confidence(job: Job, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """How sure each parent is of each calibration example [P, N], by its own answer and without labels."""
+    """How sure each parent is of each calibration example [P, N], by its own answer and without labels.
+
+    Without a benchmark, whose classes say what each parent knows, by its largest log-probability.
+    """
     outputs = [_logits(load_any(folder), seen) for folder in job.folders.values()]
-    if any(len(found) != sum(_num_examples(batch) for batch in seen) for found in outputs):
+    num = sum(len(next(iter(batch.values()))) for batch in seen)
+    if any(len(found) != num for found in outputs):
         raise ValueError("targets 'confidence' needs models with one answer an example")
     benchmark = job.found.benchmark
     if benchmark is None:
-        return accuracy.confidence([found.log_softmax(dim=1) for found in outputs])
+        sure = [found.log_softmax(dim=1).amax(dim=1) for found in outputs]
+        return torch.stack(sure).softmax(dim=0)
     classes = load_file(DATA / job.recipe / "benchmarks" / benchmark / "classes.safetensors")
-    logits = [accuracy.logits(found, classes) for found in outputs]
-    if "codes" not in classes:
-        logits = [found.log_softmax(dim=1) for found in logits]
-    return accuracy.confidence(logits)
-
-
-def _num_examples(batch: Mapping[str, Tensor]) -> int:
-    return len(next(iter(batch.values())))
+    return accuracy.confidence([accuracy.logits(found, classes) for found in outputs], classes)
 
 
 def temperature(
@@ -232,7 +232,8 @@ def save(job: Job, weights: Weights, member: str, folder: Path, account: Mapping
     """Write a checkpoint of the reference's architecture, with its processors, card and record."""
     reference = job.folders[account["reference"]]
     model = load_any(reference)
-    dtype = load_config(reference).dtype or torch.float32
+    asked = job.params.merge.dtype
+    dtype = getattr(torch, asked) if asked else load_config(reference).dtype or torch.float32
     model.load_state_dict(weights)
     model.to(dtype).save_pretrained(folder)
     for file in sorted(reference.iterdir()):

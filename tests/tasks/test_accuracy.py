@@ -75,3 +75,18 @@ def test_the_ensemble_asks_each_parent_for_its_own_classes():
 def test_an_ensemble_without_a_parent_for_each_task_is_refused():
     with pytest.raises(ValueError, match="3 parents for 2 tasks"):
         accuracy.ensemble([torch.zeros(2, 4)] * 3, TWO)
+
+
+def test_the_parent_that_is_sure_of_an_example_has_it():
+    """Shares sum to 1; what a parent says of the other task's classes does not make it sure."""
+    first = torch.tensor([[9.0, 0.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]])
+    second = torch.tensor([[0.0, 0.0, 0.0, 1.0], [9.0, 0.0, 0.0, 5.0]])
+    shares = accuracy.confidence([first, second], TWO)
+    assert torch.allclose(shares.sum(0), torch.ones(2))
+    assert shares[0].tolist() == pytest.approx([1 / (1 + math.exp(-8)), 1 / (1 + math.exp(5))])
+
+
+def test_parents_that_know_equally_much_share_equally():
+    logits = torch.randn(7, 4)
+    shares = accuracy.confidence([logits, logits[:, [2, 3, 0, 1]]], TWO)
+    assert torch.allclose(shares, torch.full((2, 7), 0.5))

@@ -54,19 +54,19 @@ BOTH = ("coefficients.v=0..1", "coefficients.l=0..1")
 
 
 def test_a_search_that_goes_on_proposes_what_it_would_have_proposed(tmp_path):
-    """Trials 0..24 at once, and 0..10 then the rest: the same settings and scores; the first are the arm's own."""
+    """Trials 0..15 at once, and 0..8 then the rest: the same settings and scores; the first are the arm's own."""
     whole, parts = Bowl(), Bowl()
     at_once = search.search(
-        whole, ranges(whole, *BOTH), num_trials=25, seed=3, folder=tmp_path / "a"
+        whole, ranges(whole, *BOTH), num_trials=16, seed=3, folder=tmp_path / "a"
     )
-    for num in (11, 25):
+    for num in (9, 16):
         found = search.search(
             parts, ranges(parts, *BOTH), num_trials=num, seed=3, folder=tmp_path / "b"
         )
     assert found == at_once
     assert whole.asked == parts.asked
     assert at_once[0].settings == {"coefficients.v": 0.1, "coefficients.l": 0.2}
-    assert max(t.score for t in at_once) > 49 > at_once[0].score
+    assert max(t.score for t in at_once) > 45 > at_once[0].score
     other = search.search(Bowl(), ranges(whole, *BOTH), num_trials=5, seed=4, folder=tmp_path / "c")
     assert [t.settings for t in other[1:]] != [t.settings for t in at_once[1:5]]
 

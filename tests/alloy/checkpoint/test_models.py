@@ -327,7 +327,10 @@ def test_embeddings_are_skipped_by_name_and_told_of_by_shape(tmp_path):
         assert any("wte.weight has a row per token" in note for note in plan.notes) == told
 
 
-@pytest.mark.parametrize("method", ["regmean_plus_plus", "adamerging", "sequential"])
+@pytest.mark.parametrize(
+    "method",
+    ["regmean_plus_plus", "adamerging", pytest.param("sequential", marks=pytest.mark.slow)],
+)
 def test_methods_that_run_the_model_merge_checkpoints_as_they_merge_in_memory(method, tmp_path):
     """From sharded files to a model that loads: the same weights as from state dicts."""
     kind, config, _ = ARCHITECTURES["Llama"]

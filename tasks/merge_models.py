@@ -26,7 +26,7 @@ from tasks.align_models import load_alignment
 from tasks.collect_models import load_statistics
 from tasks.models import load_any, load_config
 from tasks.outputs import answers
-from tasks.params import ModelsArm, models_recipe, nearest
+from tasks.params import ModelsArm, models_recipe
 from tasks.sets import DATA, MODELS, Job, Report, batches, jobs, load_weights, run_jobs
 from tasks.storage import read_json, write_folder, write_json
 
@@ -152,16 +152,17 @@ def mend(
         if isinstance(arm.coefficients, list)
         else None
     )
-    if switches.permuted_least_squares is not None:
-        settings = dict(switches.permuted_least_squares)
-        targets = settings.pop("targets", "mean")
-        if targets == "confidence":
-            settings["example_weights"] = confidence(job, seen)
-        elif targets != "mean":
-            raise ValueError(
-                f"permuted_least_squares.targets {targets!r}: {nearest(targets, ['confidence', 'mean'])}"
-            )
-        merged = repair.fit_layers(model, merged, parents, seen, coefficients=shares, **settings)
+    if (fit := switches.permuted_least_squares) is not None:
+        merged = repair.fit_layers(
+            model,
+            merged,
+            parents,
+            seen,
+            coefficients=shares,
+            example_weights=confidence(job, seen) if fit.targets == "confidence" else None,
+            inputs=fit.inputs,
+            ridge=fit.ridge,
+        )
     if switches.repair:
         merged = repair.match_variance(
             model, merged, parents, seen, alignment.spec, coefficients=shares

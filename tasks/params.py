@@ -551,10 +551,18 @@ class ModelsAlignParams(Section):
     alignments: dict[CheckpointName, ModelsAlignment] = Field(min_length=1)
 
 
+class ModelsLeastSquares(Section):
+    """Every layer fitted anew to what the parents' layers compute (`alloy.repair.fit_layers`)."""
+
+    targets: Literal["mean", "confidence"] = "mean"  # parents count alike, or by how sure they are
+    inputs: Literal["merged", "parents"] = "merged"  # that a layer is fitted on
+    ridge: float = Field(default=1e-2, gt=0)  # of the inputs' mean variance
+
+
 class ModelsRepair(Section):
     """What is mended after alignment; each switch is off by default."""
 
-    permuted_least_squares: dict[str, Any] | None = None  # its settings; null: off
+    permuted_least_squares: ModelsLeastSquares | None = None  # {} has the defaults; null: off
     batch_norm: bool = False  # means and variances estimated anew
     repair: bool = False  # variances of units brought to the parents' (REPAIR)
     temperature: bool = False  # one factor on the logits
@@ -583,6 +591,7 @@ class ModelsMergeParams(Section):
     """The arms of a comparison, all made for all sets."""
 
     result: ModelsResult
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # null: the reference's
     arms: dict[CheckpointName, ModelsArm] = Field(min_length=1)
 
     @model_validator(mode="after")

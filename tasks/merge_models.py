@@ -21,7 +21,6 @@ from alloy.align import transport_grams
 from alloy.alignment import Alignment
 from alloy.merge import MERGE_METHODS, MergeError
 from tasks import accuracy
-from tasks import accuracy
 from tasks.align_models import load_alignment
 from tasks.collect_models import load_statistics
 from tasks.models import load_any, load_config

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 
 from torch import nn
 
+from alloy.symmetry.biases import bias_moves
 from alloy.symmetry.engine import Engine, Requests, live_calls
 from alloy.symmetry.fold import NoFoldError, plan_folds
 from alloy.symmetry.kinds import Kinds
@@ -100,6 +101,7 @@ def spec_of(log: Log) -> SymmetrySpec:
     layout = _layout(log, engine, names, variances)
     axes = _axes(layout, primary)
     folds: list[Fold] = []
+    moves = bias_moves(engine) if any(facts.gains for facts in kinds.facts.values()) else {}
     unfoldable: dict[str, str] = {}
     unfolded: dict[str, tuple[str, ...]] = {}
     spaces = {}
@@ -109,7 +111,7 @@ def spec_of(log: Log) -> SymmetrySpec:
         facts = kinds.facts[atom]
         if atom not in used and facts.gains and not facts.forbidden:
             try:
-                folds += plan_folds(kinds, atom, name, axes[name])
+                folds += plan_folds(kinds, atom, name, axes[name], moves)
                 ones = any(use.centres for use in facts.gains)
                 folded_kind = "orthogonal fixing ones" if ones else "orthogonal"
             except NoFoldError as reason:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alloy.symmetry.biases import Moves
 from alloy.symmetry.kinds import Atom, GainUse, Kinds
 from alloy.symmetry.spec import (
     Axis,
@@ -40,9 +41,9 @@ class NoFoldError(Exception):
     gains: tuple[str, ...] = ()
 
 
-def plan_folds(kinds: Kinds, atom: Atom, space: str, axis_of: AxisOf) -> list[Fold]:
+def plan_folds(kinds: Kinds, atom: Atom, space: str, axis_of: AxisOf, moves: Moves) -> list[Fold]:
     """The folds that remove all gains of a space. Raises NoFoldError with the reason if some stay."""
-    planner = _Planner(kinds, atom, space, axis_of)
+    planner = _Planner(kinds, atom, space, axis_of, moves)
     folds: list[Fold] = []
     failures: dict[str, NoFoldError] = {}
     for use in kinds.facts[atom].gains:
@@ -60,7 +61,8 @@ def plan_folds(kinds: Kinds, atom: Atom, space: str, axis_of: AxisOf) -> list[Fo
 
 
 class _Planner:
-    def __init__(self, kinds: Kinds, atom: Atom, space: str, axis_of: AxisOf) -> None:
+    def __init__(self, kinds: Kinds, atom: Atom, space: str, axis_of: AxisOf, moves: Moves) -> None:
+        self.moves = moves
         self.kinds = kinds
         self.space = space
         self.uses = kinds.facts[atom].gains
@@ -93,12 +95,31 @@ class _Planner:
             raise NoFoldError(f"{name} is no plain vector over the space")
         if self._isolated(after, use) and after not in self.measured | self.centred:
             writers, readers = self._sides(use.after)
-            return Fold(self.space, gain, use.offset, scaled=readers, divided=writers)
+            fold = Fold(self.space, gain, use.offset, scaled=readers, divided=writers)
+            return fold if use.bias is None else self._with_bias(fold, self.names[use.bias])
         if self._isolated(before, use) and before not in self.measured | self.centred:
             writers, readers = self._sides(use.before)
             self.scaled_up[before] = after
             return Fold(self.space, gain, use.offset, scaled=writers, divided=readers)
         raise NoFoldError(f"{name}: its output feeds a sum or another norm, not contractions only")
+
+    def _with_bias(self, fold: Fold, name: str) -> Fold:
+        """The fold with what it takes to move the norm's bias on, too."""
+        bias = self.axis_of.get((name, 0, 0))
+        moves = self.moves.get(name, "it is no weight of a LayerNorm")
+        if bias is None or isinstance(moves, str):
+            return replace(fold, bias=bias, bias_stays=str(moves))
+        biases = dict(moves)
+        readers = tuple((a, biases[a.parameter]) for a in fold.scaled if a.parameter in biases)
+        plain = all(
+            axis.path == () and len(self.kinds.engine.log.weights[axis.parameter].shape) == 2
+            for axis, _ in readers
+        )
+        if not plain or len(readers) != len(biases) or not readers:
+            return replace(
+                fold, bias=bias, bias_stays="a layer reads it along a part of a dim only"
+            )
+        return replace(fold, bias=bias, readers=readers)
 
     def _gain_dim(self, name: str) -> int:
         shape = self.kinds.engine.log.weights[name].shape
@@ -154,50 +175,75 @@ class _Planner:
 
 
 def fold_norms(
-    model: Any, spec: SymmetrySpec, *, spaces: list[str] | None = None
+    model: Any, spec: SymmetrySpec, *, spaces: list[str] | None = None, biases: bool = False
 ) -> tuple[Any, SymmetrySpec]:
     """Fold norms' gains into the weights beside them; the function stays the same.
 
     `model` is a state dict or a module; the same kind is returned, a copy. With it comes the spec of
     the folded weights, in which the spaces have their `folded_kind`: a pre-norm residual stream is
     orthogonal. Where LayerNorms alone read a stream, its writers are centred too.
-    `spaces` limits the folding; by default all that can be folded are.
+    `spaces` limits the folding; by default all that can be folded are. With `biases` the norms' biases
+    move on into the biases of the layers that read them (they need not: a bias turns with its stream).
 
-    Raises SymmetryError with the reason if nothing, or a space asked for, cannot be folded, and if a
-    gain of zero would have to be divided by.
+    Raises SymmetryError with the reason if nothing, or a space asked for, cannot be folded, if a gain of
+    zero would have to be divided by, and if a bias has no layer to go to.
     """
     chosen = _chosen(spec, spaces)
     if isinstance(model, nn.Module):
-        folded, folded_spec = fold_norms(dict(model.state_dict()), spec, spaces=spaces)
+        weights = dict(model.state_dict())
+        folded, folded_spec = fold_norms(weights, spec, spaces=spaces, biases=biases)
         return _with_weights(model, folded), folded_spec
-    return _fold_weights(model, spec, chosen), _folded_spec(spec, chosen)
+    return _fold_weights(model, spec, chosen, biases=biases), _folded_spec(spec, chosen)
 
 
 def unfold_norms(
-    model: Any, spec: SymmetrySpec, gains: Weights, *, spaces: list[str] | None = None
+    model: Any,
+    spec: SymmetrySpec,
+    gains: Weights,
+    *,
+    spaces: list[str] | None = None,
+    biases: bool = False,
 ) -> Any:
     """Give folded norms gains again, taken out of the weights beside them; the function stays the same.
 
     `model` (a state dict or a module; a copy of the same kind is returned) is folded: by `fold_norms`,
-    and perhaps transported or merged since. `spec` and `spaces` are those that `fold_norms` was given.
-    `gains` holds the norm weights wanted, under their names: with those of the model before folding
-    (its state dict will do) the inverse of `fold_norms`, but for the means that centring removed.
+    and perhaps transported or merged since. `spec`, `spaces` and `biases` are those that `fold_norms` was
+    given. `gains` holds the norm weights (and biases) wanted, under their names: with those of the model
+    before folding (its state dict will do) the inverse of `fold_norms`, but for the means that centring
+    removed.
 
-    Raises SymmetryError if a gain is missing, zero or not finite, and if a norm's gain is not one.
+    Raises SymmetryError if a gain is missing, zero or not finite, and if a norm's gain is not one (its
+    bias not zero).
     """
     chosen = _chosen(spec, spaces)
     if isinstance(model, nn.Module):
+        weights = dict(model.state_dict())
         return _with_weights(
-            model, unfold_norms(dict(model.state_dict()), spec, gains, spaces=spaces)
+            model, unfold_norms(weights, spec, gains, spaces=spaces, biases=biases)
         )
     work = _Work(model, spec)
-    for fold in spec.folds:
-        if fold.space in chosen and fold.gain is not None:
+    folds = [fold for fold in spec.folds if fold.space in chosen]
+    for fold in folds:
+        if fold.gain is not None:
             name = fold.gain.parameter
             _check_gain(name, fold.offset, model, gains)
             work.scale(fold, 1 / _gain(gains, spec, fold, fold.gain))
             work.changed[name] = gains[name].double().clone()
+    for fold in folds if biases else ():
+        _check_bias(fold)
+        if fold.bias is not None:
+            _check_given(fold.bias.parameter, model, gains)
+            if work.units(fold.bias, fold.space).abs().max() > 1e-6:
+                raise SymmetryError(f"{fold.bias.parameter!r} is not folded: it is not zero")
+            work.move_bias(fold, -gains[fold.bias.parameter].double())
     return work.result()
+
+
+def _check_bias(fold: Fold) -> None:
+    if fold.bias is not None and fold.bias_stays:
+        raise SymmetryError(
+            f"bias {fold.bias.parameter!r} has no layer to go to: {fold.bias_stays}"
+        )
 
 
 def add_norm_matrices(model: nn.Module, spec: SymmetrySpec) -> nn.Module:
@@ -235,12 +281,16 @@ def _multiply(norm: Any, _: Any, output: Tensor) -> Tensor:
     return norm.matrix(output)
 
 
-def _check_gain(name: str, offset: float, weights: Weights, gains: Weights) -> None:
+def _check_given(name: str, weights: Weights, gains: Weights) -> None:
     if name not in gains or gains[name].shape != weights[name].shape:
         found = tuple(gains[name].shape) if name in gains else "none"
         raise SymmetryError(
-            f"unfolding needs a gain {name!r} of shape {tuple(weights[name].shape)}; given: {found}"
+            f"unfolding needs {name!r} of shape {tuple(weights[name].shape)}; given: {found}"
         )
+
+
+def _check_gain(name: str, offset: float, weights: Weights, gains: Weights) -> None:
+    _check_given(name, weights, gains)
     gain = gains[name].double() + offset
     if not (gain.isfinite() & (gain != 0)).all():
         raise SymmetryError(f"gain {name!r} has a zero, NaN or Inf: readers would be divided by it")
@@ -293,6 +343,17 @@ class _Work:
                 view = self.units(axis, fold.space)
                 view.mul_(factor.reshape(-1, *[1] * (view.ndim - 1)))
 
+    def move_bias(self, fold: Fold, bias: Tensor | None = None) -> None:
+        """Move a norm's bias into the layers that read it: its own, or the negative of one given."""
+        assert fold.bias is not None
+        own = self.units(fold.bias, fold.space)
+        moved = own.clone() if bias is None else bias
+        for axis, name in fold.readers:
+            if name not in self.changed:
+                self.changed[name] = self.weights[name].double().clone()
+            self.changed[name] += moved @ self.units(axis, fold.space)
+        own.sub_(moved)
+
     def result(self) -> dict[str, Tensor]:
         result = dict(self.weights)
         for name, tensor in self.changed.items():
@@ -312,7 +373,9 @@ def _gain(weights: Weights, spec: SymmetrySpec, fold: Fold, axis: Axis) -> Tenso
     return fold.offset + stored.double().flatten()
 
 
-def _fold_weights(weights: Weights, spec: SymmetrySpec, chosen: set[str]) -> dict[str, Tensor]:
+def _fold_weights(
+    weights: Weights, spec: SymmetrySpec, chosen: set[str], *, biases: bool
+) -> dict[str, Tensor]:
     work = _Work(weights, spec)
     folds = [fold for fold in spec.folds if fold.space in chosen]
     for fold in folds:
@@ -326,6 +389,10 @@ def _fold_weights(weights: Weights, spec: SymmetrySpec, chosen: set[str]) -> dic
             )
         work.scale(fold, gain)
         work.units(fold.gain, fold.space).fill_(1 - fold.offset)
+    for fold in folds if biases else ():
+        _check_bias(fold)
+        if fold.bias is not None:
+            work.move_bias(fold)
     for fold in folds:
         for axis in fold.centred:
             view = work.units(axis, fold.space)

@@ -81,6 +81,7 @@ class GainUse:
     weight: int | None  # value id of the gain
     offset: float = 0.0
     centres: bool = False
+    bias: int | None = None  # value id of the norm's bias
 
 
 @dataclass
@@ -386,7 +387,8 @@ class Kinds:
                 self.linear.unite(bias, after)
                 self.station.unite(bias, after)
                 self.signs.unite(bias, after)
-            facts.gains.append(GainUse(before, after, weight, offset, centres=True))
+            number = link.slots[-1][0].id if has_bias else None
+            facts.gains.append(GainUse(before, after, weight, offset, centres=True, bias=number))
 
     # Results
 

@@ -212,7 +212,9 @@ class Fold:
 
     `gain` is the weight, stored as an offset from `offset` (Gemma stores gain - 1: offset 1).
     `scaled` axes take the gain, `divided` ones (a norm's own bias) its inverse. `centred` axes write
-    the stream in front of a LayerNorm: their mean over the space is removed.
+    the stream in front of a LayerNorm: their mean over the space is removed. `bias` is the norm's own,
+    which can move on into its `readers`: the axis of each that reads the norm, and the bias of its layer;
+    `bias_stays` says why it cannot.
     """
 
     space: str
@@ -221,6 +223,9 @@ class Fold:
     scaled: tuple[Axis, ...] = ()
     divided: tuple[Axis, ...] = ()
     centred: tuple[Axis, ...] = ()
+    bias: Axis | None = None
+    readers: tuple[tuple[Axis, str], ...] = ()
+    bias_stays: str = ""
 
 
 def leaves(term: Term, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Leaf]]:
@@ -395,6 +400,9 @@ def _spec_to_data(spec: SymmetrySpec) -> dict[str, Any]:
                     part: [_axis_to_data(axis) for axis in getattr(fold, part)]
                     for part in ("scaled", "divided", "centred")
                 },
+                "bias": _axis_to_data(fold.bias) if fold.bias else None,
+                "readers": [[_axis_to_data(axis), name] for axis, name in fold.readers],
+                "bias_stays": fold.bias_stays,
             }
             for fold in spec.folds
         ],
@@ -436,6 +444,9 @@ def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
                     part: tuple(_axis_from_data(axis) for axis in fold[part])
                     for part in ("scaled", "divided", "centred")
                 },
+                bias=_axis_from_data(fold["bias"]) if fold.get("bias") else None,
+                readers=tuple((_axis_from_data(a), n) for a, n in fold.get("readers", ())),
+                bias_stays=fold.get("bias_stays", ""),
             )
             for fold in data["folds"]
         ),

@@ -258,10 +258,44 @@ def test_unfolding_is_the_inverse_of_folding(name):
         torch.testing.assert_close(fold_again[key], folded[key], rtol=1e-12, atol=1e-12)
 
 
+def test_the_biases_of_norms_move_into_the_layers_that_read_them_and_back():
+    """Exact: gains are one, biases zero, the function is the same; unfolding restores every weight."""
+    model, inputs = build("vit")
+    weights = random_weights(model.state_dict(keep_vars=True), (), torch.Generator().manual_seed(1))
+    model = model.double()
+    inputs = {key: value.double() for key, value in inputs.items()}
+    model.load_state_dict(weights)
+    spec = alloy.find_symmetries(model, inputs)
+    folded, folded_spec = fold_norms(model, spec, biases=True)
+    norms = [f for f in spec.folds if f.gain]
+    assert len(norms) == 5
+    for fold in norms:
+        state = folded.state_dict()
+        assert torch.equal(state[fold.gain.parameter], torch.ones(N, dtype=torch.float64))
+        assert not state[fold.bias.parameter].any()
+    with torch.no_grad():
+        before, after = model(**inputs).logits, folded(**inputs).logits
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+    alloy.validate(folded, folded_spec, inputs, trials=1)
+    back = unfold_norms(folded.state_dict(), spec, weights, biases=True)
+    centred = {axis.parameter for fold in spec.folds for axis in fold.centred}
+    for key in weights.keys() - centred:
+        torch.testing.assert_close(back[key], weights[key], rtol=1e-12, atol=1e-12)
+    with pytest.raises(SymmetryError, match="is not folded: it is not zero"):
+        unfold_norms(fold_norms(weights, spec)[0], spec, weights, biases=True)
+
+
+def test_a_norms_bias_stays_where_a_layer_without_a_bias_reads_it():
+    model, inputs = build("gpt_neox")
+    spec = alloy.find_symmetries(model, inputs)
+    with pytest.raises(SymmetryError, match=r"final_layer_norm.bias' has no .*: mm in lm_head"):
+        fold_norms(model, spec, biases=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda g: {}, r"needs a gain '.*norm.weight' of shape \(16,\); given: none"),
+        (lambda g: {}, r"needs '.*norm.weight' of shape \(16,\); given: none"),
         (lambda g: g | dict.fromkeys(g, torch.zeros(4)), r"shape \(16,\); given: \(4,\)"),
         (lambda g: g | {k: 0 * v for k, v in g.items()}, "has a zero, NaN or Inf"),
         (lambda g: g | {k: v / 0 for k, v in g.items()}, "has a zero, NaN or Inf"),

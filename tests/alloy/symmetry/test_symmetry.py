@@ -133,6 +133,46 @@ def test_a_matrix_is_not_put_behind_a_module_that_does_more_than_scale():
         alloy.add_norm_matrices(model, spec)
 
 
+class Normed(Net):
+    """A norm between two layers, and what happens to its output on the way."""
+
+    def __init__(self, between, also):
+        super().__init__(between)
+        self.norm = nn.LayerNorm(8)
+        self.query, self.also = nn.Parameter(torch.randn(2, 8)), also
+
+    def forward(self, x):
+        h = self.up(x)
+        y = self.down(self.between(self.norm(h)))
+        return y + self.down(self.query) if self.also else y
+
+
+@pytest.mark.parametrize(
+    ("between", "also", "reason"),
+    [
+        (lambda n: n[None].transpose(0, 1)[:, 0], False, None),
+        (lambda n: n + n.flip(0), False, "flip in the model reads it"),
+        (lambda n: n.mean(0, keepdim=True), False, "mean in the model reads it"),
+        (lambda n: n, True, "down.weight reads something else too"),
+    ],
+)
+def test_a_norms_bias_moves_only_where_each_reader_sees_it_once(between, also, reason):
+    """Exact where it moves: sums carry it twice, other inputs of the layer not at all."""
+    torch.manual_seed(0)
+    model, inputs = Normed(between, also).eval(), {"x": torch.randn(2, 4)}
+    with torch.no_grad():
+        model.norm.weight.uniform_(0.5, 1.5)
+        model.norm.bias.normal_()
+    spec = alloy.find_symmetries(model, inputs)
+    if reason:
+        with pytest.raises(SymmetryError, match=reason):
+            alloy.fold_norms(model, spec, biases=True)
+        return
+    folded, _ = alloy.fold_norms(model, spec, biases=True)
+    assert not folded.norm.bias.any()
+    torch.testing.assert_close(folded(**inputs), model(**inputs))
+
+
 HOSTILE = {
     "flip": (lambda h: h + h.flip(-1), 0),
     "roll": (lambda h: h * h.roll(1, -1), 0),

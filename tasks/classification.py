@@ -117,7 +117,7 @@ def _on_white(cells: np.ndarray) -> Split:
     )  # no sum exceeds 255: colours are premultiplied
     images = pixels.reshape(-1, side, side, 3).transpose(0, 3, 1, 2).astype(np.float32)
     labels = torch.arange(num_concepts).repeat_interleave(variants)
-    return Split(torch.from_numpy((images / 255 - 0.7) * 3), labels)
+    return Split(torch.from_numpy((images / 255 - 0.7) * 3).contiguous(), labels)
 
 
 # ---------------------------------------------------------------- texts

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from alloy.merge import MergeError
 from alloy.models import ModalityConfig, ModalityModel
-from tasks import search
+from tasks import align, collect, evaluate, fetch, merge, prepare, search
 from tasks.params import ParamsError
 from tasks.search_objectives import Objective, objective_of
+from tests import tiny_models
 
 CONFIG = {
     "hidden_size": 12, "num_hidden_layers": 2, "num_joint_layers": 1, "num_attention_heads": 3,
@@ -190,3 +191,42 @@ def test_what_is_wrong_is_refused_before_a_trial(arguments, message, recipe):
         search.main(named)
     assert re.search(message, str(stopped.value)), stopped.value
     assert not (recipe / "reports").exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_of_kind_models_is_searched_by_joint_accuracy(workspace):
+    """A trial scores what merge and evaluate give for the arm that is pasted."""
+    kind = "ConvNextForImageClassification"
+    for seed, name in enumerate("ab"):
+        model = tiny_models.model(kind, seed, num_channels=1, num_labels=32)
+        model.save_pretrained(workspace / "given" / name)
+    recipe = tiny_models.recipe({"writer": "mnist", "examples": 32}, {0: ["a", "b"]})
+    sizes = {"validation": 40, "test": 60}
+    recipe["prepare"]["benchmarks"] = {"digits": {"writer": "mnist", "options": sizes}}
+    recipe["collect"]["sets"]["pair"]["benchmark"] = "digits"
+    recipe["evaluate"]["curves"] = []
+    (workspace / "params").mkdir()
+    (workspace / "params/recipes.yaml").write_text("recipes: [mine]\n")
+    path = workspace / "params/mine.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    for stage in (fetch, prepare, collect, align):
+        stage.main("mine")
+    search.main(["mine", "average", "coefficients.0=0..1", "coefficients.1=0..1", "--trials", "3"])
+    folder = workspace / "reports/search/mine/average"
+    trials = json.loads((folder / "trials.json").read_text())
+    assert [t["problem"] for t in trials] == [None] * 3
+    best = max(trials, key=lambda t: (t["scores"]["pair"], -t["number"]))
+    arm = yaml.safe_load((folder / "best.yaml").read_text())["merge"]["arms"]["average"]
+    assert arm["coefficients"] == list(best["settings"].values())
+    recipe["merge"]["arms"]["average"] = arm
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    merge.main("mine")
+    evaluate.main("mine")
+    metrics = json.loads((workspace / "reports/mine/plots/scores.json").read_text())
+    found = [
+        row["value"]
+        for row in metrics
+        if (row["model"], row["split"], row["metric"])
+        == ("average", "validation", "joint_accuracy")
+    ]
+    assert found == [pytest.approx(best["scores"]["pair"], abs=1e-3)]

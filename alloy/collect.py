@@ -72,12 +72,15 @@ def collect(
 
     Raises:
         CollectionError: models whose spaces differ, models that see different tokens, activations that
-            are not finite, no batches, a mask that could be of two token sequences.
+            are not finite, no batches.
+        MaskError: a mask that could be of two token sequences.
     """
     specs = dict.fromkeys(models, spec) if isinstance(spec, SymmetrySpec) else dict(spec)
+    _check(models, specs)
+    images = _common_images(models, specs) if units == "written" else dict.fromkeys(models, ())
     observers = {
-        name: _Observer(name, model, specs[name], grams, units == "written")
-        for name, model in _checked(models, specs)
+        name: _Observer(name, model, specs[name], images[name], grams)
+        for name, model in models.items()
     }
     _require_same_spaces(list(observers.values()))
     products = _Products(_pairs(tuple(models), pairs, joint), observers)
@@ -91,9 +94,7 @@ def collect(
     return products.statistics()
 
 
-def _checked(
-    models: Mapping[str, nn.Module], specs: Mapping[str, SymmetrySpec]
-) -> list[tuple[str, nn.Module]]:
+def _check(models: Mapping[str, nn.Module], specs: Mapping[str, SymmetrySpec]) -> None:
     if not models:
         raise CollectionError("no models to observe")
     for name, model in models.items():
@@ -101,7 +102,15 @@ def _checked(
             raise CollectionError(f"model {name!r} has no spec, only {sorted(specs)} do")
         if model.training:
             raise CollectionError(f"model {name!r} is in training mode: call eval() first")
-    return list(models.items())
+
+
+def _common_images(
+    models: Mapping[str, nn.Module], specs: Mapping[str, SymmetrySpec]
+) -> dict[str, list[LinearImage]]:
+    """The linear images of all models: of other widths others may be worth while."""
+    found = {n: linear_images(specs[n], dict(model.named_modules())) for n, model in models.items()}
+    common = set.intersection(*({i.units.space for i in images} for images in found.values()))
+    return {n: [i for i in images if i.units.space in common] for n, images in found.items()}
 
 
 def _require_same_spaces(observers: Sequence[_Observer]) -> None:
@@ -131,11 +140,15 @@ class _Observer:
     """Runs one model, sums up each of its units, and hands over what must be multiplied."""
 
     def __init__(
-        self, name: str, model: nn.Module, spec: SymmetrySpec, grams: bool, written: bool
+        self,
+        name: str,
+        model: nn.Module,
+        spec: SymmetrySpec,
+        images: Sequence[LinearImage],
+        grams: bool,
     ) -> None:
         self.name, self.model, self.spec = name, model, spec
         self.modules = dict(model.named_modules())
-        images = linear_images(spec, self.modules) if written else []
         self.images = {_unit_key(image.units): image for image in images}
         derived = {image.units.space for image in images}
         read = [p for p in unit_points(spec, self.modules) if p.space not in derived]

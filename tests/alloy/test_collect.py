@@ -263,11 +263,11 @@ def test_grams_are_those_of_the_inputs_and_say_which_dim_they_meet(name, dim):
     assert {gram.dim for gram in grams.values()} == {1, dim}
 
 
-def _vit(width: int, seed: int) -> ViTModel:
+def _vit(width: int, seed: int, intermediate: int | None = None) -> ViTModel:
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=width,
-        intermediate_size=2 * width,
+        intermediate_size=intermediate or 2 * width,
         num_hidden_layers=1,
         num_attention_heads=2,
         image_size=8,
@@ -277,8 +277,14 @@ def _vit(width: int, seed: int) -> ViTModel:
 
 
 def test_models_of_different_widths_are_compared_unit_by_unit():
+    """Also where only one of them has MLP units that are cheaper to derive than to observe."""
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     models = {"narrow": _vit(8, 0), "wide": _vit(12, 1)}
+    thin = _vit(12, 1, intermediate=6)
+    both = {"narrow": models["narrow"], "thin": thin}
+    specs = {n: alloy.find_symmetries(m, {"pixel_values": images}) for n, m in both.items()}
+    found = collect(both, [{"pixel_values": images}], specs).between("narrow", "thin")
+    assert sorted(m.product_DE.shape for (m, *_) in found.values())[-1] == (16, 6)
     specs = {n: alloy.find_symmetries(m, {"pixel_values": images}) for n, m in models.items()}
     batches = [{"pixel_values": images}]
     statistics = collect(models, batches, specs, joint=True)

@@ -85,6 +85,15 @@ class PlannedTensor:
     def num_bytes(self) -> int:
         return self.num_elements * ITEM_BYTES[self.dtype]
 
+    @property
+    def expected_seconds(self) -> float:
+        """A rough forecast on two cores with the sources in the page cache."""
+        moved = self.num_bytes + sum(entry.num_bytes for entry in self.inputs)
+        return (
+            _SECONDS_PER_ELEMENT.get(self.how, 60e-9) * self.num_elements
+            + _SECONDS_PER_BYTE * moved
+        )
+
 
 @dataclass(frozen=True)
 class MergePlan:
@@ -141,11 +150,8 @@ class MergePlan:
 
     @property
     def expected_seconds(self) -> float:
-        """A rough forecast on two cores with the sources in the page cache."""
-        return (
-            sum(_SECONDS_PER_ELEMENT.get(t.how, 60e-9) * t.num_elements for t in self.tensors)
-            + (self.num_bytes + sum(source.num_bytes for source in self.sources.values())) * 0.25e-9
-        )
+        """The sum of the tensors'."""
+        return sum(t.expected_seconds for t in self.tensors)
 
     def __str__(self) -> str:
         rows = [
@@ -159,10 +165,11 @@ class MergePlan:
                     + [f"{key}={value}" for key, value in t.options.items()]
                 ),
                 f"{t.num_bytes:,}",
+                f"{t.expected_seconds:.4f}",
             )
             for t in self.tensors
         ]
-        head = ("tensor", "dtype and shape", "how", "from", "settings", "bytes")
+        head = ("tensor", "dtype and shape", "how", "from", "settings", "bytes", "s expected")
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
@@ -183,12 +190,14 @@ class MergePlan:
 
 
 _SECONDS_PER_ELEMENT = {
-    "copy": 0.6e-9, "agree": 0.6e-9, "linear": 1e-9, "task_arithmetic": 1e-9, "modality_arithmetic": 1e-9,
-    "slerp": 2e-9, "nuslerp": 2e-9, "multislerp": 2e-9, "karcher": 2e-9, "model_stock": 2e-9,
-    "ties": 3e-9, "dare_linear": 2.5e-9, "dare_ties": 3e-9, "breadcrumbs": 3e-9, "breadcrumbs_ties": 3e-9,
+    "copy": 0.1e-9, "agree": 0.1e-9, "linear": 0.3e-9, "task_arithmetic": 0.5e-9, "modality_arithmetic": 0.5e-9,
+    "slerp": 1.5e-9, "nuslerp": 1.5e-9, "multislerp": 1.5e-9, "karcher": 1.5e-9, "model_stock": 1.5e-9,
+    "ties": 2.8e-9, "dare_linear": 1.1e-9, "dare_ties": 1.4e-9, "breadcrumbs": 2.8e-9, "breadcrumbs_ties": 2.8e-9,
     "interpolation": 6e-9, "nearswap": 6e-9, "fisher": 20e-9,
 }  # fmt: skip
-"""Beyond reading and writing, two cores together; the forecast of other methods is a guess."""
+"""Two cores together, as benchmarks/merge.py measures; the forecast of other methods is a guess."""
+_SECONDS_PER_BYTE = 0.2e-9
+"""Read from the page cache, or hashed and written."""
 
 
 def plan_merge(

@@ -290,7 +290,7 @@ def test_allow_takes_the_first_sources_value(write, weights, config, tmp_path):
 
 
 def test_dry_run_tells_every_tensor_and_writes_nothing(sources, base, tmp_path):
-    """The plan names each output tensor, its sources, method, coefficients and bytes."""
+    """The plan names each output tensor, its sources, method, coefficients, bytes and the time it should take."""
     plan = plan_merge("ties", sources, tmp_path / "out", base=base, coefficients=[0.5, 0.3, 0.2])
     text = str(plan)
     for name, entry in open_checkpoint(sources[0]).entries.items():
@@ -299,6 +299,9 @@ def test_dry_run_tells_every_tensor_and_writes_nothing(sources, base, tmp_path):
             part in line
             for part in ("ties", "base, a, b, c", "0.5, 0.3, 0.2", f"{entry.num_bytes:,}")
         )
+        seconds = [t.expected_seconds for t in plan.tensors if t.name == name]
+        assert line.endswith(f"  {seconds[0]:.4f}")
+    assert plan.expected_seconds == pytest.approx(sum(t.expected_seconds for t in plan.tensors))
     assert str(plan.output) in text
     assert " s on two cores" in text
     assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == []

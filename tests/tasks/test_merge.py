@@ -1,6 +1,7 @@
 """collect, align and merge on a real (tiny) modality transformer, in a workspace of their own."""
 
 import contextlib
+import json
 import shutil
 
 import pytest
@@ -207,7 +208,10 @@ def test_settings_by_pattern_hold_in_the_blocks_they_match(workspace):
         {"method": "interpolation", "options": {"ratio": {"blocks.2.*": 0.9, "*": 0.1}}},
         {
             "method": "linear",
-            "coefficients": {"blocks.0.*": {"v": 1, "l": 2, "vl": 3}, "*": {"v": 3, "l": 1, "vl": 1}},
+            "coefficients": {
+                "blocks.0.*": {"v": 1, "l": 2, "vl": 3},
+                "*": {"v": 3, "l": 1, "vl": 1},
+            },
         },
     ):
         key = "options" if "options" in settings else "coefficients"
@@ -223,6 +227,31 @@ def test_settings_by_pattern_hold_in_the_blocks_they_match(workspace):
             assert torch.equal(tensor, expected), name
     with pytest.raises(ValueError, match=r"\['block.2.\*'\] decide nothing"):
         merged(method="interpolation", options={"ratio": {"block.2.*": 0.9, "*": 0.1}})
+
+
+def test_an_arm_in_a_gauge_loads_with_its_adapters_and_says_what_was_found(workspace):
+    """Sequential least squares and RegMean in a gauge, as recipes ask for them."""
+    gauge = {"streams": True, "steps": 2, "max_rounds": 1}
+    arms = {
+        "turned": {"method": "sequential", "gauge": gauge, "options": {"ridge": 0.1}},
+        "units": {"method": "regmean", "gauge": gauge | {"streams": False}},
+        "plain": {"method": "sequential"},
+    }
+
+    def change(recipe):
+        recipe["merge"]["arms"] |= {n: {"checkpoint": "specific", **a} for n, a in arms.items()}
+
+    _change(workspace, change)
+    merge.main("tiny")
+    for name in arms:
+        folder = workspace / "models/tiny/arms" / name
+        model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values())
+        assert model.config.joint_adapters == (name == "turned")
+        assert (folder / "gauge.json").exists() == (name != "plain")
+    report = json.loads((workspace / "models/tiny/arms/turned/gauge.json").read_text())
+    assert report["error_after"] < report["error_before"]
+    assert report["streams"][0]["width"] == model.config.hidden_size
 
 
 def test_interpolation_has_the_papers_coefficients_in_lower_and_joint_blocks(workspace):
@@ -305,6 +334,18 @@ def test_planted_orders_of_units_and_heads_do_not_change_the_aligned_merge(works
         (
             lambda r: r["merge"]["arms"]["interpolation"].update(options={"ratoi": 0.5}),
             "did you mean 'ratio'",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["regmean"].update(
+                align=True, gauge={"streams": True, "steps": 1, "max_rounds": 1}
+            ),
+            "arms.regmean: align moves units before the search of the gauge undoes it",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["regmean"].update(
+                method="sequential", options={}, coefficients={"v": 1, "l": 2, "vl": 1}
+            ),
+            "arms.regmean: sequential weighs all experts alike",
         ),
     ],
 )

@@ -73,9 +73,9 @@ class Job(NamedTuple):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The packages that carry or shape the data, and those that train."""
+        """The packages that carry or shape the data, and those that train; builds of one version are alike."""
         packages = (*DATASETS[self.params.dataset].packages, "torch", "transformers")
-        return {package: version(package) for package in packages}
+        return {package: version(package).partition("+")[0] for package in packages}
 
     @property
     def identity(self) -> str:

@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tasks import classification
 from tasks import pretrain_multitask as stage
 from tasks.classification import DATASETS, Dataset, Split
 from tasks.params import MultitaskPretrainParams, ParamsError
@@ -168,3 +169,32 @@ def test_the_pipeline_names_the_code_it_runs_and_writes_outside_of_released(monk
     top = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"].values()
     assert not [dep for part in top for dep in part["do"]["deps"] if output.startswith(dep)]
     assert not output.startswith("released")
+
+
+def released_jobs() -> list[stage.Job]:
+    text = (REPOSITORY / "params/pretrain_multitask.yaml").read_text()
+    params = MultitaskPretrainParams.model_validate(yaml.safe_load(text))
+    return [job for family in params.families for job in stage.jobs(params, family)]
+
+
+def test_what_is_released_is_what_the_params_make():
+    """Every parent of the params is released, with the weights that its record names, and no other."""
+    folder = REPOSITORY / stage.RELEASED
+    assert {job.name for job in released_jobs()} == {path.name for path in folder.iterdir()}
+    stale = [job.name for job in released_jobs() if not stage.is_made(job, folder)]
+    assert not stale, "params, packages or weights changed: train and release again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist_vit_a0", "mnist_resnet_c1", "languages_bert_c2"])
+def test_a_released_parent_is_as_accurate_as_its_card_says(name):
+    """Loaded like any checkpoint, and well above chance in its own task."""
+    (job,) = (job for job in released_jobs() if job.name == name)
+    folder = REPOSITORY / stage.RELEASED / name
+    model = stage.ARCHITECTURES[job.params.architecture][1].from_pretrained(folder).float().eval()
+    split = stage.own_task(DATASETS[job.params.dataset].read()["validation"], job)
+    inputs = stage.encode(split.examples, classification._tokenizer(split, folder))
+    score = stage.score_of(model, inputs, split.labels, job)
+    card = read_json(folder / stage.FACTS)["validation_accuracy"]
+    assert score.value == pytest.approx(card["value"], abs=0.1)
+    assert score.value > 90

@@ -64,6 +64,7 @@ def align(
     keep: Collection[str] = (),
     generator: torch.Generator | None = None,
     max_sweeps: int = 100,
+    tolerance: float = 1e-9,
 ) -> dict[str, Transform]:
     """Find the transforms of `other` that make its units most similar to the reference's.
 
@@ -78,6 +79,7 @@ def align(
         start: where the search begins; "activation" is where matching by activations alone ends.
         keep: spaces that stay as they are.
         generator: draws the order in which spaces are visited; in the spec's order without one.
+        tolerance: a step must gain more than this part of J. Rotations approach their optimum for ever.
 
     Returns:
         one transform per space; spaces that are best left alone have the identity.
@@ -100,12 +102,13 @@ def align(
         if not statistics:
             raise AlignmentError("start='activation' needs activation statistics, none were given")
         first = Similarity.to(reference, spec, statistics, 0.0, rotating=turning)
-        transforms = Search(first, other, chosen).run(generator, max_sweeps)
+        transforms = Search(first, other, chosen, tolerance=tolerance).run(generator, max_sweeps)
     similarity = Similarity.to(
         reference, spec, statistics or {}, share, scale=scale, rotating=turning
     )
     patience = 5 if scale == "unit" else 0
-    return Search(similarity, other, chosen, transforms).run(generator, max_sweeps, patience)
+    search = Search(similarity, other, chosen, transforms, tolerance)
+    return search.run(generator, max_sweeps, patience)
 
 
 class State(NamedTuple):
@@ -129,8 +132,10 @@ class Search:
         other: Weights,
         operators: Mapping[str, Operator],
         transforms: Transforms | None = None,
+        tolerance: float = 1e-9,
     ) -> None:
         self.similarity = similarity
+        self.tolerance = tolerance
         self.spec = similarity.spec
         self.operators = operators
         start = dict(transforms or identity(self.spec))
@@ -189,7 +194,7 @@ class Search:
             return False
         moved = self._moved(root, found.transforms)
         size = abs(self.values[-1]) if math.isfinite(self.values[-1]) else 1.0
-        if self._gain(found, moved) <= _TOLERANCE * max(1.0, size):
+        if self._gain(found, moved) <= self.tolerance * max(1.0, size):
             return False
         transforms, weights, activations = self.state
         self.state = State(
@@ -247,10 +252,6 @@ class Search:
         share = self.similarity.weight_share
         of_activations = sum(map(_trace, self.state.activations.values()))
         return share * self.similarity.inner(self.state.weights) + (1 - share) * of_activations
-
-
-_TOLERANCE = 1e-9
-"""A step must gain more than this part of J: less is rounding."""
 
 
 def move_columns(
@@ -456,7 +457,7 @@ def space_alignment(
         share = _all_units(unit_map.write)
         mean = share / share.sum(1, keepdim=True).clamp(min=1e-12)
         if moved_DE is not None:
-            moved_DE = moved_DE @ mean.T if side else mean @ moved_DE
+            moved_DE = moved_DE.float() @ mean.T if side else mean @ moved_DE.float()
         if side:
             stays = share.argmax(0) == torch.arange(share.shape[1])
             num_moved = int((~stays).sum()) if same else share.shape[1]
@@ -480,8 +481,8 @@ def _same_shapes(pair: tuple[Weights, Weights], spec: SymmetrySpec, space: str) 
 def _all_units(matrix: Tensor) -> Tensor:
     """Blocks [*batch, n, no] as one block-diagonal matrix over all units."""
     if matrix.ndim == 2:
-        return matrix.double()
-    return torch.block_diag(*matrix.double().reshape(-1, *matrix.shape[-2:]))
+        return matrix.float()
+    return torch.block_diag(*matrix.float().reshape(-1, *matrix.shape[-2:]))
 
 
 def _moved(space: str, spec: SymmetrySpec, transforms: Transforms) -> tuple[int, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -71,6 +71,8 @@ class Given:
     specs: Mapping[str, SymmetrySpec]
     statistics: Statistics | None
 
+    _moments: dict[tuple[str, str], Moments] = field(default_factory=dict)
+
     @property
     def reference(self) -> str:
         return next(iter(self.models))
@@ -87,8 +89,11 @@ class Given:
         """Cross-moments of the reference (or another model) and one more; none without statistics."""
         if self.statistics is None:
             return {}
-        found = self.statistics.between(reference or self.reference, other)
-        return {space: points for space, points in found.items() if len(points)}
+        pair = (reference or self.reference, other)
+        if pair not in self._moments:
+            found = self.statistics.between(*pair)
+            self._moments[pair] = {space: points for space, points in found.items() if len(points)}
+        return self._moments[pair]
 
 
 def align_models(
@@ -171,6 +176,7 @@ def _search(
     fold: bool,
     seed: int,
     max_sweeps: int,
+    tolerance: float,
     score: Score | None,
 ) -> Alignment:
     """Coordinate descent of each model towards the reference."""
@@ -194,6 +200,7 @@ def _search(
         "method": method,
         "keep": _kept(spec, keep),
         "max_sweeps": max_sweeps,
+        "tolerance": tolerance,
         "seed": seed,
     }
     ours = models[given.reference]
@@ -332,6 +339,7 @@ def _universe(
         fold=False,
         seed=seed,
         max_sweeps=max_sweeps,
+        tolerance=_SEARCH["tolerance"],
         score=None,
     )
     chosen = {
@@ -613,6 +621,7 @@ _SEARCH: dict[str, Any] = {
     "fold": False,
     "seed": 0,
     "max_sweeps": 100,
+    "tolerance": 1e-9,
     "score": None,
 }
 _ZIP: dict[str, Any] = {
@@ -634,7 +643,8 @@ PRESETS: Mapping[str, Preset] = {
     "mudsc": Preset(_search, {**_SEARCH, "scale": "unit", "start": "activation"}),
     "dual": Preset(_search, {**_SEARCH, "start": "best"}),
     "orthogonal": Preset(
-        _search, {**_SEARCH, "start": "best", "method": "orthogonal", "fold": True}
+        _search,
+        {**_SEARCH, "start": "best", "method": "orthogonal", "fold": True, "tolerance": 1e-4},
     ),
     "cycle_consistent": Preset(_universe, {**_UNIVERSE}),
     "zipit": Preset(_zip, {**_ZIP, "weight_share": 0.0, "budget": 0.125, "repeat": 0.3}),

@@ -26,6 +26,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -44,7 +45,18 @@ Scale = Literal["tensor", "none", "unit"]
 
 def mean_correlation(moments: Sequence[CrossMoments]) -> Tensor:
     """The correlation of a space's units, averaged over the points where they were observed."""
-    return torch.stack([m.correlation_DE() for m in moments]).mean(0)
+    found = [_correlation(m) for m in moments]
+    return sum(found[1:], found[0]) / len(found)
+
+
+_CORRELATIONS: WeakKeyDictionary[CrossMoments, Tensor] = WeakKeyDictionary()
+"""Searches, starts and reports all ask for the same correlations."""
+
+
+def _correlation(moments: CrossMoments) -> Tensor:
+    if moments not in _CORRELATIONS:
+        _CORRELATIONS[moments] = moments.correlation_DE().float()
+    return _CORRELATIONS[moments]
 
 
 def mean_covariance(moments: Sequence[CrossMoments]) -> Tensor:
@@ -196,11 +208,12 @@ def mean_cosine(reference: Weights, other: Weights, spec: SymmetrySpec, space: s
     cosines = []
     for axis in spec.spaces[space].axes:
         ours, theirs = (
-            unit_view(weights[axis.parameter].double(), spec, space, axis)
+            unit_view(weights[axis.parameter].float(), spec, space, axis)
             for weights in (reference, other)
         )
-        norms = float(ours.norm() * theirs.norm())
-        cosines.append(float((ours * theirs).sum()) / norms if norms else 0.0)
+        norms = float(ours.norm()) * float(theirs.norm())
+        inner = float((ours * theirs).sum(dtype=torch.float64))
+        cosines.append(inner / norms if norms else 0.0)
     return sum(cosines) / len(cosines)
 
 

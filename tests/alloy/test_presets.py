@@ -360,6 +360,29 @@ def test_units_that_are_copies_fuse_back_into_the_model_they_are_copies_of(hard)
         torch.testing.assert_close(tensor, small[name], atol=1e-4 if hard else 2e-2, rtol=0)
 
 
+def test_heads_that_are_copies_fuse_back_as_well():
+    """Six heads, each of three twice, their outputs halved: heads are transported like units."""
+    small, wide = _random(Block(), 0), Block(heads=6).eval()
+    wide.q, wide.k, wide.v = (nn.Linear(12, 24, bias=False) for _ in range(3))
+    wide.o = nn.Linear(24, 12, bias=False)
+    weights = dict(small.state_dict())
+    twice = torch.arange(12).reshape(3, 4)[torch.tensor([2, 0, 1, 1, 0, 2])].flatten()
+    for name in "qkv":
+        weights[f"{name}.weight"] = weights[f"{name}.weight"][twice]
+    weights["o.weight"] = weights["o.weight"][:, twice] / 2
+    wide.load_state_dict(weights)
+    models = {"a": small, "b": wide}
+    torch.testing.assert_close(wide(TOKENS), small(TOKENS))
+    specs = {n: alloy.find_symmetries(m, {"x": TOKENS[:4]}) for n, m in models.items()}
+    statistics = alloy.collect(models, [{"x": TOKENS}], specs)
+    alignment = alloy.align_models(
+        _weights(models), specs, statistics, preset="ot_fusion", readers="sum"
+    )
+    fused = alignment.apply(_weights(models))["b"]
+    for name, tensor in small.state_dict().items():
+        torch.testing.assert_close(fused[name], tensor, atol=1e-4, rtol=0, msg=name)
+
+
 def _transformers(num=2):
     models = {name: _random(Block(), i) for i, name in enumerate("abcd"[:num])}
     spec = alloy.find_symmetries(models["a"], {"x": TOKENS[:4]})

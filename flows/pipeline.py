@@ -121,7 +121,11 @@ def plan(recipe: str, *, to: str | None = None, only: str | None = None) -> list
 
 
 def forced(recipe: str, refresh: bool) -> list[str]:
-    return [f"fetch@{recipe}"] if refresh else []
+    """What is looked at anew although nothing here changed: sources, and folders of calibration data."""
+    if not refresh:
+        return []
+    read_outside = ["fetch", "prepare"] if params.kind(recipe) == "models" else ["fetch"]
+    return [f"{stage}@{recipe}" for stage in read_outside]
 
 
 def publish(recipe: str) -> None:

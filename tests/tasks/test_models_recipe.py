@@ -236,6 +236,15 @@ def test_data_sets_on_disk_give_texts_pictures_and_inputs(write, workspace) -> N
         calibration.calibration("here", given, Path("given/a"), 0)
 
 
+def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
+    """What a newcomer copies is accepted, to the key."""
+    write(CONVNEXT)
+    text = (Path(__file__).parents[2] / "docs/bring_your_own.md").read_text()
+    (recipe,) = re.findall(r"```yaml\n(kind: models.*?)```", text, flags=re.DOTALL)
+    Path("params/mine.yaml").write_text(recipe)
+    params.check("mine")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

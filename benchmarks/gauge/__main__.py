@@ -179,17 +179,17 @@ def _merged(start: Start, sequential: bool) -> ModalityModel:
     return closed_form(start.model, start.grams)
 
 
-def ablate(checkpoint: str) -> None:
+def ablate(checkpoint: str, examples: list[int]) -> None:
     """The gauge with sequential least squares: fewer and more calibration data, fewer symmetries."""
     rows = Rows()
     source = load_model(Path("released") / RECIPE / checkpoint)
-    for examples in (32, 128, 2048):
+    for num in examples:
 
-        def merge(examples=examples) -> tuple[ModalityModel, dict]:
-            moved, gauge = search(_start(source, 0, examples))
+        def merge(num=num) -> tuple[ModalityModel, dict]:
+            moved, gauge = search(_start(source, 0, num))
             return _merged(moved, True), diagnostics(gauge)
 
-        key = {"arm": "gauge + sequential", "draw": 0, "examples": examples}
+        key = {"arm": "gauge + sequential", "draw": 0, "examples": num}
         rows.measure({"checkpoint": checkpoint, **key}, merge)
     start = _start(source, 0, EXAMPLES)
     spec = towers(start.model)["l"].spec
@@ -211,7 +211,7 @@ def ablate(checkpoint: str) -> None:
 
 def cost() -> None:
     """CPU seconds of one step of the search, random models of several widths and depths."""
-    for hidden, layers in ((48, 4), (96, 4), (96, 8), (192, 4), (384, 4)):
+    for hidden, layers in ((48, 4), (96, 4), (96, 8), (192, 4)):
         config = ModalityConfig(
             sharing="none",
             hidden_size=hidden,
@@ -343,6 +343,8 @@ def main() -> None:
         command.add_argument("checkpoint")
         if name == "measure":
             command.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
+        if name == "ablate":
+            command.add_argument("--examples", type=int, nargs="+", default=[32, 128, 2048])
     commands.add_parser("cost")
     commands.add_parser("table")
     arguments = vars(parser.parse_args())

@@ -117,21 +117,24 @@ class Rows:
         self.rows: list[dict] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
 
     def measure(self, key: dict[str, Any], merge: Callable[[], tuple[ModalityModel, dict]]) -> None:
-        if any(key.items() <= row.items() for row in self.rows):
+        if self._has(key):
             return
         began = time.process_time()
         model, facts = merge()
         seconds = time.process_time() - began
         row = {**key, "scores": scores(model), "cpu_seconds": round(seconds, 1), **facts}
-        self.add(row)
+        self.rows = Rows().rows  # another run may have written meanwhile
+        if not self._has(key):
+            self.add(row)
         print(row, flush=True)
 
     def add(self, row: dict[str, Any]) -> None:
-        # Several runs may write: read again, so that none loses another's rows.
-        fresh = Rows().rows
-        self.rows = [*fresh, row]
+        self.rows.append(row)
         with write_file(RESULTS) as partial:
             partial.write_text(json.dumps(self.rows, indent=1))
+
+    def _has(self, key: dict[str, Any]) -> bool:
+        return any(key.items() <= row.items() for row in self.rows)
 
 
 def measure(checkpoint: str, draws: Iterable[int]) -> None:

@@ -211,7 +211,9 @@ def _check_planted(name):
                 shared = (m.product_DE - centre)[order, torch.arange(len(order))] / m.count
                 variance = m.square_E / m.count - (m.sum_E / m.count) ** 2
                 rounding = 1e-9 * float(m.square_E.max()) / m.count  # all that a constant unit has
-                bound = 1e-3 * float(variance.max()) + rounding
+                bound = (
+                    1e-3 * float(variance.max()) + rounding + 1e-30
+                )  # some tiny models underflow
                 torch.testing.assert_close(shared, variance, rtol=0, atol=bound)
 
 
@@ -220,10 +222,16 @@ def test_units_are_found_where_they_moved_in_any_architecture(name):
     _check_planted(name)
 
 
+APART = {
+    "encodec": "no free spaces",
+    "groupvit": "its learned tokens are a space: the samples themselves come in another order",
+    "squeezebert": "its residual stream is an outer product of spaces, which no activation separates",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(zoo.CASES) - {*PLANTED, "encodec"}))
+@pytest.mark.parametrize("name", sorted(set(zoo.CASES) - {*PLANTED, *APART}))
 def test_units_are_found_where_they_moved_in_every_architecture(name):
-    """Encodec has no free spaces."""
     _check_planted(name)
 
 

@@ -183,7 +183,11 @@ def _search(
     _require_equal_specs(given.specs, given.reference)
     check_method(method)
     models, spec, moments = given.models, given.spec, given.moments
-    if fold:
+    notes: tuple[str, ...] = ()
+    if fold and not spec.folds:
+        reasons = "; ".join(spec.unfoldable.values()) or "the model has none with a gain"
+        notes = (f"no norm can be folded, so that no stream rotates: {reasons}",)
+    elif fold:
         models, spec = _folded(given)
         moments = partial(_folded_moments, given)
     if weight_share == "search":
@@ -221,7 +225,8 @@ def _search(
     report = {
         o: _describe(models, spec, transforms, given.reference, o, moments(o)) for o in given.others
     }
-    notes = (f"weight_share {share} was chosen among {list(shares)}",) if len(shares) > 1 else ()
+    if len(shares) > 1:
+        notes = (*notes, f"weight_share {share} was chosen among {list(shares)}")
     return Alignment(
         given.preset, given.reference, spec, given.specs, transforms, report=report, warnings=notes
     )
@@ -409,7 +414,7 @@ def _zip(
         None if until is None else planned.shared,
     )
     kinds = {**dict.fromkeys(planned.zipped, "zip"), **dict.fromkeys(found.kept, "identity")}
-    reasons = tuple(f"{space!r} is only permuted: {why}" for space, why in planned.reasons.items())
+    reasons = tuple(f"{space!r} is not zipped: {why}" for space, why in planned.reasons.items())
     return replace(alignment, report=_describe_maps(given, alignment, kinds), warnings=reasons)
 
 

@@ -17,11 +17,21 @@ from torch import Tensor
 from alloy.activations import CrossMoments
 from alloy.align import num_flat_units
 from alloy.maps import UnitMap, apply_maps
-from alloy.matching import Operator, Solved, children, family, is_identity, match, permute, roots
+from alloy.matching import (
+    Operator,
+    Solved,
+    children,
+    family,
+    is_identity,
+    leave,
+    match,
+    permute,
+    roots,
+)
 from alloy.optimal_transport import transport_plan
 from alloy.similarity import OfUnits, Statistics, scaled, unit_rows
 from alloy.symmetry.parts import owned_axes
-from alloy.symmetry.spec import Axis, SymmetrySpec
+from alloy.symmetry.spec import ROTARY_KINDS, Axis, SymmetrySpec
 from alloy.symmetry.transforms import Transform, identity, move
 from alloy.types import Weights
 from alloy.zip_models import only_permuted
@@ -131,6 +141,7 @@ class TransportSearch:
         names = family(self.spec, root)
         rigid = {n for n in names if children(self.spec, n) or only_permuted(self.spec, n)}
         chosen: dict[str, Operator] = {n: permute if n in rigid else self._transport for n in names}
+        chosen |= {n: leave for n in names if self.spec.spaces[n].kind in ROTARY_KINDS}
         found = match(root, self.spec, self._of_units, chosen)
         for name, transform in found.transforms.items():
             if transform.matrix is not None:

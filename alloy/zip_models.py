@@ -22,7 +22,7 @@ from alloy.maps import UnitMap, apply_maps
 from alloy.matching import children, family, match, operators, roots
 from alloy.similarity import OfUnits, pairs, scaled, unit_rows
 from alloy.symmetry.parts import owned_axes
-from alloy.symmetry.spec import Leaf, Product, Sum, SymmetrySpec, Term
+from alloy.symmetry.spec import ROTARY_KINDS, Leaf, Product, Sum, SymmetrySpec, Term
 from alloy.symmetry.transforms import Transform, identity, move
 from alloy.types import Weights
 from alloy.zip import explained, zip_units
@@ -30,7 +30,10 @@ from alloy.zip import explained, zip_units
 
 @dataclass(frozen=True)
 class Plan:
-    """Which spaces are zipped, which are only permuted, and which weights the models share in the end."""
+    """Which spaces are zipped, which are only permuted, and which weights the models share in the end.
+
+    `reasons` says why a space is not zipped.
+    """
 
     zipped: frozenset[str]
     permuted: frozenset[str]
@@ -58,6 +61,9 @@ def plan(spec: SymmetrySpec, until: str | None = None) -> Plan:
         written |= {a.parameter for a in space.axes if str(a) in spec.both}
         if not written & shared:
             continue  # it lies behind the zipped part
+        if space.kind in ROTARY_KINDS:
+            reasons[name] = "rotary pairs have frequencies of their own"
+            continue
         reason = only_permuted(spec, name) or (
             "" if written <= shared else "the part that is not zipped writes it as well"
         )

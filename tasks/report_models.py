@@ -20,6 +20,7 @@ from tasks.storage import read_json, write_file, write_folder, write_json
 
 REPORTS = Path("reports")
 SHOWN_SPLITS = ("test", "calibration")
+OVERVIEW = ("joint_accuracy", "average_accuracy")
 MEASURES = {"l2": "L2", "cosine": "1 - cosine", "ssd": "SSD", "tssd": "TSSD"}
 
 Rows = Sequence[Any]
@@ -66,7 +67,8 @@ def write(recipe: str, rows: Mapping[str, Rows]) -> None:
     with write_file(folder / "report.html") as partial:
         partial.write_text(html)
     with write_file(folder / "table.md") as partial:
-        partial.write_text(markdown(score_grids(params, rows["scores"])))
+        scores = rows["scores"]
+        partial.write_text(markdown(overview_grids(params, scores) or score_grids(params, scores)))
     write_json(folder / "metrics.json", metrics(params, rows["scores"]))
 
 
@@ -127,7 +129,10 @@ def markdown(found: Iterable[Grid]) -> str:
 def grids(recipe: str, params: ModelsRecipe, rows: Mapping[str, Rows]) -> dict[str, list[Grid]]:
     """All tables, by the heading that they stand under."""
     return {
-        "How well they do": score_grids(params, rows["scores"]),
+        "How well they do": [
+            *overview_grids(params, rows["scores"]),
+            *score_grids(params, rows["scores"]),
+        ],
         "Barriers between the parents": barrier_grids(params, rows.get("barriers", ())),
         "What alignment did": [alignment_grid(recipe, params)],
         "How far apart the parents are": distance_grids(params, rows.get("distances", ())),
@@ -178,6 +183,38 @@ def score_grids(params: ModelsRecipe, scores: Rows) -> list[Grid]:
             )
         )
     return found
+
+
+def overview_grids(params: ModelsRecipe, scores: Rows) -> list[Grid]:
+    """All sets side by side, a table a metric: a row a model; nothing for one set, or sets without labels."""
+    sets = list(params.collect.sets)
+    rows = [row for row in scores if row.split == "test" and row.metric in OVERVIEW]
+    table = means(rows, lambda row: (row.metric, row.model, row.set))
+    if len(sets) < 2 or {name for *_, name in table} != {*sets}:
+        return []
+    models = list(dict.fromkeys(row.model for row in rows))
+    arms = [*params.merge.arms]
+    models.sort(key=lambda model: arms.index(model) if model in arms else -1)  # parents first
+    return [
+        Grid(
+            f"{metric_title(metric).capitalize()}: test data, {seeds(params, sets[0])}",
+            ["", *(title(params, name) for name in sets)],
+            [
+                [
+                    model_title(model),
+                    *(
+                        table[place].shown(metric)
+                        if (place := (metric, model, name)) in table
+                        else ""
+                        for name in sets
+                    ),
+                ]
+                for model in models
+            ],
+            params.merge.result.arm,
+        )
+        for metric in OVERVIEW
+    ]
 
 
 def barrier_grids(params: ModelsRecipe, barriers: Rows) -> list[Grid]:

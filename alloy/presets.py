@@ -220,7 +220,7 @@ def _search(
     elif score is not None:
         share = _by_score(models, spec, candidates, score)
     else:
-        share = _by_knee(models, spec, candidates, {o: moments(o) for o in given.others})
+        share = _by_proxy(models, spec, candidates, {o: moments(o) for o in given.others})
     transforms: dict[str, Transforms] = {given.reference: identity(spec), **candidates[share]}
     report = {
         o: _describe(models, spec, transforms, given.reference, o, moments(o)) for o in given.others
@@ -232,8 +232,10 @@ def _search(
     )
 
 
-SHARES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
 """What `weight_share="search"` tries."""
+KEPT = 0.95
+"""The part of the activation similarity that weights may not cost (docs/alignment.md: measured)."""
 
 
 def _pair(
@@ -288,33 +290,25 @@ def _by_score(
     return max(scores, key=lambda share: scores[share])
 
 
-def _by_knee(
+def _by_proxy(
     models: Mapping[str, Weights],
     spec: SymmetrySpec,
     candidates: Mapping[float, Mapping[str, Transforms]],
     moments: Mapping[str, Moments],
 ) -> float:
-    """The share at the knee of the two similarities.
+    """The largest share that keeps KEPT of the highest activation similarity of all candidates.
 
-    As the share grows, weights become more alike and activations less. Both are scaled to 0..1 over the
-    candidates, and their sum is largest where neither gives up much for the other. No data but the
-    statistics are needed, and no unit of measure matters.
+    As the share grows from 0, weights become more alike at first for almost nothing, because many orders of
+    units are nearly as good by activations; later at the price of the activations.
     """
     reference = next(iter(models))
-    by_weight, by_activation = [], []
-    for found in candidates.values():
+    similarity = {}
+    for share, found in candidates.items():
         rows = [r for o in found for r in _describe(models, spec, found, reference, o, moments[o])]
         seen = [r.activation_after for r in rows if r.activation_after is not None]
-        by_weight.append(sum(r.weight_after for r in rows) / len(rows))
-        by_activation.append(sum(seen) / max(1, len(seen)))
-    sums = [w + a for w, a in zip(_spread(by_weight), _spread(by_activation), strict=True)]
-    return list(candidates)[sums.index(max(sums))]
-
-
-def _spread(values: Sequence[float]) -> list[float]:
-    """Values scaled to 0..1."""
-    low, span = min(values), max(values) - min(values)
-    return [(value - low) / (span or 1) for value in values]
+        similarity[share] = sum(seen) / max(1, len(seen))
+    highest = max(similarity.values())
+    return max(share for share, value in similarity.items() if value >= KEPT * highest)
 
 
 def _universe(
@@ -646,7 +640,7 @@ PRESETS: Mapping[str, Preset] = {
     "git_rebasin": Preset(_search, {**_SEARCH, "weight_share": 1.0, "scale": "none"}),
     "activation_matching": Preset(_search, {**_SEARCH, "weight_share": 0.0}),
     "mudsc": Preset(_search, {**_SEARCH, "scale": "unit", "start": "activation"}),
-    "dual": Preset(_search, {**_SEARCH, "start": "best"}),
+    "dual": Preset(_search, {**_SEARCH, "weight_share": 0.2, "start": "best"}),
     "orthogonal": Preset(
         _search,
         {**_SEARCH, "start": "best", "method": "orthogonal", "fold": True, "tolerance": 1e-4},

@@ -346,10 +346,12 @@ class _Products:
         """The sum of x yᵀ; of a linear image from that of what it is an image of."""
         ours, theirs = (self.observers[name] for name in pair)
         if image := self.first.images.get(key):
-            source = self.first.source_of(image)
-            (w, b), (v, c) = (o.linear_map(o.images[key]) for o in (ours, theirs))
-            x, y = w @ ours.total(source)[0], theirs.total(key)[0]
-            return w @ self._product(source, pair) @ v.T + torch.outer(x, c) + torch.outer(b, y)
+            source, count = self.first.source_of(image), self.first.counts[key]
+            x, y = ours.total(source)[0], theirs.total(source)[0]
+            spread = self._product(source, pair) - torch.outer(x, y / count)
+            w, v = (o.linear_map(o.images[key])[0] for o in (ours, theirs))
+            image_spread = (w.float() @ spread.float() @ v.T.float()).double()
+            return image_spread.addr_(ours.total(key)[0], theirs.total(key)[0] / count)
         x, y = ours.sums[key].cpu(), theirs.total(key)[0]
         c, d = (o.centres[key].double().cpu() for o in (ours, theirs))
         return self.sums[key, pair].cpu() + torch.outer(x, d) + torch.outer(c, y)

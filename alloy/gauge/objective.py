@@ -17,19 +17,28 @@ Shape legend: M models, O outputs, I inputs (with the constant, where the layer 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from alloy.activations import Gram
-from alloy.symmetry.spec import Leaf, Product, Sum, SymmetrySpec, Term, leaves
+from alloy.symmetry.spec import ROTARY_KINDS, Leaf, Product, Sum, SymmetrySpec, Term, leaves
 from alloy.symmetry.transforms import Transforms, transport
 from alloy.types import Weights
 
-Matrices = Mapping[str, Tensor]
-"""Orthogonal matrices by space, [*batch, units, units]."""
+
+class Turn(NamedTuple):
+    """An orthogonal matrix of a space, [*batch, units, units], one for each unit of `depends_on`."""
+
+    matrix: Tensor
+    depends_on: tuple[str, ...] = ()
+
+
+Turns = Mapping[str, Turn]
+"""By space."""
 
 
 class GaugeError(ValueError):
@@ -176,65 +185,67 @@ def quadratic_form(layer: Layer, ridge: float) -> Tensor:
     return within - torch.einsum("mio,nip->monp", solved_MIO, solved_MIO)
 
 
-def act(x: Tensor, dim: int, term: Term, matrices: Matrices) -> Tensor:
+def act(x: Tensor, dim: int, term: Term, turns: Turns) -> Tensor:
     """`x` with one of its dims moved by orthogonal matrices of the spaces on it; differentiable.
 
-    A dim without a space among the matrices stays as it is.
+    A dim without a space among them stays as it is.
     """
-    if not any(leaf.space in matrices for _, leaf in leaves(term)):
+    if not any(leaf.space in turns for _, leaf in leaves(term)):
         return x
     front = x.movedim(dim, 0)
-    return _act_front(front, term, matrices).movedim(0, dim)
+    return _act_front(front, term, turns).movedim(0, dim)
 
 
-def _act_front(x: Tensor, term: Term, matrices: Matrices) -> Tensor:
+def _act_front(x: Tensor, term: Term, turns: Turns) -> Tensor:
     match term:
         case Leaf(_, space):
-            if space is None or space not in matrices:
+            if space is None or space not in turns:
                 return x
-            return torch.tensordot(matrices[space], x, dims=1)
+            return torch.tensordot(turns[space].matrix, x, dims=1)
         case Sum(parts):
             pieces = x.split([part.size for part in parts])
-            moved = [_act_front(p, t, matrices) for p, t in zip(pieces, parts, strict=True)]
+            moved = [_act_front(p, t, turns) for p, t in zip(pieces, parts, strict=True)]
             return torch.cat(moved)
         case Product(factors):
-            return _act_product(x, factors, matrices)
+            return _act_product(x, factors, turns)
     raise AssertionError(term)
 
 
-def _act_product(x: Tensor, factors: tuple[Term, ...], matrices: Matrices) -> Tensor:
-    rest = x.shape[1:]
+def _act_product(x: Tensor, factors: tuple[Term, ...], turns: Turns) -> Tensor:
+    shape = x.shape
     x = x.reshape(*[factor.size for factor in factors], -1)
+    spaces = [factor.space if isinstance(factor, Leaf) else None for factor in factors]
     places = "abcdefgh"[: len(factors)]
-    for i, factor in enumerate(factors):
-        if not isinstance(factor, Leaf) or factor.space is None or factor.space not in matrices:
+    for own, space in zip(places, spaces, strict=True):
+        if space is None or space not in turns:
             continue
-        matrix = matrices[factor.space]
-        batch = places[: matrix.ndim - 2]  # the factors in front are what the space depends on
-        moved = places.replace(places[i], "y")
-        x = torch.einsum(f"{batch}y{places[i]},{places}z->{moved}z", matrix, x)
-    return x.reshape(-1, *rest)
+        batch = "".join(places[spaces.index(parent)] for parent in turns[space].depends_on)
+        result = places.replace(own, "y")
+        x = torch.einsum(f"{batch}y{own},{places}z->{result}z", turns[space].matrix, x)
+    return x.reshape(shape)
+
+
+_TURNING = ("orthogonal", "orthogonal fixing ones", "general linear", *ROTARY_KINDS)
 
 
 def searchable(spec: SymmetrySpec, layers: Sequence[Layer]) -> list[str]:
     """The spaces with orthogonal transforms that `act` can follow wherever they lie on the layers.
 
-    The spaces that one depends on must be the outermost factors of the dim that it lies on.
+    What a space depends on must stand in front of it in the dim that it lies on.
     """
-    kinds = ("orthogonal", "orthogonal fixing ones", "general linear")
-    wanted = {s.name: s.depends_on for s in spec.spaces.values() if s.kind in kinds}
+    wanted = {s.name: s.depends_on for s in spec.spaces.values() if s.kind in _TURNING}
     seen = set()
     for layer in layers:
         for term in (layer.rows, layer.columns):
-            for parents, leaf in _with_outer_factors(term):
+            for outer, leaf in _with_outer_factors(term):
                 if leaf.space in wanted:
                     seen.add(leaf.space)
-                    if wanted[leaf.space] != parents:
-                        wanted.pop(leaf.space)
+                    if not set(wanted[leaf.space]) <= set(outer):
+                        del wanted[leaf.space]
     return [name for name in spec.order if name in wanted and name in seen]
 
 
-def _with_outer_factors(term: Term):
+def _with_outer_factors(term: Term) -> Iterator[tuple[tuple[str | None, ...], Leaf]]:
     match term:
         case Leaf():
             yield (), term
@@ -242,10 +253,10 @@ def _with_outer_factors(term: Term):
             for part in parts:
                 yield from _with_outer_factors(part)
         case Product(factors):
+            spaces = tuple(f.space if isinstance(f, Leaf) else None for f in factors)
             for i, factor in enumerate(factors):
                 if isinstance(factor, Leaf):
-                    outer = factors[:i]
-                    yield tuple(f.space for f in outer if isinstance(f, Leaf)), factor
+                    yield spaces[:i], factor
 
 
 def transported(layer: Layer, spec: SymmetrySpec, transforms: Sequence[Transforms]) -> Layer:

@@ -26,6 +26,8 @@ from alloy.activations import Gram
 from alloy.gauge.objective import (
     GaugeError,
     Layer,
+    Turn,
+    Turns,
     act,
     bias_of,
     closed_form,
@@ -37,8 +39,8 @@ from alloy.gauge.objective import (
     transported,
 )
 from alloy.symmetry.parts import owned_axes
-from alloy.symmetry.spec import Axis, SymmetrySpec, leaves, unit_view
-from alloy.symmetry.transforms import Transform, Transforms, compose, identity
+from alloy.symmetry.spec import ROTARY_KINDS, Axis, SymmetrySpec, leaves, unit_view
+from alloy.symmetry.transforms import Transform, Transforms, compose, identity, rotary_matrix
 from alloy.types import Weights
 
 STARTS = ("identity", "shared axes", "opposed axes")
@@ -191,7 +193,7 @@ class _Search:
         generator: torch.Generator | None,
     ) -> None:
         self.layers, self.spec, self.ridge = layers, spec, ridge
-        self.learning_rate, self.generator = learning_rate, generator
+        self.learning_rate, self.generator, self.fixed = learning_rate, generator, fixed
         self.free = [m for m in range(num_models) if m != reference]
         self.turning = [s for s in searchable(spec, layers) if s not in fixed]
         self.streams = [s for s in searchable(spec, layers) if not spec.spaces[s].depends_on]
@@ -217,12 +219,7 @@ class _Search:
         layers = [transported(layer, self.spec, gauge) for layer in self.layers]
         terms = [_term(layer, self.turning, self.ridge) for layer in layers]
         skew = {
-            (m, space): torch.zeros(
-                *self.spec.batch_shape(space),
-                *[self._rank(space)] * 2,
-                dtype=torch.float64,
-                requires_grad=True,
-            )
+            (m, space): self._no_turn(space)
             for m in self.free
             for space in self.turning
             if any(m in layer.models and _lies_on(space, layer) for layer in layers)
@@ -232,9 +229,13 @@ class _Search:
         optimizer = torch.optim.Adam(skew.values(), lr=self.learning_rate)
         best, kept = float("inf"), {}
         for step in range(steps + 1):
-            matrices = {key: self._cayley(key[1], a) for key, a in skew.items()}
+            matrices = {key: self._turned(key[1], a) for key, a in skew.items()}
             moves = [
-                {space: q for (model, space), q in matrices.items() if model == m}
+                {
+                    space: Turn(q, self.spec.spaces[space].depends_on)
+                    for (model, space), q in matrices.items()
+                    if model == m
+                }
                 for m in range(len(gauge))
             ]
             loss = torch.stack([term(moves) for term in terms]).sum()
@@ -256,11 +257,18 @@ class _Search:
             result[m] = compose(gauge[m], step_m)
         return tuple(result)
 
-    def _rank(self, space: str) -> int:
+    def _no_turn(self, space: str) -> Tensor:
+        """The parameters of the identity: a matrix of which the skew part counts, an angle per pair."""
         found = self.spec.spaces[space]
-        return found.size - (found.kind == "orthogonal fixing ones")
+        batch = self.spec.batch_shape(space)
+        rank = found.size - (found.kind == "orthogonal fixing ones")
+        shape = (*batch, rank // 2) if found.kind in ROTARY_KINDS else (*batch, rank, rank)
+        return torch.zeros(shape, dtype=torch.float64, requires_grad=True)
 
-    def _cayley(self, space: str, free: Tensor) -> Tensor:
+    def _turned(self, space: str, free: Tensor) -> Tensor:
+        found = self.spec.spaces[space]
+        if found.kind in ROTARY_KINDS:
+            return rotary_matrix(free.cos(), free.sin(), found.pair_stride)
         half = (free - free.mT) / 2
         eye = torch.eye(free.shape[-1], dtype=free.dtype)
         return self._embedded(space, torch.linalg.solve(eye - half, eye + half))
@@ -351,7 +359,9 @@ class _Search:
             if not touched:
                 continue
             here = [transported(self.layers[i], self.spec, result) for i in touched]
-            found = _Assignment(self.spec, here, m, self.ridge, set(self.turning)).solve(root)
+            found = _Assignment(self.spec, here, m, self.ridge, self.turning, self.fixed).solve(
+                root
+            )
             proposal = list(result)
             proposal[m] = compose(result[m], found)
             there = [transported(self.layers[i], self.spec, proposal) for i in touched]
@@ -369,7 +379,7 @@ def _term(layer: Layer, turning: Sequence[str], ridge: float) -> Callable[[Seque
     if not any(leaf.space in turning for _, leaf in leaves(layer.columns)):
         form = quadratic_form(layer, ridge)
 
-        def of_rows(moves: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        def of_rows(moves: Sequence[Turns]) -> Tensor:
             total = torch.zeros((), dtype=torch.float64)
             for i, m in enumerate(layer.models):
                 for j, n in enumerate(layer.models):
@@ -379,7 +389,7 @@ def _term(layer: Layer, turning: Sequence[str], ridge: float) -> Callable[[Seque
 
         return of_rows
 
-    def of_both(moves: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    def of_both(moves: Sequence[Turns]) -> Tensor:
         weights, grams = [], []
         for m, weight_OI, gram_II in zip(
             layer.models, layer.weight_MOI, layer.gram_MII, strict=True
@@ -405,9 +415,10 @@ class _Assignment:
         layers: Sequence[Layer],
         model: int,
         ridge: float,
-        turning: set[str],
+        turning: Sequence[str],
+        fixed: frozenset[str],
     ) -> None:
-        self.spec, self.turning = spec, turning
+        self.spec, self.turning, self.fixed = spec, turning, fixed
         self.sides = {layer.name: _sides(layer, model, ridge) for layer in layers}
         self.cached: dict[str, Tensor] = {}
         self.solved: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Tensor] = {}
@@ -444,21 +455,29 @@ class _Assignment:
 
     def _value(self, space: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> float:
         value_nn = self._affinity(space)[(*ours, *theirs)].clone()
-        if self._is_continuous(space):
-            left, values, right = torch.linalg.svd(value_nn)
-            self.solved[space, ours, theirs] = left @ right
-            return float(values.sum())
         for child in _children(self.spec, space):
             size = self.spec.spaces[space].size
             for i, j in product(range(size), range(size)):
                 value_nn[i, j] += self._value(child, (*ours, i), (*theirs, j))
-        order, total = _assign(value_nn)
-        self.solved[space, ours, theirs] = order
+        found, total = self._best(space, value_nn)
+        self.solved[space, ours, theirs] = found
         return total
 
-    def _is_continuous(self, space: str) -> bool:
+    def _best(self, space: str, value_nn: Tensor) -> tuple[Tensor, float]:
+        """The permutation [n], or the matrix [n, n], of largest value."""
         kind = self.spec.spaces[space].kind
-        return space in self.turning and kind in ("orthogonal", "general linear")
+        if self._is_continuous(space) and kind in ROTARY_KINDS:
+            matrix = _best_rotary(value_nn, self.spec.spaces[space].pair_stride)
+            return matrix, float((matrix * value_nn).sum())
+        if self._is_continuous(space):
+            left, values, right = torch.linalg.svd(value_nn)
+            return left @ right, float(values.sum())
+        if space in self.fixed or kind in ROTARY_KINDS:
+            return torch.arange(len(value_nn)), float(value_nn.diagonal().sum())
+        return _assign(value_nn)
+
+    def _is_continuous(self, space: str) -> bool:
+        return space in self.turning
 
     def _read(self, space: str, found: dict[str, Transform]) -> None:
         parents = self.spec.spaces[space].depends_on
@@ -479,6 +498,16 @@ class _Assignment:
         )
         for child in _children(self.spec, space):
             self._read(child, found)
+
+
+def _best_rotary(value_nn: Tensor, pair_stride: int) -> Tensor:
+    units = torch.arange(len(value_nn))
+    first = units[units // pair_stride % 2 == 0]
+    second = first + pair_stride
+    along = value_nn[first, first] + value_nn[second, second]
+    across = value_nn[second, first] - value_nn[first, second]
+    angle = torch.atan2(across, along)
+    return rotary_matrix(angle.cos(), angle.sin(), pair_stride)
 
 
 def _assign(value_nn: Tensor) -> tuple[Tensor, float]:

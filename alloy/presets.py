@@ -182,6 +182,13 @@ def _search(
     """Coordinate descent of each model towards the reference."""
     _require_equal_specs(given.specs, given.reference)
     check_method(method)
+    _require_one_of("scale", scale, ("tensor", "none", "unit"))
+    _require_one_of("start", start, ("identity", "activation", "best"))
+    if scale == "none" and weight_share != 1:
+        raise AlignmentError(
+            f"scale='none' has no measure in common with activations: weight_share {weight_share!r} "
+            "must be 1, or scale 'tensor' or 'unit'"
+        )
     models, spec, moments = given.models, given.spec, given.moments
     notes: tuple[str, ...] = ()
     if fold and not spec.folds:
@@ -323,6 +330,7 @@ def _universe(
     """All models at once, to a universe in the reference's coordinates."""
     _require_equal_specs(given.specs, given.reference)
     check_method(method)
+    _require_share(weight_share)
     if method == "orthogonal":
         raise AlignmentError("method 'orthogonal' has one reference; use 'permute' or 'signed'")
     _require_statistics(given, weight_share < 1)
@@ -375,6 +383,7 @@ def _zip(
 ) -> Alignment:
     """Units of all models, merged many to many."""
     spec, names = given.spec, list(given.models)
+    _require_share(weight_share)
     _require_equal_specs(given.specs, given.reference)
     _require_statistics(given, weight_share < 1)
     for other in given.others:
@@ -422,10 +431,9 @@ def _transport(
 ) -> Alignment:
     """Every model into the reference by optimal transport, layer by layer."""
     _require_statistics(given, weight_share < 1)
-    if residual not in ("joint", "mean", "identity"):
-        raise AlignmentError(f"residual {residual!r} is unknown; choose joint, mean or identity")
-    if readers not in ("average", "sum"):
-        raise AlignmentError(f"readers {readers!r} is unknown; choose average or sum")
+    _require_one_of("residual", residual, ("joint", "mean", "identity"))
+    _require_one_of("readers", readers, ("average", "sum"))
+    _require_share(weight_share)
     settings = Settings(weight_share, regularisation, residual, readers)
     transforms: dict[str, Transforms] = {given.reference: identity(given.spec)}
     maps = {}
@@ -579,6 +587,16 @@ def is_stream(spec: SymmetrySpec, space: str) -> bool:
     matrices = [a for a in spec.spaces[space].axes if len(spec.layout[a.parameter]) > 1]
     reading = [a for a in matrices if str(a) in spec.reading]
     return len(reading) > 1 and len(matrices) - len(reading) > 1
+
+
+def _require_one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise AlignmentError(f"{name} {value!r} is unknown; choose {', '.join(choices)}")
+
+
+def _require_share(weight_share: object) -> None:
+    if not (isinstance(weight_share, (int, float)) and 0 <= weight_share <= 1):
+        raise AlignmentError(f"weight_share {weight_share!r} does not lie in 0..1")
 
 
 def _require_statistics(given: Given, needed: bool) -> None:

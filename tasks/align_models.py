@@ -18,7 +18,7 @@ from alloy.align import AlignmentError
 from alloy.alignment import Alignment
 from alloy.symmetry import observe_outputs
 from tasks.collect_models import load_statistics
-from tasks.params import ModelsAlignment, models_recipe
+from tasks.params import ModelsAlignment
 from tasks.sets import MODELS, Job, Report, first_examples, jobs, load_any, run_jobs, save_tensors
 from tasks.storage import write_folder, write_json
 
@@ -26,7 +26,7 @@ TOLERANCE = 1e-6  # of an output's spread: what an exact alignment may change, i
 
 
 def main(recipe: str) -> None:
-    planned = {job.name: job for job in jobs(recipe) if models_recipe(recipe).alignments(job.set)}
+    planned = {job.name: job for job in jobs(recipe) if job.params.alignments(job.set)}
     out = MODELS / recipe / "transforms"
     with write_folder(out) as folder:
         num = {name: len(job.params.alignments(job.set)) for name, job in planned.items()}

@@ -41,14 +41,11 @@ class Job:
     recipe: str
     set: str
     seed: int
+    params: ModelsRecipe
 
     @property
     def name(self) -> str:
         return f"{self.set}/{self.seed}"
-
-    @property
-    def params(self) -> ModelsRecipe:
-        return models_recipe(self.recipe)
 
     @property
     def found(self) -> ModelsSet:
@@ -85,7 +82,8 @@ class Job:
 
 def jobs(recipe: str) -> list[Job]:
     """Every set with each of its seeds."""
-    return [Job(recipe, name, seed) for name, seed in models_recipe(recipe).jobs()]
+    params = models_recipe(recipe)
+    return [Job(recipe, name, seed, params) for name, seed in params.jobs()]
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

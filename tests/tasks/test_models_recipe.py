@@ -21,7 +21,7 @@ from alloy.symmetry import with_kind
 from tasks import align, calibration, collect, evaluate, fetch, merge, params, prepare
 from tasks.align_models import load_alignment
 from tasks.params import ParamsError
-from tasks.sets import Job
+from tasks.sets import jobs
 from tests import tiny_models
 
 STAGES = (fetch, prepare, collect, align, merge, evaluate)
@@ -95,7 +95,7 @@ def test_any_architecture_passes_every_stage_without_code(write, workspace, name
         "models/mine/merged", output_loading_info=True
     )
     assert not any(info.values())
-    job = Job("mine", "pair", 0)
+    (job,) = jobs("mine")
     moved = load_alignment(job, "mudsc").apply(job.weights())
     merged = load_file("models/mine/merged/model.safetensors")
     for key, tensor in merged.items():

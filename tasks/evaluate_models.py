@@ -8,21 +8,23 @@ every alignment, how far apart the members are. Writes `reports/<recipe>/` (`tas
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from alloy import landscape
+from alloy import landscape, repair
 from alloy.alignment import Alignment
 from alloy.distance import distance
 from tasks import report_models
 from tasks.align_models import load_alignment
 from tasks.models import load_any
-from tasks.sets import Job, Report, jobs, run_jobs
+from tasks.sets import Job, Report, batches, first_examples, jobs, run_jobs
 from tasks.yardsticks import Yardstick, asked, yardsticks
 
+NORM_EXAMPLES = 256  # of the calibration data, for batch norms along paths and on planes
 CURVE_SPLITS = (
     "validation",
     "calibration",
@@ -190,6 +192,12 @@ class Curves:
     alignment: Alignment
     measure: Yardstick
 
+    @cached_property
+    def norm_batches(self) -> list[dict[str, Tensor]]:
+        """The calibration examples that batch norms are estimated on, at every point alike."""
+        examples = first_examples(self.job.calibration, NORM_EXAMPLES)
+        return list(batches(examples, self.job.params.evaluate.batch_size))
+
     def rows(
         self,
         model: nn.Module,
@@ -256,6 +264,9 @@ class Curves:
                     yield PlaneRow(*key, "", float(x), float(y), metric, value)
 
     def values(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        if any(name.endswith("running_mean") for name in weights):
+            # The mean of two models' batch statistics is that of neither.
+            weights = repair.reestimate_norms(model, weights, self.norm_batches)
         model.load_state_dict(weights)
         found = self.measure.score([asked(model)])
         return {metric: round(score.value, 6) for metric, score in found.items()}

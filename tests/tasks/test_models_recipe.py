@@ -18,7 +18,19 @@ from transformers import ConvNextImageProcessor
 
 import alloy
 from alloy.symmetry import with_kind
-from tasks import align, calibration, collect, evaluate, fetch, merge, params, prepare
+from tasks import (
+    align,
+    calibration,
+    collect,
+    evaluate,
+    fetch,
+    merge,
+    params,
+    prepare,
+    promotion,
+    register,
+    tracking,
+)
 from tasks.align_models import load_alignment
 from tasks.params import ParamsError
 from tasks.sets import jobs
@@ -83,7 +95,13 @@ def scores(model: str, split: str = "calibration") -> dict[str, float]:
     return json.loads(Path("reports/mine/metrics.json").read_text())[split][model]["pair"]
 
 
-@pytest.mark.parametrize("name", tiny_models.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name.startswith("RegNet") else [])
+        for name in tiny_models.ARCHITECTURES
+    ],
+)
 def test_any_architecture_passes_every_stage_without_code(write, workspace, name) -> None:
     """Folders in, a model that transformers loads and a report out, for classes that alloy never names."""
     code = "".join(path.read_text() for path in Path(alloy.__file__).parent.rglob("*.py"))
@@ -178,6 +196,78 @@ def write_labelled(write) -> None:
         recipe["evaluate"]["curves"] = []
 
     write(CONVNEXT, change)
+
+
+def test_what_is_mended_is_better_by_the_measure_it_mends(write) -> None:
+    """Least squares brings the answers nearer to the parents' mean; temperature does and keeps every choice."""
+
+    def change(recipe: dict) -> None:
+        arm = recipe["merge"]["arms"]["mudsc"]
+        for name, switches in {
+            "fitted": {"permuted_least_squares": {}},
+            "sure": {"permuted_least_squares": {"targets": "confidence"}},
+            "repaired": {"repair": True, "batch_norm": True},
+            "tempered": {"temperature": True},
+        }.items():
+            recipe["merge"]["arms"][name] = {**arm, "repair": switches}
+        recipe["evaluate"]["curves"] = []
+
+    write(CONVNEXT, change)
+    run()
+    assert scores("fitted")["loss"] < 0.5 * scores("mudsc")["loss"]
+    assert scores("sure")["loss"] != scores("fitted")["loss"]
+    assert scores("repaired")["loss"] != scores("mudsc")["loss"]
+    assert scores("tempered")["loss"] < scores("mudsc")["loss"]
+    assert scores("tempered")["agreement"] == scores("mudsc")["agreement"]
+    account = json.loads(Path("models/mine/arms/pair/0/tempered/alloy_merge.json").read_text())
+    assert account["mended"]["temperature"] > 0
+
+
+def test_a_partial_zip_is_a_model_for_each_member(write) -> None:
+    """Up to the layer that is named the members share all weights; behind it each keeps its own."""
+
+    def change(recipe: dict) -> None:
+        recipe["collect"]["joint"] = True
+        settings = {"until": "model.decoder.layers.0"}
+        recipe["align"]["alignments"]["zip"] = {"preset": "zipit", "settings": settings}
+        recipe["merge"]["arms"]["zip"] = {"alignment": "zip", "method": "linear"}
+        recipe["merge"]["result"]["arm"] = "zip"
+        recipe["evaluate"]["curves"] = []
+
+    write(OPT, change)
+    run()
+    folder = Path("models/mine/arms/pair/0/zip")
+    a, b = (load_file(folder / name / "model.safetensors") for name in "ab")
+    same = {name for name in a if torch.equal(a[name], b[name])}
+    assert any("layers.0." in name for name in same)
+    assert not any("layers.1." in name for name in same)
+    assert transformers.AutoModelForCausalLM.from_pretrained("models/mine/merged/b")
+    assert scores("zip")["loss"] > 0
+    with pytest.raises(ParamsError, match=r"holds no model but \['a', 'b'\]"):
+        register.main("mine")
+
+
+@pytest.mark.slow
+def test_the_result_is_registered_with_what_it_was_measured_on(write, mlflow_workspace) -> None:
+    """A version with the parents' hashes, and the data of each set under the name that gates ask for."""
+    write(CONVNEXT, lambda recipe: recipe["evaluate"].update(curves=[]))
+    run()
+    register.main("mine")
+    version = tracking.aliased("mine", "challenger")
+    assert version is not None
+    found = tracking.finished_run(version.run_id)
+    data = json.loads(Path("data/mine/manifest.json").read_text())["files"]
+    assert found.tags["data/pair/calibration.safetensors"] == data["calibration/own.safetensors"]
+    assert "parent/a/digest" in found.tags
+    gates = params.Gates(
+        split="calibration",
+        model="merged",
+        benchmarks={"pair": "agreement"},
+        minimal_gain=0.0,
+        maximal_regression=1.0,
+    )
+    result = promotion.read_result("1", gates, found.metrics, found.tags)
+    assert result.scores["pair"].value == scores("merged")["agreement"]
 
 
 def text_examples(**changes: object) -> dict[str, torch.Tensor]:

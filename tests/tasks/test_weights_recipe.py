@@ -12,7 +12,7 @@ from transformers import AutoModel, ViTConfig, ViTModel
 
 import alloy
 from alloy.checkpoint import save_statistics
-from tasks import command, evaluate, fetch, merge, params
+from tasks import command, evaluate, fetch, merge, params, register, tracking
 from tasks.params import ParamsError
 
 RECIPE = {
@@ -115,6 +115,20 @@ def test_regmean_reads_the_grams_that_collect_measured(workspace):
         torch.testing.assert_close(merged[name], tensor)
     account = json.loads(Path("models/mine/merged/alloy_merge.json").read_text())
     assert account["settings"]["statistics"] == files
+
+
+def test_a_merge_without_alignment_is_registered_too(workspace, mlflow_workspace):
+    """The merged checkpoint is a version in MLflow, with the hashes of what it was made of."""
+    fetch.main("mine")
+    merge.main("mine")
+    evaluate.main("mine")
+    register.main("mine")
+    version = tracking.aliased("mine", "challenger")
+    assert version is not None
+    found = tracking.finished_run(version.run_id)
+    assert found.tags["parent/a/digest"] != found.tags["parent/b/digest"]
+    assert found.metrics["a - merged/l2"] > 0
+    assert any(name.endswith("model.safetensors") for name in tracking.model_files("mine", "1"))
 
 
 def test_the_readmes_recipe_is_one(workspace):

@@ -31,13 +31,16 @@ from alloy.matching import (
     rotating,
 )
 from alloy.similarity import (
+    Kept,
     OfUnits,
+    Products,
     Scale,
     Similarity,
     Statistics,
     mean_correlation,
     mean_cosine,
     mean_covariance,
+    unit_rows,
 )
 from alloy.symmetry.spec import Leaf, SymmetrySpec
 from alloy.symmetry.transforms import Transform, Transforms, compose, identity, move, transport
@@ -146,6 +149,7 @@ class Search:
         }
         self.state = State(start, move(weights, self.spec, start), activations)
         self.prices: dict[str, Tensor] = {}
+        self.kept: Kept = {}
         self.families = {root: family(self.spec, root) for root in roots(self.spec)}
         self.touched = {
             root: {a.parameter for name in names for a in self.spec.spaces[name].axes}
@@ -206,10 +210,31 @@ class Search:
             order = found.transforms[root].permutation
             assert order is not None  # prices are those of an assignment
             self.prices[root] = self.prices[root][order]
+        self._carry(root, found.transforms)
         for other, names in self.touched.items():
             if other != root and not names.isdisjoint(self.touched[root]):
                 self.stale.add(other)
         return True
+
+    def _carry(self, root: str, step: Transforms) -> None:
+        """Move the kept products along with the units, so that they are those of the weights as they are."""
+        names = [name for name in self.families[root] if name in self.kept]
+        for name in names:
+            axes = self.similarity.own_axes[name]
+            dims = {
+                (a.parameter, a.dim) for n in self.families[root] for a in self.spec.spaces[n].axes
+            }
+            if len(dims) > len({parameter for parameter, _ in dims}):
+                del self.kept[name]  # a weight moved along two dims: its stretches changed as well
+                continue
+            odd, even = (
+                None if part is None else move_columns(part, name, self.spec, step)
+                for part in self.kept[name].products
+            )
+            assert odd is not None
+            weights = self.state.weights
+            rows = [unit_rows(weights[axis.parameter], self.spec, name, axis) for axis in axes]
+            self.kept[name] = Products(rows, OfUnits(odd, even))
 
     def _moved(self, root: str, step: Transforms) -> State:
         """What a step changes."""
@@ -242,7 +267,7 @@ class Search:
 
     def _of_units(self, space: str) -> OfUnits:
         return self.similarity.of_units(
-            space, self.state.weights, self.state.activations.get(space)
+            space, self.state.weights, self.state.activations.get(space), self.kept
         )
 
     def objective(self) -> float:

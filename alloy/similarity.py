@@ -81,6 +81,16 @@ class OfUnits(NamedTuple):
     even: Tensor | None = None
 
 
+class Products(NamedTuple):
+    """The other model's stretches, by axis, and the inner products of them that were last computed."""
+
+    rows: list[Tensor]
+    products: OfUnits
+
+
+Kept = dict[str, Products]
+
+
 @dataclass(frozen=True)
 class Similarity:
     """Everything that stays fixed while the transforms of the other model are searched.
@@ -122,53 +132,79 @@ class Similarity:
     def own_axes(self) -> dict[str, list[Axis]]:
         return {space: owned_axes(self.spec, space) for space in self.spec.spaces}
 
-    def of_units(self, space: str, other: Weights, activations: Tensor | None) -> OfUnits:
+    def of_units(
+        self, space: str, other: Weights, activations: Tensor | None, kept: Kept | None = None
+    ) -> OfUnits:
         """What matching unit i of the reference with unit j of the other model adds to J.
 
         Args:
             other: scaled weights, every other space already transformed.
             activations: of this space, the columns transformed like the weights.
+            kept: products from earlier calls; only what has changed since is multiplied again.
         """
         odd, even = [], []
         if self.weight_share > 0:
+            products = self._products(space, other, {} if kept is None else kept)
             if self.scale == "unit":
-                odd.append(self.weight_share * self._unit_correlation(space, other))
+                odd.append(self.weight_share * self._unit_correlation(space, other, products))
             else:
-                for axis in self.own_axes[space]:
-                    ours, theirs = (self._rows(w, space, axis) for w in (self.reference, other))
-                    (odd if axis.variance else even).append(self.weight_share * (ours @ theirs.T))
+                odd.append(self.weight_share * products.odd)
+                if products.even is not None:
+                    even.append(self.weight_share * products.even)
         if self.weight_share < 1 and activations is not None:
             odd.append((1 - self.weight_share) * activations)
         size = math.prod(self.spec.batch_shape(space)) * self.spec.spaces[space].size
-        start = torch.zeros(size, size, dtype=odd[0].dtype if odd else torch.float32)
-        total = OfUnits(sum(odd, start), sum(even[1:], even[0]) if even else None)
-        signless = None if total.even is None else pairs(total.even, self.spec, space)
-        return OfUnits(pairs(total.odd, self.spec, space), signless)
+        total = sum(odd, torch.zeros(size, size, dtype=odd[0].dtype if odd else torch.float32))
+        signless = pairs(even[0], self.spec, space) if even else None
+        return OfUnits(pairs(total, self.spec, space), signless)
 
     def _rows(self, weights: Weights, space: str, axis: Axis) -> Tensor:
         return unit_rows(weights[axis.parameter], self.spec, space, axis)
 
-    def _unit_correlation(self, space: str, other: Weights) -> Tensor:
+    def _products(self, space: str, other: Weights, kept: Kept) -> OfUnits:
+        """Inner products of all pairs of units over all weights, [all of ours, all of theirs]."""
+        size = math.prod(self.spec.batch_shape(space)) * self.spec.spaces[space].size
+        axes = self.own_axes[space]
+        theirs = [self._rows(other, space, axis) for axis in axes]
+        before = kept.get(space)
+        totals: dict[bool, Tensor] = {}
+        if before is not None:
+            totals = {True: before.products.odd}
+            if before.products.even is not None:
+                totals[False] = before.products.even
+        for i, axis in enumerate(axes):
+            ours, new = self._rows(self.reference, space, axis), theirs[i]
+            if before is not None:
+                changed = (new != before.rows[i]).any(0).nonzero().flatten()
+                if not len(changed):
+                    continue
+                ours, new = ours[:, changed], new[:, changed] - before.rows[i][:, changed]
+            odd = axis.variance != 0 or self.scale == "unit"
+            product = ours @ new.T
+            totals[odd] = totals[odd] + product if odd in totals else product
+        products = OfUnits(totals.get(True, torch.zeros(size, size)), totals.get(False))
+        kept[space] = Products(theirs, products)
+        return products
+
+    def _unit_correlation(self, space: str, other: Weights, products: OfUnits) -> Tensor:
         """Pearson correlation of the units' stretches of all weights, laid end to end."""
-        columns, product = 0, None
+        columns = 0
         sums: list[list[Tensor]] = [[], []]
         squares: list[list[Tensor]] = [[], []]
         for axis in self.own_axes[space]:
             rows = [self._rows(w, space, axis) for w in (self.reference, other)]
             columns += rows[0].shape[1]
-            inner = rows[0] @ rows[1].T
-            product = inner if product is None else product + inner
             for i, row in enumerate(rows):
                 sums[i].append(row.sum(1))
                 squares[i].append(row.square().sum(1))
-        if product is None:
-            return torch.zeros(())
+        if not columns:
+            return products.odd
         total = [torch.stack(s).sum(0) for s in sums]
         spread = [
             (torch.stack(q).sum(0) / columns - (s / columns) ** 2).clamp(min=0)
             for q, s in zip(squares, total, strict=True)
         ]
-        covariance = product / columns - torch.outer(total[0], total[1]) / columns**2
+        covariance = products.odd / columns - torch.outer(total[0], total[1]) / columns**2
         return covariance / torch.outer(spread[0], spread[1]).sqrt().clamp(min=1e-12)
 
     def inner(self, other: Weights) -> float:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from alloy.checkpoint import merge_checkpoints
     from alloy.collect import collect
     from alloy.distance import distance
+    from alloy.gauge import search_gauge
     from alloy.merge import merge
     from alloy.presets import align_models
     from alloy.statistics import Statistics
@@ -48,6 +49,7 @@ __all__ = [
     "merge",
     "merge_checkpoints",
     "random_transforms",
+    "search_gauge",
     "transport",
     "unfold_norms",
     "validate",
@@ -62,6 +64,7 @@ _HOMES = {
     "distance": "alloy.distance",
     "merge": "alloy.merge",
     "merge_checkpoints": "alloy.checkpoint",
+    "search_gauge": "alloy.gauge",
     **dict.fromkeys(
         (
             "SymmetrySpec",

@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from alloy.activations import Gram
 from alloy.masks import Masks
@@ -178,8 +179,7 @@ class _Observer:
         }
         masks = Masks(inputs)
         seen: dict[str, list[Tensor]] = {}
-        # holds what was seen until the end of the pass, so that no memory is used twice
-        first: dict[object, tuple[str, Tensor]] = {}
+        first: dict[object, tuple[str, StorageWeakRef]] = {}
 
         def see(key: str, activation: Tensor) -> None:
             with torch.autocast(activation.device.type, enabled=False):
@@ -187,11 +187,15 @@ class _Observer:
                     self._add_units(key, masks.kept(self._read(self.units[key], activation)))
                     return
                 unit = self.units.get(key)
-                place = unit.place if unit else None
-                earlier, _ = first.setdefault((place, *identity_of(activation)), (key, activation))
-                if earlier != key:
+                here = (unit.place if unit else None, *identity_of(activation))
+                earlier, memory = first.get(here, (key, None))
+                if (
+                    memory is not None and not memory.expired()
+                ):  # else another tensor lives there now
                     self.same[key] = earlier
-                elif unit is None:
+                    return
+                first[here] = (key, StorageWeakRef(activation.untyped_storage()))
+                if unit is None:
                     self._add_gram(key, masks.kept(activation))
                 else:
                     calls = seen.setdefault(key, [])

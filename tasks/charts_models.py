@@ -126,11 +126,12 @@ def planes_chart(planes: Rows, params: ModelsRecipe) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     for axes, key in zip(figure.subplots(len(keys), len(losses), squeeze=False), keys, strict=True):
         rows = [row for row in planes if (row.set, row.alignment, row.other) == key]
+        axes[0].set_ylabel(f"{title(params, key[0])}\n{key[1]}", fontsize=9)
         for axis, metric in zip(axes, losses, strict=True):
             _plane(
                 axis, [row for row in rows if row.metric == metric], [r for r in rows if r.point]
             )
-            axis.set_title(f"{title(params, key[0])}, {key[1]}: {metric_title(metric)}", fontsize=9)
+            axis.set_title(metric_title(metric), fontsize=9)
     return figure
 
 

@@ -658,7 +658,7 @@ PRESETS: Mapping[str, Preset] = {
     "git_rebasin": Preset(_search, {**_SEARCH, "weight_share": 1.0, "scale": "none"}),
     "activation_matching": Preset(_search, {**_SEARCH, "weight_share": 0.0}),
     "mudsc": Preset(_search, {**_SEARCH, "scale": "unit", "start": "activation"}),
-    "dual": Preset(_search, {**_SEARCH, "weight_share": 0.2, "start": "best"}),
+    "dual": Preset(_search, {**_SEARCH, "weight_share": 0.2}),
     "orthogonal": Preset(
         _search,
         {**_SEARCH, "start": "best", "method": "orthogonal", "fold": True, "tolerance": 1e-4},

@@ -26,7 +26,7 @@ def write_recipe(workspace: Path) -> Callable[..., str]:
     def write(**sections: object) -> str:
         (workspace / "params").mkdir(exist_ok=True)
         (workspace / "params/recipes.yaml").write_text("recipes: [toy]\n")
-        (workspace / "params/toy.yaml").write_text(yaml.safe_dump(sections))
+        (workspace / "params/toy.yaml").write_text(yaml.safe_dump({"kind": "modality", **sections}))
         return "toy"
 
     return write

@@ -514,6 +514,8 @@ def test_the_modality_transformer_in_every_sharing(sharing):
     (gains,) = spec.unfolded.values()
     assert "text_embeddings.norm.weight" in gains
     assert len(gains) == (15 if sharing == "custom_norms" else 1)
+    if sharing not in ("all", "custom_norms"):
+        return
     wider = add_norm_matrices(model, spec)
     wider_spec = alloy.find_symmetries(wider, [dual, other], observe=heads)
     folded, folded_spec = fold_norms(wider, wider_spec)

@@ -283,6 +283,14 @@ def fail(value, report):
     time.sleep(60)
 
 
+def start_and_end(value, report):
+    import time
+
+    report("start")
+    time.sleep(0.3)
+    report("end")
+
+
 def vanish(value, report):
     os._exit(7)
 
@@ -296,6 +304,14 @@ def test_jobs_run_in_processes_of_one_thread():
     assert {name: values[0] for name, values in heard.items()} == {"a": 1, "b": 2}
     assert len({os.getpid(), heard["a"][1], heard["b"][1]}) == 3
     assert heard["a"][2] == heard["b"][2] == 1
+
+
+def test_no_more_jobs_run_at_once_than_allowed():
+    """The next job starts when one has ended."""
+    heard = []
+    jobs = {name: (name,) for name in "abc"}
+    side_by_side(start_and_end, jobs, lambda name, what: heard.append((name, what)), at_once=1)
+    assert heard == [(name, what) for name in "abc" for what in ("start", "end")]
 
 
 def test_the_first_failure_ends_all_jobs():

@@ -22,7 +22,7 @@ from tasks.params import ModelsAlignment
 from tasks.sets import MODELS, Job, Report, first_examples, jobs, load_any, run_jobs, save_tensors
 from tasks.storage import write_folder, write_json
 
-TOLERANCE = 1e-6  # of an output's spread: what an exact alignment may change, in float64
+TOLERANCE = 1e-5  # of an output's spread: what an exact alignment may change; norms of Llama compute in float32 (2e-6)
 
 
 def main(recipe: str) -> None:

@@ -75,7 +75,10 @@ def sequential(
     ridge: float,
     residual: bool,
 ) -> dict[str, Tensor]:
-    """Merge whole models by sequential least squares; everything but linear layers is averaged.
+    """W = argmin sum_i c_i mean_t |y_it - W x_it|² + ridge l̄ ||W - W_0||², a layer after the other (see the module).
+
+    RegMean's least squares (arXiv:2212.09849) on the merged model's own inputs, as RegMean++ takes them
+    (arXiv:2508.03121), against what each untouched model computes. Everything but linear layers is averaged.
 
     Args:
         module: the architecture; its parameters have the names of the models, and are not changed.

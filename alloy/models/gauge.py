@@ -15,9 +15,11 @@ Shapes: D hidden, R rows of a reader.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -116,8 +118,13 @@ def towers(model: ModalityModel) -> dict[str, TowerWeights]:
 
 
 def _trace(config: ModalityConfig, first: int) -> SymmetrySpec:
-    tower = Tower(agnostic_config(config), first).eval()
-    return find_symmetries(tower, {"x_BSD": torch.randn(2, 3, config.hidden_size)})
+    return _traced(json.dumps(agnostic_config(config).to_dict(), sort_keys=True), first)
+
+
+@cache
+def _traced(config: str, first: int) -> SymmetrySpec:
+    tower = Tower(ModalityConfig(**json.loads(config)), first).eval()
+    return find_symmetries(tower, {"x_BSD": torch.randn(2, 3, tower.writer.in_features)})
 
 
 def _without_norm_biases(weights: Weights, config: ModalityConfig, first: int) -> dict[str, Tensor]:

@@ -159,9 +159,9 @@ class JointAdapter(nn.Linear):
     def __init__(self, size: int):
         super().__init__(size, size, bias=False)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         # Loading makes every parameter require gradients, whatever it did before.
-        return F.linear(x_BSD, self.weight.detach())
+        return F.linear(input, self.weight.detach())
 
 
 class MaskedWordHead(nn.Module):

@@ -1,6 +1,7 @@
-"""Settings of the whole suite: no phoning home, no time limit on a single property."""
+"""Settings of the whole suite: no phoning home, no time limit on a single property, Ctrl-C that works."""
 
 import os
+import signal
 
 # Before any import of the libraries that read them.
 os.environ.update(
@@ -16,3 +17,6 @@ from hypothesis import settings
 
 settings.register_profile("alloy", deadline=None, derandomize=True)
 settings.load_profile("alloy")
+
+# A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -189,6 +190,7 @@ class ZipSearch:
         size = num_flat_units(self.spec, space) * len(self.names)
         total = torch.zeros(size, size)
         if self.weight_share > 0 and self.own_axes[space]:
+            # A constant row correlates with nothing; weights that are not finite were refused before.
             total += self.weight_share * torch.nan_to_num(torch.corrcoef(self._stretches(space)))
         if self.weight_share < 1 and space in self.correlations:
             total += (1 - self.weight_share) * self.correlations[space]
@@ -289,7 +291,7 @@ def joint_correlation(moments: Iterable, names: Sequence[str]) -> Tensor:
     """The correlation of all models' units in the order of `names`, averaged over points."""
     total, count = torch.zeros(()), 0
     for point in moments:
-        starts = dict(zip(point.names, torch.tensor([0, *point.sizes]).cumsum(0), strict=False))
+        starts = dict(zip(point.names, accumulate(point.sizes[:-1], initial=0), strict=True))
         sizes = dict(zip(point.names, point.sizes, strict=True))
         units = torch.cat([starts[n] + torch.arange(sizes[n]) for n in names])
         total = total + point.correlation_DD()[units][:, units]

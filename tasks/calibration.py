@@ -14,6 +14,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def images(
     mode = "L" if getattr(load_config(checkpoint), "num_channels", 3) == 1 else "RGB"
     batches: list[Mapping[str, Tensor]] = []
     chunk: list[Image.Image] = []
-    for _, picture in zip(range(num_examples), pictures, strict=False):
+    for picture in islice(pictures, num_examples):
         chunk.append(picture.convert(mode))
         if len(chunk) == CHUNK:
             batches.append(processor(images=chunk, return_tensors="pt"))

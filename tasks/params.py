@@ -578,6 +578,19 @@ class ModelsArm(Section):
     options: dict[str, Any] = {}  # checked against the method's own
     repair: ModelsRepair = ModelsRepair()
 
+    @model_validator(mode="after")
+    def _repairs_take_the_coefficients(self) -> "ModelsArm":
+        fit = self.repair.permuted_least_squares
+        if self.coefficients is not None and fit is not None and fit.targets == "confidence":
+            raise ValueError(
+                "targets: confidence weighs the parents by example; coefficients weigh them too: drop one"
+            )
+        if isinstance(self.coefficients, dict) and (fit is not None or self.repair.repair):
+            raise ValueError(
+                "permuted_least_squares and repair take one coefficient a member, not patterns"
+            )
+        return self
+
 
 class ModelsResult(Section):
     """Which of the merged models the recipe is about."""
@@ -685,6 +698,8 @@ def models_recipe(recipe: str) -> ModelsRecipe:
     for key, name, known in _names(found):
         if name not in known:
             raise ParamsError(f"{where}: {key}: {name!r}: {nearest(str(name), [*map(str, known)])}")
+    for name in found.collect.sets:
+        _check_coefficients(where, found, name)
     sets = found.collect.sets.values()
     for part, used in (
         ("calibration", {entry.calibration for entry in sets}),
@@ -693,6 +708,19 @@ def models_recipe(recipe: str) -> ModelsRecipe:
         if unused := sorted(set(getattr(found.prepare, part)) - used):
             raise ParamsError(f"{where}: prepare.{part}: no set has {', '.join(unused)}")
     return found
+
+
+def _check_coefficients(where: str, recipe: ModelsRecipe, name: str) -> None:
+    """ParamsError unless the arms of a set have one coefficient for each of its members."""
+    num_members = min(map(len, recipe.collect.sets[name].members.values()))
+    for key, arm in recipe.arms(name).items():
+        given = arm.coefficients or []
+        for row in given.values() if isinstance(given, dict) else [given] if given else []:
+            if len(row) != num_members:
+                raise ParamsError(
+                    f"{where}: merge.arms.{key}.coefficients: {row}: set {name!r} has {num_members} "
+                    "members; give one coefficient for each"
+                )
 
 
 def _names(recipe: ModelsRecipe) -> Iterator[tuple[str, object, Collection[object]]]:

@@ -1,5 +1,6 @@
 """What `tasks.search` merges and measures, by kind of recipe."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +27,7 @@ from tasks.storage import folder_digest, sha256
 MODELS = Path("models")
 
 
-class Objective:
+class Objective(ABC):
     """What a kind of recipe merges and measures."""
 
     method: str
@@ -35,24 +36,24 @@ class Objective:
     measured_by: Mapping[str, Any]
     """What scores depend on beside the settings; a search goes on only where it is the same."""
 
+    @abstractmethod
     def arm(self, settings: Mapping[str, Mapping[str, Any]]) -> Any:
         """The arm with these options and coefficients in the place of its own.
 
         Raises ParamsError or MergeError where its method cannot take them.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def own(self) -> Mapping[str, Mapping[str, Any]]:
         """The arm's options and coefficients as the recipe has them, or the method's defaults."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self, arm: Any) -> dict[str, float]:
         """Merge, and the main metric of each benchmark on its validation split; higher is better."""
-        raise NotImplementedError
 
+    @abstractmethod
     def section(self, arm: Any) -> dict[str, Any]:
         """The arm as params/<recipe>.yaml says it."""
-        raise NotImplementedError
 
 
 def objective_of(recipe: str, arm: str, benchmarks: Sequence[str] | None) -> Objective:
@@ -165,8 +166,8 @@ class ModelsObjective(Objective):
         """The arm's coefficients by member, or by pattern and member."""
         given = self._arm.coefficients
         if isinstance(given, Mapping):
-            return {p: dict(zip(self.experts, row, strict=False)) for p, row in given.items()}
-        return None if given is None else dict(zip(self.experts, given, strict=False))
+            return {p: dict(zip(self.experts, row, strict=True)) for p, row in given.items()}
+        return None if given is None else dict(zip(self.experts, given, strict=True))
 
     def arm(self, settings: Mapping[str, Mapping[str, Any]]) -> ModelsArm:
         own = {**self._arm.model_dump(), "coefficients": self._by_member()}

@@ -346,6 +346,24 @@ def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
         (lambda r: r["merge"]["result"].update(seed=3), r"result\.seed: 3"),
         (lambda r: r["merge"]["result"].update(arm="avrage"), "did you mean 'average'"),
         (lambda r: r["merge"]["arms"].update(ensemble=r["merge"]["arms"]["mudsc"]), "'ensemble'"),
+        (lambda r: r["merge"]["arms"]["mudsc"].update(coefficients=[1.0]), "has 2 members; give one"),
+        (
+            lambda r: r["merge"]["arms"]["mudsc"].update(coefficients={"*": [0.2, 0.3, 0.5]}),
+            "has 2 members; give one",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["mudsc"].update(
+                coefficients={"*": [0.5, 0.5]}, repair={"repair": True}
+            ),
+            "one coefficient a member, not patterns",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["mudsc"].update(
+                coefficients=[0.5, 0.5],
+                repair={"permuted_least_squares": {"targets": "confidence"}},
+            ),
+            "drop one",
+        ),
         (lambda r: r["evaluate"].update(curves=["x"]), r"evaluate\.curves: 'x'"),
         (lambda r: r["prepare"]["calibration"]["own"].update(texts="x"), "give one of images"),
         (lambda r: r["prepare"]["calibration"]["own"].update(tokens=8), "'tokens' is of texts"),

@@ -6,6 +6,7 @@ of files are told together, then problems of what they hold.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from alloy.checkpoint._config import (
     files_like,
     flatten,
     result_config,
+    transposed_weights,
     vocabulary_size,
 )
 from alloy.checkpoint._format import (
@@ -38,7 +40,7 @@ from alloy.checkpoint._format import (
     few,
     open_checkpoint,
 )
-from alloy.checkpoint._statistics import Statistics, open_statistics
+from alloy.checkpoint._statistics import Measurements, open_statistics
 from alloy.checkpoint._tokenizer import (
     POLICIES,
     Tokenizer,
@@ -109,7 +111,7 @@ class MergePlan:
     files: Mapping[str, Path | bytes]
     """What lies beside the weights: contents, or the file to copy."""
     vocabulary: Vocabulary | None
-    statistics: Statistics | None
+    statistics: Measurements | None
     notes: tuple[str, ...] = ()
     choices: Mapping[str, Any] = field(default_factory=dict)
     """The engine's settings that are not the defaults, for the record."""
@@ -260,6 +262,10 @@ def plan_merge(
 
     data = {key: options.pop(key) for key in spec.inputs if key in options}
     merged = [t.name for t in tensors if t.how == "merge"]
+    if "transposed" in spec.options and "transposed" not in options:
+        turned = transposed_weights(configs[reference]) & set(merged)
+        if turned:
+            options["transposed"] = {glob.escape(name): True for name in turned} | {"*": False}
     measured = None
     if statistics is not None:
         measured = open_statistics(statistics, [n for n in checkpoints if n != BASE])

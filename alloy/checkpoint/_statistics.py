@@ -26,7 +26,7 @@ _TORCH = {
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Measurements:
     """The files of each model, opened; nothing is read before a tensor needs it."""
 
     files_of: Mapping[str, Checkpoint]
@@ -126,14 +126,14 @@ def save_statistics(
 
 def open_statistics(
     given: Mapping[str, str | Path] | Sequence[str | Path], models: Sequence[str]
-) -> Statistics:
+) -> Measurements:
     """Open one file per model, by name or in order."""
     by_name = dict(given) if isinstance(given, Mapping) else dict(zip(models, given, strict=False))
     if set(by_name) != set(models) or len(given) != len(models):
         raise MergeError(
             f"statistics: give one file for each of {list(models)}, got {len(given)}: {list(by_name)}"
         )
-    return Statistics({name: open_checkpoint(by_name[name]) for name in models})
+    return Measurements({name: open_checkpoint(by_name[name]) for name in models})
 
 
 def _stored_name(name: str, weight: Any, checkpoint: Checkpoint) -> str:

@@ -39,6 +39,8 @@ _SKIP = Option(
     type=tuple,
     default=("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight", "*predictions.decoder*"),
 )
+_TRANSPOSED = Option(type=bool, default=False)
+"""Whether the inputs meet dim 0 of the matrix, as in GPT-2's Conv1D."""
 _WHOLE_OR_ROWS = Option(type=str, default="tensor", choices=("tensor", "rows"))
 _START = Option(type=str, default="sum", choices=("sum", "mean", "zero"))
 _GRAM_OPTIONS = {
@@ -234,7 +236,7 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         coefficients="nonnegative weights",
         base="required",
         matrices_only=True,
-        options={"start": _START, "skip": _SKIP},
+        options={"start": _START, "transposed": _TRANSPOSED, "skip": _SKIP},
     ),
     "swudi": MergeMethod(
         implementation="regression.swudi",
@@ -245,6 +247,7 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
             "start": _START,
             "rank": Option(type=float, default=0.65, minimum=0, maximum=1, excludes=(0,)),
             "time": Option(type=float, default=300.0, minimum=0),
+            "transposed": _TRANSPOSED,
             "skip": _SKIP,
         },
     ),
@@ -255,6 +258,7 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         matrices_only=True,
         options={
             "learning_rate": Option(type=float, default=1e-4, minimum=0, excludes=(0,)),
+            "transposed": _TRANSPOSED,
             "skip": _SKIP,
         },
     ),

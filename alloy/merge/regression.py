@@ -82,6 +82,7 @@ def wudi(
     base: Tensor,
     coefficients: Sequence[float],
     start: str,
+    transposed: bool,
     skip: tuple[str, ...],
 ) -> Tensor:
     """The exact minimum of sum_i c_i ||(τ - τ_i) τ_iᵀ||² / ||τ_i||² (WUDI, arXiv:2503.08099): G_i =
@@ -91,10 +92,10 @@ def wudi(
     τ_i's row space keep the `start`: the sum of the task vectors, their mean, or zero.
     """
     del skip  # decides which matrices come here
-    deltas = [task_vector(m, base).double() for m in models]
+    deltas = _task_vectors(models, base, transposed)
     origin = _start(start, deltas, coefficients)
     merged = least_squares(origin, deltas, [_self_gram(d) for d in deltas], coefficients, ridge=0.0)
-    return accumulator(base) + merged.to(accumulator(base).dtype)
+    return _added(base, merged, transposed)
 
 
 def swudi(
@@ -105,6 +106,7 @@ def swudi(
     start: str,
     rank: float,
     time: float,
+    transposed: bool,
     skip: tuple[str, ...],
 ) -> Tensor:
     """WUDI along the leading eigenvectors, stopped early (SWUDI,
@@ -116,7 +118,7 @@ def swudi(
     models).
     """
     del skip  # decides which matrices come here
-    deltas = [task_vector(m, base).double() for m in models]
+    deltas = _task_vectors(models, base, transposed)
     origin = _start(start, deltas, coefficients)
 
     def filter_(eigenvalues: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ def swudi(
 
     grams = [_self_gram(d) for d in deltas]
     merged = _filtered(origin, deltas, grams, _terms(coefficients), filter_)
-    return accumulator(base) + merged.to(accumulator(base).dtype)
+    return _added(base, merged, transposed)
 
 
 def optmerge(
@@ -135,6 +137,7 @@ def optmerge(
     base: Tensor,
     coefficients: Sequence[float],
     learning_rate: float,
+    transposed: bool,
     skip: tuple[str, ...],
 ) -> Tensor:
     """WUDI's loss against low-rank task vectors, from their mean (OptMerge, arXiv:2505.19892).
@@ -148,7 +151,7 @@ def optmerge(
         MergeError: a learning rate at which those steps diverge.
     """
     del skip  # decides which matrices come here
-    deltas = [task_vector(m, base).double() for m in models]
+    deltas = _task_vectors(models, base, transposed)
     start = _start("mean", deltas, coefficients)
     cut, grams = [], []
     for delta in deltas:
@@ -173,7 +176,7 @@ def optmerge(
         return 1 - error
 
     merged = _filtered(start, cut, grams, _terms(coefficients), filter_)
-    return accumulator(base) + merged.to(accumulator(base).dtype)
+    return _added(base, merged, transposed)
 
 
 def least_squares(
@@ -240,6 +243,17 @@ def _shrunk(gram_II: Tensor, shrinkage: float) -> Tensor:
 
 def _self_gram(delta_OI: Tensor) -> Tensor:
     return delta_OI.T @ delta_OI / delta_OI.square().sum().clamp(min=1e-300)
+
+
+def _task_vectors(models: Sequence[Tensor], base: Tensor, transposed: bool) -> list[Tensor]:
+    """[O, I] in float64; `transposed` models are [I, O]."""
+    deltas = [task_vector(model, base).double() for model in models]
+    return [delta.T for delta in deltas] if transposed else deltas
+
+
+def _added(base: Tensor, delta_OI: Tensor, transposed: bool) -> Tensor:
+    start = accumulator(base)
+    return start + (delta_OI.T if transposed else delta_OI).to(start.dtype)
 
 
 def _terms(coefficients: Sequence[float]) -> list[float]:

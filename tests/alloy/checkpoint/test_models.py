@@ -327,6 +327,22 @@ def test_embeddings_are_skipped_by_name_and_told_of_by_shape(tmp_path):
         assert any("wte.weight has a row per token" in note for note in plan.notes) == told
 
 
+def test_gpt2_is_merged_by_what_its_layers_read(tmp_path):
+    """WUDI finds which weights are stored [in, out]: the files give what their transposes give in memory."""
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=16)
+    built = {n: build(GPT2LMHeadModel, config, seed) for seed, n in enumerate(("seed", "a", "b"))}
+    for name, model in built.items():
+        model.save_pretrained(tmp_path / name)
+    alloy.merge_checkpoints(
+        "wudi", [tmp_path / "a", tmp_path / "b"], tmp_path / "out", base=tmp_path / "seed"
+    )
+    merged = GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
+    for name in ("transformer.h.0.mlp.c_proj.weight", "transformer.h.0.attn.c_attn.weight"):
+        base, *models = ({name: m.state_dict()[name].T} for m in built.values())
+        wanted = alloy.merge("wudi", models, base=base)[name].T
+        torch.testing.assert_close(merged[name], wanted)
+
+
 @pytest.mark.parametrize(
     "method",
     ["regmean_plus_plus", "adamerging", pytest.param("sequential", marks=pytest.mark.slow)],

@@ -216,3 +216,13 @@ def test_optmerge_refuses_a_learning_rate_that_diverges():
 def test_no_task_vectors_give_the_base(method):
     base, deltas = task_matrices()
     assert merged_delta(method, base, [0 * d for d in deltas]).abs().max() == 0
+
+
+@pytest.mark.parametrize("method", ["wudi", "swudi", "optmerge"])
+def test_weights_stored_the_other_way_round_merge_alike(method):
+    """`transposed` gives the transpose of what the transposes give, and not the same without."""
+    base, deltas = task_matrices()
+    turned = [d.T.contiguous() for d in deltas]
+    wanted = merged_delta(method, base, deltas).T
+    torch.testing.assert_close(merged_delta(method, base.T, turned, transposed=True), wanted)
+    assert (merged_delta(method, base.T, turned) - wanted).abs().max() > 1e-3 * wanted.abs().max()

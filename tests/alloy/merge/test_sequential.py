@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from alloy.least_squares import Lesson, Teacher, fit_layers
 from alloy.merge import MergeError, merge
-from alloy.merge.sequential import Teacher, fit_layers
 
 SIZES = {"vocab_size": 40, "num_labels": 3}
 
@@ -82,7 +82,7 @@ def test_equal_models_stay_as_they_are(make):
 
 @torch.no_grad()
 def test_the_first_layer_is_the_least_squares_fit_of_all_outputs():
-    """By hand: normal equations over both models' tokens, affine; the ridge leans to the average."""
+    """By hand: normal equations over both models' tokens, affine; the ridge leans to the average, bias free."""
     models = [Residual().double() for _ in range(2)]
     batches = [vectors(1), vectors(2)]
     for ridge in (0.0, 0.5):
@@ -97,19 +97,13 @@ def test_the_first_layer_is_the_least_squares_fit_of_all_outputs():
         y = torch.cat(
             [m.first(torch.tanh(b["x"])) for m, p in zip(models, batches, strict=True) for b in p]
         )
-        x = torch.cat([x, torch.ones(len(x), 1)], 1)
-        start = torch.cat(
-            [
-                (models[0].first.weight + models[1].first.weight) / 2,
-                ((models[0].first.bias + models[1].first.bias) / 2)[:, None],
-            ],
-            1,
-        )
-        second = x.T @ x / len(x)
-        floor = ridge * second.diagonal().mean() * torch.eye(5, dtype=torch.float64)
-        wanted = (y.T @ x / len(x) + start @ floor) @ torch.linalg.inv(second + floor)
-        torch.testing.assert_close(merged["first.weight"], wanted[:, :4])
-        torch.testing.assert_close(merged["first.bias"], wanted[:, 4])
+        start = (models[0].first.weight + models[1].first.weight) / 2
+        z = x - x.mean(0)
+        second = z.T @ z / len(x)
+        floor = ridge * second.diagonal().mean() * torch.eye(4, dtype=torch.float64)
+        wanted = (y.T @ z / len(x) + start @ floor) @ torch.linalg.inv(second + floor)
+        torch.testing.assert_close(merged["first.weight"], wanted)
+        torch.testing.assert_close(merged["first.bias"], y.mean(0) - wanted @ x.mean(0))
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -191,7 +185,7 @@ def test_layers_that_read_one_tensor_are_fitted_in_one_pass():
             passes.append(None)
             return super().__iter__()
 
-    order = fit_layers(student, [Teacher(t, Counted(data(1))) for t in teachers])
+    order = fit_layers(student, [Lesson([Teacher(t)], Counted(data(1))) for t in teachers])
     assert [n.rpartition(".")[2] for n in order[:6]] == ["query", "key", "value"] + ["dense"] * 3
     layers = 2 * 6 + 2  # pooler and classifier behind two blocks
     groups = layers - 2 * 2

@@ -22,6 +22,7 @@ from alloy.matching import (
     MATCHING_METHODS,
     Matched,
     Operator,
+    carried,
     family,
     is_identity,
     leave,
@@ -155,6 +156,7 @@ class Search:
             root: {a.parameter for name in names for a in self.spec.spaces[name].axes}
             for root, names in self.families.items()
         }
+        self.carried = {root: carried(self.spec, names) for root, names in self.families.items()}
         self.stale = set(self.families)
         self.matched: dict[str, float] = {}
         self.values = [self.objective()]
@@ -238,7 +240,7 @@ class Search:
 
     def _moved(self, root: str, step: Transforms) -> State:
         """What a step changes."""
-        names = self.families[root]
+        names = self.carried[root]
         transforms, weights, activations = self.state
         touched = {name: weights[name] for name in self.touched[root] if name in weights}
         return State(
@@ -290,10 +292,13 @@ def move_columns(
 
 def move_units(units: Tensor, space: str, spec: SymmetrySpec, transforms: Transforms) -> Tensor:
     """Transform [*batch, units, ...] of a space, the spaces it depends on first."""
-    for depth, parent in enumerate(spec.spaces[space].depends_on):
+    above = spec.spaces[space].depends_on
+    for depth, parent in enumerate(above):
         order = transforms[parent].permutation if parent in transforms else None
         if order is not None:
-            shape = (*order.shape, *[1] * (units.ndim - order.ndim))
+            shape = [1] * units.ndim
+            for name, size in zip((*transforms[parent].depends_on, parent), order.shape, strict=True):
+                shape[above.index(name)] = size
             units = torch.take_along_dim(units, order.reshape(shape), dim=depth)
     return transforms[space].act(units) if space in transforms else units
 

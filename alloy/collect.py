@@ -4,7 +4,8 @@ The models run side by side on each batch. Every space is observed where it is c
 all blocks (`alloy.points`), and enters as sums (`alloy.statistics`): of each unit, of its square, and of
 its product with every unit of the other models. Units that are linear in others that are observed
 (queries, keys, values, the units of an MLP before its activation function) need no products of their own:
-cov(Wx, Vy) = W cov(x, y) Vᵀ.
+cov(Wx, Vy) = W cov(x, y) Vᵀ. Spaces that no module shows are read where a weight is multiplied
+(`alloy.operands`), mixtures of experts with every expert on every token, so that all models see the same.
 
 Products are float32 matrix products of one batch, taken about a fixed centre (the first batch's mean)
 so that large means cancel before they are squared, and added up in float64. Grams, whose small
@@ -15,7 +16,8 @@ Shape legend: N tokens, D units of a point.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import combinations
 from typing import Literal
 
@@ -25,6 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from alloy.activations import Gram
 from alloy.masks import Masks
+from alloy.operands import Operand, See, follow, operands, preferred
 from alloy.points import (
     LinearImage,
     Point,
@@ -38,6 +41,7 @@ from alloy.points import (
 from alloy.statistics import CollectionError, Pair, Place, Statistics, Warned
 from alloy.symmetry.parts import owned_axes
 from alloy.symmetry.spec import SymmetrySpec
+from alloy.symmetry.trace import plain_kernels
 
 Batch = Mapping[str, Tensor]
 
@@ -154,7 +158,11 @@ class _Observer:
         derived = {image.units.space for image in images}
         read = [p for p in unit_points(spec, self.modules) if p.space not in derived]
         read += [image.source for image in images if not image.source.space]
-        self.units = {_unit_key(p): p for p in (*read, *(image.units for image in images))}
+        self.units: dict[str, UnitPoint] = {
+            _unit_key(p): p for p in (*read, *(image.units for image in images))
+        }
+        self.operands: dict[str, Operand] | None = None
+        """Where the rest is observed; the first batch shows what that is."""
         self.inputs = _linear_inputs(self.modules) if grams else {}
         self.points = {key: unit.point for key, unit in self.units.items()}
         self.points |= {w: Point(module, "input") for w, (module, _) in self.inputs.items()}
@@ -166,6 +174,7 @@ class _Observer:
         self.grams: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.same: dict[str, str] = {}
+        self.fired: set[str] = set()
         self.mask_unused = False
 
     def run(self, batch: Batch) -> dict[str, list[Tensor]]:
@@ -173,15 +182,48 @@ class _Observer:
 
         A tensor that several layers read appears once for each space.
         """
-        inputs = {
+        draw = torch.random.get_rng_state()
+        seen = self._forward(batch, self.points, self.operands or {})
+        if self.operands is None:
+            torch.random.set_rng_state(draw)
+            self.operands = self._operands(batch)
+            torch.random.set_rng_state(draw)
+            if self.operands:
+                seen |= self._forward(batch, {}, self.operands)
+        return seen
+
+    def _operands(self, batch: Batch) -> dict[str, Operand]:
+        """Where to read the spaces that the first batch has shown nowhere."""
+        unseen = set(self.spec.spaces) - {u.space for k, u in self.units.items() if k in self.fired}
+        found = operands(self.spec, {s for s in unseen if not self.spec.dependents(s)})
+        if not found:
+            return {}
+        seen: set[str] = set()
+        with self._following(found, lambda key, _: seen.add(key)):
+            self.model(**self._moved(batch))
+        return preferred(found, seen)
+
+    @contextmanager
+    def _following(self, found: Mapping[str, Operand], see: See) -> Generator[None]:
+        with plain_kernels(self.model), follow(self.model, self.spec, found, see):
+            yield
+
+    def _moved(self, batch: Batch) -> dict[str, Tensor]:
+        return {
             key: value.to(self.device) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
+
+    def _forward(
+        self, batch: Batch, points: Mapping[str, Point], found: Mapping[str, Operand]
+    ) -> dict[str, list[Tensor]]:
+        inputs = self._moved(batch)
         masks = Masks(inputs)
         seen: dict[str, list[Tensor]] = {}
         first: dict[object, tuple[str, StorageWeakRef]] = {}
 
         def see(key: str, activation: Tensor) -> None:
+            self.fired.add(key)
             with torch.autocast(activation.device.type, enabled=False):
                 if key in self.images:
                     self._add_units(key, masks.kept(self._read(self.units[key], activation)))
@@ -198,14 +240,24 @@ class _Observer:
                 if unit is None:
                     self._add_gram(key, masks.kept(activation))
                 else:
-                    calls = seen.setdefault(key, [])
-                    x_ND = masks.kept(self._read(unit, activation))
-                    calls.append(self._add_units(key, x_ND, len(calls)))
+                    keep(key, self._read(unit, activation))
 
-        with observe(self.model, self.points, see):
+        def keep(key: str, units: Tensor) -> None:
+            with torch.autocast(units.device.type, enabled=False):
+                calls = seen.setdefault(key, [])
+                calls.append(self._add_units(key, masks.kept(units), len(calls)))
+
+        with ExitStack() as stack:
+            if found:
+                stack.enter_context(self._following(found, keep))
+            stack.enter_context(observe(self.model, points, see))
             self.model(**inputs)
         self.mask_unused |= masks.unused
         return seen
+
+    def place_of(self, key: str) -> UnitPoint | Operand:
+        """What is read under a key."""
+        return self.units[key] if key in self.units else (self.operands or {})[key]
 
     def _read(self, unit: UnitPoint, activation: Tensor) -> Tensor:
         if activation.shape[unit.dim] < unit.least_size:
@@ -230,7 +282,7 @@ class _Observer:
             x_ND = torch.sub(x_ND, centre_D, out=self._buffer((key, call), x_ND))
             mean_D, variance_D = _moments(x_ND)
         if not torch.isfinite(mean_D).all():
-            raise CollectionError(_not_finite(self.name, str(self.units[key].point)))
+            raise CollectionError(_not_finite(self.name, str(self.place_of(key).point)))
         _accumulate(self.sums, key, len(x_ND) * mean_D.double())
         _accumulate(self.squares, key, len(x_ND) * (variance_D.double() + mean_D.double().square()))
         self.counts[key] = self.counts.get(key, 0) + len(x_ND)
@@ -326,7 +378,7 @@ class _Products:
         if not self.started:
             raise CollectionError("there are no calibration batches: nothing was observed")
         places: dict[str, list[Place]] = {space: [] for space in self.first.spec.spaces}
-        for key, unit in self.first.units.items():
+        for key, unit in {**self.first.units, **(self.first.operands or {})}.items():
             if unit.space and key in self.first.sums:
                 places[unit.space].append(self._place(key, unit))
         return Statistics(
@@ -336,7 +388,7 @@ class _Products:
             tuple(_noticed(self.observers)),
         )
 
-    def _place(self, key: str, unit: UnitPoint) -> Place:
+    def _place(self, key: str, unit: UnitPoint | Operand) -> Place:
         totals = {name: o.total(key) for name, o in self.observers.items()}
         return Place(
             str(unit.point),
@@ -402,14 +454,14 @@ def _not_finite(name: str, what: str) -> str:
 def _noticed(observers: Mapping[str, _Observer]) -> Iterator[Warned]:
     """What the sums themselves do not show."""
     first = next(iter(observers.values()))
-    observed = {unit.space for unit in first.units.values()}
+    observed = {first.place_of(key).space for key in first.sums}
     for space in first.spec.spaces:
         inside = observed.intersection(first.spec.dependents(space))  # a head's units stand for it
         if space not in observed and not inside and owned_axes(first.spec, space):
             yield Warned(
                 "unobserved space",
-                f"no linear layer, convolution, embedding or norm module computes the units of space "
-                f"{space!r}: only its weights can be compared",
+                f"no layer and no matrix product of the model shows the units of space {space!r}: only "
+                f"its weights can be compared",
             )
     if any(observer.mask_unused for observer in observers.values()):
         yield Warned(

@@ -2,7 +2,8 @@
 
 An `attention_mask` [batch, tokens] is of every activation with those tokens, a `decoder_attention_mask`
 of those of the decoder; without one all `decoder_input_ids` count. An activation with other tokens
-(image patches, a pooled state) has no padding.
+(image patches, a pooled state) has no padding. Tokens may come before examples (XLNet); where there are
+equally many of both, examples are taken to come first.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Masks:
         """
         samples = units.shape[:-1]
         fitting = {name: m for name, m in self.masks.items() if m.shape == samples[:2]}
+        fitting = fitting or {n: m.T for n, m in self.masks.items() if m.T.shape == samples[:2]}
         flat = {name: m for name, m in self.masks.items() if samples == (m.numel(),)}
         found = list((fitting or flat).items())
         if not found:

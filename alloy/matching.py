@@ -8,7 +8,7 @@ values keeps the function; MuDSC's independent orders for QK and V do not (docs/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -163,13 +163,16 @@ def match(
 ) -> Matched:
     """The best transform of a space and, within each of its units, of all that depends on it.
 
-    `root` depends on nothing, and may be one of `spec.fixed`. The optimum, up to spaces that share one
-    weight along different dims, which are matched as if alone. `prices` are read and updated.
+    `root` is one of `roots`, and may be one of `spec.fixed`; what it depends on stands still. The optimum, up
+    to spaces that share one weight along different dims, which are matched as if alone. `prices` are read
+    and updated.
     """
     matcher = _Matcher(spec, similarity, operators, prices if prices is not None else {})
-    value = matcher.solve(root)
+    above = spec.spaces[root].depends_on if root in spec.spaces else ()
+    same = _grid(tuple(spec.batch_shape(root))) if above else ()
+    value = matcher.solve(root)[(*same, *same)].sum()
     found: dict[str, Transform] = {}
-    matcher.read(root, found)
+    matcher.read(root, found, above)
     return Matched(found, float(value), matcher.as_is)
 
 
@@ -243,9 +246,23 @@ def family(spec: SymmetrySpec, name: str) -> list[str]:
 
 
 def roots(spec: SymmetrySpec) -> list[str]:
-    """What is matched on its own: spaces that depend on nothing, and fixed ones that carry others."""
+    """What is matched on its own: spaces that depend on nothing, and fixed ones that carry others.
+
+    Last those that depend on several spaces of which none carries the others (heads, and groups of channels).
+    """
     free = [name for name in spec.order if not spec.spaces[name].depends_on]
-    return [*free, *(name for name in spec.fixed if children(spec, name))]
+    free += [name for name in spec.fixed if children(spec, name)]
+    inside = {below for name in free for below in family(spec, name)}
+    for name in spec.order:
+        if name not in inside:
+            free.append(name)
+            inside.update(family(spec, name))
+    return free
+
+
+def carried(spec: SymmetrySpec, names: Collection[str]) -> list[str]:
+    """Some spaces and all that depends on any of them."""
+    return [n for n in spec.order if n in names or not set(names).isdisjoint(spec.spaces[n].depends_on)]
 
 
 def is_identity(transform: Transform) -> bool:

@@ -46,6 +46,11 @@ class UnitPoint:
     """
     dim: int = -1
     """The dim of the activation that the units lie along; all others are samples."""
+    whole: bool = False
+    """The R entries are a vector (a query head beside others that share its keys): its length is read.
+
+    Whatever the units of other spaces among the entries, no permutation or rotation of theirs changes it.
+    """
 
     @cached_property
     def least_size(self) -> int:
@@ -62,7 +67,7 @@ class UnitPoint:
     @cached_property
     def place(self) -> tuple[object, ...]:
         """Equal for points that read the same units from the same activation."""
-        return (self.space, self.dim, self.columns.numpy().tobytes())
+        return (self.space, self.dim, self.whole, self.columns.numpy().tobytes())
 
     def read(self, activation: Tensor) -> Tensor:
         """The units as the last dim, samples in front: [..., D] or [..., R, D]."""
@@ -70,7 +75,8 @@ class UnitPoint:
         if self.start is not None:
             return entries.narrow(-1, self.start, len(self.columns))
         columns = self.columns.T.to(entries.device)
-        return entries[..., columns if len(columns) > 1 else columns[0]]
+        found = entries[..., columns if len(columns) > 1 else columns[0]]
+        return torch.linalg.vector_norm(found, dim=-2) if self.whole else found
 
 
 class Layer(NamedTuple):
@@ -110,7 +116,8 @@ def unit_points(spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[Un
     """Where each space can be observed: as the input of the linear layers and convolutions that read it.
 
     A space that none of them reads (queries and keys) is observed where they write it, else where an
-    embedding or a norm does. Heads are observed through the units within them.
+    embedding or a norm does. Heads are observed through the units within them. Units that are vectors in
+    every layer are observed by their lengths.
 
     Args:
         modules: by name, as in `model.named_modules()`.
@@ -129,21 +136,27 @@ def _points_of(space: str, spec: SymmetrySpec, modules: Mapping[str, nn.Module])
 def _reading_and_writing(
     space: str, spec: SymmetrySpec, modules: Mapping[str, nn.Module]
 ) -> tuple[list[UnitPoint], dict[int, list[UnitPoint]]]:
-    """The points of the layers that read a space, and by rank those of the layers that write it."""
-    reading: list[UnitPoint] = []
-    writing: dict[int, list[UnitPoint]] = {}
+    """The points of the layers that read a space, and by rank those of the layers that write it.
+
+    Those at which its units are vectors only where there are no others.
+    """
+    found: dict[bool, tuple[list[UnitPoint], dict[int, list[UnitPoint]]]] = {}
     if spec.dependents(space):  # seen through the units within
-        return reading, writing
+        return [], {}
     for axis, name, layer in _layers(space, spec, modules):
         columns = _columns(space, spec, axis)
         if columns is None:
             continue
+        whole = not stands_alone(space, spec, axis)
+        reading, writing = found.setdefault(whole, ([], {}))
         if axis.dim == layer.input:
-            reading.append(UnitPoint(space, axis, Point(name, "input"), columns, layer.units))
+            point = Point(name, "input")
+            reading.append(UnitPoint(space, axis, point, columns, layer.units, whole))
         elif axis.dim == layer.output:
-            point = UnitPoint(space, axis, Point(name, "output"), columns, layer.units)
+            point = UnitPoint(space, axis, Point(name, "output"), columns, layer.units, whole)
             writing.setdefault(layer.rank, []).append(point)
-    return reading, writing
+    single = found.get(False, ([], {}))
+    return single if any(single) else found.get(True, ([], {}))
 
 
 class LinearImage(NamedTuple):
@@ -220,26 +233,34 @@ def _layers(
 def _columns(space: str, spec: SymmetrySpec, axis: Axis) -> Tensor | None:
     """Which entries of the dim are the space's units; None where the dim alone does not say.
 
-    So it is where the units it depends on lie along another dim (a matrix for each expert), and where
-    units of a third space lie between (query heads that share keys): they may be in another order.
+    So it is where the units it depends on lie along another dim (a matrix for each expert).
     """
-    term = spec.layout[axis.parameter][axis.dim]
     parents = spec.spaces[space].depends_on
-    known = {space, *parents}
-    for step in axis.path:
-        if isinstance(term, Product):
-            beside = {leaf.space for factor in term.factors for _, leaf in leaves(factor)}
-            if not beside - {None} <= known:
-                return None
-        assert not isinstance(term, Leaf)
-        parts = term.parts if isinstance(term, Sum) else term.factors
-        term = parts[int(step[1:])]
     term = spec.layout[axis.parameter][axis.dim]
     try:
         entries = view_axis(torch.arange(term.size), (term,), parents, Axis("", 0, axis.path))
     except KeyError:
         return None
     return entries.reshape(math.prod(entries.shape[: len(parents) + 1]), -1)
+
+
+def stands_alone(space: str, spec: SymmetrySpec, axis: Axis) -> bool:
+    """Whether a dim holds no units beside the space's own and those that it depends on.
+
+    Between query heads that share keys lie those of a third space: they may be in another order.
+    """
+    term = spec.layout[axis.parameter][axis.dim]
+    known = {None, space, *spec.spaces[space].depends_on}
+    for step in axis.path:
+        assert not isinstance(term, Leaf)
+        index = int(step[1:])
+        if isinstance(term, Product):
+            others = (*term.factors[:index], *term.factors[index + 1 :])
+            if not {leaf.space for factor in others for _, leaf in leaves(factor)} <= known:
+                return False
+        parts = term.parts if isinstance(term, Sum) else term.factors
+        term = parts[index]
+    return True
 
 
 @contextmanager

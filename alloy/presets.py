@@ -489,7 +489,7 @@ def _folded_moments(given: Given, other: str) -> dict[str, list[CrossMoments]]:
     """
     points = getattr(given.statistics, "places", {})
     gains = {
-        (fold.space, axis.parameter.rpartition(".")[0]): fold
+        (fold.space, axis.parameter.removesuffix(".weight")): fold
         for fold in given.spec.folds
         if fold.gain is not None
         for axis in fold.scaled

@@ -81,7 +81,7 @@ class TransportSearch:
     def run(self) -> Fused:
         for root in roots(self.spec):
             names = family(self.spec, root)
-            if names == [root]:
+            if names == [root] and not self.spec.spaces[root].depends_on:
                 self._set(root, self._plain(root))
             elif self._equally_many(root):
                 self._assign(root)

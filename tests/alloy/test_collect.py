@@ -225,7 +225,6 @@ def test_units_are_found_where_they_moved_in_any_architecture(name):
 APART = {
     "encodec": "no free spaces",
     "groupvit": "its learned tokens are a space: the samples themselves come in another order",
-    "squeezebert": "its residual stream is an outer product of spaces, which no activation separates",
 }
 
 
@@ -400,11 +399,21 @@ def test_doubts_are_named():
     assert any("5 tokens for 8 units" in doubt.message for doubt in doubts)
 
 
-def test_a_space_that_no_module_computes_is_named():
-    model, inputs = zoo.build("mixtral")
-    spec = alloy.find_symmetries(model, inputs)
-    doubts = collect({"a": model}, [inputs], spec).warnings
-    assert any("experts" in d.message for d in doubts if d.name == "unobserved space")
+def test_a_space_that_nothing_multiplies_is_named():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.shift = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+        def forward(self, input):
+            return (input * self.gain.abs() + self.shift).square().sum(-1)
+
+    model, x = Scaled().eval(), torch.randn(5, 1)
+    spec = alloy.find_symmetries(model, {"input": x})
+    assert len(spec.spaces) == 1
+    doubts = collect({"a": model}, [{"input": x}], spec).warnings
+    assert [d.name for d in doubts] == ["unobserved space"]
+    assert "'gain[0]'" in doubts[0].message
 
 
 def test_a_mask_of_no_tokens_is_named(models, ids, spec):

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from alloy.activations import Gram
+from alloy.align import align
 from alloy.gauge import Gauge, search_gauge
-from alloy.merge.sequential import Teacher, fit_layers
+from alloy.least_squares import Lesson, Teacher, fit_layers
 from alloy.models.configuration import ModalityConfig
 from alloy.models.experts import (
     MODALITIES,
@@ -38,7 +39,18 @@ from alloy.models.experts import (
     split_experts,
 )
 from alloy.models.modeling import Block, ModalityModel
-from alloy.symmetry import SymmetrySpec, Transform, find_symmetries, fold_norms, identity, transport
+from alloy.models.observe import REFERENCE as OBSERVED
+from alloy.models.observe import collect_experts, expert_spec
+from alloy.symmetry import (
+    SymmetrySpec,
+    Transform,
+    compose,
+    find_symmetries,
+    fold_norms,
+    identity,
+    invert,
+    transport,
+)
 from alloy.symmetry.spec import leaves
 from alloy.types import Weights
 
@@ -327,12 +339,48 @@ def without_constant(
     }
 
 
+def inner_alignment(
+    model: ModalityModel, batches: Iterable[Batch], *, weight_share: float = 0.5
+) -> dict[str, dict[str, Transform]]:
+    """Heads, neurons and the units within heads of v and vl, made similar to those of l: a start.
+
+    Args:
+        model: folded, as `in_gauge(model)` gives it.
+        batches: image i and text i belong together.
+        weight_share: a of the dual space of `alloy.align`.
+    """
+    found: dict[str, dict[str, Transform]] = {}
+    folded = towers(model)
+    experts = split_experts(model.state_dict(), model.config)
+    spec = folded[OBSERVED].spec
+    moments = collect_experts(model, batches, spec).moments
+    for modality, weights in experts.items():
+        if modality != OBSERVED and weights:
+            found[modality] = align(
+                {name: experts[OBSERVED][name] for name in weights},
+                weights,
+                expert_spec(spec, weights),
+                moments[modality],
+                weight_share=weight_share,
+                method="orthogonal",
+            )
+    # Statistics are of pairs with v; what brings l to v, undone, brings v and all that follows it to l.
+    back = invert(found[REFERENCE])
+    others = {m: compose(t, _within(back, t)) for m, t in found.items() if m != REFERENCE}
+    return {OBSERVED: back, **others}
+
+
+def _within(transforms: Mapping[str, Transform], others: Mapping[str, Transform]):
+    return {name: transform for name, transform in transforms.items() if name in others}
+
+
 def find_gauge(
     model: ModalityModel,
     grams: Mapping[str, Mapping[str, Gram]],
     *,
     turn_streams: bool = True,
     fixed_spaces: Sequence[str] = (),
+    initial: Mapping[str, Mapping[str, Mapping[str, Transform]]] | None = None,
     **settings: Any,
 ) -> tuple[dict[str, dict[str, Transform]], Gauge]:
     """Each modality's transforms at which merging its experts costs least, and the search's report.
@@ -342,6 +390,7 @@ def find_gauge(
         grams: `affine_grams` of it. Experts whose modality has none are not moved.
         turn_streams: whether v and vl may have bases of their own, at the price of two adapters.
         fixed_spaces: spaces of the towers' spec that stay as they are in every expert.
+        initial: further starts by name: each modality's transforms, such as `inner_alignment`.
         settings: of `alloy.gauge.search_gauge`.
     """
     folded = towers(model)
@@ -353,6 +402,10 @@ def find_gauge(
         [grams[m] for m in names],
         reference=names.index(REFERENCE),
         fixed=[*fixed_spaces, *([] if turn_streams else [_stream(spec)])],
+        initial={
+            start: [found.get(modality, {}) for modality in names]
+            for start, found in (initial or {}).items()
+        },
         **settings,
     )
     transforms = {}
@@ -380,7 +433,7 @@ def merge_sequentially(
     """
     student = average_of_experts(model, joint_experts)
     own = split_experts(model.state_dict(), model.config)
-    teachers = []
+    lessons = []
     for modality, run in RUNS.items():
         layers = {}
         for name in own[modality]:
@@ -391,9 +444,19 @@ def merge_sequentially(
             if not first_joint or modality in joint_experts:
                 layers[layer] = expert_name(layer, modality)
         if layers:
-            teachers.append(Teacher(model, batches, layers, run.forward, run.mask))
-    fit_layers(student, teachers, ridge=ridge, residual=residual)
+            lessons.append(_lesson(model, layers, batches, run))
+    fit_layers(student, lessons, ridge=ridge, residual=residual)
     return student
+
+
+def _lesson(
+    model: ModalityModel, layers: Mapping[str, str], batches: Sequence[Batch], run: Run
+) -> Lesson:
+    def masks(model: ModalityModel, batch: Batch) -> dict[str, Tensor]:
+        mask = run.mask(model, batch)
+        return {} if mask is None else {"attention_mask": mask}
+
+    return Lesson([Teacher(model, layers)], batches, forward=run.forward, masks=masks)
 
 
 def average_of_experts(

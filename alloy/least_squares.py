@@ -1,0 +1,482 @@
+"""Refit a model's layers by least squares, one after the other, to what its teachers' layers compute.
+
+The student starts as any merge of its teachers. When a layer's turn comes, in the order of a forward
+pass, its inputs x are the student's own, all layers before already fitted, and its targets y are what
+the layer computes in the teachers:
+
+    W, b = argmin mean |y - W x - b|² + ridge s |W - W_0|²
+
+with W_0 the layer as it was and s the mean variance of its inputs (their mean square where the layer
+has no bias), so the ridge keeps what the data do not determine. Where a layer's output is added to a
+stream, the target may be the sum instead: then the layer also corrects the error that the stream has
+so far. A batch norm behind a layer is fitted together with it.
+
+Data come as lessons. On the data of one lesson the student follows the mean of its teachers, example by
+example; over lessons the squared errors are averaged. A layer's change solves the normal equations of
+the error that it leaves,
+
+    W = W_0 + R A⁻¹,   R = cov(y - W_0 x, x),   A = cov(x, x) + ridge s 1,
+
+from sums in float64: one pass over the data for the layers that read one tensor, ended as soon as they
+have been reached. Permuted least squares (PLeaS, arXiv:2407.02447) and RegMean (arXiv:2212.09849) are
+such fits on the teachers' inputs, RegMean++ (arXiv:2508.03121) takes the merged model's.
+
+Shape legend: B examples, N samples (tokens, pixels), G groups of a convolution (1 elsewhere), I inputs,
+O outputs of a group, P teachers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alloy.calls import Call, Recorder
+from alloy.masks import Masks
+from alloy.merge._method import MergeError
+from alloy.types import Weights
+
+Batch = Mapping[str, Any]
+
+ROUNDING = 1e-6  # of a layer's largest weight: a smaller change is none
+
+
+def _call(module: nn.Module, batch: Batch) -> object:
+    return module(**batch)
+
+
+def _no_mask(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    del module
+    return batch
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model that the student follows, in evaluation mode."""
+
+    module: nn.Module
+    layers: Mapping[str, str] | None = None
+    """Student's layer -> what it is called here; by default all that can be fitted, by their own names."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Data, the teachers that the student follows on them, and how to run any of these models."""
+
+    teachers: Sequence[Teacher]
+    batches: Iterable[Batch]
+    """Read once for all layers that read one tensor."""
+    shares: Tensor | None = None
+    """[P] or [P, examples] of column sums 1: how much each teacher counts; equally by default."""
+    forward: Callable[[Any, Batch], object] = _call
+    masks: Callable[[Any, Batch], Mapping[str, Tensor]] = _no_mask
+    """What says which samples count, by names as `alloy.masks` knows them; by default in the batch."""
+
+
+@torch.no_grad()
+def fit_layers(
+    student: nn.Module,
+    lessons: Sequence[Lesson],
+    *,
+    coefficients: Mapping[str, Sequence[float]] | None = None,
+    ridge: float = 1e-2,
+    residual: bool = True,
+    inputs: Literal["merged", "parents"] = "merged",
+) -> list[str]:
+    """Fit the student's linear layers and 2-d convolutions, in place and in the order of computation.
+
+    A layer that is called several times is fitted on all of its calls. Layers that share their weight
+    with another module stay as they are, and so does every layer whose targets ask for no change beyond
+    rounding.
+
+    Args:
+        student: in evaluation mode, with the weights that it starts from.
+        coefficients: of the lessons, by layer; equal by default. Those of the lessons that reach the
+            layer are divided by their sum.
+        ridge: how strongly the student's own weights are kept; 0 where the inputs determine them.
+        residual: fit the sum that a layer's output goes into, where there is one, not the output alone.
+            Of the layers that write into one sum the last one has this target.
+        inputs: of the layers that are fitted: "merged", the student's own; "parents", the mean of its
+            teachers', which takes one pass over the data for all layers.
+
+    Returns:
+        the layers in the order in which they were fitted.
+
+    Raises:
+        MergeError: no batches, a layer that a teacher names and its data never reach, lessons that
+            reach layers in contradictory orders, shares that do not fit, activations that are not
+            finite, inputs that do not determine a layer at ridge 0.
+    """
+    if inputs == "parents" and residual:
+        raise MergeError(
+            "the sum that a layer writes into is fitted to the merged model's own inputs: "
+            "set residual to false, or inputs to 'merged'"
+        )
+    traces = [_trace(student, lesson) for lesson in lessons]
+    groups = _groups(traces)
+    if inputs == "parents":
+        groups = [[name for group in groups for name in group]]
+    streams = _streams(traces, groups) if residual else [set() for _ in traces]
+    for group in groups:
+        sums = {name: _Sums(_layer(student, name, traces), len(lessons)) for name in group}
+        for i, (lesson, trace) in enumerate(zip(lessons, traces, strict=True)):
+            here = {name: sums[name] for name in group if name in trace.calls}
+            if here:
+                _study(student, lesson, i, here, trace, streams[i], inputs)
+        for name in group:
+            given = [1.0] * len(lessons) if coefficients is None else coefficients[name]
+            sums[name].solve(name, given, ridge)
+    return [name for group in groups for name in group]
+
+
+def loaded(module: nn.Module, weights: Weights) -> nn.Module:
+    """A copy of the module with other weights, in evaluation mode.
+
+    Raises:
+        MergeError: weights that lack a parameter of the module, or have tensors that it lacks.
+    """
+    found = copy.deepcopy(module).eval()
+    named = list(found.named_parameters(remove_duplicate=False))
+    given = {id(parameter) for name, parameter in named if name in weights}
+    missing = [name for name, parameter in named if id(parameter) not in given]
+    unexpected = found.load_state_dict(dict(weights), strict=False).unexpected_keys
+    if missing or unexpected:
+        what = f"lack {missing[:3]}" if missing else f"have {unexpected[:3]}, which it lacks"
+        raise MergeError(f"the module is not the architecture of the models: they {what}")
+    return found
+
+
+class Layer:
+    """A linear layer or convolution as a matrix for each group, and what a batch norm behind makes of it."""
+
+    def __init__(self, module: Any, norm: Any = None) -> None:
+        self.module, self.norm = module, norm
+        self.is_convolution = isinstance(module, nn.Conv2d)
+        self.groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        self.is_transposed = type(module).__name__ == "Conv1D"
+        self.has_bias = norm is not None or module.bias is not None
+
+    def samples(self, x: Tensor) -> Tensor:
+        """What each output is a linear function of, [B, ..., G * I]: patches of a convolution."""
+        if not isinstance(self.module, nn.Conv2d):
+            return x
+        conv = self.module
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+        patches = F.unfold(padded, conv.kernel_size, dilation=conv.dilation, stride=conv.stride)
+        return patches.transpose(1, 2)
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """What the layer, or its norm, computed: [B, ..., G * O]."""
+        return y.flatten(2).transpose(1, 2) if self.is_convolution else y
+
+    def compute(self, x: Tensor) -> Tensor:
+        """What layer and norm make of an input."""
+        y = self.module(x)
+        return y if self.norm is None else self.norm(y)
+
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """W [G, O, I] and b [G, O] of what layer and norm compute, float64."""
+        weight = self.module.weight.double()
+        weight = weight.T if self.is_transposed else weight.flatten(1)
+        weight_GOI = weight.unflatten(0, (self.groups, -1))
+        bias = self.module.bias
+        bias_O = weight.new_zeros(len(weight)) if bias is None else bias.double()
+        if self.norm is not None:
+            norm = self.norm
+            scale_O = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+            bias_O = norm.bias.double() + scale_O * (bias_O - norm.running_mean.double())
+            weight_GOI = weight_GOI * scale_O.view(self.groups, -1, 1)
+        return weight_GOI, bias_O.view(self.groups, -1)
+
+    def write(self, weight_GOI: Tensor, bias_GO: Tensor) -> None:
+        """Make the module compute W x + b; without a bias of its own it leaves b out."""
+        weight = self.module.weight
+        matrix = weight_GOI.flatten(0, 1)
+        weight.copy_(matrix.T if self.is_transposed else matrix.view(weight.shape))
+        if self.module.bias is not None:
+            self.module.bias.copy_(bias_GO.flatten())
+
+    def rescale(self, scale: Tensor, shift: Tensor) -> None:
+        """Multiply each output, [G * O], and add to it."""
+        weight_GOI, bias_GO = self.matrix()
+        scale_GO, shift_GO = scale.view_as(bias_GO), shift.view_as(bias_GO)
+        self.write(scale_GO[..., None] * weight_GOI, scale_GO * bias_GO + shift_GO)
+
+    def write_normed(
+        self, weight_GOI: Tensor, bias_GO: Tensor, mean_GO: Tensor, variance_GO: Tensor
+    ) -> None:
+        """The same for layer and norm, given what W x will be: the norm has these moments and adds b."""
+        self.write(weight_GOI, torch.zeros_like(bias_GO))
+        norm = self.norm
+        norm.weight.copy_((variance_GO.flatten() + norm.eps).sqrt())
+        norm.bias.copy_((bias_GO + mean_GO).flatten())
+        norm.running_mean.copy_(mean_GO.flatten())
+        norm.running_var.copy_(variance_GO.flatten())
+
+
+def fittable_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers, GPT-2's Conv1D and 2-d convolutions that share their weight with no other module."""
+    owners = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if _is_fittable(layer) and owners[id(layer.weight)] == 1
+    }
+
+
+def _is_fittable(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        plain = type(module)._conv_forward is nn.Conv2d._conv_forward
+        return plain and type(module).forward is nn.Conv2d.forward
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    return type(module).__name__ == "Conv1D"
+
+
+def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+    """Batch norms that compute with running statistics, by name."""
+    return {
+        name: norm
+        for name, norm in module.named_modules()
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats
+    }
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What a pass of the student over one batch of a lesson shows of its layers."""
+
+    order: list[str]
+    calls: Mapping[str, int]
+    reads: Mapping[str, tuple]
+    """By layer; equal for layers that read the same tensors."""
+    norms: Mapping[str, str]
+    """Of layers that a batch norm follows."""
+    sums: Mapping[str, list[int | None]]
+    """By layer, for each call, which sum its output goes into; the norm's output, if there is one."""
+
+
+def layers_in_order(module: nn.Module, lesson: Lesson) -> list[dict[str, Layer]]:
+    """What `fit_layers` would fit, with the batch norms behind; layers that read one tensor together."""
+    traces = [_trace(module, lesson)]
+    return [{name: _layer(module, name, traces) for name in group} for group in _groups(traces)]
+
+
+def _trace(student: nn.Module, lesson: Lesson) -> _Trace:
+    layers = fittable_layers(student)
+    batch = next(iter(lesson.batches), None)
+    if batch is None:
+        raise MergeError("a model has no batches: least squares needs data of each")
+    named = [teacher.layers for teacher in lesson.teachers if teacher.layers is not None]
+    wanted = set(layers).intersection(*named) if named else set(layers)
+    for mapping in named:
+        if unknown := sorted(set(mapping) - set(layers)):
+            raise MergeError(f"the merged model has no linear layers {unknown[:3]}")
+        if set(mapping) != wanted:
+            raise MergeError(f"teachers of one lesson have different layers: {sorted(mapping)[:3]}")
+    found = {name: layer for name, layer in layers.items() if name in wanted}
+    norms = {n: m for n, m in batch_norms(student).items() if m.affine}
+    recorder = Recorder({**found, **norms}, {**found, **norms}, copies=False)
+    calls = recorder.run(student, lambda: lesson.forward(student, batch)).calls
+    if named and (never := sorted(wanted - set(calls))):
+        raise MergeError(f"the data of a model never reaches {never[:3]}")
+    reached = [name for name in dict.fromkeys(recorder.order) if name in found]
+    written = {calls[n][0].wrote: n for n in reached if len(calls[n]) == 1}
+    behind = {
+        written[calls[n][0].read]: n
+        for n in norms
+        if len(calls.get(n, ())) == 1 and calls[n][0].read in written
+    }
+    return _Trace(
+        order=reached,
+        calls={name: len(calls[name]) for name in reached},
+        reads={name: tuple(call.read for call in calls[name]) for name in reached},
+        norms=behind,
+        sums={n: [call.summed_as for call in calls[behind.get(n, n)]] for n in reached},
+    )
+
+
+def _groups(traces: Sequence[_Trace]) -> list[list[str]]:
+    """The layers in an order that agrees with every trace; those that read one tensor together."""
+    before: dict[str, set[str]] = {}
+    for trace in traces:
+        for i, name in enumerate(trace.order):
+            before.setdefault(name, set()).update(trace.order[i - 1 : i] if i else ())
+    try:
+        order = list(TopologicalSorter(before).static_order())
+    except CycleError as error:
+        raise MergeError(f"the models reach layers in contradictory orders: {error}") from error
+    groups: dict[tuple, list[str]] = {}
+    for name in order:
+        groups.setdefault(tuple(t.reads.get(name) for t in traces), []).append(name)
+    return list(groups.values())
+
+
+def _streams(traces: Sequence[_Trace], groups: Sequence[list[str]]) -> list[set[str]]:
+    """For each lesson the layers whose target is a sum: the last that write into theirs."""
+    found = []
+    for trace in traces:
+        last: dict[int, str] = {}
+        for name in (name for group in groups for name in group if name in trace.calls):
+            last |= {place: name for place in trace.sums[name] if place is not None}
+        writing = {n: {last.get(p) for p in trace.sums[n] if p is not None} for n in trace.calls}
+        whole = {n for n, places in trace.sums.items() if None not in places}
+        found.append({name for name in whole if writing[name] == {name}})
+    return found
+
+
+def _layer(student: nn.Module, name: str, traces: Sequence[_Trace]) -> Layer:
+    """With the batch norm that every lesson finds behind it."""
+    found = {trace.norms.get(name) for trace in traces if name in trace.calls}
+    norm = found.pop() if len(found) == 1 else None
+    return Layer(student.get_submodule(name), None if norm is None else student.get_submodule(norm))
+
+
+def _study(
+    student: nn.Module,
+    lesson: Lesson,
+    index: int,
+    layers: Mapping[str, _Sums],
+    trace: _Trace,
+    streams: set[str],
+    inputs: str,
+) -> None:
+    """Add what the data of one lesson say about a group of layers."""
+    norms = {name: trace.norms[name] for name, sums in layers.items() if sums.layer.norm}
+    summed = {norms.get(name, name) for name in layers if name in streams}
+    num_calls = sum(trace.calls[name] for name in layers) + len(norms)
+    num_calls += sum(trace.calls[name] for name in layers if name in streams)
+
+    def watch(module: nn.Module, batch: Batch, own: Mapping[str, str]) -> dict[str, list[Call]]:
+        watched = {n: module.get_submodule(own.get(n, n)) for n in (*layers, *norms.values())}
+        recorder = Recorder(watched, summed, num_calls)
+        return recorder.run(module, lambda: lesson.forward(module, batch)).calls
+
+    start = 0
+    for batch in lesson.batches:
+        masks = Masks(lesson.masks(student, batch))
+        size = len(next(iter(batch.values())))
+        shares = _shares(lesson, start, size)
+        start += size
+        taught = [watch(t.module, batch, t.layers or {}) for t in lesson.teachers]
+        learned = watch(student, batch, {}) if inputs == "merged" else None
+        for name, sums in layers.items():
+            written = norms.get(name, name)
+            for k in range(trace.calls[name]):
+                wrote = [calls[written][k] for calls in taught]
+                output = _mean([call.output for call in wrote], shares)
+                if learned is None:
+                    x = _mean([calls[name][k].input for calls in taught], shares)
+                    error = output - sums.layer.compute(x).to(output)
+                else:
+                    x, ours = learned[name][k].input, learned[written][k]
+                    error = output - ours.output
+                    if name in streams:
+                        stream = _mean([_sum_of(call) for call in wrote], shares)
+                        error = ours.pulled_back(stream - _sum_of(ours))
+                sums.add(index, masks, x, error)
+
+
+def _sum_of(call: Call) -> Tensor:
+    assert call.sum is not None
+    return call.sum
+
+
+def _shares(lesson: Lesson, start: int, size: int) -> Tensor:
+    """How much each teacher counts in the next examples, [P, size or 1]."""
+    num = len(lesson.teachers)
+    if lesson.shares is None:
+        return torch.full((num, 1), 1 / num, dtype=torch.float64)
+    if lesson.shares.ndim == 1:
+        return lesson.shares[:, None]
+    return lesson.shares[:, start : start + size]
+
+
+def _mean(tensors: Sequence[Tensor], shares_PB: Tensor) -> Tensor:
+    """The mean over teachers, example by example; windows of one example share its coefficients."""
+    if len(tensors) == 1:
+        return tensors[0]
+    repeats = len(tensors[0]) // shares_PB.shape[1]
+    shares = shares_PB.to(tensors[0]).repeat_interleave(repeats, 1)
+    return sum(s.view(-1, *[1] * (t.ndim - 1)) * t for s, t in zip(shares, tensors, strict=True))
+
+
+class _Sums:
+    """Per lesson, the sums of x, of the error r, of x xᵀ and of r xᵀ at one layer, in float64."""
+
+    def __init__(self, layer: Layer, num_lessons: int) -> None:
+        self.layer = layer
+        self.counts = [0] * num_lessons
+        self.sums: list[dict[str, Tensor]] = [{} for _ in range(num_lessons)]
+
+    def add(self, lesson: int, masks: Masks, x: Tensor, error: Tensor) -> None:
+        groups = self.layer.groups
+        x_GNI, error_GNO = (
+            masks.kept(samples).double().unflatten(1, (groups, -1)).movedim(1, 0)
+            for samples in (self.layer.samples(x), self.layer.outputs(error))
+        )
+        if not (torch.isfinite(x_GNI).all() and torch.isfinite(error_GNO).all()):
+            raise MergeError("activations are not finite: look at the models and their data")
+        self.counts[lesson] += x_GNI.shape[1]
+        mine = self.sums[lesson]
+        for name, value in {
+            "x": x_GNI.sum(1),
+            "r": error_GNO.sum(1),
+            "xx": x_GNI.mT @ x_GNI,
+            "rx": error_GNO.mT @ x_GNI,
+        }.items():
+            mine[name] = mine[name] + value if name in mine else value
+
+    def solve(self, name: str, coefficients: Sequence[float], ridge: float) -> None:
+        """Give the layer, and its norm, the weights that the data ask for."""
+        shares = [c if n else 0.0 for c, n in zip(coefficients, self.counts, strict=True)]
+        if sum(shares) <= 0:
+            raise MergeError(f"the coefficients {list(coefficients)} leave {name} without a model")
+        parts = [
+            (share / sum(shares) / n, sums)
+            for share, n, sums in zip(shares, self.counts, self.sums, strict=True)
+            if n
+        ]
+        x, r, xx, rx = (
+            sum((share * sums[key] for share, sums in parts), torch.zeros(()))
+            for key in ("x", "r", "xx", "rx")
+        )
+        covariance_GII = xx - x[..., :, None] * x[..., None, :]
+        if self.layer.has_bias:
+            xx, rx = covariance_GII, rx - r[..., :, None] * x[..., None, :]
+        weight_GOI, bias_GO = self.layer.matrix()
+        change_GOI = _solved(xx, rx, ridge, name)
+        change_GO = r - _times(change_GOI, x) if self.layer.has_bias else torch.zeros_like(bias_GO)
+        size = weight_GOI.abs().max()
+        if max(change_GOI.abs().max(), change_GO.abs().max()) <= ROUNDING * size:
+            return
+        weight_GOI, bias_GO = weight_GOI + change_GOI, bias_GO + change_GO
+        if self.layer.norm is None:
+            self.layer.write(weight_GOI, bias_GO)
+            return
+        num = sum(self.counts)
+        variance_GO = (weight_GOI @ covariance_GII * weight_GOI).sum(-1) * num / max(num - 1, 1)
+        self.layer.write_normed(weight_GOI, bias_GO, _times(weight_GOI, x), variance_GO)
+
+
+def _times(matrix_GOI: Tensor, x_GI: Tensor) -> Tensor:
+    return (matrix_GOI @ x_GI[..., None]).squeeze(-1)
+
+
+def _solved(xx_GII: Tensor, rx_GOI: Tensor, ridge: float, name: str) -> Tensor:
+    """rx (xx + ridge s 1)⁻¹ for each group; 0 for a group whose inputs never vary."""
+    scale_G = xx_GII.diagonal(dim1=1, dim2=2).mean(1)
+    scale_G = torch.where(scale_G > 0, scale_G, 1.0)
+    eye_II = torch.eye(xx_GII.shape[-1], dtype=xx_GII.dtype, device=xx_GII.device)
+    factor_GII, failed = torch.linalg.cholesky_ex(xx_GII + ridge * scale_G[:, None, None] * eye_II)
+    if failed.any():
+        raise MergeError(f"the inputs of {name} do not determine it: set a ridge above 0")
+    return torch.cholesky_solve(rx_GOI.mT, factor_GII).mT

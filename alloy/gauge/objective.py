@@ -71,7 +71,8 @@ def layers_of(
     Args:
         models: each with a part of the spec's weights, or all of them.
         grams: by weight; of the layer's inputs, or of those and a constant 1 at the end. The bias
-            then counts as the column that meets the constant.
+            then counts as the column that meets the constant. Inputs of a convolution are flat patches,
+            those of a table of embeddings (dim 0) one-hot.
 
     Raises:
         GaugeError: a Gram of another size, of a weight that a model lacks, of no tokens or not
@@ -94,7 +95,7 @@ def _check(name: str, gram: Gram, model: int, weights: Weights, spec: SymmetrySp
     if name not in spec.layout or name not in weights:
         where = "the spec" if name not in spec.layout else f"models[{model}]"
         raise GaugeError(f"grams[{model}] has {name!r}, which {where} lacks")
-    size = weights[name].shape[gram.dim]
+    size = weights[name].numel() // weights[name].shape[gram.dim - 1]
     if gram.sum_DD.shape[0] not in (size, size + 1):
         raise GaugeError(
             f"grams[{model}] of {name!r} is of {gram.sum_DD.shape[0]} inputs; the layer has {size} "
@@ -116,10 +117,9 @@ def _layer(
     sizes = {grams[m][name].sum_DD.shape[0] for m in here}
     if len(sizes) > 1:
         raise GaugeError(f"Grams of {name!r} have a constant in some models and none in others")
-    weights = [models[m][name].double() for m in here]
-    if dim == 0:
-        weights = [weight.T for weight in weights]
-    rows, columns = terms[1 - dim], terms[dim]
+    weights = [as_matrix(models[m][name].double(), dim) for m in here]
+    rows, inputs = (terms[0], terms[1:]) if dim == 1 else (terms[-1], terms[:-1])
+    columns = inputs[0] if len(inputs) == 1 else Product(inputs)
     has_constant = sizes.pop() > columns.size
     if has_constant:
         columns = Sum((columns, Leaf(1)))
@@ -132,6 +132,11 @@ def _layer(
     weight_MOI = torch.stack(weights)
     gram_MII = torch.stack([grams[m][name].mean_DD for m in here])
     return Layer(name, rows, columns, here, weight_MOI, gram_MII, dim, has_constant)
+
+
+def as_matrix(weight: Tensor, dim: int) -> Tensor:
+    """A weight as [O, I]: a convolution's reads patches, a table's (dim 0) one row for each input."""
+    return weight.flatten(1) if dim == 1 else weight.flatten(0, -2).T
 
 
 def bias_of(weight: str) -> str:

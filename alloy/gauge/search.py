@@ -87,6 +87,7 @@ def search_gauge(
     reference: int = 0,
     fixed: Sequence[str] = (),
     starts: Sequence[str] = STARTS,
+    initial: Mapping[str, Sequence[Transforms]] | None = None,
     ridge: float = 1e-3,
     max_rounds: int = 6,
     steps: int = 60,
@@ -107,17 +108,21 @@ def search_gauge(
         fixed: spaces that stay as they are in every model (the stream, where models share it).
         starts: of `STARTS`; axes are the principal axes of what each model reads from a stream, brought
             together or apart.
+        initial: further starts by name: transforms of each model, such as an alignment found. The
+            reference's, and fixed spaces, count as the identity.
         ridge: λ of J in units of a layer's mean eigenvalue.
         steps: continuous steps a round. A round that lowers J by less than `tolerance` is the last.
         generator: shuffles the order in which discrete spaces are visited.
 
     Raises:
-        GaugeError: no layer in common, Grams that do not fit, unknown starts or spaces.
+        GaugeError: no layer in common, Grams that do not fit, unknown starts or spaces, no start.
     """
+    initial = {} if initial is None else initial
     if unknown := sorted(set(starts) - set(STARTS)):
         raise GaugeError(f"starts {unknown} are unknown; choose of {list(STARTS)}")
     if unknown := sorted(set(fixed) - set(spec.spaces)):
         raise GaugeError(f"fixed spaces {unknown} are not in the spec")
+    _check_initial(initial, starts, spec, len(models))
     if not 0 <= reference < len(models):
         raise GaugeError(f"reference {reference} is none of {len(models)} models")
     search = _Search(
@@ -132,10 +137,10 @@ def search_gauge(
     )
     still = tuple(identity(spec) for _ in models)
     before = search.total(still)
-    tried = {}
-    for start in dict.fromkeys(starts):
-        begun = search.match(search.begin(start, still))
-        tried[start] = search.turn(begun, max(1, round(_PROBE * steps)))
+    begun = {start: search.begin(start, still) for start in dict.fromkeys(starts)}
+    begun |= {start: search.given(found, still) for start, found in initial.items()}
+    probe = max(1, round(_PROBE * steps))
+    tried = {start: search.turn(search.match(gauge), probe) for start, gauge in begun.items()}
     errors = {start: search.total(found) for start, found in tried.items()}
     best = min(errors, key=lambda start: errors[start])
     gauge, history = tried[best], [errors[best]]
@@ -157,6 +162,23 @@ def search_gauge(
     )
 
 
+def _check_initial(
+    initial: Mapping[str, Sequence[Transforms]],
+    starts: Sequence[str],
+    spec: SymmetrySpec,
+    num_models: int,
+) -> None:
+    if not starts and not initial:
+        raise GaugeError(f"there is no start: name one of {list(STARTS)}, or give initial transforms")
+    for name, found in initial.items():
+        if name in STARTS:
+            raise GaugeError(f"initial {name!r} is the name of a start: choose another")
+        if len(found) != num_models:
+            raise GaugeError(f"initial {name!r} moves {len(found)} models; there are {num_models}")
+        if unknown := sorted({space for own in found for space in own} - set(spec.spaces)):
+            raise GaugeError(f"initial {name!r} moves {unknown}, which are not in the spec")
+
+
 def merge_layers(
     models: Sequence[Weights],
     spec: SymmetrySpec,
@@ -174,7 +196,8 @@ def merge_layers(
             if (bias := bias_of(layer.name)) in spec.layout:
                 merged[bias] = weight[:, -1]
             weight = weight[:, :-1]
-        merged[layer.name] = weight if layer.dim == 1 else weight.T
+        stored = weight if layer.dim == 1 else weight.T
+        merged[layer.name] = stored.reshape(models[layer.models[0]][layer.name].shape)
     return merged
 
 
@@ -299,6 +322,14 @@ class _Search:
                 full = self._embedded(space, matrix)
                 result[m] = compose(result[m], {space: Transform(matrix=full)})
                 pooled = pooled[0] + matrix @ second @ matrix.T, pooled[1] + matrix @ first
+        return tuple(result)
+
+    def given(self, found: Sequence[Transforms], still: tuple[dict[str, Transform], ...]):
+        """Transforms that the caller has found, as far as they may move."""
+        result = list(still)
+        for m in self.free:
+            moving = {space: t for space, t in found[m].items() if space not in self.fixed}
+            result[m] = {**still[m], **moving}
         return tuple(result)
 
     def _moments(self, space: str) -> dict[int, tuple[Tensor, Tensor]]:
@@ -445,10 +476,14 @@ class _Assignment:
 
     def _by_axis(self, space: str, axis: Axis, count: int) -> Tensor:
         dim, rows, columns = self.sides[axis.parameter]
-        pair = rows if axis.dim != dim else columns
+        sizes = [term.size for term in self.spec.layout[axis.parameter]]
+        is_row = axis.dim == (0 if dim == 1 else len(sizes) - 1)
+        if is_row:  # inputs, with the constant, count as one dim
+            flat = [1] * (len(sizes) - 2)
+            sizes = [sizes[0], -1, *flat] if dim == 1 else [*flat, -1, sizes[-1]]
         views = []
-        for tensor in pair:
-            stored = tensor if dim == 1 else tensor.T
+        for tensor in rows if is_row else columns:
+            stored = (tensor if dim == 1 else tensor.T).reshape(sizes)
             view = unit_view(stored, self.spec, space, axis)
             views.append(view.reshape(count, -1))
         return views[0] @ views[1].T

@@ -14,7 +14,7 @@ Shape legend: N samples (tokens, pixels), D units, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -25,11 +25,13 @@ from alloy import least_squares
 from alloy.calls import Recorder
 from alloy.least_squares import Layer, Lesson, Teacher, batch_norms, layers_in_order, loaded
 from alloy.masks import Masks
-from alloy.points import layer_of
+from alloy.points import first_tensor, layer_of
 from alloy.symmetry.spec import SymmetrySpec, leaves
 from alloy.types import Weights
 
 Batch = Mapping[str, Tensor]
+
+_SMALL = 4_000_000  # numbers in the inputs of calibration data that may run as one batch
 
 
 class RepairError(ValueError):
@@ -130,7 +132,8 @@ def reestimate_norms(
 
     Norm after norm, so that each sees what the repaired ones before it give: the result does not depend
     on how the data are split, unlike that of a pass in training mode. The variance is unbiased, as
-    PyTorch's running variance is. A model without batch norms comes back as it is.
+    PyTorch's running variance is. A model without batch norms comes back as it is. Few data run in one
+    batch and one pass; otherwise there is a pass for each norm.
 
     Raises:
         RepairError: no batches.
@@ -139,24 +142,69 @@ def reestimate_norms(
         raise RepairError("there are no batches to estimate the norms from")
     student = loaded(model, weights)
     norms = batch_norms(student)
+    if not norms:
+        return _weights_of(student, weights)
     order = Recorder(norms, copies=False).run(student, lambda: student(**batches[0])).order
-    for name in (name for name in dict.fromkeys(order) if order.count(name) == 1):
-        norm = {name: norms[name]}
-        count, total, square = 0, torch.zeros(()), torch.zeros(())
+    once = {name: norms[name] for name in order if order.count(name) == 1}
+    whole = _as_one(batches)
+    if whole is not None:
+        _estimate_in_passing(student, once.values(), whole)
+        return _weights_of(student, weights)
+    for name, norm in once.items():
+        sums = _NormSums()
         for batch in batches:
-            recorder = Recorder(norm, expected=1, copies=False)
+            recorder = Recorder({name: norm}, expected=1, copies=False)
             (call,) = recorder.run(student, lambda b=batch: student(**b)).calls[name]
-            x_ND = call.input.movedim(1, -1).flatten(0, -2).double()
-            count, total, square = (
-                count + len(x_ND),
-                total + x_ND.sum(0),
-                square + x_ND.square().sum(0),
-            )
-        mean_D = total / count
-        variance_D = (square / count - mean_D.square()).clamp(min=0) * count / max(count - 1, 1)
-        for part, value in (("running_mean", mean_D), ("running_var", variance_D)):
-            norms[name].get_buffer(part).copy_(value)
+            sums.add(call.input)
+        sums.write(norm)
     return _weights_of(student, weights)
+
+
+def _as_one(batches: Sequence[Batch]) -> Batch | None:
+    """All batches in one, where they fit together and are small."""
+    first = batches[0]
+    shapes = {name: tensor.shape[1:] for name, tensor in first.items()}
+    if any({n: t.shape[1:] for n, t in batch.items()} != shapes for batch in batches):
+        return None
+    if sum(tensor.numel() for batch in batches for tensor in batch.values()) > _SMALL:
+        return None
+    return {name: torch.cat([batch[name] for batch in batches]) for name in first}
+
+
+def _estimate_in_passing(student: nn.Module, norms: Iterable[nn.Module], batch: Batch) -> None:
+    """One pass over data in one batch: a norm has its statistics before it computes."""
+
+    def see(norm: nn.Module, args: tuple, kwargs: dict) -> None:
+        sums = _NormSums()
+        sums.add(first_tensor(args, kwargs))
+        sums.write(norm)
+
+    handles = [norm.register_forward_pre_hook(see, with_kwargs=True) for norm in norms]
+    try:
+        student(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _NormSums:
+    """What a batch norm's inputs add up to, in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.square = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        x_ND = x.movedim(1, -1).flatten(0, -2).double()
+        self.count += len(x_ND)
+        self.total = self.total + x_ND.sum(0)
+        self.square = self.square + x_ND.square().sum(0)
+
+    def write(self, norm: nn.Module) -> None:
+        mean_D = self.total / self.count
+        variance_D = (self.square / self.count - mean_D.square()).clamp(min=0)
+        variance_D = variance_D * self.count / max(self.count - 1, 1)
+        for part, value in (("running_mean", mean_D), ("running_var", variance_D)):
+            norm.get_buffer(part).copy_(value)
 
 
 def inverse_temperature(logits_NC: Tensor, targets: Tensor) -> float:

@@ -109,6 +109,21 @@ def test_a_model_merged_with_itself_keeps_every_weight(case, inputs_of):
             torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-5)
 
 
+def test_batch_norms_are_those_of_all_data_in_one_pass_or_in_many(monkeypatch):
+    """Small data run as one batch; a pass for each norm over batches of any split gives the same."""
+    build, data = CASES["resnet"]
+    model, inputs = build(0), data()
+    splits = [[24], [8, 16], [1, 5, 18]]
+    found = [reestimate_norms(model, _weights(model), _split(inputs, split)) for split in splits]
+    monkeypatch.setattr(alloy.repair, "_SMALL", 0)
+    found += [reestimate_norms(model, _weights(model), _split(inputs, split)) for split in splits]
+    moved = [name for name, tensor in _weights(model).items() if not tensor.equal(found[0][name])]
+    assert {name.rpartition(".")[2] for name in moved} == {"running_mean", "running_var"}
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5)
+
+
 def test_least_squares_brings_a_damaged_layer_back(case):
     """With a ridge near 0 the least-squares layers are the parent's where its inputs say what they do."""
     model, _, inputs, batches = case

@@ -160,6 +160,7 @@ def mend(
             coefficients=shares,
             example_weights=confidence(job, seen) if fit.targets == "confidence" else None,
             inputs=fit.inputs,
+            residual=fit.residual,
             ridge=fit.ridge,
         )
     if switches.repair:

@@ -556,7 +556,14 @@ class ModelsLeastSquares(Section):
 
     targets: Literal["mean", "confidence"] = "mean"  # parents count alike, or by how sure they are
     inputs: Literal["merged", "parents"] = "merged"  # that a layer is fitted on
+    residual: bool = False  # a layer that writes into a stream follows the stream, not its own output
     ridge: float = Field(default=1e-2, gt=0)  # of the inputs' mean variance
+
+    @model_validator(mode="after")
+    def _streams_are_the_merged_models_own(self) -> "ModelsLeastSquares":
+        if self.residual and self.inputs != "merged":
+            raise ValueError("residual: the stream is the merged model's own: take inputs: merged")
+        return self
 
 
 class ModelsRepair(Section):

@@ -206,6 +206,7 @@ def test_what_is_mended_is_better_by_the_measure_it_mends(write) -> None:
         for name, switches in {
             "fitted": {"permuted_least_squares": {}},
             "sure": {"permuted_least_squares": {"targets": "confidence"}},
+            "streams": {"permuted_least_squares": {"residual": True}},
             "repaired": {"repair": True, "batch_norm": True},
             "tempered": {"temperature": True},
         }.items():
@@ -216,6 +217,8 @@ def test_what_is_mended_is_better_by_the_measure_it_mends(write) -> None:
     run()
     assert scores("fitted")["loss"] < 0.5 * scores("mudsc")["loss"]
     assert scores("sure")["loss"] != scores("fitted")["loss"]
+    assert scores("streams")["loss"] < 0.5 * scores("mudsc")["loss"]
+    assert scores("streams")["loss"] != scores("fitted")["loss"]
     assert scores("repaired")["loss"] != scores("mudsc")["loss"]
     assert scores("tempered")["loss"] < scores("mudsc")["loss"]
     assert scores("tempered")["agreement"] == scores("mudsc")["agreement"]
@@ -363,6 +366,12 @@ def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
                 repair={"permuted_least_squares": {"targets": "confidence"}},
             ),
             "drop one",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["mudsc"].update(
+                repair={"permuted_least_squares": {"residual": True, "inputs": "parents"}}
+            ),
+            "take inputs: merged",
         ),
         (lambda r: r["evaluate"].update(curves=["x"]), r"evaluate\.curves: 'x'"),
         (lambda r: r["prepare"]["calibration"]["own"].update(texts="x"), "give one of images"),

@@ -297,7 +297,9 @@ def move_units(units: Tensor, space: str, spec: SymmetrySpec, transforms: Transf
         order = transforms[parent].permutation if parent in transforms else None
         if order is not None:
             shape = [1] * units.ndim
-            for name, size in zip((*transforms[parent].depends_on, parent), order.shape, strict=True):
+            for name, size in zip(
+                (*transforms[parent].depends_on, parent), order.shape, strict=True
+            ):
                 shape[above.index(name)] = size
             units = torch.take_along_dim(units, order.reshape(shape), dim=depth)
     return transforms[space].act(units) if space in transforms else units

@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from alloy.activations import Gram
 from alloy.masks import Masks
-from alloy.operands import Operand, See, follow, operands, preferred
+from alloy.operands import Follow, Operand, See, Side, operands, preferred
 from alloy.points import (
     LinearImage,
     Point,
@@ -198,14 +198,14 @@ class _Observer:
         found = operands(self.spec, {s for s in unseen if not self.spec.dependents(s)})
         if not found:
             return {}
-        seen: set[str] = set()
-        with self._following(found, lambda key, _: seen.add(key)):
+        seen: dict[str, Side] = {}
+        with self._following(found, lambda key, side, _: seen.update({key: side})):
             self.model(**self._moved(batch))
         return preferred(found, seen)
 
     @contextmanager
     def _following(self, found: Mapping[str, Operand], see: See) -> Generator[None]:
-        with plain_kernels(self.model), follow(self.model, self.spec, found, see):
+        with plain_kernels(self.model), Follow(self.model, self.spec, found, see):
             yield
 
     def _moved(self, batch: Batch) -> dict[str, Tensor]:
@@ -240,9 +240,9 @@ class _Observer:
                 if unit is None:
                     self._add_gram(key, masks.kept(activation))
                 else:
-                    keep(key, self._read(unit, activation))
+                    keep(key, "input", self._read(unit, activation))
 
-        def keep(key: str, units: Tensor) -> None:
+        def keep(key: str, _: Side, units: Tensor) -> None:
             with torch.autocast(units.device.type, enabled=False):
                 calls = seen.setdefault(key, [])
                 calls.append(self._add_units(key, masks.kept(units), len(calls)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ from alloy.points import Point, stands_alone
 from alloy.symmetry.parts import owned_axes
 from alloy.symmetry.spec import Axis, Leaf, SymmetrySpec, leaves, view_axis
 
-See = Callable[[str, Tensor], None]
-"""What is called with a key and its units, [*samples, D] or [*samples, R, D]."""
+Side = Literal["input", "output"]
+See = Callable[[str, Side, Tensor], None]
+"""What is called with a key, whether its units are in what the weight is multiplied with or in the product, and
+the units, [*samples, D] or [*samples, R, D]."""
 
 
 class Operand(NamedTuple):
@@ -33,8 +35,12 @@ class Operand(NamedTuple):
 
     space: str
     axis: Axis
-    point: Point
-    """The weight, and whether the units are in what it is multiplied with or in the product."""
+    side: Side = "input"
+    """As `See` has it."""
+
+    @property
+    def point(self) -> Point:
+        return Point(self.axis.parameter, self.side)
 
 
 def operands(spec: SymmetrySpec, spaces: Collection[str]) -> dict[str, Operand]:
@@ -43,23 +49,23 @@ def operands(spec: SymmetrySpec, spaces: Collection[str]) -> dict[str, Operand]:
     for space in spec.spaces:
         for axis in owned_axes(spec, space) if space in spaces else ():
             if len(spec.layout[axis.parameter]) > 1 and stands_alone(space, spec, axis):
-                side = "input" if str(axis) in spec.reading else "output"
-                found[f"operand {axis}"] = Operand(space, axis, Point(axis.parameter, side))
+                found[f"operand {axis}"] = Operand(space, axis)
     return found
 
 
-def preferred(found: Mapping[str, Operand], seen: Collection[str]) -> dict[str, Operand]:
+def preferred(found: Mapping[str, Operand], seen: Mapping[str, Side]) -> dict[str, Operand]:
     """Of the places that were seen those that read a space; those that write it where none reads it."""
-    read = {o.space for key, o in found.items() if key in seen and o.point.side == "input"}
+    known = {key: found[key]._replace(side=side) for key, side in seen.items()}
+    read = {operand.space for operand in known.values() if operand.side == "input"}
     return {
-        key: operand
-        for key, operand in found.items()
-        if key in seen and (operand.point.side == "input" or operand.space not in read)
+        key: known[key]
+        for key in found
+        if key in known and (known[key].side == "input" or known[key].space not in read)
     }
 
 
-class follow(TorchDispatchMode):  # noqa: N801 (used as a function: `with follow(...)`)
-    """Call `see(key, units)` whenever the model multiplies by one of the weights."""
+class Follow(TorchDispatchMode):
+    """Call `see(key, side, units)` whenever the model multiplies by one of the weights; products without biases."""
 
     def __init__(
         self, model: nn.Module, spec: SymmetrySpec, found: Mapping[str, Operand], see: See
@@ -81,11 +87,15 @@ class follow(TorchDispatchMode):  # noqa: N801 (used as a function: `with follow
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        args: tuple[Any, ...] = tuple(args)
         result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         if name in _PRODUCTS:
             first, second = (args[i] for i in _PRODUCTS[name])
-            self._multiplied(first, second, result)
+            if any(self.labels.get(x) for x in (first, second)):
+                # One product with a bias, or two operations: which, depends on the shape. So without it.
+                added = kwargs.get("beta", 1) * args[0] if _PRODUCTS[name][0] else 0
+                self._multiplied(first, second, result - added)
         elif name in _MOVES | _KEEPS | _VIEWS and args and isinstance(args[0], Tensor):
             if found := self.labels.get(args[0]):
                 self._move(name, func, found, args, kwargs, result)
@@ -124,28 +134,28 @@ class follow(TorchDispatchMode):  # noqa: N801 (used as a function: `with follow
         ):
             for key, label in self.labels.get(weight, {}).items():
                 if _constant(label, free):  # read: units of what is multiplied, the other way round
-                    units, tensor, dim = label.select(free, 0), other, free
+                    units, tensor, side = label.select(free, 0), other, "input"
                 elif _constant(label, summed):
-                    units, tensor, dim = label.select(summed, 0), product, free
+                    units, tensor, side = label.select(summed, 0), product, "output"
                 else:
                     continue
                 if units.ndim > 1 and _constant(units, 0):
                     units = units[0]
-                self._see(key, units, tensor, dim, self.samples.get(other))
+                entries = tensor.movedim(free, -1)
+                if units.ndim > 1:  # a matrix for each unit of the spaces depended on
+                    entries = entries.movedim(0, -2).flatten(-2)
+                self._see(key, side, units, entries, self.samples.get(other))
 
     def _see(
-        self, key: str, units: Tensor, tensor: Tensor, dim: int, samples: Sequence[int] | None
+        self, key: str, side: Side, units: Tensor, entries: Tensor, samples: Sequence[int] | None
     ) -> None:
-        entries = tensor.movedim(dim, -1)
-        if units.ndim > 1:  # a matrix for each unit of the spaces depended on
-            entries = entries.movedim(0, -2).flatten(-2)
         columns_DR = _columns(units.flatten(), self.sizes[key])
         if columns_DR is None:
             return
         if samples and math.prod(samples) == entries[..., 0].numel():
             entries = entries.reshape(*samples, entries.shape[-1])
         columns = columns_DR.T.to(entries.device)
-        self.see(key, entries[..., columns if len(columns) > 1 else columns[0]])
+        self.see(key, side, entries[..., columns if len(columns) > 1 else columns[0]])
 
 
 _PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}

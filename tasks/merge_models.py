@@ -6,6 +6,7 @@ a part of the layers is shared (partial zip), it is one checkpoint a member. The
 `models/<recipe>/merged/` as well.
 """
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ def mend(
             f"permuted_least_squares and repair look at the aligned parents' activations, and alignment "
             f"{arm.alignment!r} ({alignment.preset}) does not keep their functions"
         )
-    model = load_any(job.folders[alignment.reference])
+    model = job.skeleton
     seen = list(batches(load_file(job.calibration), job.params.collect.batch_size))
     shares = (
         dict(zip(parents, arm.coefficients, strict=True))
@@ -232,7 +233,7 @@ def output_layer(model: nn.Module, weights: Weights, batch: Mapping[str, Tensor]
 def save(job: Job, weights: Weights, member: str, folder: Path, account: Mapping[str, Any]) -> None:
     """Write a checkpoint of the reference's architecture, with its processors, card and record."""
     reference = job.folders[account["reference"]]
-    model = load_any(reference)
+    model = copy.deepcopy(job.skeleton)
     asked = job.params.merge.dtype
     dtype = getattr(torch, asked) if asked else load_config(reference).dtype or torch.float32
     model.load_state_dict(weights)

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class Job:
     def written(self, stage_output: str) -> Path:
         """Where a stage keeps what it made for this job: `statistics`, `transforms` or `arms`."""
         return MODELS / self.recipe / stage_output / self.set / str(self.seed)
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """A module of the reference's architecture to run weights in; its own are whatever ran last."""
+        return load_any(self.folders[self.members[0]])
 
     def models(self) -> dict[str, PreTrainedModel]:
         return {name: load_any(folder) for name, folder in self.folders.items()}

@@ -262,7 +262,9 @@ def roots(spec: SymmetrySpec) -> list[str]:
 
 def carried(spec: SymmetrySpec, names: Collection[str]) -> list[str]:
     """Some spaces and all that depends on any of them."""
-    return [n for n in spec.order if n in names or not set(names).isdisjoint(spec.spaces[n].depends_on)]
+    return [
+        n for n in spec.order if n in names or not set(names).isdisjoint(spec.spaces[n].depends_on)
+    ]
 
 
 def is_identity(transform: Transform) -> bool:

@@ -36,7 +36,7 @@ from alloy.symmetry.transforms import Transform, Transforms, identity, transport
 from alloy.transport_models import Settings, TransportSearch
 from alloy.types import Weights
 from alloy.universe import align_to_universe
-from alloy.zip_models import ZipSearch, joint_correlation, plan
+from alloy.zip_models import ZipSearch, check_sizes, joint_correlation, plan
 
 Score = Callable[[Mapping[str, Weights]], float]
 """How good aligned models are, merged as the caller likes; more is better."""
@@ -204,8 +204,6 @@ def _search(
     else:
         raise AlignmentError(f"weight_share {weight_share!r} is neither 'search' nor in 0..1")
     _require_statistics(given, any(share < 1 for share in shares) or start != "identity")
-    if score is not None and len(shares) == 1:
-        raise AlignmentError("a score chooses the weight_share: it needs weight_share='search'")
     settings = {
         "scale": scale,
         "method": method,
@@ -215,25 +213,25 @@ def _search(
         "seed": seed,
     }
     ours = models[given.reference]
-    candidates = {
+    candidates: dict[float | None, dict[str, Transforms]] = {
         share: {
             o: _pair(ours, models[o], spec, moments(o), share, start, settings)
             for o in given.others
         }
         for share in shares
     }
-    if len(shares) == 1:
-        share = shares[0]
-    elif score is not None:
-        share = _by_score(models, spec, candidates, score)
-    else:
-        share = _by_proxy(models, spec, candidates, {o: moments(o) for o in given.others})
-    transforms: dict[str, Transforms] = {given.reference: identity(spec), **candidates[share]}
+    chosen: float | None = shares[0]
+    if score is not None:
+        candidates[None] = {o: identity(spec) for o in given.others}
+        chosen, note = _by_score(models, spec, candidates, score)
+        notes = (*notes, note)
+    elif len(shares) > 1:
+        chosen = _by_proxy(models, spec, candidates, {o: moments(o) for o in given.others})
+        notes = (*notes, f"weight_share {chosen} was chosen among {list(shares)}")
+    transforms: dict[str, Transforms] = {given.reference: identity(spec), **candidates[chosen]}
     report = {
         o: _describe(models, spec, transforms, given.reference, o, moments(o)) for o in given.others
     }
-    if len(shares) > 1:
-        notes = (*notes, f"weight_share {share} was chosen among {list(shares)}")
     return Alignment(
         given.preset, given.reference, spec, given.specs, transforms, report=report, warnings=notes
     )
@@ -286,21 +284,26 @@ def _pair(
 def _by_score(
     models: Mapping[str, Weights],
     spec: SymmetrySpec,
-    candidates: Mapping[float, Mapping[str, Transforms]],
+    candidates: Mapping[float | None, Mapping[str, Transforms]],
     score: Score,
-) -> float:
-    """The share whose aligned models score best."""
+) -> tuple[float | None, str]:
+    """The share whose aligned models score best, None where leaving them as they are does; and a note."""
     scores = {}
     for share, found in candidates.items():
         moved = {n: transport(models[n], spec, t) for n, t in found.items()}
         scores[share] = score({**models, **moved})
-    return max(scores, key=lambda share: scores[share])
+    best = max(scores, key=lambda share: (scores[share], share is None))
+    named = {
+        share: "no alignment" if share is None else f"weight_share {share}" for share in scores
+    }
+    others = ", ".join(f"{named[share]} {value:.4g}" for share, value in scores.items())
+    return best, f"{named[best]} was chosen by score: {others}"
 
 
 def _by_proxy(
     models: Mapping[str, Weights],
     spec: SymmetrySpec,
-    candidates: Mapping[float, Mapping[str, Transforms]],
+    candidates: Mapping[Any, Mapping[str, Transforms]],
     moments: Mapping[str, Moments],
 ) -> float:
     """The largest share that keeps KEPT of the highest activation similarity of all candidates.
@@ -384,14 +387,20 @@ def _zip(
     """Units of all models, merged many to many."""
     spec, names = given.spec, list(given.models)
     _require_share(weight_share)
-    _require_equal_specs(given.specs, given.reference)
     _require_statistics(given, weight_share < 1)
-    for other in given.others:
-        check_weights(given.models[given.reference], given.models[other], spec)
-        check_statistics(given.moments(other), spec, spec)
     planned = plan(spec, until)
     kept = frozenset(_kept(spec, keep))
     planned = replace(planned, zipped=planned.zipped - kept, permuted=planned.permuted - kept)
+    doubts: list[str] = []
+    for other in given.others:
+        theirs = given.specs[other]
+        _require_equal_specs(
+            {other: theirs, given.reference: spec}, given.reference, but_sizes=True
+        )
+        doubts += check_sizes(planned, spec, theirs, (given.reference, other))
+        check_statistics(given.moments(other), spec, theirs)
+    for name, weights in given.models.items():
+        check_weights(weights, weights, given.specs[name])
     correlations = {}
     if given.statistics is not None:
         for space in sorted(planned.zipped | planned.permuted):
@@ -399,7 +408,7 @@ def _zip(
                 correlations[space] = joint_correlation(points, names)
     search = ZipSearch(
         given.models,
-        spec,
+        list(given.specs.values()),
         correlations,
         planned,
         weight_share=weight_share,
@@ -418,7 +427,8 @@ def _zip(
     )
     kinds = {**dict.fromkeys(planned.zipped, "zip"), **dict.fromkeys(found.kept, "identity")}
     reasons = tuple(f"{space!r} is not zipped: {why}" for space, why in planned.reasons.items())
-    return replace(alignment, report=_describe_maps(given, alignment, kinds), warnings=reasons)
+    warnings = (*reasons, *dict.fromkeys(doubts))
+    return replace(alignment, report=_describe_maps(given, alignment, kinds), warnings=warnings)
 
 
 def _transport(
@@ -606,11 +616,16 @@ def _require_statistics(given: Given, needed: bool) -> None:
         )
 
 
-def _require_equal_specs(specs: Mapping[str, SymmetrySpec], reference: str) -> None:
+def _require_equal_specs(
+    specs: Mapping[str, SymmetrySpec], reference: str, *, but_sizes: bool = False
+) -> None:
+    """Raise AlignmentError unless specs are equal, or with `but_sizes` those of one architecture."""
     for name, spec in specs.items():
         if spec is specs[reference]:
             continue
-        for difference in differences(specs[reference], spec):
+        if but_sizes:
+            _require_same_structure(specs[reference], spec, name)
+        for difference in differences(specs[reference], spec, sizes=not but_sizes):
             raise AlignmentError(
                 f"the symmetries of {reference!r} (first) and {name!r} (second) differ: {difference}"
             )

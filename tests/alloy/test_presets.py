@@ -614,6 +614,7 @@ def test_the_share_is_chosen_by_a_score_or_by_what_it_costs_the_activations():
         seen = [r.activation_after for r in alignment.report["b"] if r.activation_after is not None]
         return sum(seen) / len(seen)
 
+    assert "weight_share 0.9 was chosen by score" in scored.warnings[-1]
     by_proxy = alloy.align_models(weights, spec, statistics, **settings)
     assert "was chosen among" in by_proxy.warnings[-1]
     found = {
@@ -624,6 +625,27 @@ def test_the_share_is_chosen_by_a_score_or_by_what_it_costs_the_activations():
     }
     enough = [share for share, value in found.items() if value >= 0.95 * max(found.values())]
     assert f"weight_share {max(enough)} was chosen" in by_proxy.warnings[-1]
+
+
+@pytest.mark.parametrize("weight_share", [0.3, "search"])
+def test_nothing_moves_unless_the_score_rises(weight_share):
+    """Where leaving the models as they are scores best, or as well as any alignment, that is the alignment."""
+    models, spec, statistics = _transformers()
+    weights = _weights(models)
+
+    def unmoved(aligned):
+        return -sum(float((aligned["b"][n] - weights["b"][n]).norm()) for n in weights["b"])
+
+    settings = {"preset": "dual", "weight_share": weight_share}
+    for score in (unmoved, lambda aligned: 1.0):
+        kept = alloy.align_models(weights, spec, statistics, score=score, **settings)
+        assert all(torch.equal(kept.apply(weights)["b"][n], weights["b"][n]) for n in weights["b"])
+        assert {row.num_moved for row in kept.report["b"]} == {0}
+        assert "no alignment was chosen by score" in kept.warnings[-1]
+    moved = alloy.align_models(
+        weights, spec, statistics, score=lambda aligned: -unmoved(aligned), **settings
+    )
+    assert sum(row.num_moved for row in moved.report["b"])
 
 
 def test_streams_can_be_kept():
@@ -649,7 +671,6 @@ def test_streams_can_be_kept():
         ({"preset": "dual", "start": "here"}, "choose identity, activation, best"),
         ({"preset": "git_rebasin", "weight_share": 0.5}, "no measure in common"),
         ({"preset": "mudsc_zip", "weight_share": 2.0}, "does not lie in 0..1"),
-        ({"preset": "dual", "score": len}, "needs weight_share='search'"),
         ({"preset": "zipit", "until": "tenth"}, "names no layer"),
         ({"preset": "zipit", "budget": -1.0}, "budget -1.0"),
         ({"preset": "ot_fusion", "readers": "all"}, "choose average, sum"),

@@ -498,7 +498,7 @@ def space_alignment(
         num_flat_units(spec, space),
         num_moved,
         mean_cosine(*before, spec, space) if same and _same_shapes(before, spec, space) else 0.0,
-        mean_cosine(*after, spec, space),
+        mean_cosine(*after, spec, space) if _same_shapes(after, spec, space) else 0.0,
         float(seen_DE.diagonal().mean()) if seen_DE is not None and same else None,
         None if moved_DE is None else float(moved_DE.diagonal().mean()),
         kind if num_moved else "identity",

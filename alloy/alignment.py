@@ -69,7 +69,8 @@ class Alignment:
         moved = transport(weights, spec, self.transforms[name])
         if not self.maps.get(name):
             return moved
-        return apply_maps(moved, spec, self.spec, self.maps[name])
+        partial = self.shared is not None  # what is not zipped keeps its own width
+        return apply_maps(moved, spec, self.spec, self.maps[name], partial=partial)
 
     def merge(self, models: Mapping[str, Weights]) -> dict[str, dict[str, Tensor]]:
         """Apply, then average what is shared: equal models, but for the part that is not zipped."""
@@ -94,8 +95,9 @@ class Alignment:
         }
         for model, maps in self.maps.items():
             for space, unit_map in maps.items():
-                tensors[f"{model}:{space}/write"] = unit_map.write.contiguous()
-                tensors[f"{model}:{space}/read"] = unit_map.read.contiguous()
+                for part in _PARTS:
+                    if (matrix := getattr(unit_map, part)) is not None:
+                        tensors[f"{model}:{space}/{part}"] = matrix.contiguous()
         specs = {name: spec.to_json() for name, spec in self.specs.items()}
         described = {
             "preset": self.preset,
@@ -129,7 +131,7 @@ class Alignment:
         for key, tensor in tensors.items():
             model, _, rest = key.rpartition(":")
             space, _, part = rest.rpartition("/")
-            if part in ("write", "read"):
+            if part in _PARTS:
                 maps[model].setdefault(space, {})[part] = tensor
             elif key != _DESCRIPTION:
                 fields[model][rest] = tensor
@@ -151,6 +153,7 @@ class Alignment:
 
 
 _DESCRIPTION = "description"
+_PARTS = ("write", "read", "meet")
 
 
 def require_names(found: Mapping[str, object], expected: Mapping[str, object]) -> None:

@@ -22,11 +22,20 @@ class UnitMap:
     """`write` takes the units that weights write, `read` the columns of the weights that read them.
 
     Both [*batch, result units, source units], per unit of the spaces depended on, or [result, source]
-    over all of them flattened, where a space depends on others and their numbers differ.
+    over all of them flattened, where a space depends on others and their numbers differ. `meet` takes the
+    second side where two weights write units that no weight reads (keys, which meet queries in a product);
+    `write` without it.
     """
 
     write: Tensor
     read: Tensor
+    meet: Tensor | None = None
+
+    def on(self, axis: Axis, spec: SymmetrySpec) -> Tensor:
+        """The matrix for one axis of the space."""
+        if str(axis) in spec.reading:
+            return self.read
+        return self.meet if self.meet is not None and axis.variance < 0 else self.write
 
 
 Maps = Mapping[str, UnitMap]
@@ -100,9 +109,7 @@ class _Mapper:
             depends_on = self.spec.spaces[space].depends_on
             units = view_axis(source, before, depends_on, axis)
             out = view_axis(result, after, depends_on, axis)
-            chosen = self.maps[space]
-            reads = str(axis) in self.spec.reading
-            out.copy_(_act(chosen.read if reads else chosen.write, units, out.shape))
+            out.copy_(_act(self.maps[space].on(axis, self.spec), units, out.shape))
         return result
 
 

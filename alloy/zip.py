@@ -2,14 +2,15 @@
 
 The pair of units, of any models, that is most similar becomes one; its similarity to others is the smaller of
 the two, times `repeat`, so that what has been merged is merged again less readily. It ends when as many
-clusters are left as one model has units. A model may merge only `budget` of its share of merges within
-itself.
+clusters are left as the first model has units. A model may merge only `budget` of its share of merges
+within itself. Nothing in this needs models of one width.
 
 Shape legend: R units of all models end to end, C clusters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,30 +30,36 @@ class Zipped(NamedTuple):
 
 
 def zip_units(
-    similarity_RR: Tensor, num_models: int, *, budget: float = 1.0, repeat: float = 0.5
+    similarity_RR: Tensor, models: int | Sequence[int], *, budget: float = 1.0, repeat: float = 0.5
 ) -> Zipped:
-    """Merge the units of models until one model's number is left.
+    """Merge the units of models until the first model's number is left.
 
     Args:
-        similarity_RR: symmetric, finite, the models' equally many units end to end.
+        similarity_RR: symmetric, finite, the models' units end to end.
+        models: how many units each has, or how many models share the units equally.
         budget: the part b of (R - C) / num_models merges that a model may spend within itself, as long
-            as there are others to make.
+            as there are others to make; a model wider than the first may spend the difference beside.
         repeat: the factor a on a merged unit's similarities; 0 lets every unit merge once.
 
     Raises:
         ValueError: settings with which so many merges are impossible.
     """
     size = len(similarity_RR)
-    if size % num_models:
-        raise ValueError(f"{size} units cannot be those of {num_models} equally wide models")
-    if repeat <= 0 and num_models > 2:
-        raise ValueError(f"repeat 0 lets every unit merge once, too few for {num_models} models")
+    sizes = [size // models] * models if isinstance(models, int) else list(models)
+    if sum(sizes) != size:
+        wide = f"{models} equally wide models" if isinstance(models, int) else f"models of {sizes}"
+        raise ValueError(f"{size} units cannot be those of {wide}")
+    if repeat <= 0 and 2 * sizes[0] < size:
+        raise ValueError(
+            f"repeat 0 lets every unit merge once, too few for models of {sizes} units"
+        )
     if budget < 0 or not 0 <= repeat <= 1:
         raise ValueError(f"budget {budget} must be at least 0, repeat {repeat} lie in 0..1")
-    width = size // num_models
+    num_models, width = len(sizes), sizes[0]
     work = similarity_RR.detach().to(torch.float32, copy=True).numpy()
-    origin = np.repeat(np.arange(num_models), width)
-    spend = np.full(num_models, int((size - width) // num_models * budget + 1e-4))
+    origin = np.repeat(np.arange(num_models), sizes)
+    surplus = np.maximum(np.array(sizes) - width, 0)  # a wider model cannot but merge within itself
+    spend = surplus + int((size - width) // num_models * budget + 1e-4)
     labels = np.arange(size)
     total = _merge(work, origin, spend, width, float(repeat), labels)
     if not np.isfinite(total):

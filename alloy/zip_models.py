@@ -5,6 +5,11 @@ included. Weights are compared as MuDSC does (arXiv:2403.01753): the correlation
 all weights, laid end to end, each with its other spaces already merged. Heads are paired by one
 assignment, then zipped within each pair. What cannot lose units is only permuted: heads, spaces that a
 tied weight reads and writes, and with partial zipping those that the unzipped part writes as well.
+
+Models may have different widths where units are zipped; the merged model has those of the first. Queries and
+keys meet in a sum over units that no weight takes apart again: where their numbers differ, the keys of a
+cluster are summed, as what reads units is, and scaled by the root of the ratio of widths, because scores are
+divided by the root of the width.
 """
 
 from __future__ import annotations
@@ -17,13 +22,24 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from alloy.align import flat_order, num_flat_units
 from alloy.maps import UnitMap, apply_maps
 from alloy.matching import children, family, match, operators, roots
-from alloy.similarity import OfUnits, pairs, scaled, unit_rows
+from alloy.similarity import OfUnits, scaled, unit_rows
 from alloy.symmetry.parts import owned_axes
-from alloy.symmetry.spec import ROTARY_KINDS, Leaf, Product, Sum, SymmetrySpec, Term
+from alloy.symmetry.spec import (
+    ROTARY_KINDS,
+    Axis,
+    Leaf,
+    Product,
+    Sum,
+    SymmetrySpec,
+    Term,
+    leaves,
+    view_axis,
+)
 from alloy.symmetry.transforms import Transform, identity, move
 from alloy.types import Weights
 from alloy.zip import explained, zip_units
@@ -104,16 +120,64 @@ class Found(NamedTuple):
     """Spaces that stay as they are, because zipping explains no more of the units than that."""
 
 
-class ZipSearch:
-    """Coordinate descent over spaces; `models` of equal shapes, the first is the reference.
+def check_sizes(
+    plan: Plan, spec: SymmetrySpec, other: SymmetrySpec, names: tuple[str, str]
+) -> list[str]:
+    """Doubts about zipping two models of one structure and different widths.
 
-    `correlations` has, by space, the correlation of all models' units end to end.
+    Raises:
+        ValueError: different numbers of units where none can be lost.
+    """
+    doubts = []
+    sizes = {n: (s.size, other.spaces[n].size) for n, s in spec.spaces.items()}
+    sizes |= {n: (size, other.fixed.get(n, 0)) for n, size in spec.fixed.items()}
+    for name, (ours, theirs) in sizes.items():
+        if ours == theirs:
+            continue
+        why = plan.reasons.get(name, "it is kept as it is")
+        space = spec.spaces.get(name)
+        if name not in plan.zipped and (
+            space is None or any(axis.parameter in plan.shared for axis in space.axes)
+        ):
+            raise ValueError(
+                f"{name!r} has {ours} units in {names[0]!r} and {theirs} in {names[1]!r}, and cannot lose "
+                f"any: {why}; preset 'ot_fusion' fuses other numbers"
+            )
+        if space is None or name not in plan.zipped:
+            continue
+        if unread(spec, name):
+            if space.kind != "general linear":
+                raise ValueError(
+                    f"{name!r} has {ours} units in {names[0]!r} and {theirs} in {names[1]!r}, no weight reads "
+                    "them, and the two sides that meet cannot be told apart: only equally many are zipped"
+                )
+            doubts.append(
+                f"scores of {name!r} are taken to be divided by the root of their {ours} and {theirs} units"
+            )
+        if name in spec.unfoldable or any(fold.space == name for fold in spec.folds):
+            doubts.append(
+                f"norms take statistics over the units of {name!r}, {ours} and {theirs}: a merged unit "
+                "counts once in them, however many units it is made of"
+            )
+    return doubts
+
+
+def unread(spec: SymmetrySpec, name: str) -> bool:
+    """Whether no weight reads the units of a space: two that weights write meet in a product."""
+    return not any(str(axis) in spec.reading for axis in spec.spaces[name].axes)
+
+
+class ZipSearch:
+    """Coordinate descent over spaces; the first of the models is the reference.
+
+    `specs` are of one structure and may be of different widths where `plan` zips. `correlations` has, by
+    space, the correlation of all models' units end to end.
     """
 
     def __init__(
         self,
         models: Mapping[str, Weights],
-        spec: SymmetrySpec,
+        specs: Sequence[SymmetrySpec],
         correlations: Mapping[str, Tensor],
         plan: Plan,
         *,
@@ -121,14 +185,15 @@ class ZipSearch:
         budget: float,
         repeat: float,
     ) -> None:
-        self.spec, self.plan = spec, plan
+        self.spec, self.specs, self.plan = specs[0], specs, plan
+        spec = self.spec
         self.names = list(models)
-        self.weights = [scaled(w, spec, "unit") for w in models.values()]
+        self.weights = [scaled(w, s, "unit") for w, s in zip(models.values(), specs, strict=True)]
         self.correlations = correlations
         self.weight_share = weight_share
         self.settings = {"budget": budget, "repeat": repeat}
         self.operators = operators(spec, "permute")
-        self.transforms: list[dict[str, Transform]] = [identity(spec) for _ in models]
+        self.transforms: list[dict[str, Transform]] = [identity(s) for s in specs]
         self.maps: list[dict[str, UnitMap]] = [{} for _ in models]
         self.clusters: dict[str, Tensor] = {}
         self.matched: dict[str, float] = {}
@@ -136,6 +201,13 @@ class ZipSearch:
         self.own_axes = {name: owned_axes(spec, name) for name in spec.spaces}
         self.touched = {n: {a.parameter for a in s.axes} for n, s in spec.spaces.items()}
         self.roots = [r for r in roots(spec) if moved.intersection(family(spec, r))]
+
+    def widths(self, space: str) -> list[int]:
+        """The units of a space in each model."""
+        return [spec.spaces[space].size for spec in self.specs]
+
+    def flat_sizes(self, space: str) -> list[int]:
+        return [num_flat_units(spec, space) for spec in self.specs]
 
     def run(self, generator: torch.Generator, max_sweeps: int, patience: int) -> Found:
         """Match by activations, then sweep with the weights until nothing changes."""
@@ -187,42 +259,55 @@ class ZipSearch:
 
     def similarity(self, space: str) -> Tensor:
         """The similarity of all models' units, flattened and end to end, sources in their own order."""
-        size = num_flat_units(self.spec, space) * len(self.names)
+        size = sum(self.flat_sizes(space))
         total = torch.zeros(size, size)
-        if self.weight_share > 0 and self.own_axes[space]:
+        stretches = self._stretches(space) if self.weight_share > 0 else None
+        if stretches is not None:
             # A constant row correlates with nothing; weights that are not finite were refused before.
-            total += self.weight_share * torch.nan_to_num(torch.corrcoef(self._stretches(space)))
+            total += self.weight_share * torch.nan_to_num(torch.corrcoef(stretches))
         if self.weight_share < 1 and space in self.correlations:
             total += (1 - self.weight_share) * self.correlations[space]
         return (total + total.T) / 2
 
-    def _stretches(self, space: str) -> Tensor:
+    def _stretches(self, space: str) -> Tensor | None:
         """The units' stretches of all weights, every other space merged, models end to end."""
-        rows = []
-        for i, weights in enumerate(self.weights):
-            above = self.spec.spaces[space].depends_on
-            others = {n: t for n, t in self.transforms[i].items() if n != space and n not in above}
-            columns = []
-            for axis in self.own_axes[space]:
-                maps = {
-                    n: UnitMap(m.write / len(self.names), m.read)
-                    for n, m in self.maps[i].items()
-                    if n != space and axis.parameter in self.touched[n]
-                }
-                here = {axis.parameter: weights[axis.parameter]}
-                here = apply_maps(move(here, self.spec, others), self.spec, self.spec, maps)
-                columns.append(unit_rows(here[axis.parameter], self.spec, space, axis))
-            rows.append(torch.cat(columns, 1))
-        return torch.cat(rows)
+        columns = []
+        for axis in self.own_axes[space]:
+            rows = [self._rows(i, space, axis) for i in range(len(self.names))]
+            if (
+                len({row.shape[1] for row in rows}) == 1
+            ):  # else not all that lies across is merged yet
+                columns.append(torch.cat(rows))
+        return torch.cat(columns, 1) if columns else None
+
+    def _rows(self, i: int, space: str, axis: Axis) -> Tensor:
+        """The stretches of one model's weight on the units of a space."""
+        spec, name = self.specs[i], axis.parameter
+        above = spec.spaces[space].depends_on
+        others = {n: t for n, t in self.transforms[i].items() if n != space and n not in above}
+        beside = {leaf.space for _, leaf in leaves(spec.layout[name][axis.dim])}
+        maps = {
+            n: UnitMap(m.write / len(self.names), m.read, m.meet)
+            for n, m in self.maps[i].items()
+            if n != space and n not in beside and name in self.touched[n]
+        }
+        here = move({name: self.weights[i][name]}, spec, others)
+        mapped = apply_maps(here, spec, self.spec, maps, partial=True)[name]
+        layout = tuple(
+            theirs if theirs.size == size else ours
+            for theirs, ours, size in zip(
+                spec.layout[name], self.spec.layout[name], mapped.shape, strict=True
+            )
+        )
+        units = view_axis(mapped, layout, above, axis)
+        return units.reshape(num_flat_units(spec, space), -1)
 
     def _permute(self, root: str, joint: Mapping[str, Tensor]) -> bool:
         changed = False
         for i in range(1, len(self.names)):
 
             def of_units(space: str, i: int = i) -> OfUnits:
-                size = num_flat_units(self.spec, space)
-                block = joint[space][:size, i * size : (i + 1) * size]
-                return OfUnits(pairs(block, self.spec, space))
+                return OfUnits(self._pairs(joint[space], space, i))
 
             found = match(root, self.spec, of_units, self.operators)
             self.matched[root] = found.value / num_flat_units(self.spec, root)
@@ -236,53 +321,90 @@ class ZipSearch:
                 self.transforms[i][name] = transform
         return changed
 
+    def _pairs(self, joint: Tensor, space: str, i: int) -> Tensor:
+        """Similarities of the reference's units and another model's; missing units are similar to none."""
+        starts = list(accumulate(self.flat_sizes(space), initial=0))
+        block = joint[: starts[1], starts[i] : starts[i + 1]]
+        batch, (n, m) = self.spec.batch_shape(space), (self.widths(space)[j] for j in (0, i))
+        split = block.reshape(*batch, n, *batch, m).movedim(len(batch), 2 * len(batch))
+        return pad(split, (0, max(n - m, 0), 0, max(m - n, 0)))
+
     def _zip(self, space: str, joint: Tensor) -> bool:
         """Zip the units of each group: those that the paired units of the spaces depended on carry."""
-        num_models, width = len(self.names), self.spec.spaces[space].size
-        sources = torch.stack(
-            [flat_order(space, self.spec, transforms) for transforms in self.transforms]
-        )
-        sources = sources.reshape(num_models, -1, width)  # [model, group, unit] -> flat source unit
-        size = sources[0].numel()
-        offsets = torch.arange(num_models)[:, None] * size
+        widths = self.widths(space)
+        starts = accumulate(self.flat_sizes(space)[:-1], initial=0)
+        sources = [  # by model [group, unit] -> source unit, all models end to end
+            start + flat_order(space, spec, transforms).reshape(-1, width)
+            for start, spec, transforms, width in zip(
+                starts, self.specs, self.transforms, widths, strict=True
+            )
+        ]
+        idle = [self._idle(i, space).reshape(-1, width) for i, width in enumerate(widths)]
         clusters, values = [], []
-        for group in range(sources.shape[1]):
-            units = (sources[:, group] + offsets).flatten()
+        for group in range(len(sources[0])):
+            kept = [~lost[group] for lost in idle]
+            units = torch.cat([s[group][k] for s, k in zip(sources, kept, strict=True)])
             similarity = joint[units][:, units]
-            zipped = zip_units(similarity, num_models, **self.settings)
-            as_is = torch.arange(width).repeat(num_models)
-            better = explained(similarity, zipped.cluster_R) > explained(similarity, as_is) + 1e-6
-            clusters.append(zipped.cluster_R if better else as_is)
+            zipped = zip_units(similarity, [int(k.sum()) for k in kept], **self.settings)
+            found = zipped.cluster_R
+            if len(set(widths)) == 1:
+                as_is = torch.arange(widths[0]).repeat(len(widths))
+                better = explained(similarity, found) > explained(similarity, as_is) + 1e-6
+                found = found if better else as_is
+            chosen = torch.full((sum(widths),), -1)
+            chosen[torch.cat(kept)] = found
+            clusters.append(chosen)
             values.append(zipped.mean_similarity)
         found = torch.stack(clusters)  # [group, model * unit]
         self.matched[space] = sum(values) / len(values)
         changed = not torch.equal(self.clusters.get(space, torch.empty(0)), found)
         self.clusters[space] = found
         batch = self.spec.batch_shape(space)
-        for i, unit_map in enumerate(cluster_maps(found, num_models, width)):
-            self.maps[i][space] = UnitMap(
-                *(m.reshape(*batch, width, width) for m in (unit_map.write, unit_map.read))
-            )
+        for i, unit_map in enumerate(cluster_maps(found, widths)):
+            write, read = (m.reshape(*batch, *m.shape[1:]) for m in (unit_map.write, unit_map.read))
+            meets = len(set(widths)) > 1 and unread(self.spec, space)
+            meet = read * (widths[0] / widths[i]) ** 0.5 if meets else None
+            self.maps[i][space] = UnitMap(write, read, meet)
         return changed
 
+    def _idle(self, i: int, space: str) -> Tensor:
+        """The units that a wider model can do without, [all units]: padding, which nothing reads or meets."""
+        spec = self.specs[i]
+        idle = torch.zeros(num_flat_units(spec, space), dtype=torch.bool)
+        surplus = self.widths(space)[i] - self.widths(space)[0]
+        reading = [
+            axis
+            for axis in owned_axes(spec, space)
+            if str(axis) in spec.reading or (unread(spec, space) and axis.variance < 0)
+        ]
+        if surplus <= 0 or not reading:
+            return idle
+        sums = [
+            unit_rows(self.weights[i][a.parameter], spec, space, a).abs().sum(1) for a in reading
+        ]
+        idle = (torch.stack(sums).sum(0) == 0)[flat_order(space, spec, self.transforms[i])]
+        grouped = idle.reshape(-1, self.widths(space)[i])
+        return (grouped & (grouped.cumsum(1) <= surplus)).flatten()
+
     def _is_identity(self, clusters: Tensor) -> bool:
-        width = clusters.shape[1] // len(self.names)
-        return bool((clusters == torch.arange(width).repeat(len(self.names))).all())
+        width, (num_groups, size) = int(clusters.max()) + 1, clusters.shape
+        if size != width * len(self.names):
+            return False
+        return bool((clusters == torch.arange(width).repeat(num_groups, len(self.names))).all())
 
 
-def cluster_maps(clusters_GR: Tensor, num_models: int, width: int) -> Sequence[UnitMap]:
+def cluster_maps(clusters_GR: Tensor, widths: Sequence[int]) -> Sequence[UnitMap]:
     """For each model, the maps [group, cluster, unit] whose mean over models is the merge.
 
-    A unit that is written goes into the mean of its cluster; one that is read takes its cluster's value.
+    A unit that is written goes into the mean of its cluster; one that is read takes its cluster's value; one
+    in no cluster (-1) is lost. There are as many clusters as the first model has units.
     """
-    member = torch.nn.functional.one_hot(
-        clusters_GR, width
-    ).float()  # [group, model * unit, cluster]
-    mean = member / member.sum(1, keepdim=True)
+    member = torch.nn.functional.one_hot(clusters_GR + 1, widths[0] + 1)[..., 1:].float()
+    mean = member / member.sum(1, keepdim=True)  # [group, model * unit, cluster]
     maps = []
-    for i in range(num_models):
-        own = slice(i * width, (i + 1) * width)
-        write, read = num_models * mean[:, own].mT, member[:, own].mT
+    for start, width in zip(accumulate(widths, initial=0), widths, strict=False):
+        own = slice(start, start + width)
+        write, read = len(widths) * mean[:, own].mT, member[:, own].mT
         maps.append(UnitMap(write.contiguous(), read.contiguous()))
     return maps
 

@@ -299,13 +299,16 @@ def view_axis(
     return view.movedim(front, list(range(len(front))))
 
 
-def differences(first: SymmetrySpec, second: SymmetrySpec) -> Iterator[str]:
-    """Say, one sentence each, where two specs differ in anything that transport depends on."""
+def differences(first: SymmetrySpec, second: SymmetrySpec, *, sizes: bool = True) -> Iterator[str]:
+    """Say, one sentence each, where two specs differ in anything that transport depends on.
+
+    Without `sizes`, models of one architecture and different widths do not differ.
+    """
     for name in [*first.layout, *(n for n in second.layout if n not in first.layout)]:
         ours, theirs = first.layout.get(name), second.layout.get(name)
         if ours is None or theirs is None:
             yield f"weight {name!r} is only in the {'first' if theirs is None else 'second'} spec"
-        elif ours != theirs:
+        elif ours != theirs if sizes else _outlines(ours) != _outlines(theirs):
             yield (
                 f"weight {name!r} is laid out as [{', '.join(map(describe, ours))}] in the first "
                 f"spec and [{', '.join(map(describe, theirs))}] in the second"
@@ -315,10 +318,15 @@ def differences(first: SymmetrySpec, second: SymmetrySpec) -> Iterator[str]:
         if ours is None or theirs is None:
             yield f"space {name!r} is only in the {'first' if theirs is None else 'second'} spec"
             continue
-        for part in ("size", "kind", "depends_on", "pair_stride"):
+        for part in ("size", "pair_stride", "kind", "depends_on")[0 if sizes else 2 :]:
             a, b = getattr(ours, part), getattr(theirs, part)
             if a != b:
                 yield f"space {name!r} has {part} {a!r} in the first spec and {b!r} in the second"
+
+
+def _outlines(terms: tuple[Term, ...]) -> list[list[tuple[tuple[str, ...], str | None, int]]]:
+    """Terms without their sizes."""
+    return [[(path, leaf.space, leaf.variance) for path, leaf in leaves(t)] for t in terms]
 
 
 def require_equal(first: SymmetrySpec, second: SymmetrySpec) -> None:

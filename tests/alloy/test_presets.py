@@ -14,7 +14,7 @@ from alloy.matching import operators
 from alloy.presets import PRESETS, SHARES
 from alloy.similarity import Similarity
 from alloy.symmetry import compose, identity, invert, random_transforms
-from alloy.symmetry.spec import with_kind
+from alloy.symmetry.spec import leaves, with_kind
 
 SIZE = 7  # inputs = hidden = outputs: nothing fits by the luck of its shape
 
@@ -197,10 +197,11 @@ def _zip(similarity, num_models, repeat, budget):
     """Algorithm 1 of ZipIt as its paper and MuDSC's code describe it: lists of clusters, merged greedily."""
     s = np.array(similarity, dtype=np.float32)
     np.fill_diagonal(s, -np.inf)
-    width = len(s) // num_models
+    sizes = num_models if isinstance(num_models, list) else [len(s) // num_models] * num_models
+    num_models, width = len(sizes), sizes[0]
     clusters = [[i] for i in range(len(s))]
-    origin = [i // width for i in range(len(s))]
-    left = [int((len(s) - width) // num_models * budget + 1e-4)] * num_models
+    origin = np.repeat(np.arange(num_models), sizes).tolist()
+    left = [max(0, n - width) + int((len(s) - width) // num_models * budget + 1e-4) for n in sizes]
 
     def separate(model):
         own = np.array([o == model for o in origin])
@@ -254,7 +255,8 @@ def _zip_merge(models, members):
 
 def _joint(models, space):
     hidden = np.concatenate([m.hidden(DATA)[space].double().numpy() for m in models.values()], 1)
-    return np.corrcoef(hidden.T)
+    with np.errstate(invalid="ignore"):  # a unit that is never on correlates with nothing
+        return np.nan_to_num(np.corrcoef(hidden.T))
 
 
 @pytest.mark.parametrize(
@@ -714,3 +716,144 @@ def test_doubts_about_the_data_reach_the_report():
         models["b"].first.bias[2] = -100  # a unit that is never on
     alignment = _found(models, "activation_matching")
     assert any("constant" in warning for warning in alignment.warnings)
+
+
+class Plain(nn.Module):
+    """A residual stream without norms, MLPs that read and write it, heads that attend: every width may differ."""
+
+    def __init__(self, width=6, hidden=5, heads=2, head_width=3, values=4):
+        super().__init__()
+        self.heads = heads
+        self.embed = nn.Linear(5, width)
+        self.q, self.k = (nn.Linear(width, heads * head_width) for _ in range(2))
+        self.v, self.o = nn.Linear(width, heads * values), nn.Linear(heads * values, width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = self.embed(x)
+        q, k, v = (
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        attention = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        x = x + self.o(attention.transpose(1, 2).flatten(2))
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+WIDE = {"width": 11, "hidden": 8, "head_width": 5, "values": 7}
+
+
+def _widened(narrow, copies):
+    """A wider model of the same function: units are copied, or padded with units that nothing reads."""
+    wide = Plain(**WIDE).eval()
+    source, target = narrow.state_dict(), wide.state_dict()
+    generator = torch.Generator().manual_seed(1)
+    spec, wider = (alloy.find_symmetries(m, {"x": TOKENS[:4]}) for m in (narrow, wide))
+    taken = {}
+    for name, space in wider.spaces.items():
+        n, m = spec.spaces[name].size, space.size
+        extra = torch.randint(n, (m - n,), generator=generator)
+        units = torch.cat([torch.arange(n), extra if copies else torch.full((m - n,), -1)])
+        taken[name] = units[torch.randperm(m, generator=generator)]
+    for name, tensor in source.items():
+        for dim, term in enumerate(spec.layout[name]):
+            for _, leaf in leaves(term):
+                units = taken.get(leaf.space)
+                if units is None or units.shape[0] == leaf.size:
+                    continue
+                shape = [t.size for t in ([term] if leaf is term else term.factors)]
+                tensor = tensor.movedim(dim, -1).unflatten(-1, shape)
+                padded = nn.functional.pad(tensor, (0, 1))  # units -1 are padding
+                if leaf is not term:
+                    assert term.factors[-1] is leaf
+                tensor = padded[..., units]
+                reads = any(
+                    str(a) in spec.reading
+                    for a in spec.spaces[leaf.space].axes
+                    if (a.parameter, a.dim) == (name, dim)
+                )
+                meets = name.startswith("k.") and leaf is not term
+                if reads or meets:
+                    tensor = tensor / (units[:, None] == units).sum(0)
+                if meets:  # scores are divided by the root of the width
+                    tensor = tensor * (len(units) / leaf.size) ** 0.5
+                tensor = tensor.flatten(-len(shape)).movedim(-1, dim)
+        target[name] = tensor
+    wide.load_state_dict(target)
+    torch.testing.assert_close(wide(TOKENS), narrow(TOKENS), rtol=1e-4, atol=1e-4)
+    return wide
+
+
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("preset", ["zipit", "mudsc_zip"])
+def test_zipping_a_wider_model_of_the_same_function_gives_that_function(preset, copies):
+    """Streams, MLPs, values, and keys and queries of other widths, their units copied or padded."""
+    models = {"a": _random(Plain(), 0)}
+    models["b"] = _widened(models["a"], copies)
+    specs = {n: alloy.find_symmetries(m, {"x": TOKENS[:4]}) for n, m in models.items()}
+    statistics = alloy.collect(models, [{"x": TOKENS}], specs, joint=True)
+    alignment = alloy.align_models(
+        _weights(models), specs, statistics, preset=preset, repeat=1.0, budget=0.0
+    )
+    merged = Plain().eval()
+    merged.load_state_dict(alignment.merge(_weights(models))["a"])
+    torch.testing.assert_close(merged(TOKENS), models["a"](TOKENS), rtol=1e-3, atol=1e-3)
+    back = alloy.Alignment.from_tensors(alignment.to_tensors()).apply(_weights(models))
+    for name, tensor in alignment.apply(_weights(models))["b"].items():
+        assert torch.equal(back["b"][name], tensor)
+
+
+@pytest.mark.parametrize(("num", "budget", "repeat"), [(2, 0.125, 0.3), (2, 1.0, 1.0)])
+def test_zipit_is_its_definition_for_other_widths_too(num, budget, repeat):
+    """As many clusters as the first model has units; M and U are not square."""
+    models = _mlps(num, widths=(9, 11))
+    alignment = _found(models, "zipit", joint=True, budget=budget, repeat=repeat)
+    total, members = None, []
+    for space in (0, 1):
+        sizes = [m.hidden(DATA)[space].shape[1] for m in models.values()]
+        members.append(_zip(_joint(models, space), sizes, repeat, budget)[0])
+    for i, model in enumerate(models.values()):
+        parts, spaces = [], [None, *members, None]
+        for j, layer in enumerate((model.first, model.second, model.third)):
+            w, b = (t.detach().double().numpy() for t in (layer.weight, layer.bias))
+            for member, reads in ((spaces[j], True), (spaces[j + 1], False)):
+                if member is None:
+                    continue
+                own = slice(0, SIZE) if i == 0 else slice(SIZE, None)
+                if reads:
+                    w = w @ member[own]
+                else:
+                    mean = num * (member / member.sum(0))[own].T
+                    w, b = mean @ w, mean @ b
+            parts += [w / num, b / num]
+        total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
+    merged = alignment.merge(_weights(models))["a"]
+    for ours, expected in zip(merged.values(), total, strict=True):
+        np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5)
+
+
+def test_partial_zipping_of_other_widths_keeps_each_models_own():
+    models = _mlps(2, widths=(9, 11))
+    alignment = _found(models, "zipit", joint=True, until="first")
+    merged = alignment.merge(_weights(models))
+    assert torch.equal(merged["a"]["first.weight"], merged["b"]["first.weight"])
+    assert merged["b"]["second.weight"].shape == (11, SIZE)
+    assert torch.equal(merged["b"]["third.weight"], models["b"].third.weight)
+
+
+def test_what_cannot_lose_units_is_refused_in_other_numbers():
+    models = {"a": _random(Plain(), 0), "b": _random(Plain(heads=3), 1)}
+    specs = {n: alloy.find_symmetries(m, {"x": TOKENS[:4]}) for n, m in models.items()}
+    statistics = alloy.collect(models, [{"x": TOKENS}], specs, joint=True)
+    with pytest.raises(
+        AlignmentError, match="has 2 units in 'a' and 3 in 'b', and cannot lose any"
+    ):
+        alloy.align_models(_weights(models), specs, statistics, preset="zipit")
+    models = {"a": _random(Block(), 0), "b": _random(Block(hidden=13, width=15), 1)}
+    specs = {n: alloy.find_symmetries(m, {"x": TOKENS[:4]}) for n, m in models.items()}
+    statistics = alloy.collect(models, [{"x": TOKENS}], specs, joint=True)
+    found = alloy.align_models(_weights(models), specs, statistics, preset="zipit")
+    assert any("norms take statistics" in warning for warning in found.warnings)
+    assert any("divided by the root" in warning for warning in found.warnings)
+    merged = found.merge(_weights(models))
+    assert all(t.shape == models["a"].state_dict()[n].shape for n, t in merged["b"].items())

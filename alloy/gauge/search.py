@@ -13,7 +13,7 @@ the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from typing import NamedTuple
@@ -86,6 +86,7 @@ def search_gauge(
     *,
     reference: int = 0,
     fixed: Sequence[str] = (),
+    held: Collection[tuple[int, str]] = (),
     starts: Sequence[str] = STARTS,
     initial: Mapping[str, Sequence[Transforms]] | None = None,
     ridge: float = 1e-3,
@@ -106,6 +107,7 @@ def search_gauge(
         grams: by weight, of the inputs of each model's linear layers; with a constant 1 as last input
             the biases are merged by least squares too.
         fixed: spaces that stay as they are in every model (the stream, where models share it).
+        held: a model and a space with nothing below it that stays as it is in that model.
         starts: of `STARTS`; axes are the principal axes of what each model reads from a stream, brought
             together or apart.
         initial: further starts by name: transforms of each model, such as an alignment found. The
@@ -120,7 +122,7 @@ def search_gauge(
     initial = {} if initial is None else initial
     if unknown := sorted(set(starts) - set(STARTS)):
         raise GaugeError(f"starts {unknown} are unknown; choose of {list(STARTS)}")
-    if unknown := sorted(set(fixed) - set(spec.spaces)):
+    if unknown := sorted({*fixed, *(space for _, space in held)} - set(spec.spaces)):
         raise GaugeError(f"fixed spaces {unknown} are not in the spec")
     _check_initial(initial, starts, spec, len(models))
     if not 0 <= reference < len(models):
@@ -131,6 +133,7 @@ def search_gauge(
         len(models),
         reference,
         frozenset(fixed),
+        frozenset(held),
         ridge,
         learning_rate,
         generator,
@@ -169,7 +172,9 @@ def _check_initial(
     num_models: int,
 ) -> None:
     if not starts and not initial:
-        raise GaugeError(f"there is no start: name one of {list(STARTS)}, or give initial transforms")
+        raise GaugeError(
+            f"there is no start: name one of {list(STARTS)}, or give initial transforms"
+        )
     for name, found in initial.items():
         if name in STARTS:
             raise GaugeError(f"initial {name!r} is the name of a start: choose another")
@@ -211,12 +216,14 @@ class _Search:
         num_models: int,
         reference: int,
         fixed: frozenset[str],
+        held: frozenset[tuple[int, str]],
         ridge: float,
         learning_rate: float,
         generator: torch.Generator | None,
     ) -> None:
         self.layers, self.spec, self.ridge = layers, spec, ridge
-        self.learning_rate, self.generator, self.fixed = learning_rate, generator, fixed
+        self.learning_rate, self.generator = learning_rate, generator
+        self.fixed, self.held = fixed, held
         self.free = [m for m in range(num_models) if m != reference]
         self.turning = [s for s in searchable(spec, layers) if s not in fixed]
         self.streams = [s for s in searchable(spec, layers) if not spec.spaces[s].depends_on]
@@ -245,7 +252,8 @@ class _Search:
             (m, space): self._no_turn(space)
             for m in self.free
             for space in self.turning
-            if any(m in layer.models and _lies_on(space, layer) for layer in layers)
+            if (m, space) not in self.held
+            and any(m in layer.models and _lies_on(space, layer) for layer in layers)
         }
         if not skew:
             return gauge
@@ -318,9 +326,12 @@ class _Search:
                 if pooled is None:
                     pooled = second, first
                     continue
-                matrix = _along(pooled, (second, first), opposed=start == "opposed axes")
-                full = self._embedded(space, matrix)
-                result[m] = compose(result[m], {space: Transform(matrix=full)})
+                if (m, space) in self.held:
+                    matrix = torch.eye(len(second), dtype=torch.float64)
+                else:
+                    matrix = _along(pooled, (second, first), opposed=start == "opposed axes")
+                    full = self._embedded(space, matrix)
+                    result[m] = compose(result[m], {space: Transform(matrix=full)})
                 pooled = pooled[0] + matrix @ second @ matrix.T, pooled[1] + matrix @ first
         return tuple(result)
 
@@ -328,7 +339,11 @@ class _Search:
         """Transforms that the caller has found, as far as they may move."""
         result = list(still)
         for m in self.free:
-            moving = {space: t for space, t in found[m].items() if space not in self.fixed}
+            moving = {
+                space: t
+                for space, t in found[m].items()
+                if space not in self.fixed and (m, space) not in self.held
+            }
             result[m] = {**still[m], **moving}
         return tuple(result)
 
@@ -385,6 +400,8 @@ class _Search:
             order = torch.randperm(len(roots), generator=self.generator)
             roots = [roots[i] for i in order]
         for m, root in product(self.free, roots):
+            if (m, root) in self.held:
+                continue
             touched = [i for i, layer in enumerate(self.layers) if m in layer.models]
             touched = [i for i in touched if _lies_on_family(root, self.layers[i], self.spec)]
             if not touched:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -259,6 +259,12 @@ class Run:
     mask: Callable[[ModalityModel, Batch], Tensor | None]
     first: Callable[[ModalityConfig], int]
     """The first block in which the modality has experts."""
+    answer: Callable[[ModalityModel, Batch], object]
+    """The forward pass and the pre-trained heads behind it."""
+    heads: tuple[str, ...]
+    """Their linear layers, which read this modality's stream alone."""
+    read: Callable[[ModalityModel, Batch], Tensor]
+    """The tokens [B, S] that the heads read."""
 
 
 def _run_images(model: ModalityModel, batch: Batch) -> Tensor:
@@ -273,16 +279,87 @@ def _run_pairs(model: ModalityModel, batch: Batch) -> Tensor:
     return model.encode_joint(*(batch[n] for n in ("pixel_values", "input_ids", "attention_mask")))
 
 
+def _answer_images(model: ModalityModel, batch: Batch) -> Tensor:
+    return model.embed_image(_run_images(model, batch))
+
+
+def _answer_texts(model: ModalityModel, batch: Batch) -> Tensor:
+    return model.embed_text(_run_texts(model, batch))
+
+
+def _answer_pairs(model: ModalityModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    states_BSD, mask_BT = _run_pairs(model, batch), batch["attention_mask"].bool()
+    words_NV = model.masked_word_logits(states_BSD[:, : mask_BT.shape[1]][mask_BT])
+    return words_NV, model.statement_logits(states_BSD)
+
+
 def _mask_pairs(model: ModalityModel, batch: Batch) -> Tensor:
     mask_BT = batch["attention_mask"]
     return torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1 + model.config.num_patches)], 1)
 
 
+def _read_images(model: ModalityModel, batch: Batch) -> Tensor:
+    return _class_token(batch["attention_mask"], 1 + model.config.num_patches)
+
+
+def _read_texts(model: ModalityModel, batch: Batch) -> Tensor:
+    del model
+    return _class_token(batch["attention_mask"], batch["attention_mask"].shape[1])
+
+
+def _read_pairs(model: ModalityModel, batch: Batch) -> Tensor:
+    mask_BT = batch["attention_mask"]
+    return torch.cat([mask_BT, mask_BT.new_zeros(len(mask_BT), 1 + model.config.num_patches)], 1)
+
+
+def _class_token(like_B: Tensor, num_tokens: int) -> Tensor:
+    mask_BS = like_B.new_zeros(len(like_B), num_tokens)
+    mask_BS[:, 0] = 1
+    return mask_BS
+
+
 RUNS: Mapping[str, Run] = {
-    "v": Run(_run_images, lambda _, batch: None, lambda config: 0),
-    "l": Run(_run_texts, lambda _, batch: batch["attention_mask"], lambda config: 0),
-    "vl": Run(_run_pairs, _mask_pairs, lambda config: config.num_single_layers),
+    "v": Run(
+        _run_images,
+        lambda _, batch: None,
+        lambda config: 0,
+        _answer_images,
+        ("image_projection",),
+        _read_images,
+    ),
+    "l": Run(
+        _run_texts,
+        lambda _, batch: batch["attention_mask"],
+        lambda config: 0,
+        _answer_texts,
+        ("text_projection",),
+        _read_texts,
+    ),
+    "vl": Run(
+        _run_pairs,
+        _mask_pairs,
+        lambda config: config.num_single_layers,
+        _answer_pairs,
+        (
+            "masked_word_head.transform",
+            "masked_word_head.decoder",
+            "pooler",
+            "statement_head",
+        ),
+        _read_pairs,
+    ),
 }
+
+
+Tokens = Literal["all", "read"]
+"""Which tokens count in the layers of the last block that see tokens one by one: all of them, or those that
+the pre-trained heads read. What such a layer makes of any other token reaches no output."""
+
+
+def _ends_unread(layer: str, config: ModalityConfig) -> bool:
+    """Whether only tokens that a head reads are of use behind a layer: the last block's, once tokens have mixed."""
+    last = f"blocks.{config.num_hidden_layers - 1}."
+    return layer.startswith(last) and not layer.startswith(f"{last}attention.qkv")
 
 
 @contextmanager
@@ -308,7 +385,9 @@ def _inputs_of(
 
 
 @torch.no_grad()
-def affine_grams(model: ModalityModel, batches: Iterable[Batch]) -> dict[str, dict[str, Gram]]:
+def affine_grams(
+    model: ModalityModel, batches: Iterable[Batch], *, tokens: Tokens = "read"
+) -> dict[str, dict[str, Gram]]:
     """Grams of the inputs of the experts' linear layers with a constant 1 behind them, in one pass.
 
     By modality and by the weight's name in the agnostic model; padding does not count.
@@ -318,11 +397,13 @@ def affine_grams(model: ModalityModel, batches: Iterable[Batch]) -> dict[str, di
     for batch in batches:
         for modality, own in experts.items():
             run = RUNS[modality]
-            mask = run.mask(model, batch)
+            mask, read_BS = run.mask(model, batch), run.read(model, batch)
             with _inputs_of(model, modality, own) as seen:
                 run.forward(model, batch)
             for name, x_BSD in seen.items():
-                x_ND = x_BSD.flatten(0, 1) if mask is None else x_BSD[mask.bool()]
+                alone = tokens == "read" and _ends_unread(name, model.config)
+                kept_BS = read_BS if alone else mask
+                x_ND = x_BSD.flatten(0, 1) if kept_BS is None else x_BSD[kept_BS.bool()]
                 x_ND = torch.cat([x_ND, x_ND.new_ones(len(x_ND), 1)], dim=1)
                 zero = Gram.zero(x_ND.shape[1])
                 grams[modality][name] = grams[modality].get(name, zero).update(x_ND)
@@ -380,6 +461,7 @@ def find_gauge(
     *,
     turn_streams: bool = True,
     fixed_spaces: Sequence[str] = (),
+    still: Sequence[str] = (),
     initial: Mapping[str, Mapping[str, Mapping[str, Transform]]] | None = None,
     **settings: Any,
 ) -> tuple[dict[str, dict[str, Transform]], Gauge]:
@@ -390,6 +472,7 @@ def find_gauge(
         grams: `affine_grams` of it. Experts whose modality has none are not moved.
         turn_streams: whether v and vl may have bases of their own, at the price of two adapters.
         fixed_spaces: spaces of the towers' spec that stay as they are in every expert.
+        still: modalities whose stream does not turn, beside l.
         initial: further starts by name: each modality's transforms, such as `inner_alignment`.
         settings: of `alloy.gauge.search_gauge`.
     """
@@ -402,6 +485,7 @@ def find_gauge(
         [grams[m] for m in names],
         reference=names.index(REFERENCE),
         fixed=[*fixed_spaces, *([] if turn_streams else [_stream(spec)])],
+        held=[(names.index(modality), _stream(spec)) for modality in still],
         initial={
             start: [found.get(modality, {}) for modality in names]
             for start, found in (initial or {}).items()
@@ -423,40 +507,60 @@ def merge_sequentially(
     joint_experts: Sequence[str] = MODALITIES,
     ridge: float = 1e-2,
     residual: bool = True,
+    heads: bool = True,
+    tokens: Tokens = "read",
 ) -> ModalityModel:
     """The modality-agnostic model of a model's experts by sequential least squares.
 
     Args:
-        model: in any gauge; its adapters, embeddings and heads become the merged model's.
-        batches: calibration data, read once per layer.
+        model: in any gauge; its adapters and embeddings become the merged model's.
+        batches: calibration data, read once per layer. What they do not have the merged model does not
+            learn to cope with: without hidden words among the texts its masked-word head forgets them.
         joint_experts: the modalities that are merged in the joint blocks.
+        heads: whether the pre-trained heads follow, too, each fitted to what it computed in `model`, from
+            the streams as merging has left them; otherwise they stay.
+        tokens: see `Tokens`. Heads that are to learn from the others need "all".
     """
     student = average_of_experts(model, joint_experts)
     own = split_experts(model.state_dict(), model.config)
-    lessons = []
+    before, behind = [], []
     for modality, run in RUNS.items():
         layers = {}
         for name in own[modality]:
             layer = name.removesuffix(".weight")
-            first_joint = int(name.split(".")[1]) >= model.config.num_single_layers
+            joint = int(name.split(".")[1]) >= model.config.num_single_layers
             if name == layer or not isinstance(student.get_submodule(layer), nn.Linear):
                 continue
-            if not first_joint or modality in joint_experts:
+            if not joint or modality in joint_experts:
                 layers[layer] = expert_name(layer, modality)
-        if layers:
-            lessons.append(_lesson(model, layers, batches, run))
-    fit_layers(student, lessons, ridge=ridge, residual=residual)
+        ends = {n: own for n, own in layers.items() if _ends_unread(n, model.config)}
+        if tokens == "all":
+            ends = {}
+        starts = {n: own for n, own in layers.items() if n not in ends}
+        if layers and heads:
+            ends |= {name: name for name in run.heads}
+        if starts:
+            before.append(_lesson(model, starts, batches, run.forward, run.mask))
+        if ends:
+            mask = run.read if tokens == "read" else run.mask
+            behind.append(_lesson(model, ends, batches, run.answer, mask))
+    for lessons in filter(None, (before, behind)):
+        fit_layers(student, lessons, ridge=ridge, residual=residual)
     return student
 
 
 def _lesson(
-    model: ModalityModel, layers: Mapping[str, str], batches: Sequence[Batch], run: Run
+    model: ModalityModel,
+    layers: Mapping[str, str],
+    batches: Sequence[Batch],
+    forward: Callable[[ModalityModel, Batch], object],
+    mask_of: Callable[[ModalityModel, Batch], Tensor | None],
 ) -> Lesson:
     def masks(model: ModalityModel, batch: Batch) -> dict[str, Tensor]:
-        mask = run.mask(model, batch)
+        mask = mask_of(model, batch)
         return {} if mask is None else {"attention_mask": mask}
 
-    return Lesson([Teacher(model, layers)], batches, forward=run.forward, masks=masks)
+    return Lesson([Teacher(model, layers)], batches, forward=forward, masks=masks)
 
 
 def average_of_experts(

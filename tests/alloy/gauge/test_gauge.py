@@ -15,8 +15,10 @@ from alloy.symmetry import (
     find_symmetries,
     fold_norms,
     identity,
+    invert,
     random_transforms,
     transport,
+    unfold_norms,
     with_kind,
 )
 
@@ -100,6 +102,34 @@ def moved(weights, spec, transforms, x):
 
 
 SHORT = {"steps": 12, "max_rounds": 1}
+
+
+def test_the_canonical_form_and_any_gauge_are_undone(spec):
+    """Fold, centre and turn; turn back and unfold: the weights as they were, but for the means of writers.
+
+    No norm lets those means through, so the function is what it was; folding gives the canonical form again.
+    """
+    weights = dict(tower(3).state_dict())
+    canonical, folded_spec = folded(tower(3), spec)
+    turns = random_transforms(
+        with_kind(folded_spec, "orthogonal"), torch.Generator().manual_seed(1)
+    )
+    moved = transport(canonical, folded_spec, turns)
+    there = transport(moved, folded_spec, invert(turns))
+    back = unfold_norms(there, spec, weights)
+    x = inputs(2)
+    torch.testing.assert_close(output(back, x), output(weights, x))
+    writers = {axis.parameter for fold in spec.folds for axis in fold.centred}
+    assert writers >= {"writer.weight", "blocks.0.attention.proj.weight", "blocks.1.ffn.fc2.bias"}
+    for name, tensor in weights.items():
+        lost = tensor - back[name]
+        if name in writers:
+            assert tensor.mean(0).abs().max() > 1e-3
+            lost = lost - lost.mean(0, keepdim=True)
+        torch.testing.assert_close(lost, torch.zeros_like(lost), atol=1e-9, rtol=0)
+    again, _ = fold_norms(back, spec)
+    for name, tensor in canonical.items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-9, rtol=0)
 
 
 def test_a_planted_symmetry_of_a_copy_is_undone(spec):
@@ -235,10 +265,39 @@ def test_without_a_constant_biases_are_not_merged(three):
     assert merged.keys() == bare[0].keys()
 
 
+def test_the_search_begins_at_transforms_that_are_given(spec):
+    """Given the very transforms that hide a copy, inverted, nothing is left to search; held streams stay."""
+    weights, folded_spec = folded(tower(7), spec)
+    x = inputs(8)
+    drawn = random_transforms(
+        with_kind(folded_spec, "orthogonal"), torch.Generator().manual_seed(9)
+    )
+    copy, copy_grams = moved(weights, folded_spec, drawn, x)
+    both = [weights, copy], folded_spec, [grams(weights, x), copy_grams]
+    back = {"undone": [{}, invert(drawn)]}
+    found = search_gauge(*both, starts=["identity"], initial=back, steps=1, max_rounds=0)
+    assert found.start == "undone"
+    assert found.errors["undone"] < 1e-20 * found.errors["identity"]
+    stream = folded_spec.layout["writer.weight"][0].space
+    held = search_gauge(*both, initial=back, held=[(1, stream)], steps=1, max_rounds=0)
+    eye = torch.eye(HIDDEN, dtype=torch.float64)
+    assert torch.equal(held.transforms[1][stream].as_matrix(), eye)
+    assert min(held.errors.values()) > 1e-3 * found.errors["identity"]
+
+
 def test_refusals(three):
     models, spec, measured, _ = three
     with pytest.raises(GaugeError, match=r"starts \['random'\] are unknown"):
         search_gauge(models, spec, measured, starts=["random"])
+    with pytest.raises(GaugeError, match="there is no start"):
+        search_gauge(models, spec, measured, starts=[])
+    for name, found, message in (
+        ("identity", [{}] * 3, "is the name of a start"),
+        ("mine", [{}], "'mine' moves 1 models; there are 3"),
+        ("mine", [{"nowhere": {}}] * 3, r"'mine' moves \['nowhere'\]"),
+    ):
+        with pytest.raises(GaugeError, match=message):
+            search_gauge(models, spec, measured, initial={name: found})
     with pytest.raises(GaugeError, match=r"fixed spaces \['nowhere'\] are not in the spec"):
         search_gauge(models, spec, measured, fixed=["nowhere"])
     with pytest.raises(GaugeError, match="reference 3 is none of 3 models"):

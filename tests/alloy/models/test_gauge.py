@@ -11,6 +11,7 @@ from alloy.models.gauge import (
     average_of_experts,
     find_gauge,
     in_gauge,
+    inner_alignment,
     merge_sequentially,
     towers,
     without_constant,
@@ -112,7 +113,7 @@ def test_grams_are_of_the_tokens_that_each_expert_sees(specific, inputs):
     """Affine Grams by hand, in any batching; padding does not count."""
     model = in_gauge(specific())
     halves = [{k: v[part] for k, v in inputs.items()} for part in (slice(2), slice(2, None))]
-    grams, again = affine_grams(model, [inputs]), affine_grams(model, halves)
+    grams, again = (affine_grams(model, data, tokens="all") for data in ([inputs], halves))
     mask = inputs["attention_mask"].bool()
     counts = {"v": 4 * 10, "l": int(mask.sum()), "vl": int(mask.sum()) + 4 * 10}
     for modality, own in grams.items():
@@ -124,6 +125,11 @@ def test_grams_are_of_the_tokens_that_each_expert_sees(specific, inputs):
     x_ND = model.blocks[0].norm1["l"](states)[mask]
     found = without_constant(grams)["l"]["blocks.0.attention.qkv.weight"]
     torch.testing.assert_close(found.sum_DD, x_ND.T @ x_ND)
+    of_read = affine_grams(model, [inputs])
+    for modality, count in {"v": 4, "l": 4, "vl": int(mask.sum())}.items():
+        for name, gram in of_read[modality].items():
+            ends = name.startswith("blocks.2.") and "qkv" not in name
+            assert gram.count == (count if ends else counts[modality]), name
     assert {len(name.split(".")) for name in grams["vl"]} == {5}
     assert all(name.startswith("blocks.2.") for name in grams["vl"])
 
@@ -154,9 +160,38 @@ def test_equal_experts_merge_into_the_seed(model, inputs):
     assert agnostic_config(config).to_dict().keys() == merged.config.to_dict().keys()
 
 
+def test_heads_follow_the_streams_that_merging_leaves(specific, inputs):
+    """Refitted heads answer more as the experts did; the tokens that no head reads may pay for it."""
+    model = in_gauge(specific())
+    taught = outputs(model, inputs)
+
+    def distance(**settings):
+        learned = outputs(merge_sequentially(model, [inputs], **settings), inputs)
+        names = ("image_embeddings", "text_embeddings", "statement_logits")
+        return sum(float((taught[name] - learned[name]).square().mean()) for name in names)
+
+    kept, all_tokens, read = distance(heads=False), distance(tokens="all"), distance()
+    assert all_tokens < 0.5 * kept
+    assert read < all_tokens
+
+
+def test_inner_alignment_is_an_exact_start_that_undoes_a_hidden_order(specific, inputs):
+    """It keeps every expert's function and l's units; experts that are copies of l come back to l."""
+    model = in_gauge(specific(num_joint_layers=1))
+    found = inner_alignment(model, [inputs])
+    assert found.keys() == {"v", "vl"}
+    aligned = in_gauge(model, found)
+    assert not aligned.config.joint_adapters
+    assert_same_function(model, aligned, inputs, atol=1e-9, rtol=1e-9)
+    grams = affine_grams(model, [inputs])
+    _, gauge = find_gauge(model, grams, initial={"inner alignment": found}, **SHORT)
+    assert "inner alignment" in gauge.errors
+
+
 def test_sequential_merging_comes_nearer_to_the_experts_than_their_average(specific, inputs):
     model = in_gauge(specific())
-    average, merged = average_of_experts(model), merge_sequentially(model, [inputs])
+    average = average_of_experts(model)
+    merged = merge_sequentially(model, [inputs], tokens="all")
 
     def distance(student):
         return sum(

@@ -1,0 +1,97 @@
+"""The figures of docs/gauge.md."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from alloy.gauge import Gauge
+from benchmarks.gauge import merges
+from benchmarks.gauge.merges import PARENT, Grams
+
+FOLDER = Path("docs/figures")
+SHOWN = "specific_unseeded"
+LAYER = "blocks.3.ffn.fc1.weight"
+
+
+def figures() -> None:
+    """Subspace occupation before and after, and what is kept of the parent against how full its streams are."""
+    start = merges.start_of(SHOWN, 0)
+    moved, gauge = merges.search(start)
+    _save(occupation(start.grams, moved.grams, gauge), "gauge.svg")
+    _save(slack(points(merges.read("measure_*"))), "gauge_slack.svg")
+
+
+def _save(figure: Figure, name: str) -> None:
+    figure.savefig(FOLDER / name, metadata={"Date": None})
+    print(f"gauge: wrote {FOLDER / name}")
+
+
+def occupation(before: Grams, after: Grams, gauge: Gauge) -> Figure:
+    """The energy of each expert's inputs along the axes that hold the vl expert's, largest first."""
+    figure = Figure(figsize=(8, 2.8), layout="tight")
+    panels = figure.subplots(1, 2, sharey=True)
+    (stream,) = gauge.streams
+    titles = (
+        f"before: J {gauge.error_before:.0f}, overlap {stream.overlap_before:.2f}",
+        f"after: J {gauge.error_after:.0f}, overlap {stream.overlap_after:.2f}",
+    )
+    for axis, grams, title in zip(panels, (before, after), titles, strict=True):
+        basis = torch.linalg.eigh(grams["vl"][LAYER].mean_DD[:-1, :-1]).eigenvectors.flip(-1)
+        for modality in ("vl", "v", "l"):
+            gram = grams[modality][LAYER].mean_DD[:-1, :-1]
+            energy = torch.einsum("di,de,ei->i", basis, gram, basis) / gram.trace()
+            axis.plot((100 * energy.cumsum(0)).tolist(), label=modality)
+        axis.set(title=title, xlabel="principal axes of what vl reads")
+    panels[0].set_ylabel("energy, % (cumulated)")
+    panels[0].legend()
+    return figure
+
+
+def points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each parent its demand on the stream, and the share of its scores that merges keep (mean of draws)."""
+    found = []
+    for name in dict.fromkeys(row["parent"] for row in rows):
+        own = [row for row in rows if row["parent"] == name]
+        parent = next(row["scores"] for row in own if row["arm"] == PARENT)
+        point = {"parent": name, **parent}
+        for arm in ("gauge + sequential", "sequential"):
+            same = [row for row in own if row["arm"] == arm]
+            for metric in ("retrieval", "masked_words"):
+                kept = [100 * row["scores"][metric] / parent[metric] for row in same]
+                point[f"{arm}: {metric}"] = statistics.mean(kept)
+            point |= {key: same[0][key] for key in ("width", "demand", "joint_demand")}
+        found.append(point)
+    return found
+
+
+def slack(found: list[dict[str, Any]]) -> Figure:
+    """The share of the parent's scores that is kept, against what its experts ask of the joint blocks' stream."""
+    figure = Figure(figsize=(8, 3.4), layout="tight")
+    panels = figure.subplots(1, 2, sharey=True)
+    markers = {96: "o", 192: "s", 384: "D"}
+    for axis, metric in zip(panels, ("retrieval", "masked_words"), strict=True):
+        for arm, colour in (("gauge + sequential", "tab:blue"), ("sequential", "tab:grey")):
+            for point in found:
+                axis.plot(
+                    point["joint_demand"],
+                    point[f"{arm}: {metric}"],
+                    markers.get(point["width"], "x"),
+                    color=colour,
+                    fillstyle="none" if point["parent"] == "specific" else "full",
+                )
+        axis.axhline(90, color="black", linewidth=0.5)
+        axis.set(title=metric.replace("_", " "), xlabel="dims that the experts fill / width")
+    panels[0].set_ylabel("kept of the parent's score, %")
+    for label, style in (
+        ("gauge", {"color": "tab:blue", "marker": "o"}),
+        ("no gauge", {"color": "tab:grey", "marker": "o"}),
+        ("width 192", {"color": "tab:blue", "marker": "s"}),
+        ("width 384", {"color": "tab:blue", "marker": "D"}),
+        ("common seed", {"color": "tab:blue", "marker": "o", "fillstyle": "none"}),
+    ):
+        panels[1].plot([], [], linestyle="", label=label, **style)
+    panels[1].legend(fontsize="small")
+    return figure

@@ -1,0 +1,52 @@
+"""The recipe's fine-tuning of merges of a parent without a common seed, and of the parent itself, more than once."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from alloy.models import ModalityModel
+from benchmarks.gauge import merges
+from benchmarks.gauge.merges import PARENT
+from benchmarks.gauge.params import study
+from benchmarks.gauge.train import MADE, WORK
+from tasks.benchmarks import BENCHMARKS, FINETUNED, load_split
+from tasks.finetune import Job, finetune
+from tasks.models import load_model
+from tasks.params import FinetuneParams, load
+
+SPLITS = ("validation", "test")
+
+
+def measure(name: str, runs: int) -> Iterator[dict[str, Any]]:
+    """Scores on the five benchmarks; each run has calibration data and an order of examples of its own."""
+    params = load(study().recipe, "finetune", FinetuneParams)
+    for run in range(runs):
+        for arm, model in _arms(name, run):
+            slug = f"{arm.replace(' ', '_')}_{run}"
+            source = MADE / "finetune" / slug
+            model.save_pretrained(source)
+            drawn = params.model_copy(update={"seed": params.seed + run})
+            job = Job(study().recipe, source, None, FINETUNED, drawn, WORK / "finetune" / slug)
+            finetune(job, lambda kind, *values: kind == "say" and print(*values, flush=True))
+            tuned = load_model(job.work / "done")
+            for split in SPLITS:
+                row: dict[str, Any] = {"parent": name, "arm": arm, "run": run, "split": split}
+                row["scores"] = _scores(tuned, split)
+                print(row, flush=True)
+                yield row
+
+
+def _arms(name: str, run: int) -> Iterator[tuple[str, ModalityModel]]:
+    start = merges.start_of(name, run)
+    yield "gauge + sequential", merges.sequential(merges.search(start)[0])
+    yield PARENT, merges.load_parent(name)
+    yield "closed form", merges.closed_form(start)
+
+
+def _scores(model: ModalityModel, split: str) -> dict[str, float]:
+    found = {}
+    for name in FINETUNED:
+        benchmark, data = BENCHMARKS[name], load_split(study().recipe, name, split)
+        found[name] = round(
+            benchmark.score(benchmark.outputs(model, data), data)[benchmark.metric].value, 2
+        )
+    return found

@@ -1,0 +1,173 @@
+"""What every part of the study shares: calibration data, the search, the merges and their scores."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alloy.activations import Gram
+from alloy.gauge import Gauge, merge_layers
+from alloy.models import ModalityModel, split_experts
+from alloy.models.gauge import (
+    Tokens,
+    affine_grams,
+    average_of_experts,
+    find_gauge,
+    in_gauge,
+    inner_alignment,
+    merge_sequentially,
+    towers,
+)
+from alloy.models.objectives import mask_words
+from alloy.symmetry import identity
+from benchmarks.gauge.params import Calibration, study
+from benchmarks.gauge.train import MADE
+from tasks import scenes
+from tasks.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
+from tasks.models import load_model
+from tasks.params import PrepareParams, load
+from tasks.prepare import calibration_examples
+from tasks.storage import write_file
+
+RESULTS = Path("benchmarks/results/gauge")
+RELEASED = Path("released/modality")
+PARENT = "unmerged parent"
+
+Batches = list[dict[str, Tensor]]
+Grams = Mapping[str, Mapping[str, Gram]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A folded parent, calibration data and its Grams."""
+
+    model: ModalityModel
+    batches: Batches
+    grams: Grams
+    tokens: Tokens
+
+
+def load_parent(name: str) -> ModalityModel:
+    """A released checkpoint, or a model of the study."""
+    folder = RELEASED / name
+    return load_model(folder if folder.is_dir() else MADE / name).cpu()
+
+
+def start_of(name: str, draw: int, *, tokens: Tokens = "read", **changes: Any) -> Start:
+    """A parent and a draw of calibration data; `changes` are of the params' `calibration`."""
+    settings = study().calibration.model_copy(update=changes)
+    return start_from(in_gauge(load_parent(name)), calibration(draw, settings), tokens)
+
+
+def start_from(model: ModalityModel, batches: Batches, tokens: Tokens) -> Start:
+    return Start(model, batches, affine_grams(model, batches, tokens=tokens), tokens)
+
+
+def calibration(draw: int, settings: Calibration) -> Batches:
+    """A draw's scenes and captions, some of them with hidden words; draw 0 is the recipe's own."""
+    params = load(study().recipe, "prepare", PrepareParams)
+    drawn = params.model_copy(
+        update={
+            "seed": params.seed + 1000 * draw,
+            "calibration_examples": settings.examples,
+        }
+    )
+    tensors = calibration_examples(scenes.load_bank(params.scenes), drawn)
+    num = round(settings.masked_share * settings.examples)
+    generator = torch.Generator().manual_seed(draw)
+    hidden, _ = mask_words(
+        tensors["input_ids"],
+        tensors["attention_mask"],
+        scenes.TOKEN["[MASK]"],
+        study().pretraining.mask_probability,
+        generator,
+    )
+    chosen = torch.randperm(settings.examples, generator=generator)[:num]
+    tensors["input_ids"] = tensors["input_ids"].index_copy(0, chosen, hidden[chosen])
+    size = settings.batch_size
+    return [
+        {k: v[i : i + size] for k, v in tensors.items()} for i in range(0, settings.examples, size)
+    ]
+
+
+def search(start: Start, **settings: Any) -> tuple[Start, Gauge]:
+    """The parent in the gauge of least error, and what the search says of it."""
+    given = study().search.model_dump() | settings
+    if "starts" not in settings:
+        given["initial"] = {"inner alignment": inner_alignment(start.model, start.batches)}
+    transforms, gauge = find_gauge(start.model, start.grams, **given)
+    moved = in_gauge(start.model, transforms)
+    return start_from(moved, start.batches, start.tokens), gauge
+
+
+def closed_form(start: Start) -> ModalityModel:
+    """RegMean with biases: W* of every layer, the ridge towards the average."""
+    model = start.model
+    experts = split_experts(model.state_dict(), model.config)
+    names = list(start.grams)
+    spec = towers(model)["l"].spec
+    still = [identity(spec)] * len(names)
+    merged = average_of_experts(model, names)
+    found = merge_layers([experts[m] for m in names], spec, [start.grams[m] for m in names], still)
+    merged.load_state_dict({**merged.state_dict(), **found})
+    return merged
+
+
+def sequential(start: Start, **settings: Any) -> ModalityModel:
+    return merge_sequentially(start.model, start.batches, tokens=start.tokens, **settings)
+
+
+def average(start: Start) -> ModalityModel:
+    return average_of_experts(start.model)
+
+
+def scores(model: ModalityModel) -> dict[str, float]:
+    """The benchmarks that need no fine-tuning, validation split."""
+    found = {}
+    for name in TRAINING_FREE:
+        benchmark, data = BENCHMARKS[name], load_split(study().recipe, name, "validation")
+        score = benchmark.score(benchmark.outputs(model, data), data)[benchmark.metric]
+        found[name] = round(score.value, 2)
+    return found
+
+
+def diagnostics(gauge: Gauge) -> dict[str, Any]:
+    """What needs no labels: J, and how much of the stream is used."""
+    (stream,) = gauge.streams
+    return {
+        "error": [round(gauge.error_before, 2), round(gauge.error_after, 2)],
+        "start": gauge.start,
+        "errors_of_starts": {name: round(error, 2) for name, error in gauge.errors.items()},
+        "width": stream.width,
+        "dims": stream.own,
+        "pooled": [stream.pooled_before, stream.pooled_after],
+        "overlap": [round(stream.overlap_before, 3), round(stream.overlap_after, 3)],
+    }
+
+
+def row(key: Mapping[str, Any], make: Callable[[], tuple[ModalityModel, dict]]) -> dict[str, Any]:
+    """One merge: what identifies it, its scores, its CPU seconds (grams and search not counted twice), facts."""
+    began = time.process_time()
+    model, facts = make()
+    seconds = round(time.process_time() - began, 1)
+    found = {**key, "scores": scores(model), "cpu_seconds": seconds, **facts}
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def write(stage: str, rows: list[dict[str, Any]]) -> None:
+    """The rows of one stage, whole."""
+    with write_file(RESULTS / f"{stage}.json") as partial:
+        partial.write_text("[\n" + ",\n".join(f" {json.dumps(r)}" for r in rows) + "\n]\n")
+    print(f"gauge: wrote {RESULTS / stage}.json, {len(rows)} rows")
+
+
+def read(pattern: str) -> list[dict[str, Any]]:
+    """The rows of all stages whose names match."""
+    files = sorted(RESULTS.glob(f"{pattern}.json"))
+    return [found for file in files for found in json.loads(file.read_text())]

@@ -1,0 +1,239 @@
+"""The gauge between classifiers of different tasks and one modality: the multitask recipe's ViTs and BERTs.
+
+Here the embeddings, too, are merged, and both models see the same inputs in them, which no gauge can lay side by
+side: only in the layers behind do tasks read different directions. Each parent counts in an example as much as it
+is sure of it (`tasks.accuracy.confidence`), in Grams and in least squares alike, so nothing needs labels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import alloy
+from alloy import repair
+from alloy.activations import Gram, kept_tokens
+from alloy.gauge import Gauge, merge_layers, search_gauge
+from alloy.least_squares import Layer
+from alloy.symmetry import SymmetryError, SymmetrySpec, fold_norms, identity, transport
+from tasks import accuracy
+from tasks.models import load_any
+from tasks.outputs import answers
+from tasks.params import ModelsRecipe, models_recipe
+from tasks.yardsticks import Labelled, asked
+
+RECIPE = "multitask"
+RELEASED, DATA = Path("released") / RECIPE, Path("data") / RECIPE
+TABLES = ("cls_token", "position_embeddings")  # of a ViT: parameters that are added as they are
+RIDGE = 1e-2  # of the recipe's arm `ours`
+
+Weights = dict[str, Tensor]
+Batches = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two parents, folded where their norms allow it, and how sure each is of the calibration data."""
+
+    model: nn.Module
+    raw: dict[str, Weights]
+    weights: dict[str, Weights]
+    spec: SymmetrySpec
+    folded: SymmetrySpec
+    kept: str
+    """Why norms were not folded; empty where they were."""
+    batches: Batches
+    shares_PN: Tensor
+
+
+def measure(sets: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Joint accuracy on validation data of every arm, for every seed of the sets."""
+    recipe = models_recipe(RECIPE)
+    for name in sets:
+        for seed, members in recipe.collect.sets[name].members.items():
+            pair = load_pair(recipe, name, members)
+            yardstick = _yardstick(recipe, name)
+            for arm, weights, facts in _arms(pair):
+                score = _score(pair.model, weights, yardstick)
+                yield {"set": name, "seed": seed, "arm": arm, "joint": score, **facts}
+            parents = [asked(load_any(RELEASED / member)) for member in members]
+            joint = yardstick.score(parents)["joint_accuracy"].value
+            yield {"set": name, "seed": seed, "arm": "ensemble of the parents", "joint": joint}
+
+
+def _yardstick(recipe: ModelsRecipe, name: str) -> Labelled:
+    benchmark = recipe.collect.sets[name].benchmark
+    assert benchmark is not None
+    folder = DATA / "benchmarks" / benchmark
+    classes = load_file(folder / "classes.safetensors")
+    examples = load_file(folder / "validation.safetensors")
+    return Labelled(examples, classes, recipe.evaluate.batch_size)
+
+
+def _score(model: nn.Module, weights: Weights, yardstick: Labelled) -> float:
+    model.load_state_dict(weights)
+    return round(yardstick.score([asked(model)])["joint_accuracy"].value, 2)
+
+
+def load_pair(recipe: ModelsRecipe, name: str, members: Sequence[str]) -> Pair:
+    found = recipe.collect.sets[name]
+    inputs = load_file(DATA / "calibration" / f"{found.calibration}.safetensors")
+    size = recipe.collect.batch_size
+    num = len(next(iter(inputs.values())))
+    batches = [{k: v[i : i + size] for k, v in inputs.items()} for i in range(0, num, size)]
+    models = {member: load_any(RELEASED / member) for member in members}
+    model = models[members[0]]
+    spec = alloy.find_symmetries(model, {k: v[:4] for k, v in inputs.items()})
+    raw = {member: dict(parent.state_dict()) for member, parent in models.items()}
+    weights, folded, kept = raw, spec, ""
+    try:
+        folds = {member: fold_norms(own, spec, biases=True) for member, own in raw.items()}
+        weights = {member: own for member, (own, _) in folds.items()}
+        folded = folds[members[0]][1]
+    except SymmetryError as error:
+        kept = str(error)
+    classes = load_file(DATA / "benchmarks" / str(found.benchmark) / "classes.safetensors")
+    logits = [
+        accuracy.logits(torch.cat([answers(m, batch).rows for batch in batches]), classes)
+        for m in models.values()
+    ]
+    shares_PN = accuracy.confidence(logits, classes)
+    return Pair(model, raw, weights, spec, folded, kept, batches, shares_PN)
+
+
+def _arms(pair: Pair) -> Iterator[tuple[str, Weights, dict[str, Any]]]:
+    names = list(pair.raw)
+    aligned = _aligned(pair, "mudsc", weight_share=0.5)
+    similar = aligned.apply(pair.raw)
+    yield "average", _mean(pair.raw), {}
+    yield "mudsc", _mean(similar), {}
+    yield "least squares", _fitted(pair, _mean(pair.raw), pair.raw), {}
+    yield "mudsc + least squares", _fitted(pair, _mean(similar), similar), {}
+    grams = [observed(pair, member, own) for member, own in enumerate(pair.weights.values())]
+    still = [identity(pair.folded) for _ in names]
+    yield "closed form", _closed_form(pair, pair.weights, grams, still), {}
+    gauge = _search(pair, grams, aligned)
+    moved = {
+        name: transport(pair.weights[name], pair.folded, transforms)
+        for name, transforms in zip(names, gauge.transforms, strict=True)
+    }
+    facts = {
+        "error": [round(gauge.error_before, 3), round(gauge.error_after, 3)],
+        "start": gauge.start,
+        "streams": [use._asdict() for use in gauge.streams],
+        "kept": pair.kept,
+    }
+    merged = _closed_form(pair, moved, grams, gauge.transforms)
+    yield "gauge + closed form", merged, facts
+    yield "gauge + least squares", _fitted(pair, merged, moved), facts
+
+
+def _aligned(pair: Pair, preset: str, **settings: Any):
+    models = {}
+    for name, weights in pair.raw.items():
+        models[name] = type(pair.model)(pair.model.config).eval()
+        models[name].load_state_dict(weights)
+    specs = dict.fromkeys(pair.raw, pair.spec)
+    statistics = alloy.collect(models, pair.batches, specs)
+    return alloy.align_models(pair.raw, specs, statistics, preset=preset, **settings)
+
+
+def _search(pair: Pair, grams: Sequence[Mapping[str, Gram]], aligned) -> Gauge:
+    other = list(pair.raw)[1]
+    initial = {"mudsc": [identity(pair.folded), aligned.transforms[other]]}
+    if not pair.kept:
+        turned = _aligned(pair, "orthogonal").transforms[other]
+        initial["orthogonal"] = [identity(pair.folded), turned]
+    models = list(pair.weights.values())
+    return search_gauge(models, pair.folded, grams, initial=initial, max_rounds=2)
+
+
+def _closed_form(
+    pair: Pair,
+    moved: Mapping[str, Weights],
+    grams: Sequence[Mapping[str, Gram]],
+    transforms: Sequence,
+) -> Weights:
+    """W* of all that reads something, the mean of the norms; `moved` are the models under the transforms."""
+    models = list(pair.weights.values())
+    found = merge_layers(models, pair.folded, grams, transforms)
+    mean = _mean(moved)
+    return {**mean, **{name: tensor.to(mean[name]) for name, tensor in found.items()}}
+
+
+def _mean(models: Mapping[str, Weights]) -> Weights:
+    first, *others = models.values()
+    return {
+        name: torch.stack([t, *(other[name] for other in others)]).mean(0)
+        if t.is_floating_point()
+        else t
+        for name, t in first.items()
+    }
+
+
+def _fitted(pair: Pair, merged: Weights, parents: Mapping[str, Weights]) -> Weights:
+    return repair.fit_layers(
+        pair.model, merged, parents, pair.batches, example_weights=pair.shares_PN, ridge=RIDGE
+    )
+
+
+@torch.no_grad()
+def observed(pair: Pair, member: int, weights: Weights) -> dict[str, Gram]:
+    """Grams of what every layer, patch embedding and table of a parent reads, by its share in each example."""
+    pair.model.load_state_dict(weights)
+    grams: dict[str, Gram] = {}
+    shares_N = pair.shares_PN[member]
+    for batch in pair.batches:
+        size = len(next(iter(batch.values())))
+        share_B, shares_N = shares_N[:size], shares_N[size:]
+        with _Observer(pair.model, grams, batch.get("attention_mask"), share_B):
+            pair.model(**batch)
+    for name, tensor in weights.items():
+        if name.endswith(TABLES):
+            num, mean = tensor.shape[1], pair.shares_PN[member].mean()
+            grams[name] = Gram(mean * torch.eye(num, dtype=torch.float64), num, dim=0)
+    return grams
+
+
+class _Observer:
+    """Adds to the Grams what the layers read while the model runs."""
+
+    def __init__(self, model, grams, mask, share_B) -> None:
+        self.grams, self.mask, self.root_B = grams, mask, share_B.double().sqrt()
+        self.handles = [
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: self._see(f"{name}.weight", module, args[0])
+            )
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
+        ]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
+        constant = True
+        if isinstance(module, nn.Embedding):
+            x, constant = F.one_hot(x, module.num_embeddings), False
+        elif isinstance(module, nn.Conv2d):
+            x = Layer(module).samples(x)
+        batch = len(self.root_B)
+        if len(x) != batch:  # a table of positions, read once for all
+            x = x.expand(batch, *x.shape[1:])
+        x = x.double()
+        if constant:
+            x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+        x = x * self.root_B.view(-1, *[1] * (x.ndim - 1))
+        fits = self.mask is not None and self.mask.shape == x.shape[:-1]
+        x_ND = kept_tokens(x, self.mask if fits else None)
+        zero = Gram.zero(x_ND.shape[1], dim=int(constant))
+        self.grams[name] = self.grams.get(name, zero).update(x_ND)

@@ -1,0 +1,181 @@
+"""benchmarks/results/gauge.md: every stage's rows as means and spreads."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gauge import merges
+from benchmarks.gauge.figures import points
+from tasks.benchmarks import FINETUNED, TRAINING_FREE
+from tasks.storage import write_file
+
+TABLE = Path("benchmarks/results/gauge.md")
+Rows = list[dict[str, Any]]
+
+
+def table() -> None:
+    """Write the Markdown file."""
+    text = "\n".join(
+        [
+            "# The gauge of least error",
+            "",
+            "`dvc repro benchmarks/gauge/dvc.yaml` made this file, from benchmarks/results/gauge/*.json. Scores are",
+            "of the validation split but where test is named; cells are means over draws of the calibration data,",
+            "seeds or runs, ± half their range. docs/gauge.md says what it means.",
+            *_merges(),
+            *_study(),
+            *_ablations(),
+            *_multitask(),
+            *_finetuning(),
+            *_cost(),
+        ]
+    )
+    with write_file(TABLE) as partial:
+        partial.write_text(text + "\n")
+    print(f"gauge: wrote {TABLE}")
+
+
+def _merges() -> Iterable[str]:
+    rows = merges.read("measure_*")
+    for name in ("specific_unseeded", "specific"):
+        own = [row for row in rows if row["parent"] == name]
+        if not own:
+            continue
+        yield from ("", f"## {name}: every merge")
+        yield from _markdown(
+            ["arm", "draws", *TRAINING_FREE, "CPU s of the merge"],
+            (
+                [arm, len(same), *_scores(same), _spread([row["cpu_seconds"] for row in same])]
+                for arm, same in _by(own, "arm")
+            ),
+        )
+        yield from _facts(next(row for row in own if "error" in row))
+
+
+def _facts(row: dict[str, Any]) -> Iterable[str]:
+    before, after = row["error"]
+    yield ""
+    yield (
+        f"J {before:.0f} → {after:.0f} (start: {row['start']}; after a few steps {row['errors_of_starts']}); "
+        f"99 % of the energy in {row['dims']} of {row['width']} dims, pooled {row['pooled'][0]} → "
+        f"{row['pooled'][1]}; overlap {row['overlap'][0]} → {row['overlap'][1]}."
+    )
+
+
+def _study() -> Iterable[str]:
+    found = points(merges.read("measure_*"))
+    if not found:
+        return
+    yield from ("", "## What is kept of the parent, against how full its streams are")
+    yield "Demand: dims that hold 99 % of each expert's energy, their sum by the width, in the joint blocks (in all)."
+    yield ""
+    arms = ("gauge + sequential", "sequential")
+    yield from _markdown(
+        ["parent", "demand", "parent R@1, words", *(f"{arm}: R@1, words kept" for arm in arms)],
+        (
+            [
+                point["parent"],
+                f"{point['joint_demand']:.2f} ({point['demand']:.2f})",
+                ", ".join(f"{point[m]:.1f}" for m in ("retrieval", "masked_words")),
+                *(
+                    f"{point[f'{arm}: retrieval']:.0f} %, {point[f'{arm}: masked_words']:.0f} %"
+                    for arm in arms
+                ),
+            ]
+            for point in sorted(found, key=lambda point: point["joint_demand"])
+        ),
+    )
+
+
+def _ablations() -> Iterable[str]:
+    rows = merges.read("ablate")
+    if rows:
+        yield from ("", f"## {rows[0]['parent']}: gauge + sequential, changed in one thing")
+        yield from _markdown(
+            ["changed", "draws", *TRAINING_FREE, "J"],
+            (
+                [
+                    arm,
+                    len(same),
+                    *_scores(same),
+                    f"{statistics.mean(r['error'][1] for r in same):.0f}",
+                ]
+                for arm, same in _by(rows, "arm")
+            ),
+        )
+
+
+def _multitask() -> Iterable[str]:
+    rows = merges.read("multitask")
+    if rows:
+        sets = [name for name, _ in _by(rows, "set")]
+        yield from ("", "## Multitask recipe: joint accuracy, three seeds")
+        yield from _markdown(
+            ["arm", *sets],
+            (
+                [arm, *(_spread([r["joint"] for r in same if r["set"] == s]) for s in sets)]
+                for arm, same in _by(rows, "arm")
+            ),
+        )
+
+
+def _finetuning() -> Iterable[str]:
+    rows = [row for row in merges.read("finetune") if row["split"] == "test"]
+    if rows:
+        yield from ("", f"## {rows[0]['parent']} after the recipe's fine-tuning, test split")
+        yield from _markdown(
+            ["arm", "runs", *FINETUNED],
+            (
+                [arm, len(same), *(_spread([r["scores"][n] for r in same]) for n in FINETUNED)]
+                for arm, same in _by(rows, "arm")
+            ),
+        )
+
+
+def _cost() -> Iterable[str]:
+    rows = merges.read("cost")
+    if rows:
+        yield from ("", "## Cost: random models, one core, 64 examples")
+        yield from _markdown(
+            ["width", "layers", "s a step", "s before the first", "s of sequential least squares"],
+            (
+                [
+                    r[k]
+                    for k in (
+                        "hidden",
+                        "layers",
+                        "step_seconds",
+                        "match_seconds",
+                        "sequential_seconds",
+                    )
+                ]
+                for r in rows
+            ),
+        )
+
+
+def _by(rows: Rows, key: str) -> list[tuple[str, Rows]]:
+    """Rows of equal value, in the order in which the values come."""
+    return [
+        (value, [r for r in rows if r[key] == value])
+        for value in dict.fromkeys(r[key] for r in rows)
+    ]
+
+
+def _scores(rows: Rows) -> list[str]:
+    return [_spread([row["scores"][name] for row in rows]) for name in TRAINING_FREE]
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    half = (max(values) - min(values)) / 2
+    return f"{statistics.mean(values):.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterable[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield f"| {' | '.join(map(str, row))} |"

@@ -18,6 +18,7 @@ from alloy.align import AlignmentError
 from alloy.alignment import Alignment
 from alloy.symmetry import observe_outputs
 from tasks.collect_models import load_statistics
+from tasks.merge_scores import merge_score
 from tasks.params import ModelsAlignment
 from tasks.sets import MODELS, Job, Report, first_examples, jobs, load_any, run_jobs, save_tensors
 from tasks.storage import write_folder, write_json
@@ -41,9 +42,12 @@ def align_all(job: Job, folder: Path, report: Report) -> None:
     weights, specs, statistics = job.weights(), job.specs(), load_statistics(job)
     found = {}
     for name, params in job.params.alignments(job.set).items():
+        settings = dict(params.settings)
+        if params.score is not None:
+            settings["score"] = merge_score(job, params.score)
         try:
             alignment = alloy.align_models(
-                weights, specs, statistics, preset=params.preset, **params.settings
+                weights, specs, statistics, preset=params.preset, **settings
             )
         except AlignmentError as error:
             raise AlignmentError(
@@ -64,6 +68,7 @@ def _facts(
     return {
         "preset": params.preset,
         "settings": params.settings,
+        "score": params.score,
         "exact": alignment.exact,
         "change": change,
         "warnings": list(alignment.warnings),

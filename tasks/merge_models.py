@@ -257,7 +257,7 @@ def record(
         "seed": job.seed,
         "reference": alignment.reference,
         "alignment": job.params.align.alignments[arm.alignment].model_dump(
-            include={"preset", "settings"}
+            include={"preset", "settings", "score"}
         ),
         "merge": arm.model_dump(exclude={"alignment"}),
         "mended": dict(mended),

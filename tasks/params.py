@@ -542,7 +542,16 @@ class ModelsAlignment(Section):
 
     preset: str
     settings: dict[str, Any] = {}  # checked against the preset's own
+    score: Literal["merge", "labels"] | None = None  # chooses the weight share, or to align nothing
     sets: list[str] | None = None  # that it is made for; null: all
+
+    @model_validator(mode="after")
+    def _score_has_its_place(self) -> "ModelsAlignment":
+        if "score" in self.settings:
+            raise ValueError(
+                "settings.score: write `score: merge` or `score: labels` beside settings"
+            )
+        return self
 
 
 class ModelsAlignParams(Section):
@@ -556,7 +565,9 @@ class ModelsLeastSquares(Section):
 
     targets: Literal["mean", "confidence"] = "mean"  # parents count alike, or by how sure they are
     inputs: Literal["merged", "parents"] = "merged"  # that a layer is fitted on
-    residual: bool = False  # a layer that writes into a stream follows the stream, not its own output
+    residual: bool = (
+        False  # a layer that writes into a stream follows the stream, not its own output
+    )
     ridge: float = Field(default=1e-2, gt=0)  # of the inputs' mean variance
 
     @model_validator(mode="after")
@@ -707,6 +718,7 @@ def models_recipe(recipe: str) -> ModelsRecipe:
             raise ParamsError(f"{where}: {key}: {name!r}: {nearest(str(name), [*map(str, known)])}")
     for name in found.collect.sets:
         _check_coefficients(where, found, name)
+        _check_scores(where, found, name)
     sets = found.collect.sets.values()
     for part, used in (
         ("calibration", {entry.calibration for entry in sets}),
@@ -728,6 +740,16 @@ def _check_coefficients(where: str, recipe: ModelsRecipe, name: str) -> None:
                     f"{where}: merge.arms.{key}.coefficients: {row}: set {name!r} has {num_members} "
                     "members; give one coefficient for each"
                 )
+
+
+def _check_scores(where: str, recipe: ModelsRecipe, name: str) -> None:
+    """ParamsError where an alignment of a set is chosen on labels that the set has not."""
+    for key, alignment in recipe.alignments(name).items():
+        if alignment.score == "labels" and recipe.collect.sets[name].benchmark is None:
+            raise ParamsError(
+                f"{where}: align.alignments.{key}.score: labels: set {name!r} has no benchmark; give it "
+                "one, or take `score: merge`, which needs no labels"
+            )
 
 
 def _names(recipe: ModelsRecipe) -> Iterator[tuple[str, object, Collection[object]]]:

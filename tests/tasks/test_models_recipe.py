@@ -32,6 +32,7 @@ from tasks import (
     tracking,
 )
 from tasks.align_models import load_alignment
+from tasks.merge_scores import merge_score
 from tasks.params import ParamsError
 from tasks.sets import jobs
 from tests import tiny_models
@@ -196,6 +197,59 @@ def write_labelled(write) -> None:
         recipe["evaluate"]["curves"] = []
 
     write(CONVNEXT, change)
+
+
+def test_an_alignment_may_be_chosen_by_its_merge_with_labels_or_without(write, workspace) -> None:
+    """A share that is given, searched by similarity, or searched by what the merge answers or gets right; the
+    choice is the best of all candidates, among them to align nothing, and the report has every score."""
+
+    def change(recipe: dict) -> None:
+        shares = {"weight_share": "search"}
+        recipe["align"]["alignments"] |= {
+            "given": {"preset": "dual", "settings": {"weight_share": 0.3}},
+            "searched": {"preset": "dual", "settings": shares},
+            "by_merge": {"preset": "dual", "settings": shares, "score": "merge"},
+            "by_labels": {"preset": "dual", "settings": shares, "score": "labels"},
+        }
+
+    def labelled(recipe: dict) -> None:
+        sizes = {"validation": 40, "test": 60}
+        recipe["prepare"]["calibration"]["own"] = {"writer": "mnist", "examples": 32}
+        recipe["prepare"]["benchmarks"] = {"digits": {"writer": "mnist", "options": sizes}}
+        recipe["collect"]["sets"]["pair"]["benchmark"] = "digits"
+        recipe["evaluate"]["curves"] = []
+        change(recipe)
+
+    write(CONVNEXT, labelled)
+    for seed, name in enumerate("ab"):
+        model = tiny_models.model(CONVNEXT, seed, num_channels=1, num_labels=32)
+        model.save_pretrained(workspace / "given" / name)
+    run(fetch, prepare, collect, align)
+    (job,) = jobs("mine")
+    report = json.loads(Path("models/mine/transforms/pair/0/report.json").read_text())
+    assert "was chosen among" in report["searched"]["warnings"][-1]
+    for name, score in (("by_merge", "merge"), ("by_labels", "labels")):
+        chosen, _, listed = report[name]["warnings"][-1].partition(" was chosen by score: ")
+        scores_of = dict(entry.rsplit(" ", 1) for entry in listed.split(", "))
+        best = max(map(float, scores_of.values()))
+        assert float(scores_of[chosen]) == best
+        assert "no alignment" in scores_of
+        found = merge_score(job, score)(load_alignment(job, name).apply(job.weights()))
+        assert found == pytest.approx(best, rel=1e-3)
+
+
+def test_without_labels_a_merge_is_near_its_parents_mean_answer(write) -> None:
+    """The score of a model merged with itself is the highest there is, 0; that of strangers is lower."""
+    write(CONVNEXT, lambda recipe: recipe["evaluate"].update(curves=[]))
+    run(fetch, prepare)
+    (job,) = jobs("mine")
+    weights = job.weights()
+    score = merge_score(job, "merge")
+    assert score(weights) < -1e-5
+    shutil.rmtree("models/mine/checkpoints/b")
+    shutil.copytree("models/mine/checkpoints/a", "models/mine/checkpoints/b")
+    (job,) = jobs("mine")
+    assert merge_score(job, "merge")({"a": weights["a"], "b": weights["a"]}) > -1e-6
 
 
 def test_what_is_mended_is_better_by_the_measure_it_mends(write) -> None:
@@ -372,6 +426,15 @@ def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
                 repair={"permuted_least_squares": {"residual": True, "inputs": "parents"}}
             ),
             "take inputs: merged",
+        ),
+        (
+            lambda r: r["align"]["alignments"]["mudsc"].update(score="labels"),
+            "mudsc.score: labels: set 'pair' has no benchmark",
+        ),
+        (lambda r: r["align"]["alignments"]["mudsc"].update(score="label"), "'merge' or 'labels'"),
+        (
+            lambda r: r["align"]["alignments"]["mudsc"].update(settings={"score": "merge"}),
+            "beside settings",
         ),
         (lambda r: r["evaluate"].update(curves=["x"]), r"evaluate\.curves: 'x'"),
         (lambda r: r["prepare"]["calibration"]["own"].update(texts="x"), "give one of images"),

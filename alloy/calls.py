@@ -2,7 +2,9 @@
 
 In a residual network a block's last layer writes into a stream: its output is added to what was there.
 Between layer and sum there may be views, permutations of the dims and gains that do not depend on the data
-(LayerScale). All these are watched operation by operation, so no architecture is written down.
+(LayerScale). A sum is a stream's if it is itself added to, as in pre-norm transformers; a sum that goes through
+an activation function or a norm first, as in ResNet and BERT, is none. All these are watched operation by
+operation, so no architecture is written down.
 """
 
 from __future__ import annotations
@@ -105,6 +107,8 @@ class Recorder:
         self.calls: dict[str, list[Call]] = {}
         self.order: list[str] = []
         """Names, at each call."""
+        self.streams: set[int] = set()
+        """Of the sums (`Call.summed_as`) those that were added to, and those of such sums."""
         self.held: list[Tensor] = []
         """Originals, so that no memory is used twice and identities tell tensors apart."""
 
@@ -158,6 +162,9 @@ class _Sums(TorchDispatchMode):
         super().__init__()
         self.recorder = recorder
         self.waiting: dict[int, _Followed] = {}
+        self.sums: dict[int, tuple[Tensor, int]] = {}
+        """Sums, also where their entries have moved, and their numbers."""
+        self.num_sums = 0
         fixed = [*model.parameters(), *model.buffers()]
         self.fixed: dict[int, Tensor] = {id(tensor): tensor for tensor in fixed}
         """Tensors that do not depend on the data."""
@@ -170,11 +177,14 @@ class _Sums(TorchDispatchMode):
             return self._added(func, args)
         result = func(*args, **kwargs)
         written = self.waiting.pop(id(result), None)  # an operation in place
+        self.sums.pop(id(result), None)
         source = self.waiting.get(id(args[0]), written) if args else None
         if func in _MOVES:
             if id(args[0]) in self.fixed:
                 self.fixed[id(result)] = result
-            elif source and source.tensor.numel() == result.numel():
+            if id(args[0]) in self.sums and args[0].numel() == result.numel():
+                self.sums[id(result)] = (result, self.sums[id(args[0])][1])
+            if source and source.tensor.numel() == result.numel():
                 self._follow(source, result, Step(lambda x: func(x, *args[1:], **kwargs)))
         elif func in _GAINS:
             self._multiplied(args, written, result)
@@ -184,11 +194,18 @@ class _Sums(TorchDispatchMode):
         operands = [x for x in args if isinstance(x, Tensor)]
         alike = len(operands) == 2 and operands[0].shape == operands[1].shape
         found = [self.waiting.pop(id(x)) for x in operands if alike and id(x) in self.waiting]
+        before = {self.sums[id(x)][1] for x in operands if alike and id(x) in self.sums}
         result = func(*args)
         self.waiting.pop(id(result), None)
-        for _, call, path in (f for f in found if f.call.sum is None):
-            call.sum, call.summed_as, call.path = self.recorder.kept(result), id(result), path
-            self.recorder.held.append(result)
+        self.sums.pop(id(result), None)
+        found = [followed for followed in found if followed.call.sum is None]
+        if found:
+            self.num_sums += 1
+            self.sums[id(result)] = (result, self.num_sums)
+            if before:
+                self.recorder.streams |= {self.num_sums, *before}
+        for _, call, path in found:
+            call.sum, call.summed_as, call.path = self.recorder.kept(result), self.num_sums, path
             self.recorder.count()
         return result
 

@@ -8,8 +8,8 @@ the layer computes in the teachers:
 
 with W_0 the layer as it was and s the mean variance of its inputs (their mean square where the layer
 has no bias), so the ridge keeps what the data do not determine. Where a layer's output is added to a
-stream, the target may be the sum instead: then the layer also corrects the error that the stream has
-so far. A batch norm behind a layer is fitted together with it.
+stream (`alloy.calls`), the target may be the sum instead: then the layer also corrects the error that
+the stream has so far. A batch norm behind a layer is fitted together with it.
 
 Data come as lessons. On the data of one lesson the student follows the mean of its teachers, example by
 example; over lessons the squared errors are averaged. A layer's change solves the normal equations of
@@ -101,8 +101,8 @@ def fit_layers(
         coefficients: of the lessons, by layer; equal by default. Those of the lessons that reach the
             layer are divided by their sum.
         ridge: how strongly the student's own weights are kept; 0 where the inputs determine them.
-        residual: fit the sum that a layer's output goes into, where there is one, not the output alone.
-            Of the layers that write into one sum the last one has this target.
+        residual: fit the sum of the stream that a layer's output goes into, where there is one, not the
+            output alone. Of the layers that write into one sum the last one has this target.
         inputs: of the layers that are fitted: "merged", the student's own; "parents", the mean of its
             teachers', which takes one pass over the data for all layers.
 
@@ -261,7 +261,7 @@ class _Trace:
     norms: Mapping[str, str]
     """Of layers that a batch norm follows."""
     sums: Mapping[str, list[int | None]]
-    """By layer, for each call, which sum its output goes into; the norm's output, if there is one."""
+    """By layer, for each call, which sum of a stream its output goes into; the norm's output, if there is one."""
 
 
 def layers_in_order(module: nn.Module, lesson: Lesson) -> list[dict[str, Layer]]:
@@ -300,8 +300,12 @@ def _trace(student: nn.Module, lesson: Lesson) -> _Trace:
         calls={name: len(calls[name]) for name in reached},
         reads={name: tuple(call.read for call in calls[name]) for name in reached},
         norms=behind,
-        sums={n: [call.summed_as for call in calls[behind.get(n, n)]] for n in reached},
+        sums={n: [_stream_of(c, recorder) for c in calls[behind.get(n, n)]] for n in reached},
     )
+
+
+def _stream_of(call: Call, recorder: Recorder) -> int | None:
+    return call.summed_as if call.summed_as in recorder.streams else None
 
 
 def _groups(traces: Sequence[_Trace]) -> list[list[str]]:

@@ -33,7 +33,7 @@ def _resnet(seed):
 def _convnext(seed):
     torch.manual_seed(seed)
     config = ConvNextConfig(
-        hidden_sizes=[6, 8], depths=[1, 1], num_stages=2, patch_size=2, num_labels=3
+        hidden_sizes=[6, 8], depths=[2, 2], num_stages=2, patch_size=2, num_labels=3
     )
     return _with_gains(ConvNextForImageClassification(config).eval())
 
@@ -129,21 +129,43 @@ def test_a_sum_is_found_behind_moves_and_gains_alone(kind):
         torch.testing.assert_close(call.pulled_back(error), small)
 
 
+class Stream(nn.Sequential):
+    """Two blocks that write into one stream; "activation": into two sums with a function between them."""
+
+    def __init__(self, kind, between=None):
+        super().__init__(Block(kind), *([between] if between else []), Block(kind))
+
+
+@pytest.mark.parametrize(
+    ("between", "is_stream"), [(None, True), (nn.ReLU(), False), (nn.LayerNorm(4), False)]
+)
+@pytest.mark.parametrize("kind", LINEAR)
+@torch.no_grad()
+def test_a_stream_is_a_sum_that_is_added_to(kind, between, is_stream):
+    model = Stream(kind, between)
+    layers = {str(i): model[i].layer for i in (0, len(model) - 1)}
+    recorder = Recorder(layers, layers).run(model, lambda: model(torch.randn(2, 3, 5, 4)))
+    sums = {call.summed_as for calls in recorder.calls.values() for call in calls}
+    assert len(sums) == 2
+    assert recorder.streams == (sums if is_stream else set())
+
+
 @pytest.mark.parametrize("kind", ["gain", "moved"])
 @torch.no_grad()
 def test_the_layer_before_a_gain_makes_the_stream_right(kind):
     """By hand: least squares of the teacher's stream, in which the layer's output counts gain times."""
-    student, teacher = Block(kind).double(), Block(kind).double()
+    student, teacher = Stream(kind).double(), Stream(kind).double()
     x = torch.randn(4, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    teacher.gain.mul_(0.7).add_(0.1)
-    lesson = Lesson([Teacher(teacher)], [{"x": part} for part in x.split([1, 3])])
+    teacher[1].gain.mul_(0.7).add_(0.1)
+    lesson = Lesson([Teacher(teacher)], [{"input": part} for part in x.split([1, 3])])
     fit_layers(student, [lesson], ridge=0.0)
-    samples = torch.tanh(x).flatten(0, 2)
+    stream = student[0](x)
+    samples = torch.tanh(stream).flatten(0, 2)
     affine = torch.cat([samples, torch.ones(len(samples), 1)], 1)
-    wanted = (teacher(x) - x).flatten(0, 2) / student.gain
+    wanted = (teacher(x) - stream).flatten(0, 2) / student[1].gain
     solution = torch.linalg.lstsq(affine, wanted).solution
-    torch.testing.assert_close(student.layer.weight, solution[:4].T)
-    torch.testing.assert_close(student.layer.bias, solution[4])
+    torch.testing.assert_close(student[1].layer.weight, solution[:4].T)
+    torch.testing.assert_close(student[1].layer.bias, solution[4])
 
 
 @torch.no_grad()
@@ -153,10 +175,11 @@ def test_of_two_layers_that_write_one_sum_the_last_corrects_it():
     class Parallel(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
 
         def forward(self, x):
-            return self.first(torch.tanh(x)) + self.second(torch.relu(x))
+            y = self.first(torch.tanh(x)) + self.second(torch.relu(x))
+            return self.third(torch.tanh(y)) + y
 
     student, teacher = Parallel().double(), Parallel().double()
     x = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -53,3 +53,29 @@ def read(output: Any, inputs: Mapping[str, Tensor]) -> Answers:
         kept = mask.cpu().bool()
     examples, places = kept.nonzero(as_tuple=True)
     return Answers(tensor_NTC[kept], isinstance(logits, Tensor), examples, places)
+
+
+def by_length(examples: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Texts that are padded on the right, the shortest first, with all that is said of them; others as they are."""
+    mask = examples.get("attention_mask")
+    if mask is None or not _ends_in_padding(mask):
+        return dict(examples)
+    order = mask.sum(dim=1).argsort(stable=True)
+    return {name: tensor[order] for name, tensor in examples.items()}
+
+
+def trimmed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Texts without the columns at the end that are padding in all of them."""
+    mask = batch.get("attention_mask")
+    if mask is None or not _ends_in_padding(mask):
+        return dict(batch)
+    longest = int(mask.sum(dim=1).max())
+    return {
+        name: tensor[:, :longest] if tensor.shape[:2] == mask.shape else tensor
+        for name, tensor in batch.items()
+    }
+
+
+def _ends_in_padding(mask: Tensor) -> bool:
+    """Whether padding, if there is any, is on the right; and no text is empty."""
+    return mask.dim() == 2 and bool((mask[:, :1] == 1).all() and (mask.diff(dim=1) <= 0).all())

@@ -3,20 +3,41 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from alloy.gauge import Gauge
 from alloy.models import ModalityModel
-from alloy.models.gauge import affine_grams, find_gauge, in_gauge
+from alloy.models.gauge import affine_grams, find_gauge, in_gauge, inner_alignment
+from alloy.models.objectives import mask_words
+from tasks import scenes
 from tasks.collect import batches
 from tasks.params import CollectParams, GaugeParams, load
 
+HIDDEN = 0.4  # the probability that a word is hidden, as in pre-training
 
-def calibration(models: Path) -> list[dict[str, Tensor]]:
-    """The calibration data that collect reads, in its batches; `models` is `models/<recipe>`."""
+
+def calibration(models: Path, masked_share: float = 0.0) -> list[dict[str, Tensor]]:
+    """The calibration data that collect reads, in its batches; `models` is `models/<recipe>`.
+
+    A share of the texts get hidden words, which the masked-word head must not forget to cope with.
+    """
     params = load(models.name, "collect", CollectParams)
     file = models.parent.parent / "data" / models.name / "calibration.safetensors"
-    return list(batches(file, params.calibration_examples, params.batch_size))
+    found = batches(file, params.calibration_examples, params.batch_size)
+    generator = torch.Generator().manual_seed(0)
+    return [hide_words(batch, masked_share, generator) for batch in found]
+
+
+def hide_words(
+    batch: dict[str, Tensor], share: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The batch with hidden words in a random share of its texts."""
+    ids = batch["input_ids"]
+    mask = scenes.TOKEN["[MASK]"]
+    hidden, _ = mask_words(ids, batch["attention_mask"], mask, HIDDEN, generator)
+    chosen = torch.randperm(len(ids), generator=generator)[: round(share * len(ids))]
+    return {**batch, "input_ids": ids.index_copy(0, chosen, hidden[chosen])}
 
 
 def move(
@@ -28,6 +49,7 @@ def move(
         folded,
         affine_grams(folded, data),
         turn_streams=params.streams,
+        initial={"inner alignment": inner_alignment(folded, data)},
         steps=params.steps,
         max_rounds=params.max_rounds,
     )

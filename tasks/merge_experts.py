@@ -100,7 +100,8 @@ def aligned(
 def merge_arm(arm: ArmParams, models: Path, reports: dict[str, Any] | None = None) -> ModalityModel:
     """The agnostic model of one arm; what its gauge says of it goes into `reports`."""
     source = load_model(models / "checkpoints" / arm.checkpoint).cpu()
-    data = calibration(models) if arm.gauge or arm.method == "sequential" else []
+    masked_share = arm.gauge.masked_share if arm.gauge else 0.0
+    data = calibration(models, masked_share) if arm.gauge or arm.method == "sequential" else []
     if arm.gauge is not None:
         source, report = move(source, arm.gauge, data)
         if reports is not None:

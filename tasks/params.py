@@ -219,6 +219,7 @@ class GaugeParams(Section):
     streams: bool  # turn the residual streams, too, at the price of two fixed adapters
     steps: int = Field(gt=0)  # a round
     max_rounds: int = Field(gt=0)
+    masked_share: float = Field(ge=0, le=1)  # of the calibration texts get hidden words
 
 
 class ArmParams(Section):

@@ -23,12 +23,12 @@ from alloy.models.gauge import (
     merge_sequentially,
     towers,
 )
-from alloy.models.objectives import mask_words
 from alloy.symmetry import identity
 from benchmarks.gauge.params import Calibration, study
 from benchmarks.gauge.train import MADE
 from tasks import scenes
 from tasks.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
+from tasks.gauge import hide_words
 from tasks.models import load_model
 from tasks.params import PrepareParams, load
 from tasks.prepare import calibration_examples
@@ -78,20 +78,13 @@ def calibration(draw: int, settings: Calibration) -> Batches:
         }
     )
     tensors = calibration_examples(scenes.load_bank(params.scenes), drawn)
-    num = round(settings.masked_share * settings.examples)
-    generator = torch.Generator().manual_seed(draw)
-    hidden, _ = mask_words(
-        tensors["input_ids"],
-        tensors["attention_mask"],
-        scenes.TOKEN["[MASK]"],
-        study().pretraining.mask_probability,
-        generator,
-    )
-    chosen = torch.randperm(settings.examples, generator=generator)[:num]
-    tensors["input_ids"] = tensors["input_ids"].index_copy(0, chosen, hidden[chosen])
     size = settings.batch_size
+    generator = torch.Generator().manual_seed(draw)
     return [
-        {k: v[i : i + size] for k, v in tensors.items()} for i in range(0, settings.examples, size)
+        hide_words(
+            {k: v[i : i + size] for k, v in tensors.items()}, settings.masked_share, generator
+        )
+        for i in range(0, settings.examples, size)
     ]
 
 

@@ -231,7 +231,7 @@ def test_settings_by_pattern_hold_in_the_blocks_they_match(workspace):
 
 def test_an_arm_in_a_gauge_loads_with_its_adapters_and_says_what_was_found(workspace):
     """Sequential least squares and RegMean in a gauge, as recipes ask for them."""
-    gauge = {"streams": True, "steps": 2, "max_rounds": 1}
+    gauge = {"streams": True, "steps": 2, "max_rounds": 1, "masked_share": 0.5}
     arms = {
         "turned": {"method": "sequential", "gauge": gauge, "options": {"ridge": 0.1}},
         "units": {"method": "regmean", "gauge": gauge | {"streams": False}},
@@ -337,7 +337,8 @@ def test_planted_orders_of_units_and_heads_do_not_change_the_aligned_merge(works
         ),
         (
             lambda r: r["merge"]["arms"]["regmean"].update(
-                align=True, gauge={"streams": True, "steps": 1, "max_rounds": 1}
+                align=True,
+                gauge={"streams": True, "steps": 1, "max_rounds": 1, "masked_share": 0.5},
             ),
             "arms.regmean: align moves units before the search of the gauge undoes it",
         ),

@@ -150,7 +150,7 @@ def _search(pair: Pair, grams: Sequence[Mapping[str, Gram]], aligned) -> Gauge:
         turned = _aligned(pair, "orthogonal").transforms[other]
         initial["orthogonal"] = [identity(pair.folded), turned]
     models = list(pair.weights.values())
-    return search_gauge(models, pair.folded, grams, initial=initial, max_rounds=2)
+    return search_gauge(models, pair.folded, grams, initial=initial, steps=40, max_rounds=1)
 
 
 def _closed_form(

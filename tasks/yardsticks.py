@@ -24,7 +24,7 @@ from transformers.models.auto import modeling_auto
 from tasks import accuracy
 from tasks.benchmarks import Score
 from tasks.models import load_tokenizer, model_class
-from tasks.outputs import Answers, answers
+from tasks.outputs import Answers, answers, by_length, trimmed
 from tasks.sets import DATA, Job, batches
 
 MASKED_SHARE = 0.15  # of the words, as in BERT's training
@@ -63,6 +63,7 @@ class Labelled:
 
     def __init__(self, examples: Inputs, classes: Inputs, batch_size: int) -> None:
         told = ("labels", "tasks")
+        examples = by_length(examples)
         self.inputs = {name: tensor for name, tensor in examples.items() if name not in told}
         self.labels, self.tasks = (examples[name] for name in told)
         self.classes, self.batch_size = classes, batch_size
@@ -82,7 +83,7 @@ class Labelled:
     def _logits(self, candidate: Candidate) -> Tensor:
         parts = []
         for batch in batches(self.inputs, self.batch_size):
-            found = candidate(batch)
+            found = candidate(trimmed(batch))
             num = len(next(iter(batch.values())))
             if len(found.rows) != num:
                 raise ValueError(

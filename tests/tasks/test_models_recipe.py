@@ -35,6 +35,7 @@ from tasks.align_models import load_alignment
 from tasks.merge_scores import merge_score
 from tasks.params import ParamsError
 from tasks.sets import jobs
+from tasks.yardsticks import Labelled, asked
 from tests import tiny_models
 
 STAGES = (fetch, prepare, collect, align, merge, evaluate)
@@ -250,6 +251,45 @@ def test_without_labels_a_merge_is_near_its_parents_mean_answer(write) -> None:
     shutil.copytree("models/mine/checkpoints/a", "models/mine/checkpoints/b")
     (job,) = jobs("mine")
     assert merge_score(job, "merge")({"a": weights["a"], "b": weights["a"]}) > -1e-6
+
+
+def test_padding_does_not_count_and_is_not_computed() -> None:
+    """Texts of any order and padding score alike, and the model sees no column that is padding alone."""
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=12,
+        num_labels=4,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    lengths = torch.randint(1, 7, (30,))
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    labels = torch.randint(0, 4, (30,))
+    texts = {"input_ids": torch.randint(1, 20, (30, 9)) * mask, "attention_mask": mask}
+    examples = {**texts, "labels": labels, "tasks": labels % 2}
+    classes = {"class_tasks": torch.tensor([0, 1, 0, 1])}
+    seen = []
+
+    def candidate(inputs):
+        seen.append(inputs["attention_mask"])
+        return asked(model)(inputs)
+
+    found = Labelled(examples, classes, 8).score([candidate])
+    assert all(mask[:, -1].any() for mask in seen)
+    assert sum(mask.numel() for mask in seen) < 0.6 * mask.numel()
+    order = torch.randperm(30)
+    other = Labelled({name: t[order] for name, t in examples.items()}, classes, 30)
+    left = Labelled(
+        {n: t.flip(1) if t.dim() > 1 else t for n, t in examples.items()}, classes, 30
+    )  # padded on the left: as it is
+    assert left.inputs["attention_mask"].equal(mask.flip(1))
+    for name, score in other.score([asked(model)]).items():
+        assert score.value == pytest.approx(found[name].value, rel=1e-4)
+    expected = model(**texts).logits.argmax(1) == labels
+    assert found["joint_accuracy"].value == pytest.approx(100 * expected.double().mean().item())
 
 
 def test_what_is_mended_is_better_by_the_measure_it_mends(write) -> None:

@@ -1,0 +1,74 @@
+"""The study of the gauge: its own pipeline, which no recipe ever runs, and params that build its models."""
+
+from pathlib import Path
+
+import networkx
+import pytest
+import torch
+from dvc.repo import Repo
+
+from benchmarks.gauge.figures import points
+from benchmarks.gauge.measure import dims_99
+from benchmarks.gauge.params import GaugeStudyParams, study
+from benchmarks.gauge.table import _spread
+from tasks.params import ParamsError, load_file
+
+REPOSITORY = Path(__file__).parents[2]
+STUDY = "benchmarks/gauge/dvc.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def test_no_recipe_reads_what_the_study_writes_and_everything_is_measured() -> None:
+    """A recipe's stages never train a model of the study; every parent of the params has its stage."""
+    with Repo() as repo:
+        graph = repo.index.graph  # edges lead from a reader to what it reads
+        own = {s for s in graph if str(s.path_in_repo) == STUDY}
+        recipes = [s for s in graph if str(s.path_in_repo) == "dvc.yaml"]
+        for stage in recipes:
+            assert not own & networkx.descendants(graph, stage), stage
+        by_name = {stage.name: stage for stage in own}
+        table = {stage.name for stage in networkx.descendants(graph, by_name["table"])}
+    params = study()
+    parents = [f"measure@{n}" for n in params.models]
+    parents += [f"measure_released@{n}" for n in params.measure.released]
+    assert {*parents, "ablate", "multitask", "finetune", "cost"} <= table
+    assert "prepare@modality" in table
+
+
+def test_params_build_the_models_of_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = study()
+    for name, model in params.models.items():
+        made = params.pretrain(name).model
+        assert made.hidden_size == model.width
+        assert made.hidden_size % made.num_attention_heads == 0
+    text = Path("params/gauge.yaml").read_text().replace("masked_share", "maskd_share")
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "gauge.yaml").write_text(text)
+    monkeypatch.setattr("tasks.params.PARAMS", tmp_path / "params")
+    with pytest.raises(ParamsError, match="unknown key 'maskd_share': did you mean 'masked_share'"):
+        load_file("gauge", GaugeStudyParams)
+
+
+def test_what_is_kept_is_a_share_of_the_parents_own_score() -> None:
+    facts = {"width": 96, "demand": 1.5, "joint_demand": 2.0}
+    scores = [("unmerged parent", 80, 50), ("gauge + sequential", 60, 40), ("sequential", 20, 5)]
+    rows = [
+        {"parent": "p", "arm": arm, "scores": {"retrieval": r, "masked_words": w}} | facts
+        for arm, r, w in scores
+    ]
+    rows.append({**rows[1], "scores": {"retrieval": 64, "masked_words": 44}})
+    (point,) = points(rows)
+    assert point["gauge + sequential: retrieval"] == pytest.approx(100 * 62 / 80)
+    assert point["sequential: masked_words"] == pytest.approx(10)
+    assert _spread([60, 64]) == "62.0 ± 2.0"
+
+
+def test_dims_are_counted_up_to_99_percent_of_the_energy() -> None:
+    assert dims_99(torch.diag(torch.tensor([98.0, 1.0, 0.5, 0.5]))) == 2
+    assert dims_99(torch.eye(200)) == 198

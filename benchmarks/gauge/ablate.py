@@ -1,12 +1,17 @@
 """The gauge with sequential least squares, with one part of it left out or more of another."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from alloy.models import ModalityModel
-from alloy.models.gauge import towers
+from alloy.models.gauge import inner_alignment, towers
 from benchmarks.gauge import merges
+from benchmarks.gauge.measure import usage
 from benchmarks.gauge.merges import Start
+
+PAIR = ("v", "l")
+Made = Callable[[], tuple[ModalityModel, dict]]
 
 
 def ablate(name: str, draws: int, examples: list[int]) -> Iterator[dict[str, Any]]:
@@ -24,28 +29,37 @@ def ablate(name: str, draws: int, examples: list[int]) -> Iterator[dict[str, Any
             yield _row(name, arm, draw, made)
 
 
-def _row(
-    name: str, arm: str, draw: int, make: Callable[[], tuple[ModalityModel, dict]]
-) -> dict[str, Any]:
+def _row(name: str, arm: str, draw: int, make: Made) -> dict[str, Any]:
     return merges.row({"parent": name, "arm": arm, "draw": draw}, make)
 
 
-def _searched(
-    start: Start, merge: Mapping[str, Any] | None = None, **settings: Any
-) -> tuple[ModalityModel, dict]:
+def _searched(start: Start, **settings: Any) -> tuple[ModalityModel, dict]:
     moved, gauge = merges.search(start, **settings)
-    return merges.sequential(moved, **(merge or {})), merges.diagnostics(gauge)
+    return merges.sequential(moved), merges.diagnostics(gauge)
 
 
-def _arms(start: Start) -> dict[str, Callable[[], tuple[ModalityModel, dict]]]:
+def _arms(start: Start) -> dict[str, Made]:
     spec = towers(start.model)["l"].spec
     heads = [s.name for s in spec.spaces.values() if s.depends_on]
-    arms: dict[str, Callable[[], tuple[ModalityModel, dict]]] = {
+    inner = {"inner alignment": inner_alignment(start.model, start.batches)}
+    moved, gauge = merges.search(start)
+
+    def merged(**settings: Any) -> tuple[ModalityModel, dict]:
+        return merges.sequential(moved, **settings), merges.diagnostics(gauge)
+
+    def without_vl() -> tuple[ModalityModel, dict]:
+        pair = replace(start, grams={modality: start.grams[modality] for modality in PAIR})
+        there, found = merges.search(pair)
+        facts = merges.diagnostics(found) | usage(pair)
+        return merges.sequential(there, joint_experts=PAIR), facts
+
+    return {
+        "vl is not merged (only retrieval counts)": without_vl,
         "no turning within heads": lambda: _searched(start, fixed_spaces=heads),
         "vl does not turn": lambda: _searched(start, still=["vl"]),
         "neither v nor vl turns (no adapters)": lambda: _searched(start, turn_streams=False),
-        "heads of the model not refitted": lambda: _searched(start, {"heads": False}),
-        "no correction of the stream": lambda: _searched(start, {"residual": False}),
+        "model's heads not refitted": lambda: merged(heads=False),
+        "no correction of the stream": lambda: merged(residual=False),
+        "start: identity": lambda: _searched(start, starts=["identity"]),
+        "start: inner alignment": lambda: _searched(start, starts=[], initial=inner),
     }
-    starts = ("identity", "shared axes", "opposed axes")
-    return arms | {f"start: {s}": lambda s=s: _searched(start, starts=[s]) for s in starts}

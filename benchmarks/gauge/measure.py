@@ -53,7 +53,7 @@ def usage(start: Start) -> dict[str, Any]:
         used = [dims_99(own[name].mean_DD[:-1, :-1]) for own in start.grams.values() if name in own]
         demand = sum(used) / start.model.config.hidden_size
         demands.append(demand)
-        if len(used) > 2:
+        if int(name.split(".")[1]) >= start.model.config.num_single_layers:
             joint.append(demand)
     return {
         "demand": round(sum(demands) / len(demands), 3),

@@ -6,7 +6,8 @@ docs/alignment.md says what each preset is, where it comes from and when to use 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -31,8 +32,14 @@ from alloy.matching import leave, operators, rotating
 from alloy.similarity import Similarity, mean_correlation
 from alloy.similarity import Statistics as Moments
 from alloy.symmetry.fold import fold_norms
-from alloy.symmetry.spec import Fold, SymmetrySpec, differences, unit_view
-from alloy.symmetry.transforms import Transform, Transforms, identity, transport
+from alloy.symmetry.spec import Fold, SymmetrySpec, differences, unit_view, with_kind
+from alloy.symmetry.transforms import (
+    Transform,
+    Transforms,
+    identity,
+    random_transforms,
+    transport,
+)
 from alloy.transport_models import Settings, TransportSearch
 from alloy.types import Weights
 from alloy.universe import align_to_universe
@@ -329,8 +336,9 @@ def _universe(
     keep: Collection[str],
     seed: int,
     max_sweeps: int,
+    random_starts: int,
 ) -> Alignment:
-    """All models at once, to a universe in the reference's coordinates."""
+    """All models at once, to a universe in the reference's coordinates: the best of several starts."""
     _require_equal_specs(given.specs, given.reference)
     check_method(method)
     _require_share(weight_share)
@@ -339,37 +347,61 @@ def _universe(
     _require_statistics(given, weight_share < 1)
     for other in given.others:
         check_weights(given.models[given.reference], given.models[other], given.spec)
-    first = _search(
-        given,
-        weight_share=weight_share,
-        scale="tensor",
-        start="identity",
-        method=method,
-        keep=keep,
-        fold=False,
-        seed=seed,
-        max_sweeps=max_sweeps,
-        tolerance=_SEARCH["tolerance"],
-        score=None,
-    )
-    chosen = {
-        **operators(given.spec, method),
-        **dict.fromkeys(_kept(given.spec, keep), leave),
-    }
-    transforms, _ = align_to_universe(
-        given.models,
-        given.spec,
-        lambda a, b: given.moments(b, a),
-        first.transforms,
-        chosen,
-        weight_share=weight_share,
-        generator=torch.Generator().manual_seed(seed),
-        max_sweeps=max_sweeps,
-    )
-    report = _reports(given, transforms)
+    kept = _kept(given.spec, keep)
+    chosen = {**operators(given.spec, method), **dict.fromkeys(kept, leave)}
+    found, highest = {}, -math.inf
+    for starts in _starts(given, weight_share, method, keep, seed, max_sweeps, random_starts):
+        transforms, values = align_to_universe(
+            given.models,
+            given.spec,
+            lambda a, b: given.moments(b, a),
+            starts,
+            chosen,
+            weight_share=weight_share,
+            generator=torch.Generator().manual_seed(seed),
+            max_sweeps=max_sweeps,
+        )
+        if values[-1] > highest:
+            found, highest = transforms, values[-1]
     return Alignment(
-        given.preset, given.reference, given.spec, given.specs, transforms, report=report
+        given.preset, given.reference, given.spec, given.specs, found, report=_reports(given, found)
     )
+
+
+def _starts(
+    given: Given,
+    weight_share: float,
+    method: str,
+    keep: Collection[str],
+    seed: int,
+    max_sweeps: int,
+    random_starts: int,
+) -> Iterator[Mapping[str, Transforms]]:
+    """Where the search for a universe begins: at each model as the reference of all others, and anywhere."""
+    for name in given.models:
+        ordered = {name: given.models[name], **given.models}
+        yield _search(
+            Given(given.preset, ordered, given.specs, given.statistics, given._moments),
+            weight_share=weight_share,
+            scale="tensor",
+            start="identity",
+            method=method,
+            keep=keep,
+            fold=False,
+            seed=seed,
+            max_sweeps=max_sweeps,
+            tolerance=_SEARCH["tolerance"],
+            score=None,
+        ).transforms
+    generator = torch.Generator().manual_seed(seed)
+    kept = _kept(given.spec, keep)
+    for _ in range(random_starts):
+        drawn = {}
+        for name in given.models:
+            orders = random_transforms(with_kind(given.spec, "permutation"), generator)
+            moved = {space: order for space, order in orders.items() if space not in kept}
+            drawn[name] = {**identity(given.spec), **moved}
+        yield drawn
 
 
 def _zip(
@@ -667,6 +699,7 @@ _ZIP: dict[str, Any] = {
     "patience": 5,
 }
 _UNIVERSE = {key: _SEARCH[key] for key in ("weight_share", "method", "keep", "seed", "max_sweeps")}
+_UNIVERSE["random_starts"] = 2
 
 PRESETS: Mapping[str, Preset] = {
     "identity": Preset(_leave, {}),

@@ -3,7 +3,8 @@
 The transforms maximise the similarity of all pairs of models in the universe. A map from model i to model
 j goes through it, T_j^-1 T_i, so maps compose around any cycle to the identity: pairwise alignment has no
 such law. Block coordinate ascent: one model at a time is aligned to the sum of the others, which is
-linear in its transforms; the paper relaxes and takes Frank-Wolfe steps on the same objective.
+linear in its transforms; the paper relaxes and takes Frank-Wolfe steps on the same objective. Neither finds the
+highest point from every start, so `alloy.presets` tries several and keeps the best.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
 """How good aligned models are once they are merged: the `score` that an alignment is chosen by.
 
-    merge   how near the merge's answers are to what its parents answer together, on calibration data: no labels
+    merge   how near the merge's answers are to those of the parent that is surest, on calibration data: no labels
     labels  joint accuracy on the validation examples of the set's benchmark
 
-The merge is the plain mean, its batch norms estimated anew. Together the parents answer, with class tasks, as their
-ensemble (`tasks.accuracy`), the most confident one; otherwise with their mean (the loss of `tasks.yardsticks`).
+The merge is the plain mean, its batch norms estimated anew. The surest parent is, where a benchmark says which classes
+each parent learned, their ensemble (`tasks.accuracy`), otherwise the one with the largest probability; nearness is the
+negative Kullback-Leibler divergence. For language models and outputs that are no logits it is the negative loss of
+`tasks.yardsticks`. The parents' mean answer would not do: it is as near to a merge that leaves one task as to one that
+mixes both (docs/log.md).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,19 +52,36 @@ def mean(models: Sequence[Weights]) -> dict[str, Tensor]:
 
 
 def _by_answers(job: Job, parents: Sequence[Candidate], seen: Sequence[Weights]) -> Measure:
+    classes = None
     if job.found.benchmark is None:
         (unlabelled,) = yardsticks(job, parents, job.params.evaluate.batch_size).values()
         assert isinstance(unlabelled, Unlabelled)
-        return lambda merge: -unlabelled.score([merge])["loss"].value
-    classes = load_file(
-        DATA / job.recipe / "benchmarks" / job.found.benchmark / "classes.safetensors"
-    )
+        if unlabelled.words is not None or not unlabelled.are_logits:
+            return lambda merge: -unlabelled.score([merge])["loss"].value
+    else:
+        folder = DATA / job.recipe / "benchmarks" / job.found.benchmark
+        classes = load_file(folder / "classes.safetensors")
 
     def logits(candidate: Candidate) -> Tensor:
-        return accuracy.logits(torch.cat([candidate(batch).rows for batch in seen]), classes)
+        rows = torch.cat([candidate(batch).rows for batch in seen])
+        return rows if classes is None else accuracy.logits(rows, classes)
 
-    wanted = accuracy.ensemble([logits(parent) for parent in parents], classes).softmax(1)
-    return lambda merge: -F.cross_entropy(logits(merge), wanted).item()
+    theirs = [logits(parent) for parent in parents]
+    together = surest(theirs) if classes is None else accuracy.ensemble(theirs, classes)
+    wanted = together.softmax(1)
+    return lambda merge: -_divergence(wanted, logits(merge))
+
+
+def surest(logits: Sequence[Tensor]) -> Tensor:
+    """Of each row [C] that of the parent whose largest probability is larger than the others'."""
+    logits_PNC = torch.stack(list(logits))
+    parent_N = logits_PNC.softmax(2).amax(2).argmax(0)
+    return logits_PNC[parent_N, torch.arange(len(parent_N))]
+
+
+def _divergence(wanted_NC: Tensor, logits_NC: Tensor) -> float:
+    """The mean Kullback-Leibler divergence of the logits' probabilities from those that are wanted."""
+    return float(F.kl_div(logits_NC.log_softmax(1), wanted_NC, reduction="batchmean"))
 
 
 def _by_labels(job: Job, parents: Sequence[Candidate], seen: Sequence[Weights]) -> Measure:

@@ -32,7 +32,7 @@ from tasks import (
     tracking,
 )
 from tasks.align_models import load_alignment
-from tasks.merge_scores import merge_score
+from tasks.merge_scores import merge_score, surest
 from tasks.params import ParamsError
 from tasks.sets import jobs
 from tasks.yardsticks import Labelled, asked
@@ -239,7 +239,17 @@ def test_an_alignment_may_be_chosen_by_its_merge_with_labels_or_without(write, w
         assert found == pytest.approx(best, rel=1e-3)
 
 
-def test_without_labels_a_merge_is_near_its_parents_mean_answer(write) -> None:
+def test_the_surest_parent_answers() -> None:
+    """Row by row, the parent with the largest probability, whatever the scale of the others' logits."""
+    sure, unsure = (
+        torch.tensor([[4.0, 0, 0], [0.1, 0, 0]]),
+        torch.tensor([[9.0, 9, 9], [0, 0.5, 0]]),
+    )
+    assert surest([sure, unsure]).tolist() == [sure[0].tolist(), unsure[1].tolist()]
+    assert torch.equal(surest([unsure, sure]), surest([sure, unsure]))
+
+
+def test_without_labels_a_merge_is_near_what_its_surest_parent_answers(write) -> None:
     """The score of a model merged with itself is the highest there is, 0; that of strangers is lower."""
     write(CONVNEXT, lambda recipe: recipe["evaluate"].update(curves=[]))
     run(fetch, prepare)

@@ -63,20 +63,30 @@ class Call:
     path: tuple[Step, ...] = ()
     """What became of the output before it was added."""
 
-    def pulled_back(self, error: Tensor) -> Tensor:
-        """An error of the sum as the error of the output that makes it: moved back, divided by the gain.
+    def stream(self) -> Tensor:
+        """The sum, with each entry where the output has the one that went into it."""
+        assert self.sum is not None
+        return self._moved_back(self.sum) if self.path else self.sum
 
-        Where the gain is 0 beside the others, nothing that the module does reaches the sum: 0.
+    def made_of(self, change: Tensor) -> Tensor:
+        """The change of the output that changes `stream()` so: it is divided by the gains on the way.
+
+        Where they are 0 beside the others, nothing that the module does reaches the sum: 0.
         """
         if not self.path:
-            return error
-        place = torch.arange(self.output.numel(), device=error.device).view(self.output.shape)
+            return change
         gain = torch.ones_like(self.output)
         for step in self.path:
-            place, gain = step.move(place), step.move(gain) * step.gain
-        reached = gain.abs() > 1e-6 * gain.abs().max()
-        found = torch.zeros_like(error).flatten()
-        found[place.flatten()] = torch.where(reached, error / gain, 0).flatten()
+            gain = step.move(gain) * step.gain
+        gain = self._moved_back(gain)
+        return torch.where(gain.abs() > 1e-6 * gain.abs().max(), change / gain, 0)
+
+    def _moved_back(self, entries: Tensor) -> Tensor:
+        place = torch.arange(self.output.numel(), device=entries.device).view(self.output.shape)
+        for step in self.path:
+            place = step.move(place)
+        found = torch.empty_like(entries).flatten()
+        found[place.flatten()] = entries.flatten()
         return found.view(self.output.shape)
 
 

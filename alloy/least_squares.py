@@ -29,10 +29,11 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,12 +59,30 @@ def _no_mask(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
 
 
 @dataclass(frozen=True)
+class Units:
+    """An affine map from the units of one model to those of another."""
+
+    matrix: Tensor
+    shift: Tensor
+
+    def bring(self, x: Tensor, dim: int) -> Tensor:
+        """Activations whose units lie along `dim`, in the other model's units."""
+        brought = x.movedim(dim, -1) @ self.matrix.T.to(x) + self.shift.to(x)
+        return brought.movedim(-1, dim)
+
+
+@dataclass(frozen=True)
 class Teacher:
     """A model that the student follows, in evaluation mode."""
 
     module: nn.Module
     layers: Mapping[str, str] | None = None
     """Student's layer -> what it is called here; by default all that can be fitted, by their own names."""
+    units: Mapping[str, Units] = field(default_factory=dict)
+    """By student's layer, what brings what it writes into the student's units; by default they are these."""
+
+    def in_students_units(self, layer: str, target: Tensor, dim: int) -> Tensor:
+        return self.units[layer].bring(target, dim) if layer in self.units else target
 
 
 @dataclass(frozen=True)
@@ -119,7 +138,7 @@ def fit_layers(
             "the sum that a layer writes into is fitted to the merged model's own inputs: "
             "set residual to false, or inputs to 'merged'"
         )
-    traces = [_trace(student, lesson) for lesson in lessons]
+    traces = [trace_layers(student, lesson) for lesson in lessons]
     groups = _groups(traces)
     if inputs == "parents":
         groups = [[name for group in groups for name in group]]
@@ -161,6 +180,8 @@ class Layer:
         self.is_convolution = isinstance(module, nn.Conv2d)
         self.groups = module.groups if isinstance(module, nn.Conv2d) else 1
         self.is_transposed = type(module).__name__ == "Conv1D"
+        self.dim = 1 if self.is_convolution else -1
+        """Of the output, that its units lie along."""
         self.has_bias = norm is not None or module.bias is not None
 
     def samples(self, x: Tensor) -> Tensor:
@@ -251,7 +272,7 @@ def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
 
 
 @dataclass(frozen=True)
-class _Trace:
+class Trace:
     """What a pass of the student over one batch of a lesson shows of its layers."""
 
     order: list[str]
@@ -266,11 +287,16 @@ class _Trace:
 
 def layers_in_order(module: nn.Module, lesson: Lesson) -> list[dict[str, Layer]]:
     """What `fit_layers` would fit, with the batch norms behind; layers that read one tensor together."""
-    traces = [_trace(module, lesson)]
+    traces = [trace_layers(module, lesson)]
     return [{name: _layer(module, name, traces) for name in group} for group in _groups(traces)]
 
 
-def _trace(student: nn.Module, lesson: Lesson) -> _Trace:
+def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
+    """What a pass over the first batch shows.
+
+    Raises:
+        MergeError: as `fit_layers`.
+    """
     layers = fittable_layers(student)
     batch = next(iter(lesson.batches), None)
     if batch is None:
@@ -295,7 +321,7 @@ def _trace(student: nn.Module, lesson: Lesson) -> _Trace:
         for n in norms
         if len(calls.get(n, ())) == 1 and calls[n][0].read in written
     }
-    return _Trace(
+    return Trace(
         order=reached,
         calls={name: len(calls[name]) for name in reached},
         reads={name: tuple(call.read for call in calls[name]) for name in reached},
@@ -308,7 +334,7 @@ def _stream_of(call: Call, recorder: Recorder) -> int | None:
     return call.summed_as if call.summed_as in recorder.streams else None
 
 
-def _groups(traces: Sequence[_Trace]) -> list[list[str]]:
+def _groups(traces: Sequence[Trace]) -> list[list[str]]:
     """The layers in an order that agrees with every trace; those that read one tensor together."""
     before: dict[str, set[str]] = {}
     for trace in traces:
@@ -324,7 +350,7 @@ def _groups(traces: Sequence[_Trace]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _streams(traces: Sequence[_Trace], groups: Sequence[list[str]]) -> list[set[str]]:
+def _streams(traces: Sequence[Trace], groups: Sequence[list[str]]) -> list[set[str]]:
     """For each lesson the layers whose target is a sum: the last that write into theirs."""
     found = []
     for trace in traces:
@@ -337,11 +363,52 @@ def _streams(traces: Sequence[_Trace], groups: Sequence[list[str]]) -> list[set[
     return found
 
 
-def _layer(student: nn.Module, name: str, traces: Sequence[_Trace]) -> Layer:
+def _layer(student: nn.Module, name: str, traces: Sequence[Trace]) -> Layer:
     """With the batch norm that every lesson finds behind it."""
     found = {trace.norms.get(name) for trace in traces if name in trace.calls}
     norm = found.pop() if len(found) == 1 else None
     return Layer(student.get_submodule(name), None if norm is None else student.get_submodule(norm))
+
+
+class Seen(NamedTuple):
+    """One call of a layer: what it read, and the call that wrote, of the norm behind if there is one."""
+
+    input: Tensor
+    wrote: Call
+    in_stream: bool
+
+    @property
+    def target(self) -> Tensor:
+        """What a student should follow: the stream behind, or what the layer computes."""
+        return self.wrote.stream() if self.in_stream else self.wrote.output
+
+
+def watch(
+    module: nn.Module,
+    forward: Callable[[], object],
+    trace: Trace,
+    layers: Collection[str],
+    *,
+    streams: Collection[str] = (),
+    own_names: Mapping[str, str] | None = None,
+) -> dict[str, list[Seen]]:
+    """The calls of some layers in a pass that ends with the last of them."""
+    own = own_names or {}
+    written = {name: trace.norms.get(name, name) for name in layers}
+    names = {*layers, *written.values()}
+    modules = {name: module.get_submodule(own.get(name, name)) for name in names}
+    num_calls = {name: trace.calls[name] for name in layers}
+    expected = sum(num_calls.values()) + len(names) - len(num_calls)
+    expected += sum(num for name, num in num_calls.items() if name in streams)
+    summed = {written[name] for name in layers if name in streams}
+    calls = Recorder(modules, summed, expected).run(module, forward).calls
+    return {
+        name: [
+            Seen(read.input, wrote, name in streams)
+            for read, wrote in zip(calls[name], calls[written[name]], strict=True)
+        ]
+        for name in layers
+    }
 
 
 def _study(
@@ -349,20 +416,15 @@ def _study(
     lesson: Lesson,
     index: int,
     layers: Mapping[str, _Sums],
-    trace: _Trace,
+    trace: Trace,
     streams: set[str],
     inputs: str,
 ) -> None:
     """Add what the data of one lesson say about a group of layers."""
-    norms = {name: trace.norms[name] for name, sums in layers.items() if sums.layer.norm}
-    summed = {norms.get(name, name) for name in layers if name in streams}
-    num_calls = sum(trace.calls[name] for name in layers) + len(norms)
-    num_calls += sum(trace.calls[name] for name in layers if name in streams)
 
-    def watch(module: nn.Module, batch: Batch, own: Mapping[str, str]) -> dict[str, list[Call]]:
-        watched = {n: module.get_submodule(own.get(n, n)) for n in (*layers, *norms.values())}
-        recorder = Recorder(watched, summed, num_calls)
-        return recorder.run(module, lambda: lesson.forward(module, batch)).calls
+    def seen(module: nn.Module, batch: Batch, own_names: Mapping[str, str] | None = None):
+        forward = partial(lesson.forward, module, batch)
+        return watch(module, forward, trace, layers, streams=streams, own_names=own_names)
 
     start = 0
     for batch in lesson.batches:
@@ -370,28 +432,24 @@ def _study(
         size = len(next(iter(batch.values())))
         shares = _shares(lesson, start, size)
         start += size
-        taught = [watch(t.module, batch, t.layers or {}) for t in lesson.teachers]
-        learned = watch(student, batch, {}) if inputs == "merged" else None
+        taught = [seen(teacher.module, batch, teacher.layers) for teacher in lesson.teachers]
+        learned = seen(student, batch) if inputs == "merged" else None
         for name, sums in layers.items():
-            written = norms.get(name, name)
             for k in range(trace.calls[name]):
-                wrote = [calls[written][k] for calls in taught]
-                output = _mean([call.output for call in wrote], shares)
+                theirs = [calls[name][k] for calls in taught]
+                targets = [
+                    teacher.in_students_units(name, call.target, sums.layer.dim)
+                    for teacher, call in zip(lesson.teachers, theirs, strict=True)
+                ]
+                target = _mean(targets, shares)
                 if learned is None:
-                    x = _mean([calls[name][k].input for calls in taught], shares)
-                    error = output - sums.layer.compute(x).to(output)
+                    x = _mean([call.input for call in theirs], shares)
+                    error = target - sums.layer.compute(x).to(target)
                 else:
-                    x, ours = learned[name][k].input, learned[written][k]
-                    error = output - ours.output
-                    if name in streams:
-                        stream = _mean([_sum_of(call) for call in wrote], shares)
-                        error = ours.pulled_back(stream - _sum_of(ours))
+                    ours = learned[name][k]
+                    x, error = ours.input, target - ours.target
+                    error = ours.wrote.made_of(error) if ours.in_stream else error
                 sums.add(index, masks, x, error)
-
-
-def _sum_of(call: Call) -> Tensor:
-    assert call.sum is not None
-    return call.sum
 
 
 def _shares(lesson: Lesson, start: int, size: int) -> Tensor:

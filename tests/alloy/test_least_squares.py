@@ -110,23 +110,18 @@ LINEAR = ["gain", "number", "moved", "in place", "windows"]
 @pytest.mark.parametrize("kind", [*LINEAR, "activation", "activation in place", "of the data"])
 @torch.no_grad()
 def test_a_sum_is_found_behind_moves_and_gains_alone(kind):
-    """And an error of the sum, pulled back, is the change of the layer's output that makes it."""
+    """And a change of the stream is made by the change of the output that `made_of` names."""
     block, x = Block(kind), torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     layer = {"layer": block.layer}
     (call,) = Recorder(layer, layer).run(block, lambda: block(x)).calls["layer"]
     assert (call.sum is not None) == (kind in LINEAR)
     torch.testing.assert_close(call.output, block.layer(torch.tanh(x)))
     if kind in LINEAR:
-        torch.testing.assert_close(call.sum.view_as(x), block(x))
-        wanted = torch.randn_like(x)
-        block.layer.bias.zero_()
-        block.layer.weight.copy_(torch.eye(4))  # the output is tanh(x): any that one likes
-        moved = block(torch.atanh(torch.zeros_like(x)))
-        assert not moved.any()
-        small = 0.1 * wanted / wanted.abs().max()
-        made = block(torch.atanh(small)) - torch.atanh(small)
-        error = made if call.sum.shape == x.shape else made.view(call.sum.shape)
-        torch.testing.assert_close(call.pulled_back(error), small)
+        before = block(x)
+        torch.testing.assert_close(call.stream(), before)
+        block.layer.bias.add_(torch.tensor([1.0, -2.0, 3.0, 0.5]))
+        wanted = torch.tensor([1.0, -2.0, 3.0, 0.5]).expand_as(x)
+        torch.testing.assert_close(call.made_of(block(x) - before), wanted)
 
 
 class Stream(nn.Sequential):

@@ -63,6 +63,8 @@ def points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 kept = [100 * row["scores"][metric] / parent[metric] for row in same]
                 point[f"{arm}: {metric}"] = statistics.mean(kept)
             point |= {key: same[0][key] for key in ("width", "demand", "joint_demand")}
+        cost = next(row for row in own if row["arm"] == "gauge + sequential")
+        point["seconds"] = round(cost.get("search_seconds", 0) + cost["cpu_seconds"])
         found.append(point)
     return found
 

@@ -1,5 +1,6 @@
 """Every way of merging one parent's experts, on several draws of the calibration data."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,8 +20,10 @@ def measure(name: str, draws: int, *, every_arm: bool) -> Iterator[dict[str, Any
     yield merges.row({"parent": name, "arm": PARENT}, lambda: (parent, {}))
     for draw in range(draws):
         start = merges.start_of(name, draw)
+        began = time.process_time()
         moved, gauge = merges.search(start)
-        facts = merges.diagnostics(gauge) | usage(start)
+        seconds = {"search_seconds": round(time.process_time() - began, 1)}
+        facts = merges.diagnostics(gauge) | usage(start) | seconds
         for arm, made in _arms(start, moved, every_arm=every_arm).items():
             key = {"parent": name, "arm": arm, "draw": draw}
             yield merges.row(key, lambda made=made, facts=facts: (made(), facts))

@@ -69,10 +69,17 @@ def _study() -> Iterable[str]:
         return
     yield from ("", "## What is kept of the parent, against how full its streams are")
     yield "Demand: dims that hold 99 % of each expert's energy, their sum by the width, in the joint blocks (in all)."
+    yield "CPU seconds are those of the search, of the Grams in the gauge found, and of sequential least squares."
     yield ""
     arms = ("gauge + sequential", "sequential")
     yield from _markdown(
-        ["parent", "demand", "parent R@1, words", *(f"{arm}: R@1, words kept" for arm in arms)],
+        [
+            "parent",
+            "demand",
+            "parent R@1, words",
+            *(f"{arm}: R@1, words kept" for arm in arms),
+            "CPU s",
+        ],
         (
             [
                 point["parent"],
@@ -82,6 +89,7 @@ def _study() -> Iterable[str]:
                     f"{point[f'{arm}: retrieval']:.0f} %, {point[f'{arm}: masked_words']:.0f} %"
                     for arm in arms
                 ),
+                point["seconds"],
             ]
             for point in sorted(found, key=lambda point: point["joint_demand"])
         ),

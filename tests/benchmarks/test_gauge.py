@@ -56,7 +56,7 @@ def test_params_build_the_models_of_the_study(
 
 
 def test_what_is_kept_is_a_share_of_the_parents_own_score() -> None:
-    facts = {"width": 96, "demand": 1.5, "joint_demand": 2.0}
+    facts = {"cpu_seconds": 9, "search_seconds": 5, "width": 96, "demand": 1.5, "joint_demand": 2.0}
     scores = [("unmerged parent", 80, 50), ("gauge + sequential", 60, 40), ("sequential", 20, 5)]
     rows = [
         {"parent": "p", "arm": arm, "scores": {"retrieval": r, "masked_words": w}} | facts
@@ -66,6 +66,7 @@ def test_what_is_kept_is_a_share_of_the_parents_own_score() -> None:
     (point,) = points(rows)
     assert point["gauge + sequential: retrieval"] == pytest.approx(100 * 62 / 80)
     assert point["sequential: masked_words"] == pytest.approx(10)
+    assert point["seconds"] == 14
     assert _spread([60, 64]) == "62.0 ± 2.0"
 
 

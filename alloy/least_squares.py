@@ -142,7 +142,7 @@ def fit_layers(
     groups = _groups(traces)
     if inputs == "parents":
         groups = [[name for group in groups for name in group]]
-    streams = _streams(traces, groups) if residual else [set() for _ in traces]
+    streams = stream_layers(traces) if residual else [set() for _ in traces]
     for group in groups:
         sums = {name: _Sums(_layer(student, name, traces), len(lessons)) for name in group}
         for i, (lesson, trace) in enumerate(zip(lessons, traces, strict=True)):
@@ -350,9 +350,9 @@ def _groups(traces: Sequence[Trace]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _streams(traces: Sequence[Trace], groups: Sequence[list[str]]) -> list[set[str]]:
-    """For each lesson the layers whose target is a sum: the last that write into theirs."""
-    found = []
+def stream_layers(traces: Sequence[Trace]) -> list[set[str]]:
+    """For each lesson the layers that can follow a stream: of those that write into one sum the last."""
+    found, groups = [], _groups(traces)
     for trace in traces:
         last: dict[int, str] = {}
         for name in (name for group in groups for name in group if name in trace.calls):

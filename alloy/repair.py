@@ -5,7 +5,7 @@ in part lose variance, layer after layer (REPAIR, arXiv:2211.08403). Each functi
 consequence from unlabelled data and leaves a model alone that has nothing to repair.
 
 `model` is a module of the merged architecture in evaluation mode. It is a skeleton: weights run through
-it, its own do not change. `parents` are aligned, all in the merged model's shapes. `batches` are keyword
+copies of it, its own do not change. `parents` are aligned, all in the merged model's shapes. `batches` are keyword
 inputs that can be run through again and again, so a list and no generator; padding does not count.
 Layers that share their weight are left as they are.
 
@@ -14,7 +14,7 @@ Shape legend: N samples (tokens, pixels), D units, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from alloy import least_squares
 from alloy.calls import Recorder
-from alloy.least_squares import Layer, Lesson, Teacher, batch_norms, layers_in_order, loaded
+from alloy.least_squares import Layer, Lesson, Teacher, Units, batch_norms, layers_in_order, loaded
 from alloy.masks import Masks
+from alloy.merge._method import MergeError
 from alloy.points import first_tensor, layer_of
 from alloy.symmetry.spec import SymmetrySpec, leaves
 from alloy.types import Weights
+from alloy.units import units_between
 
 Batch = Mapping[str, Tensor]
 
@@ -42,7 +44,7 @@ class RepairError(ValueError):
 def fit_layers(
     model: nn.Module,
     merged: Weights,
-    parents: Mapping[str, Weights],
+    parents: Mapping[str, Weights | nn.Module],
     batches: Sequence[Batch],
     *,
     coefficients: Mapping[str, float] | None = None,
@@ -50,11 +52,13 @@ def fit_layers(
     inputs: Literal["merged", "parents"] = "merged",
     residual: bool = False,
     ridge: float = 1e-2,
+    spec: SymmetrySpec | None = None,
 ) -> dict[str, Tensor]:
     """Refit each layer by least squares, so that it computes the mean of what the parents' layers compute.
 
     Permuted least squares (PLeaS, arXiv:2407.02447): `alloy.least_squares` with all parents on the same
-    data.
+    data. A parent that is given as a module, of other widths, say, runs as it is: what it computes is
+    brought into the units of the first one with weights (`alloy.units`), which the merged model has.
 
     Args:
         coefficients: of the mean over parents, equal by default; they sum to 1.
@@ -66,19 +70,22 @@ def fit_layers(
             parents feed theirs (one pass for all).
         residual: follow the stream behind a layer that writes into one, not the layer's own output.
         ridge: how strongly the merged weights are kept, positive.
+        spec: the symmetries of the merged model, where parents are modules.
 
     Raises:
-        RepairError: coefficients that do not fit, no batches, a ridge that is not positive.
-        MergeError: activations that are not finite; `residual` with the parents' inputs.
+        RepairError: coefficients that do not fit, no batches, a ridge that is not positive, modules
+            without a spec, without a parent with weights, or with the parents' inputs.
+        MergeError: activations that are not finite; `residual` with the parents' inputs; a module of
+            other layers, or of other outputs where these are fixed.
     """
-    _check(merged, parents, batches)
+    _check(merged, {n: p for n, p in parents.items() if not isinstance(p, nn.Module)}, batches)
     if ridge <= 0:
         raise RepairError(
             f"ridge {ridge} leaves directions without data undetermined: take one > 0"
         )
     shares = _shares(parents, batches, coefficients, example_weights)
     student = loaded(model, merged)
-    teachers = [Teacher(loaded(model, parent)) for parent in parents.values()]
+    teachers = _teachers(model, parents, batches, inputs, residual, spec)
     lesson = Lesson(teachers, batches, shares)
     least_squares.fit_layers(student, [lesson], ridge=ridge, residual=residual, inputs=inputs)
     return _weights_of(student, merged)
@@ -250,13 +257,41 @@ def scale_outputs(weights: Weights, layer: str, factor: float) -> dict[str, Tens
     return {name: w * factor if name in names else w for name, w in weights.items()}
 
 
+def _teachers(
+    model: nn.Module,
+    parents: Mapping[str, Weights | nn.Module],
+    batches: Sequence[Batch],
+    inputs: str,
+    residual: bool,
+    spec: SymmetrySpec | None,
+) -> list[Teacher]:
+    copies = {n: loaded(model, p) for n, p in parents.items() if not isinstance(p, nn.Module)}
+    modules = {n: p.eval() for n, p in parents.items() if isinstance(p, nn.Module)}
+    units: dict[str, dict[str, Units]] = {}
+    for name, module in modules.items():
+        if spec is None or inputs != "merged" or not copies:
+            raise RepairError(
+                f"{[*modules]} run in their own units: give `spec`, take the merged model's inputs, and give "
+                f"the weights of the parent whose units the merged model has"
+            )
+        reference = next(iter(copies.values()))
+        try:
+            units[name] = units_between(reference, module, batches, spec, residual=residual)
+        except MergeError as error:
+            raise MergeError(f"parent {name!r}: {error}") from error
+    return [
+        Teacher(copies[name]) if name in copies else Teacher(modules[name], units=units[name])
+        for name in parents
+    ]
+
+
 def _weights_of(student: nn.Module, merged: Weights) -> dict[str, Tensor]:
     state = student.state_dict()
     return {name: state.get(name, tensor) for name, tensor in merged.items()}
 
 
 def _shares(
-    parents: Mapping[str, Weights],
+    parents: Collection[str],
     batches: Sequence[Batch],
     coefficients: Mapping[str, float] | None,
     example_weights: Tensor | None,
@@ -276,7 +311,7 @@ def _shares(
 
 
 def _equal_or_given(
-    parents: Mapping[str, Weights], coefficients: Mapping[str, float] | None
+    parents: Collection[str], coefficients: Mapping[str, float] | None
 ) -> list[float]:
     if coefficients is None:
         return [1 / len(parents)] * len(parents)

@@ -140,10 +140,10 @@ def mend(
     switches, found = arm.repair, {}
     if switches == type(switches)():
         return {alignment.reference: merged}, found
-    if (switches.permuted_least_squares is not None or switches.repair) and not alignment.exact:
+    if switches.repair and not alignment.exact:
         raise ValueError(
-            f"permuted_least_squares and repair look at the aligned parents' activations, and alignment "
-            f"{arm.alignment!r} ({alignment.preset}) does not keep their functions"
+            f"repair looks at the aligned parents' activations, and alignment {arm.alignment!r} "
+            f"({alignment.preset}) does not keep their functions"
         )
     model = job.skeleton
     seen = list(batches(load_file(job.calibration), job.params.collect.batch_size))
@@ -156,13 +156,14 @@ def mend(
         merged = repair.fit_layers(
             model,
             merged,
-            parents,
+            parents if alignment.exact else unaligned(job, arm, alignment),
             seen,
             coefficients=shares,
             example_weights=confidence(job, seen) if fit.targets == "confidence" else None,
             inputs=fit.inputs,
             residual=fit.residual,
             ridge=fit.ridge,
+            spec=alignment.spec,
         )
     if switches.repair:
         merged = repair.match_variance(
@@ -175,6 +176,22 @@ def mend(
         layer = output_layer(model, merged, seen[0])
         merged, found["temperature"] = repair.scale_outputs(merged, layer, factor), factor
     return {alignment.reference: merged}, found
+
+
+def unaligned(job: Job, arm: ModelsArm, alignment: Alignment) -> dict[str, Weights | nn.Module]:
+    """The parents as they are, for an alignment that does not keep their functions.
+
+    The first is the reference, whose units the merged model has; the others run in modules of their own.
+    """
+    if alignment.maps.get(alignment.reference):
+        raise ValueError(
+            f"permuted_least_squares follows parents in the reference's units, and alignment {arm.alignment!r} "
+            f"({alignment.preset}) gives the merged model other ones"
+        )
+    parents: dict[str, Weights | nn.Module] = {}
+    for name, folder in job.folders.items():
+        parents[name] = load_weights(folder) if name == alignment.reference else load_any(folder)
+    return parents
 
 
 def confidence(job: Job, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
@@ -259,7 +276,7 @@ def record(
         "alignment": job.params.align.alignments[arm.alignment].model_dump(
             include={"preset", "settings", "score"}
         ),
-        "merge": arm.model_dump(exclude={"alignment"}),
+        "merge": arm.model_dump(exclude={"alignment", "elsewhere"}),
         "mended": dict(mended),
         "calibration": job.found.calibration,
         "members": {name: _origin(folder) for name, folder in job.folders.items()},

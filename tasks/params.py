@@ -591,6 +591,7 @@ class ModelsArm(Section):
     """One way of merging, for every set that its alignment is made for."""
 
     alignment: str
+    elsewhere: str | None = None  # the alignment for sets that the first is not made for
     method: str  # a key of alloy's MERGE_METHODS
     base: str | None = None  # the checkpoint that task vectors start from
     coefficients: list[float] | dict[str, list[float]] | None = None  # the method's own without
@@ -697,9 +698,13 @@ class ModelsRecipe:
         }
 
     def arms(self, name: str) -> dict[str, ModelsArm]:
-        """The arms that are made for a set."""
-        made = self.alignments(name)
-        return {key: arm for key, arm in self.merge.arms.items() if arm.alignment in made}
+        """The arms that are made for a set, each with the alignment that it has there."""
+        made, found = self.alignments(name), {}
+        for key, arm in self.merge.arms.items():
+            chosen = arm.alignment if arm.alignment in made else arm.elsewhere
+            if chosen in made:
+                found[key] = arm.model_copy(update={"alignment": chosen})
+        return found
 
     def jobs(self) -> list[tuple[str, int]]:
         """Every set with each of its seeds."""
@@ -766,7 +771,9 @@ def _names(recipe: ModelsRecipe) -> Iterator[tuple[str, object, Collection[objec
     for name, alignment in recipe.align.alignments.items():
         yield from ((f"align.alignments.{name}.sets", s, sets) for s in alignment.sets or ())
     for name, arm in recipe.merge.arms.items():
-        yield f"merge.arms.{name}.alignment", arm.alignment, recipe.align.alignments
+        for key in ("alignment", "elsewhere"):
+            if (chosen := getattr(arm, key)) is not None:
+                yield f"merge.arms.{name}.{key}", chosen, recipe.align.alignments
         if arm.base is not None:
             yield f"merge.arms.{name}.base", arm.base, checkpoints
     result = recipe.merge.result

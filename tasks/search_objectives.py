@@ -141,9 +141,8 @@ class ModelsObjective(Objective):
         self._jobs = [job for job in labelled if job.set in (benchmarks or known)]
         self.experts = tuple(str(i) for i in range(len(self._jobs[0].members)))
         self._weights = {job.name: job.weights() for job in self._jobs}
-        self._alignments = {
-            job.name: load_alignment(job, self._arm.alignment) for job in self._jobs
-        }
+        chosen = {job.name: params.arms(job.set)[arm].alignment for job in self._jobs}
+        self._alignments = {job.name: load_alignment(job, chosen[job.name]) for job in self._jobs}
         self._measures = {
             job.name: yardsticks(job, [], params.evaluate.batch_size)["validation"]
             for job in self._jobs
@@ -151,7 +150,9 @@ class ModelsObjective(Objective):
         self.measured_by = {
             "jobs": [job.name for job in self._jobs],
             "data": sha256(DATA / recipe / "manifest.json"),
-            "alignment": params.align.alignments[self._arm.alignment].model_dump(),
+            "alignments": {
+                name: params.align.alignments[name].model_dump() for name in {*chosen.values()}
+            },
             "checkpoints": {
                 folder.name: folder_digest(folder)
                 for job in self._jobs

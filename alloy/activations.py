@@ -145,6 +145,32 @@ class CrossMoments:
         return variance(self.sum_D, self.square_D), variance(self.sum_E, self.square_E)
 
 
+@dataclass(frozen=True, eq=False)
+class SampledMoments:
+    """What `CrossMoments` say, as the samples themselves: for more units than their products have room."""
+
+    x_ND: Tensor
+    y_NE: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.x_ND)
+
+    def correlation_factors(self) -> tuple[Tensor, Tensor]:
+        """x [N, D] and y [N, E] whose product xᵀ y is `CrossMoments.correlation_DE`."""
+        if self.count < 2:
+            raise ValueError(f"a correlation needs at least 2 examples, got {self.count}")
+        return _standardised(self.x_ND), _standardised(self.y_NE)
+
+
+def _standardised(x_ND: Tensor) -> Tensor:
+    centred_ND = x_ND - x_ND.mean(0)
+    norm_D = centred_ND.norm(dim=0)
+    # below the rounding of the samples what is left is noise, not variance
+    varies_D = norm_D.square() > 1e-12 * x_ND.square().sum(0)
+    return torch.where(varies_D, centred_ND / norm_D.clamp(min=1e-30), 0.0)
+
+
 def kept_tokens(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     """The tokens that the mask keeps, as [N, D]; without a mask all of them."""
     if mask_BT is None:

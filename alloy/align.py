@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from alloy.activations import CrossMoments, Gram
+from alloy.activations import CrossMoments, Gram, SampledMoments
 from alloy.maps import UnitMap
 from alloy.matching import (
     MATCHING_METHODS,
@@ -32,6 +32,8 @@ from alloy.matching import (
     rotating,
 )
 from alloy.similarity import (
+    Blocks,
+    Factored,
     Kept,
     OfUnits,
     Products,
@@ -120,7 +122,7 @@ class State(NamedTuple):
 
     transforms: dict[str, Transform]
     weights: dict[str, Tensor]
-    activations: dict[str, Tensor]
+    activations: dict[str, Tensor | Factored]
 
 
 class Search:
@@ -193,7 +195,7 @@ class Search:
     def visit(self, root: str) -> bool:
         """Bring one space, with all that depends on it, to its optimum."""
         self.stale.discard(root)
-        found = match(root, self.spec, self._of_units, self.operators, self.prices)
+        found = match(root, self.spec, self._of_units, self.operators, self.prices, self._blocks)
         num_units = sum(num_flat_units(self.spec, name) for name in self.families[root])
         self.matched[root] = found.value / num_units
         if all(map(is_identity, found.transforms.values())):
@@ -272,6 +274,9 @@ class Search:
             space, self.state.weights, self.state.activations.get(space), self.kept
         )
 
+    def _blocks(self, space: str) -> Blocks:
+        return self.similarity.blocks(space, self.state.weights, self.state.activations.get(space))
+
     def objective(self) -> float:
         if self.similarity.scale == "unit":
             found = list(self.matched.values())
@@ -281,10 +286,20 @@ class Search:
         return share * self.similarity.inner(self.state.weights) + (1 - share) * of_activations
 
 
+@overload
 def move_columns(
     matrix_DE: Tensor, space: str, spec: SymmetrySpec, transforms: Transforms
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def move_columns(
+    matrix_DE: Factored, space: str, spec: SymmetrySpec, transforms: Transforms
+) -> Factored: ...
+def move_columns(
+    matrix_DE: Tensor | Factored, space: str, spec: SymmetrySpec, transforms: Transforms
+) -> Tensor | Factored:
     """A matrix over all pairs of units, after the columns' units have moved."""
+    if isinstance(matrix_DE, Factored):
+        return matrix_DE.map_columns(lambda y_EN: move_columns(y_EN.T, space, spec, transforms).T)
     columns = matrix_DE.T.reshape(*spec.batch_shape(space), spec.spaces[space].size, -1)
     moved = move_units(columns, space, spec, transforms)
     return moved.reshape(matrix_DE.shape[1], -1).T
@@ -364,13 +379,16 @@ def check_statistics(statistics: Statistics, spec: SymmetrySpec, other: Symmetry
             _check_moments(space, moment, sizes)
 
 
-def _check_moments(space: str, moment: CrossMoments, sizes: tuple[int, int]) -> None:
-    if tuple(moment.product_DE.shape) != sizes:
-        raise AlignmentError(
-            f"statistics of {space!r} are of {tuple(moment.product_DE.shape)} units; "
-            f"the space has {sizes}"
-        )
-    if not torch.isfinite(moment.product_DE).all():
+def _check_moments(
+    space: str, moment: CrossMoments | SampledMoments, sizes: tuple[int, int]
+) -> None:
+    if isinstance(moment, SampledMoments):
+        shape, numbers = (moment.x_ND.shape[1], moment.y_NE.shape[1]), (moment.x_ND, moment.y_NE)
+    else:
+        shape, numbers = tuple(moment.product_DE.shape), (moment.product_DE,)
+    if shape != sizes:
+        raise AlignmentError(f"statistics of {space!r} are of {shape} units; the space has {sizes}")
+    if not all(torch.isfinite(number).all() for number in numbers):
         raise AlignmentError(f"statistics of {space!r} have NaN or Inf activations")
     if moment.count < 2:
         raise AlignmentError(
@@ -378,7 +396,7 @@ def _check_moments(space: str, moment: CrossMoments, sizes: tuple[int, int]) -> 
         )
 
 
-def _trace(matrix: Tensor) -> float:
+def _trace(matrix: Tensor | Factored) -> float:
     return float(matrix.diagonal().sum(dtype=torch.float64))
 
 
@@ -470,7 +488,7 @@ def space_alignment(
     kind: str,
     before: tuple[Weights, Weights],
     after: tuple[Weights, Weights],
-    seen_DE: Tensor | None,
+    seen_DE: Tensor | Factored | None,
 ) -> SpaceAlignment:
     """One row of a report: two models before and after, and the correlation of their units before."""
     same = other_spec.spaces[space].size == spec.spaces[space].size
@@ -488,7 +506,7 @@ def space_alignment(
             continue
         share = _all_units(unit_map.write)
         mean = share / share.sum(1, keepdim=True).clamp(min=1e-12)
-        if moved_DE is not None:
+        if isinstance(moved_DE, Tensor):
             moved_DE = moved_DE.float() @ mean.T if side else mean @ moved_DE.float()
         if side:
             stays = share.argmax(0) == torch.arange(share.shape[1])

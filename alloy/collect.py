@@ -9,7 +9,8 @@ cov(Wx, Vy) = W cov(x, y) Vᵀ. Spaces that no module shows are read where a wei
 
 Products are float32 matrix products of one batch, taken about a fixed centre (the first batch's mean)
 so that large means cancel before they are squared, and added up in float64. Grams, whose small
-eigenvalues least squares divides by, are float64 throughout.
+eigenvalues least squares divides by, are float64 throughout. Units of experts can be too many to multiply all
+with all: then the first MOST_SAMPLES tokens are kept as they are.
 
 Shape legend: N tokens, D units of a point.
 """
@@ -38,7 +39,8 @@ from alloy.points import (
     observe,
     unit_points,
 )
-from alloy.statistics import CollectionError, Pair, Place, Statistics, Warned
+from alloy.similarity import by_blocks
+from alloy.statistics import MOST_SAMPLES, CollectionError, Pair, Place, Statistics, Warned
 from alloy.symmetry.parts import owned_axes
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.trace import plain_kernels
@@ -115,6 +117,7 @@ def _common_images(
     """The linear images of all models: of other widths others may be worth while."""
     found = {n: linear_images(specs[n], dict(model.named_modules())) for n, model in models.items()}
     common = set.intersection(*({i.units.space for i in images} for images in found.values()))
+    common = {space for space in common if not any(by_blocks(s, space) for s in specs.values())}
     return {n: [i for i in images if i.units.space in common] for n, images in found.items()}
 
 
@@ -360,6 +363,8 @@ class _Products:
         self.pairs, self.observers = pairs, observers
         self.first = next(iter(observers.values()))
         self.sums: dict[tuple[str, Pair], Tensor] = {}
+        self.samples: dict[str, dict[str, list[Tensor]]] = {}
+        """Of spaces too large to multiply, by key and model."""
         self.started = False
 
     def add(self, seen: Mapping[str, Mapping[str, list[Tensor]]]) -> None:
@@ -368,11 +373,25 @@ class _Products:
         for name, theirs in others:
             _require_same_samples(first, units, name, theirs)
         for key, calls in units.items():
+            if self._large(key):
+                self._keep(key, seen)
+                continue
             for i, x_ND in enumerate(calls):
                 with torch.autocast(x_ND.device.type, enabled=False):
                     for a, b in self.pairs:
                         ours, theirs = seen[a][key][i], seen[b][key][i].to(x_ND.device)
                         _accumulate(self.sums, (key, (a, b)), ours.to(x_ND.device).T @ theirs)
+
+    def _large(self, key: str) -> bool:
+        space = self.first.place_of(key).space
+        return bool(space) and any(by_blocks(o.spec, space) for o in self.observers.values())
+
+    def _keep(self, key: str, seen: Mapping[str, Mapping[str, list[Tensor]]]) -> None:
+        kept = self.samples.setdefault(key, {name: [] for name in seen})
+        room = MOST_SAMPLES - sum(map(len, kept[self.first.name]))
+        for name, units in seen.items() if room > 0 else ():
+            centre_D = self.observers[name].centres.get(key, 0.0)
+            kept[name].append((torch.cat(units[key])[:room] + centre_D).cpu())
 
     def statistics(self) -> Statistics:
         if not self.started:
@@ -394,8 +413,9 @@ class _Products:
             str(unit.point),
             {name: total for name, (total, _) in totals.items()},
             {name: square for name, (_, square) in totals.items()},
-            {pair: self._product(key, pair) for pair in self.pairs},
+            {} if key in self.samples else {pair: self._product(key, pair) for pair in self.pairs},
             self.first.counts[key],
+            {name: torch.cat(kept) for name, kept in self.samples.get(key, {}).items()},
         )
 
     def _product(self, key: str, pair: Pair) -> Tensor:

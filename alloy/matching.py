@@ -8,14 +8,17 @@ values keeps the function; MuDSC's independent orders for QK and V do not (docs/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from alloy.assignment import assign_all
-from alloy.similarity import OfUnits
+from alloy.similarity import Blocks, OfUnits, by_blocks
 from alloy.symmetry.spec import ROTARY_KINDS, SymmetrySpec
 from alloy.symmetry.transforms import Transform
 
@@ -160,14 +163,16 @@ def match(
     similarity: Callable[[str], OfUnits],
     operators: Mapping[str, Operator],
     prices: dict[str, Tensor] | None = None,
+    blocks: Callable[[str], Blocks] | None = None,
 ) -> Matched:
     """The best transform of a space and, within each of its units, of all that depends on it.
 
     `root` is one of `roots`, and may be one of `spec.fixed`; what it depends on stands still. The optimum, up
     to spaces that share one weight along different dims, which are matched as if alone. `prices` are read
-    and updated.
+    and updated. With `blocks`, spaces that are large (`similarity.by_blocks`) are solved one pair of parents' units
+    at a time: only the values of all pairs are kept, and the transforms of those that match.
     """
-    matcher = _Matcher(spec, similarity, operators, prices if prices is not None else {})
+    matcher = _Matcher(spec, similarity, operators, prices if prices is not None else {}, blocks)
     above = spec.spaces[root].depends_on if root in spec.spaces else ()
     same = _grid(tuple(spec.batch_shape(root))) if above else ()
     value = matcher.solve(root)[(*same, *same)].sum()
@@ -185,8 +190,11 @@ class _Matcher:
         similarity: Callable[[str], OfUnits],
         operators: Mapping[str, Operator],
         prices: dict[str, Tensor],
+        blocks: Callable[[str], Blocks] | None,
     ) -> None:
         self.spec = spec
+        self.blocks = blocks
+        self.large: dict[str, Blocks] = {}
         self.similarity = similarity
         self.operators = operators
         self.prices = prices
@@ -195,6 +203,8 @@ class _Matcher:
 
     def solve(self, name: str) -> Tensor:
         """Values [*P, *Po] of matching a space within each pair of its parents' units."""
+        if self.blocks is not None and name in self.spec.spaces and by_blocks(self.spec, name):
+            return self._solve_large(name, self.blocks(name))
         if name in self.spec.spaces:
             odd, even = self.similarity(name)
             depth = len(self.spec.batch_shape(name))
@@ -214,8 +224,37 @@ class _Matcher:
         self.solved[name] = solved
         return solved.value
 
+    def _solve_large(self, name: str, blocks: Blocks) -> Tensor:
+        self.large[name] = blocks
+        batch = self.spec.batch_shape(name)
+        num = math.prod(batch)
+        values = torch.zeros(num, num, dtype=torch.float64)
+        for i, j in itertools.product(range(num), repeat=2):
+            block = self._block(name, i, j)
+            values[i, j] = self.operators.get(name, leave)(block, None).value
+            if i == j:
+                self.as_is += float(_trace(_total(block)))
+        return values.reshape(*batch, *batch)
+
+    def _block(self, name: str, i: int, j: int) -> OfUnits:
+        n = self.spec.spaces[name].size
+        return self.large[name](slice(i * n, (i + 1) * n), slice(j * n, (j + 1) * n))
+
+    def _read_large(self, name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Solved:
+        """The transforms of the pairs of parents' units that were matched."""
+        batch = self.spec.batch_shape(name)
+        flat = [np.ravel_multi_index([g.numpy() for g in side], batch) for side in (ours, theirs)]
+        pairs = zip(*(side.ravel().tolist() for side in flat), strict=True)
+        operator = self.operators.get(name, leave)
+        solved = [operator(self._block(name, i, j), None) for i, j in pairs]
+        parts = {
+            part: torch.stack([getattr(s, part) for s in solved]).unflatten(0, batch)
+            for part in ("permutation", "signs", "matrix")
+            if getattr(solved[0], part) is not None
+        }
+        return Solved(torch.zeros(()), **parts)
+
     def read(self, name: str, found: dict[str, Transform], above: tuple[str, ...] = ()) -> None:
-        solved = self.solved[name]
         if name in self.spec.spaces:
             ours = _grid(self.spec.batch_shape(name))
             theirs = []
@@ -223,6 +262,9 @@ class _Matcher:
                 moved = found[parent].permutation if parent in found else None
                 theirs.append(ours[depth] if moved is None else moved[ours[: depth + 1]])
             at = (*ours, *theirs)
+            solved = self.solved.get(name)
+            if solved is None:
+                solved, at = self._read_large(name, ours, theirs), ()
             parts = {
                 part: tensor[at] if at else tensor
                 for part in ("permutation", "signs", "matrix")

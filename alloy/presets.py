@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from alloy.activations import CrossMoments
+from alloy.activations import CrossMoments, SampledMoments
 from alloy.align import (
     AlignmentError,
     Search,
@@ -524,7 +524,7 @@ def _reports(
     }
 
 
-def _folded_moments(given: Given, other: str) -> dict[str, list[CrossMoments]]:
+def _folded_moments(given: Given, other: str) -> Moments:
     """Cross-moments of the folded models: what a layer reads loses the gain that the layer takes over.
 
     Statistics that do not name their points are taken to be of folded models already.
@@ -536,14 +536,16 @@ def _folded_moments(given: Given, other: str) -> dict[str, list[CrossMoments]]:
         if fold.gain is not None
         for axis in fold.scaled
     }
-    found = {}
+    found: dict[str, list[CrossMoments | SampledMoments]] = {}
     for space, moments in given.moments(other).items():
         found[space] = list(moments)
         for i, place in enumerate(points.get(space, ())):
             fold = gains.get((space, place.point.removesuffix(".input")))
             if fold is not None and place.point.endswith(".input"):
+                whole = moments[i]
+                assert isinstance(whole, CrossMoments)  # streams depend on nothing
                 found[space][i] = _divided(
-                    moments[i],
+                    whole,
                     *(_gain(given.models[n], given.spec, fold) for n in (given.reference, other)),
                 )
     return found

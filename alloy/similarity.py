@@ -22,7 +22,7 @@ Shape legend: n units of a space, P units of a space it depends on; the other mo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -31,21 +31,62 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from alloy.activations import CrossMoments
+from alloy.activations import CrossMoments, SampledMoments
 from alloy.symmetry.parts import owned_axes
 from alloy.symmetry.spec import Axis, SymmetrySpec, unit_view
 from alloy.types import Weights
 
-Statistics = Mapping[str, Sequence[CrossMoments]]
+Statistics = Mapping[str, Sequence[CrossMoments | SampledMoments]]
 """For each space, the cross-moments of its units (batch dims flattened in front) at each point."""
+
+LARGEST = 2**26
+"""Of a space within units (of experts, of heads) no more similarities than this are held at once."""
+
+
+def by_blocks(spec: SymmetrySpec, space: str) -> bool:
+    """Whether the similarities of a space are computed for one pair of the units it depends on at a time."""
+    size = math.prod(spec.batch_shape(space)) * spec.spaces[space].size
+    within = bool(spec.spaces[space].depends_on) and not spec.dependents(space)
+    return within and size * size > LARGEST
+
 
 Scale = Literal["tensor", "none", "unit"]
 """How weights enter: each tensor at norm 1, as it is, or each unit's stretches centred and at norm 1."""
 
 
-def mean_correlation(moments: Sequence[CrossMoments]) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """A matrix over all pairs of units, the sum of xᵀ y over its parts (x [N, D], y [N, E])."""
+
+    parts: tuple[tuple[Tensor, Tensor], ...]
+
+    def block(self, rows: slice, columns: slice) -> Tensor:
+        return sum((x[:, rows].T @ y[:, columns] for x, y in self.parts), torch.zeros(()))
+
+    def diagonal(self) -> Tensor:
+        return sum(((x * y).sum(0, dtype=torch.float64) for x, y in self.parts), torch.zeros(()))
+
+    @property
+    def T(self) -> Factored:
+        return Factored(tuple((y, x) for x, y in self.parts))
+
+    def map_columns(self, move: Callable[[Tensor], Tensor]) -> Factored:
+        """`move` takes [E, N] to [E, N]."""
+        return Factored(tuple((x, move(y.T).T) for x, y in self.parts))
+
+    def __add__(self, other: Factored) -> Factored:
+        return Factored((*self.parts, *other.parts))
+
+    def __mul__(self, factor: float) -> Factored:
+        return Factored(tuple((factor * x, y) for x, y in self.parts))
+
+
+def mean_correlation(moments: Sequence[CrossMoments | SampledMoments]) -> Tensor | Factored:
     """The correlation of a space's units, averaged over the points where they were observed."""
-    found = [_correlation(m) for m in moments]
+    sampled = [m.correlation_factors() for m in moments if isinstance(m, SampledMoments)]
+    if sampled:
+        return Factored(tuple(sampled)) * (1 / len(sampled))
+    found = [_correlation(m) for m in moments if isinstance(m, CrossMoments)]
     return sum(found[1:], found[0]) / len(found)
 
 
@@ -59,10 +100,15 @@ def _correlation(moments: CrossMoments) -> Tensor:
     return _CORRELATIONS[moments]
 
 
-def mean_covariance(moments: Sequence[CrossMoments]) -> Tensor:
+def mean_covariance(moments: Sequence[CrossMoments | SampledMoments]) -> Tensor | Factored:
     """Covariance over the spread of the whole space, times its size: the trace is that of a correlation."""
+    sampled = [(m.x_ND, m.y_NE) for m in moments if isinstance(m, SampledMoments)]
+    if sampled:
+        return Factored(tuple((_spread(x), _spread(y)) for x, y in sampled)) * (1 / len(sampled))
+    assert isinstance(moments[0], CrossMoments)
     total = torch.zeros_like(moments[0].product_DE)
     for m in moments:
+        assert isinstance(m, CrossMoments)
         covariance_DE = m.product_DE / m.count - torch.outer(m.sum_D, m.sum_E) / m.count**2
         spreads = [
             (squares / m.count - (sums / m.count) ** 2).sum().clamp(min=0)
@@ -72,6 +118,12 @@ def mean_covariance(moments: Sequence[CrossMoments]) -> Tensor:
         if scale > 0:
             total += covariance_DE * (len(covariance_DE) / scale)
     return total / len(moments)
+
+
+def _spread(x_ND: Tensor) -> Tensor:
+    """Centred samples over the spread of all units together."""
+    centred_ND = x_ND - x_ND.mean(0)
+    return centred_ND * (x_ND.shape[1] ** 0.5 / float(centred_ND.norm().clamp(min=1e-30)))
 
 
 class OfUnits(NamedTuple):
@@ -101,7 +153,7 @@ class Similarity:
 
     reference: Weights
     spec: SymmetrySpec
-    activations: Mapping[str, Tensor]
+    activations: Mapping[str, Tensor | Factored]
     weight_share: float
     scale: Scale = "tensor"
 
@@ -120,8 +172,9 @@ class Similarity:
         activations = {}
         for space, moments in statistics.items() if weight_share < 1 else ():
             mean = (mean_covariance if space in rotating else mean_correlation)(moments)
-            weight = 1.0 if scale == "unit" else len(spec.spaces[space].axes) / len(mean)
-            activations[space] = weight * mean
+            size = math.prod(spec.batch_shape(space)) * spec.spaces[space].size
+            weight = 1.0 if scale == "unit" else len(spec.spaces[space].axes) / size
+            activations[space] = mean * weight
         return cls(scaled(reference, spec, scale), spec, activations, weight_share, scale)
 
     def scaled(self, other: Weights) -> dict[str, Tensor]:
@@ -133,7 +186,11 @@ class Similarity:
         return {space: owned_axes(self.spec, space) for space in self.spec.spaces}
 
     def of_units(
-        self, space: str, other: Weights, activations: Tensor | None, kept: Kept | None = None
+        self,
+        space: str,
+        other: Weights,
+        activations: Tensor | Factored | None,
+        kept: Kept | None = None,
     ) -> OfUnits:
         """What matching unit i of the reference with unit j of the other model adds to J.
 
@@ -152,11 +209,20 @@ class Similarity:
                 if products.even is not None:
                     even.append(self.weight_share * products.even)
         if self.weight_share < 1 and activations is not None:
+            assert isinstance(activations, Tensor)
             odd.append((1 - self.weight_share) * activations)
         size = math.prod(self.spec.batch_shape(space)) * self.spec.spaces[space].size
         total = sum(odd, torch.zeros(size, size, dtype=odd[0].dtype if odd else torch.float32))
         signless = pairs(even[0], self.spec, space) if even else None
         return OfUnits(pairs(total, self.spec, space), signless)
+
+    def blocks(self, space: str, other: Weights, activations: Tensor | Factored | None) -> Blocks:
+        """What `of_units` gives, a block at a time: for spaces whose pairs of units are too many."""
+        rows = [
+            (axis, self._rows(self.reference, space, axis), self._rows(other, space, axis))
+            for axis in (self.own_axes[space] if self.weight_share > 0 else ())
+        ]
+        return Blocks(rows, activations, self.weight_share, self.scale)
 
     def _rows(self, weights: Weights, space: str, axis: Axis) -> Tensor:
         return unit_rows(weights[axis.parameter], self.spec, space, axis)
@@ -210,6 +276,49 @@ class Similarity:
     def inner(self, other: Weights) -> float:
         """The part of J that lies on some of the other model's weights, without its share."""
         return sum(_dot(self.reference[name], theirs) for name, theirs in other.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Similarities of some units of the reference and some of the other model; nothing is kept."""
+
+    rows: Sequence[tuple[Axis, Tensor, Tensor]]
+    activations: Tensor | Factored | None
+    weight_share: float
+    scale: Scale
+
+    @cached_property
+    def _unit_moments(self) -> tuple[int, list[Tensor], list[Tensor]]:
+        """For each side the sums and the norms of each unit's centred stretches, laid end to end."""
+        columns = sum(ours.shape[1] for _, ours, _ in self.rows)
+        sums, norms = [], []
+        for side in (1, 2):
+            total = sum((row[side].sum(1) for row in self.rows), torch.zeros(()))
+            square = sum((row[side].square().sum(1) for row in self.rows), torch.zeros(()))
+            sums.append(total)
+            norms.append((square - total.square() / columns).clamp(min=0).sqrt())
+        return columns, sums, norms
+
+    def __call__(self, rows: slice, columns: slice) -> OfUnits:
+        """For [n] units and [m] units of the other model: [n, m]."""
+        odd, even = torch.zeros(()), None
+        for axis, ours, theirs in self.rows:
+            product = self.weight_share * (ours[rows] @ theirs[columns].T)
+            if axis.variance != 0 or self.scale == "unit":
+                odd = odd + product
+            else:
+                even = product if even is None else even + product
+        if self.rows and self.scale == "unit":
+            num, (s, t), (p, q) = self._unit_moments
+            centre = self.weight_share * torch.outer(s[rows], t[columns]) / num
+            odd = (odd - centre) / torch.outer(p[rows], q[columns]).clamp(min=1e-12)
+        if self.weight_share < 1 and self.activations is not None:
+            seen = self.activations
+            block = seen.block(rows, columns) if isinstance(seen, Factored) else seen[rows, columns]
+            odd = odd + (1 - self.weight_share) * block
+        if not odd.ndim:
+            odd = torch.zeros(rows.stop - rows.start, columns.stop - columns.start)
+        return OfUnits(odd, even)
 
 
 def scaled(weights: Weights, spec: SymmetrySpec, scale: Scale) -> dict[str, Tensor]:

@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor
 
-from alloy.activations import CrossMoments, Gram
+from alloy.activations import CrossMoments, Gram, SampledMoments
 
 Pair = tuple[str, str]
+
+MOST_SAMPLES = 1024
+"""Tokens that are kept where products of units would not fit (`alloy.similarity.by_blocks`)."""
 
 
 class CollectionError(ValueError):
@@ -43,6 +46,8 @@ class Place:
     products: Mapping[Pair, Tensor]
     """By pair of models (x, y): the sum of x yᵀ, [D, E]; (x, x) only where statistics are joint."""
     count: int
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
+    """Instead of products, where they would be too large: what the first MOST_SAMPLES tokens gave, [N, D]."""
 
     def __add__(self, other: Place) -> Place:
         return Place(
@@ -51,9 +56,15 @@ class Place:
             {name: total + other.squares[name] for name, total in self.squares.items()},
             {pair: total + other.products[pair] for pair, total in self.products.items()},
             self.count + other.count,
+            {
+                name: torch.cat([x, other.samples[name]])[:MOST_SAMPLES]
+                for name, x in self.samples.items()
+            },
         )
 
-    def between(self, a: str, b: str) -> CrossMoments:
+    def between(self, a: str, b: str) -> CrossMoments | SampledMoments:
+        if self.samples:
+            return SampledMoments(self.samples[a], self.samples[b])
         product = self.products[a, b] if (a, b) in self.products else self.products[b, a].T
         return CrossMoments(
             self.sums[a], self.sums[b], self.squares[a], self.squares[b], product, self.count
@@ -93,7 +104,7 @@ class Statistics:
     grams: Mapping[str, Mapping[str, Gram]] = field(default_factory=dict)
     noticed: tuple[Warned, ...] = ()
 
-    def between(self, a: str, b: str) -> dict[str, list[CrossMoments]]:
+    def between(self, a: str, b: str) -> dict[str, list[CrossMoments | SampledMoments]]:
         """For each space the cross-moments of the units of models a and b, at each of its points.
 
         Raises:
@@ -109,15 +120,23 @@ class Statistics:
         """The moments of all models' units together, at each point of a space.
 
         Raises:
-            CollectionError: statistics without the products within a model (`joint=True` has them).
+            CollectionError: statistics without the products within a model (`joint=True` has them), or of units
+                too many to multiply.
         """
         for a, b in combinations_with_replacement(self.names, 2):
             self._require(a, b)
         return [self._joined(place) for place in self.places.get(space, ())]
 
     def _joined(self, place: Place) -> JointMoments:
+        if place.samples:
+            size = max(len(total) for total in place.sums.values())
+            raise CollectionError(
+                f"{place.point} has {size} units, too many to compare all of them"
+            )
+        between = [[place.between(a, b) for b in self.names] for a in self.names]
         rows = [
-            torch.cat([place.between(a, b).product_DE for b in self.names], 1) for a in self.names
+            torch.cat([m.product_DE for m in row if isinstance(m, CrossMoments)], 1)
+            for row in between
         ]
         sums = [place.sums[name] for name in self.names]
         sizes = tuple(len(total) for total in sums)
@@ -181,6 +200,8 @@ class Statistics:
                     tensors[_key("square", *at, name)] = place.squares[name]
                 for pair, total in place.products.items():
                     tensors[_key("product", *at, *pair)] = total.contiguous()
+                for name, x_ND in place.samples.items():
+                    tensors[_key("sample", *at, name)] = x_ND
         for name, grams in self.grams.items():
             for weight, gram in grams.items():
                 at = (name, weight, str(gram.dim))
@@ -234,6 +255,10 @@ class Statistics:
                 moved = tensor.to(device, copy=True)
                 dist.all_reduce(moved)
                 summed[key] = moved.cpu()
+            elif key.split("/")[0] == "sample":
+                parts: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(parts, tensor)
+                summed[key] = torch.cat(parts)[:MOST_SAMPLES]
             elif key.split("/")[0] != "noticed":
                 summed[key] = tensor
         total = Statistics.from_tensors(summed)
@@ -242,7 +267,7 @@ class Statistics:
 
 
 _ADDITIVE = ("sum", "square", "product", "count", "gram", "tokens")
-_KINDS = ("name", "noticed", "space", *_ADDITIVE)
+_KINDS = ("name", "noticed", "space", "sample", *_ADDITIVE)
 
 
 def _key(*parts: str) -> str:
@@ -261,6 +286,7 @@ def _place_from(
         {name: t for (name,), t in below("square").items()},
         {(a, b): t for (a, b), t in below("product").items()},
         count,
+        {name: t for (name,), t in below("sample").items()},
     )
 
 
@@ -274,6 +300,7 @@ def _outline(statistics: Statistics) -> object:
                     place.point,
                     {name: tuple(total.shape) for name, total in place.sums.items()},
                     sorted(place.products),
+                    sorted(place.samples),
                 )
                 for place in places
             ]
@@ -300,9 +327,10 @@ def _doubts(space: str, place: Place) -> Iterator[Warned]:
                 f"{len(constant)} of {len(total)} units of {name!r} never vary in {at}: {shown}; "
                 f"they correlate with nothing",
             )
-        if place.count < len(total):
+        count = len(place.samples.get(name, ())) if place.samples else place.count
+        if count < len(total):
             yield Warned(
                 "few samples",
-                f"{place.count} tokens for {len(total)} units of {name!r} in {at}: the moments have "
+                f"{count} tokens for {len(total)} units of {name!r} in {at}: the moments have "
                 f"no full rank; take more calibration data",
             )

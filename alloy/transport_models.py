@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alloy.activations import CrossMoments
+from alloy.activations import CrossMoments, SampledMoments
 from alloy.align import num_flat_units
 from alloy.maps import UnitMap, apply_maps
 from alloy.matching import (
@@ -235,7 +235,16 @@ class TransportSearch:
         return mapped[axis.parameter]
 
 
-def activation_distance(moments: CrossMoments) -> Tensor:
-    """The Euclidean distance, over the calibration data, of what two units compute."""
+def activation_distance(moments: CrossMoments | SampledMoments) -> Tensor:
+    """The Euclidean distance, over the calibration data, of what two units compute.
+
+    Raises:
+        ValueError: units too many to compare all of them.
+    """
+    if isinstance(moments, SampledMoments):
+        raise ValueError(
+            f"transport compares all pairs of units, too many for a space of {moments.x_ND.shape[1]}: use "
+            "weight_share=1 without statistics of it, or a preset that permutes"
+        )
     square = moments.square_D[:, None] + moments.square_E[None] - 2 * moments.product_DE
     return square.clamp(min=0).sqrt() / moments.count**0.5

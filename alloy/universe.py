@@ -10,13 +10,14 @@ highest point from every start, so `alloy.presets` tries several and keeps the b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alloy.align import Search, move_columns
 from alloy.matching import Operator
-from alloy.similarity import Similarity, Statistics, scaled
+from alloy.similarity import Factored, Similarity, Statistics, scaled
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.transforms import Transform, Transforms, compose, invert, move
 from alloy.types import Weights
@@ -63,7 +64,7 @@ class _Universe:
         self.spec, self.share = spec, weight_share
         self.weights = {name: scaled(weights, spec, "tensor") for name, weights in models.items()}
         self.transforms = {name: dict(starts[name]) for name in models}
-        self.activations: dict[tuple[str, str], Mapping[str, Tensor]] = {}
+        self.activations: dict[tuple[str, str], Mapping[str, Tensor | Factored]] = {}
         for a in models if weight_share < 1 else ():
             for b in models:
                 if a != b:
@@ -75,11 +76,11 @@ class _Universe:
         others = [other for other in self.weights if other != name]
         moved = [move(self.weights[o], self.spec, self.transforms[o]) for o in others]
         reference = {n: torch.stack([m[n] for m in moved]).sum(0) for n in moved[0]}
-        activations: dict[str, Tensor] = {}
+        activations: dict[str, Any] = {}
         for other in others if self.share < 1 else ():
             for space, matrix in self.activations[other, name].items():
                 rows = move_columns(matrix.T, space, self.spec, self.transforms[other]).T
-                activations[space] = activations.get(space, 0) + rows
+                activations[space] = activations[space] + rows if space in activations else rows
         return Similarity(reference, self.spec, activations, self.share, "none")
 
     def improve(

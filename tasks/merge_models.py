@@ -27,7 +27,7 @@ from tasks.collect_models import load_statistics
 from tasks.models import load_any, load_config
 from tasks.outputs import answers
 from tasks.params import ModelsArm, models_recipe
-from tasks.sets import DATA, MODELS, Job, Report, batches, jobs, load_weights, run_jobs
+from tasks.sets import DATA, MODELS, Job, Report, jobs, load_weights, run_jobs
 from tasks.storage import read_json, write_folder, write_json
 
 LEFT_BEHIND = ("config.json", "manifest.json", "alloy_merge.json", "README.md")  # of the reference
@@ -145,8 +145,7 @@ def mend(
             f"repair looks at the aligned parents' activations, and alignment {arm.alignment!r} "
             f"({alignment.preset}) does not keep their functions"
         )
-    model = job.skeleton
-    seen = list(batches(load_file(job.calibration), job.params.collect.batch_size))
+    model, seen = job.skeleton, job.seen()
     shares = (
         dict(zip(parents, arm.coefficients, strict=True))
         if isinstance(arm.coefficients, list)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alloy import repair
 from tasks import accuracy
-from tasks.sets import DATA, Job, batches
+from tasks.sets import DATA, Job
 from tasks.yardsticks import Candidate, Unlabelled, asked, yardsticks
 
 Weights = Mapping[str, Tensor]
@@ -30,7 +30,7 @@ def merge_score(job: Job, name: str) -> Callable[[Mapping[str, Weights]], float]
     """The score of a job's aligned models by name; more is better."""
     model = job.skeleton
     parents = [asked(parent) for parent in job.models().values()]
-    seen = list(batches(load_file(job.calibration), job.params.collect.batch_size))
+    seen = job.seen()
     measure = MEASURES[name](job, parents, seen)
 
     def score(aligned: Mapping[str, Weights]) -> float:

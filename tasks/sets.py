@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from alloy.symmetry import SymmetrySpec
 from tasks.models import CheckpointError, load_any, load_config, model_class
+from tasks.outputs import by_length, trimmed
 from tasks.params import ModelsRecipe, ModelsSet, models_recipe
 from tasks.workers import side_by_side
 
@@ -64,6 +65,11 @@ class Job:
     @property
     def calibration(self) -> Path:
         return DATA / self.recipe / "calibration" / f"{self.found.calibration}.safetensors"
+
+    def seen(self) -> list[dict[str, Tensor]]:
+        """The calibration examples in batches, texts by length: each batch is as long as its longest."""
+        inputs = by_length(load_file(self.calibration))
+        return [trimmed(batch) for batch in batches(inputs, self.params.collect.batch_size)]
 
     def written(self, stage_output: str) -> Path:
         """Where a stage keeps what it made for this job: `statistics`, `transforms` or `arms`."""

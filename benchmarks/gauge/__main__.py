@@ -2,7 +2,7 @@
 
     dvc repro benchmarks/gauge/dvc.yaml           # everything, what is stale of it: about 2 CPU hours
     python -m benchmarks.gauge train d96_m1_s0    # one model of params/gauge.yaml, into models/gauge/
-    python -m benchmarks.gauge measure d96_m1_s0  # its merges; also of the released specific_unseeded, specific
+    python -m benchmarks.gauge measure d96_m1_s0  # its merges; also of specific_unseeded, specific, wide144
     python -m benchmarks.gauge ablate             # what may turn, calibration, starts
     python -m benchmarks.gauge multitask          # the multitask recipe's ViTs and BERTs
     python -m benchmarks.gauge finetune           # the recipe's fine-tuning afterwards
@@ -36,7 +36,7 @@ from tasks.params import ParamsError, nearest
 def _measure(name: str) -> None:
     params = study()
     released = params.measure.released
-    known = [*released, *params.models]
+    known = [*released, *params.models, *params.widened]
     if name not in known:
         raise ParamsError(f"{name!r} is no parent of params/gauge.yaml: {nearest(name, known)}")
     draws = released.get(name, params.measure.draws)

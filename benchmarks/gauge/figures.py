@@ -14,6 +14,7 @@ from benchmarks.gauge.merges import PARENT, Grams
 FOLDER = Path("docs/figures")
 SHOWN = "specific_unseeded"
 LAYER = "blocks.3.ffn.fc1.weight"
+LEAST = 15.0  # per cent: of a parent that can do less, shares are noise
 
 
 def figures() -> None:
@@ -64,7 +65,8 @@ def points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 point[f"{arm}: {metric}"] = statistics.mean(kept)
             point |= {key: same[0][key] for key in ("width", "demand", "joint_demand")}
         cost = next(row for row in own if row["arm"] == "gauge + sequential")
-        point["seconds"] = round(cost.get("search_seconds", 0) + cost["cpu_seconds"])
+        searched = cost.get("search_seconds")
+        point["seconds"] = "" if searched is None else round(searched + cost["cpu_seconds"])
         found.append(point)
     return found
 
@@ -76,7 +78,7 @@ def slack(found: list[dict[str, Any]]) -> Figure:
     markers = {96: "o", 192: "s", 384: "D"}
     for axis, metric in zip(panels, ("retrieval", "masked_words"), strict=True):
         for arm, colour in (("gauge + sequential", "tab:blue"), ("sequential", "tab:grey")):
-            for point in found:
+            for point in (point for point in found if point[metric] >= LEAST):
                 axis.plot(
                     point["joint_demand"],
                     point[f"{arm}: {metric}"],

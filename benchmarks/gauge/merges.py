@@ -26,6 +26,7 @@ from alloy.models.gauge import (
 from alloy.symmetry import identity
 from benchmarks.gauge.params import Calibration, study
 from benchmarks.gauge.train import MADE
+from benchmarks.gauge.widen import widen
 from tasks import scenes
 from tasks.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
 from tasks.gauge import hide_words
@@ -37,6 +38,7 @@ from tasks.storage import write_file
 RESULTS = Path("benchmarks/results/gauge")
 RELEASED = Path("released/modality")
 PARENT = "unmerged parent"
+WIDENED = "specific_unseeded"
 
 Batches = list[dict[str, Tensor]]
 Grams = Mapping[str, Mapping[str, Gram]]
@@ -53,7 +55,9 @@ class Start:
 
 
 def load_parent(name: str) -> ModalityModel:
-    """A released checkpoint, or a model of the study."""
+    """A released checkpoint, a model of the study, or one whose streams are wider."""
+    if (width := study().widened.get(name)) is not None:
+        return widen(load_parent(WIDENED), width)
     folder = RELEASED / name
     return load_model(folder if folder.is_dir() else MADE / name).cpu()
 

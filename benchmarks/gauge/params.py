@@ -81,6 +81,7 @@ class GaugeStudyParams(Section):
     search: Search
     pretraining: Pretraining
     models: dict[Name, StudyModel] = Field(min_length=1)
+    widened: dict[Name, int]
     measure: Measure
     ablate: Ablate
     multitask: Multitask

@@ -7,10 +7,12 @@ import pytest
 import torch
 from dvc.repo import Repo
 
+from alloy.models import ModalityConfig, ModalityModel
 from benchmarks.gauge.figures import points
 from benchmarks.gauge.measure import dims_99
 from benchmarks.gauge.params import GaugeStudyParams, study
 from benchmarks.gauge.table import _spread
+from benchmarks.gauge.widen import widen
 from tasks.params import ParamsError, load_file
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,6 +36,7 @@ def test_no_recipe_reads_what_the_study_writes_and_everything_is_measured() -> N
         table = {stage.name for stage in networkx.descendants(graph, by_name["table"])}
     params = study()
     parents = [f"measure@{n}" for n in params.models]
+    parents += [f"measure_widened@{n}" for n in params.widened]
     parents += [f"measure_released@{n}" for n in params.measure.released]
     assert {*parents, "ablate", "multitask", "finetune", "cost"} <= table
     assert "prepare@modality" in table
@@ -73,3 +76,39 @@ def test_what_is_kept_is_a_share_of_the_parents_own_score() -> None:
 def test_dims_are_counted_up_to_99_percent_of_the_energy() -> None:
     assert dims_99(torch.diag(torch.tensor([98.0, 1.0, 0.5, 0.5]))) == 2
     assert dims_99(torch.eye(200)) == 198
+
+
+def test_a_model_in_a_wider_stream_is_the_same_function() -> None:
+    """Twice as wide, with heads that do nothing: equal outputs; another width is refused."""
+    torch.manual_seed(0)
+    config = ModalityConfig(
+        sharing="none",
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_joint_layers=1,
+        num_attention_heads=2,
+        intermediate_size=40,
+        embedding_size=16,
+        image_size=16,
+        patch_size=8,
+        vocab_size=30,
+        max_position_embeddings=6,
+        layer_scale=None,
+        initializer_range=0.2,
+        num_answers=0,
+        num_segment_classes=0,
+    )
+    model = ModalityModel(config).double().eval()
+    wide = widen(model, 48).double()
+    inputs = {
+        "pixel_values": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
+        "input_ids": torch.randint(1, 30, (3, 6)),
+        "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 6]),
+    }
+    assert wide.config.hidden_size == 48
+    with torch.no_grad():
+        for name, value in model(**inputs).items():
+            if name != "joint_states":
+                torch.testing.assert_close(wide(**inputs)[name], value, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="width 30: take a multiple of 12 of at least 24"):
+        widen(model, 30)

@@ -78,7 +78,7 @@ def fit_layers(
         MergeError: activations that are not finite; `residual` with the parents' inputs; a module of
             other layers, or of other outputs where these are fixed.
     """
-    _check(merged, {n: p for n, p in parents.items() if not isinstance(p, nn.Module)}, batches)
+    _check(merged, parents, batches)
     if ridge <= 0:
         raise RepairError(
             f"ridge {ridge} leaves directions without data undetermined: take one > 0"
@@ -322,13 +322,17 @@ def _equal_or_given(
     return [coefficients[name] for name in parents]
 
 
-def _check(merged: Weights, parents: Mapping[str, Weights], batches: Sequence[Batch]) -> None:
+def _check(
+    merged: Weights, parents: Mapping[str, Weights | nn.Module], batches: Sequence[Batch]
+) -> None:
     if not batches:
         raise RepairError("there are no batches to repair the model from")
     if not parents:
         raise RepairError("there are no parents to repair the model after")
     for name, parent in parents.items():
         for key, weight in merged.items():
+            if isinstance(parent, nn.Module):
+                continue
             if key not in parent or parent[key].shape != weight.shape:
                 found = tuple(parent[key].shape) if key in parent else "nothing"
                 raise RepairError(

@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from tasks import (
     evaluate,
     fetch,
     merge,
+    merge_models,
     params,
     prepare,
     promotion,
@@ -302,6 +304,39 @@ def test_padding_does_not_count_and_is_not_computed() -> None:
     assert found["joint_accuracy"].value == pytest.approx(100 * expected.double().mean().item())
 
 
+def test_parents_of_another_width_are_followed(write) -> None:
+    """Where the arm's alignment is not made for a set, `elsewhere` is; least squares then follows both parents,
+    each in its own module. What has no counterparts is refused."""
+
+    def change(recipe: dict) -> None:
+        recipe["align"]["alignments"] |= {"ot_fusion": {"preset": "ot_fusion"}}
+        for name in ("identity", "mudsc"):
+            recipe["align"]["alignments"][name]["sets"] = []
+        arm = {"method": "linear", "alignment": "mudsc", "elsewhere": "ot_fusion"}
+        fit = {"residual": True}
+        recipe["merge"]["arms"] = {
+            "mudsc": arm,
+            "followed": {**arm, "repair": {"permuted_least_squares": fit}},
+            "nowhere": {"method": "linear", "alignment": "identity"},
+        }
+        recipe["evaluate"]["curves"] = []
+
+    write(CONVNEXT, change)
+    tiny_models.save(tiny_models.model(CONVNEXT, 1, hidden_sizes=[12, 16]), Path("given/b"))
+    run()
+    assert scores("followed")["loss"] < 0.5 * scores("mudsc")["loss"]
+    account = json.loads(Path("models/mine/arms/pair/0/followed/alloy_merge.json").read_text())
+    assert account["alignment"]["preset"] == "ot_fusion"
+    assert not Path("models/mine/arms/pair/0/nowhere").exists()
+    change_params(lambda r: r["merge"]["arms"]["followed"]["repair"].update(repair=True))
+    with pytest.raises(ValueError, match=r"merge\.arms\.followed: repair looks at the aligned"):
+        run(merge)
+    (job,) = jobs("mine")
+    zipped = replace(load_alignment(job, "ot_fusion"), reference="b")  # whose units are mapped
+    with pytest.raises(ValueError, match="follows parents in the reference's units"):
+        merge_models.unaligned(job, job.params.arms("pair")["followed"], zipped)
+
+
 def test_what_is_mended_is_better_by_the_measure_it_mends(write) -> None:
     """Least squares brings the answers nearer to the parents' mean; temperature does and keeps every choice."""
 
@@ -450,6 +485,7 @@ def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
         (lambda r: r["collect"]["sets"]["pair"]["members"].update({0: ["a"]}), "two or more"),
         (lambda r: r["collect"]["sets"]["pair"]["members"].update({0: ["a", "a"]}), "named twice"),
         (lambda r: r["merge"]["arms"]["mudsc"].update(alignment="mudsk"), "did you mean 'mudsc'"),
+        (lambda r: r["merge"]["arms"]["mudsc"].update(elsewhere="mudsk"), "elsewhere: 'mudsk'"),
         (lambda r: r["merge"]["result"].update(seed=3), r"result\.seed: 3"),
         (lambda r: r["merge"]["result"].update(arm="avrage"), "did you mean 'average'"),
         (lambda r: r["merge"]["arms"].update(ensemble=r["merge"]["arms"]["mudsc"]), "'ensemble'"),

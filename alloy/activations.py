@@ -72,6 +72,8 @@ class CrossMoments:
     square_E: Tensor
     product_DE: Tensor
     count: int
+    keeps_sign: bool = False
+    """The point shows the same where units of its space change their signs (the gate beside a signed MLP unit)."""
 
     @classmethod
     def zero(cls, size: int, other_size: int) -> CrossMoments:
@@ -111,6 +113,7 @@ class CrossMoments:
             self.square_E + other.square_E,
             self.product_DE + other.product_DE,
             self.count + other.count,
+            self.keeps_sign,
         )
 
     def correlation_DE(self) -> Tensor:
@@ -151,6 +154,7 @@ class SampledMoments:
 
     x_ND: Tensor
     y_NE: Tensor
+    keeps_sign: bool = False
 
     @property
     def count(self) -> int:

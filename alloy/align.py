@@ -40,9 +40,11 @@ from alloy.similarity import (
     Scale,
     Similarity,
     Statistics,
+    by_sign,
     mean_correlation,
     mean_cosine,
     mean_covariance,
+    signless,
     unit_rows,
 )
 from alloy.symmetry.spec import Leaf, SymmetrySpec
@@ -147,8 +149,8 @@ class Search:
         start = dict(transforms or identity(self.spec))
         weights = similarity.scaled(other) if similarity.weight_share > 0 else {}
         activations = {
-            name: move_columns(matrix, name, self.spec, start)
-            for name, matrix in similarity.activations.items()
+            key: move_seen(matrix, key, self.spec, start)
+            for key, matrix in similarity.activations.items()
         }
         self.state = State(start, move(weights, self.spec, start), activations)
         self.prices: dict[str, Tensor] = {}
@@ -249,9 +251,10 @@ class Search:
             compose({name: transforms[name] for name in names}, step),
             move(touched, self.spec, step),
             {
-                n: move_columns(activations[n], n, self.spec, step)
-                for n in names
-                if n in activations
+                key: move_seen(activations[key], key, self.spec, step)
+                for name in names
+                for key in (name, signless(name))
+                if key in activations
             },
         )
 
@@ -271,11 +274,11 @@ class Search:
 
     def _of_units(self, space: str) -> OfUnits:
         return self.similarity.of_units(
-            space, self.state.weights, self.state.activations.get(space), self.kept
+            space, self.state.weights, self.state.activations, self.kept
         )
 
     def _blocks(self, space: str) -> Blocks:
-        return self.similarity.blocks(space, self.state.weights, self.state.activations.get(space))
+        return self.similarity.blocks(space, self.state.weights, self.state.activations)
 
     def objective(self) -> float:
         if self.similarity.scale == "unit":
@@ -303,6 +306,21 @@ def move_columns(
     columns = matrix_DE.T.reshape(*spec.batch_shape(space), spec.spaces[space].size, -1)
     moved = move_units(columns, space, spec, transforms)
     return moved.reshape(matrix_DE.shape[1], -1).T
+
+
+def move_seen(
+    matrix_DE: Tensor | Factored, key: str, spec: SymmetrySpec, transforms: Transforms
+) -> Tensor | Factored:
+    """`move_columns` of what was seen of a space; signs do not count where it is `signless`."""
+    if key in spec.spaces:
+        return move_columns(matrix_DE, key, spec, transforms)
+    space = next(name for name in spec.spaces if signless(name) == key)
+    plain = {
+        name: t if t.matrix is not None else replace(t, signs=None)
+        for name, t in transforms.items()
+        if t.matrix is not None or t.permutation is not None
+    }
+    return move_columns(matrix_DE, space, spec, plain)
 
 
 def move_units(units: Tensor, space: str, spec: SymmetrySpec, transforms: Transforms) -> Tensor:
@@ -463,19 +481,24 @@ def describe(
         turned = transforms[name].matrix is not None
         seen = (mean_covariance if turned else mean_correlation)(moments) if moments else None
         num_moved, kind = _moved(name, spec, transforms)
-        rows.append(
-            space_alignment(
-                name,
-                spec,
-                spec,
-                transforms,
-                (None, None),
-                kind,
-                (reference, other),
-                (reference, moved),
-                seen,
-            )._replace(num_moved=num_moved, kind=kind)
-        )
+        row = space_alignment(
+            name,
+            spec,
+            spec,
+            transforms,
+            (None, None),
+            kind,
+            (reference, other),
+            (reference, moved),
+            seen,
+        )._replace(num_moved=num_moved, kind=kind)
+        if moments and transforms[name].signs is not None:
+            after = [
+                _trace(move_seen(part, key, spec, transforms))
+                for key, part in by_sign(name, moments).items()
+            ]
+            row = row._replace(activation_after=sum(after) / row.num_units)
+        rows.append(row)
     return rows
 
 

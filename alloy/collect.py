@@ -416,6 +416,7 @@ class _Products:
             {} if key in self.samples else {pair: self._product(key, pair) for pair in self.pairs},
             self.first.counts[key],
             {name: torch.cat(kept) for name, kept in self.samples.get(key, {}).items()},
+            unit.keeps_sign,
         )
 
     def _product(self, key: str, pair: Pair) -> Tensor:

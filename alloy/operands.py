@@ -39,6 +39,10 @@ class Operand(NamedTuple):
     """As `See` has it."""
 
     @property
+    def keeps_sign(self) -> bool:
+        return self.side == "output" and self.axis.variance == 0
+
+    @property
     def point(self) -> Point:
         return Point(self.axis.parameter, self.side)
 

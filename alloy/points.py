@@ -51,6 +51,8 @@ class UnitPoint:
 
     Whatever the units of other spaces among the entries, no permutation or rotation of theirs changes it.
     """
+    keeps_sign: bool = False
+    """What a layer computes stays the same where units of the space change their signs: a gate."""
 
     @cached_property
     def least_size(self) -> int:
@@ -151,9 +153,12 @@ def _reading_and_writing(
         reading, writing = found.setdefault(whole, ([], {}))
         if axis.dim == layer.input:
             point = Point(name, "input")
-            reading.append(UnitPoint(space, axis, point, columns, layer.units, whole))
+            reading.append(UnitPoint(space, axis, point, columns, layer.units, whole, whole))
         elif axis.dim == layer.output:
-            point = UnitPoint(space, axis, Point(name, "output"), columns, layer.units, whole)
+            keeps = whole or (axis.variance == 0 and (layer.input is not None or layer.rank == 1))
+            point = UnitPoint(
+                space, axis, Point(name, "output"), columns, layer.units, whole, keeps
+            )
             writing.setdefault(layer.rank, []).append(point)
     single = found.get(False, ([], {}))
     return single if any(single) else found.get(True, ([], {}))

@@ -90,6 +90,23 @@ def mean_correlation(moments: Sequence[CrossMoments | SampledMoments]) -> Tensor
     return sum(found[1:], found[0]) / len(found)
 
 
+def by_sign(
+    space: str, moments: Sequence[CrossMoments | SampledMoments]
+) -> dict[str, Tensor | Factored]:
+    """The parts of the mean correlation that change their sign with the units, and that do not."""
+    found = {}
+    for key, keeps in ((space, False), (signless(space), True)):
+        part = [m for m in moments if m.keeps_sign == keeps]
+        if part:
+            found[key] = mean_correlation(part) * (len(part) / len(moments))
+    return found
+
+
+def signless(space: str) -> str:
+    """The key of what is seen of a space where the signs of its units do not show."""
+    return f"{space} without signs"
+
+
 _CORRELATIONS: WeakKeyDictionary[CrossMoments, Tensor] = WeakKeyDictionary()
 """Searches, starts and reports all ask for the same correlations."""
 
@@ -148,7 +165,7 @@ class Similarity:
     """Everything that stays fixed while the transforms of the other model are searched.
 
     `reference` holds scaled weights; `activations` by space [n, no], units with their batch flattened,
-    in the units of J.
+    in the units of J. What is seen where signs do not show is under `signless(space)`.
     """
 
     reference: Weights
@@ -171,10 +188,15 @@ class Similarity:
         """Similarity to a reference; spaces in `rotating` are compared by covariance."""
         activations = {}
         for space, moments in statistics.items() if weight_share < 1 else ():
-            mean = (mean_covariance if space in rotating else mean_correlation)(moments)
             size = math.prod(spec.batch_shape(space)) * spec.spaces[space].size
             weight = 1.0 if scale == "unit" else len(spec.spaces[space].axes) / size
-            activations[space] = mean * weight
+            if space in rotating:
+                turning = [m for m in moments if not m.keeps_sign]  # lengths do not turn
+                if turning:
+                    activations[space] = mean_covariance(turning) * weight
+                continue
+            for key, mean in by_sign(space, moments).items():
+                activations[key] = mean * weight
         return cls(scaled(reference, spec, scale), spec, activations, weight_share, scale)
 
     def scaled(self, other: Weights) -> dict[str, Tensor]:
@@ -189,14 +211,14 @@ class Similarity:
         self,
         space: str,
         other: Weights,
-        activations: Tensor | Factored | None,
+        activations: Mapping[str, Tensor | Factored],
         kept: Kept | None = None,
     ) -> OfUnits:
         """What matching unit i of the reference with unit j of the other model adds to J.
 
         Args:
             other: scaled weights, every other space already transformed.
-            activations: of this space, the columns transformed like the weights.
+            activations: by space, the columns transformed like the weights.
             kept: products from earlier calls; only what has changed since is multiplied again.
         """
         odd, even = [], []
@@ -208,21 +230,25 @@ class Similarity:
                 odd.append(self.weight_share * products.odd)
                 if products.even is not None:
                     even.append(self.weight_share * products.even)
-        if self.weight_share < 1 and activations is not None:
-            assert isinstance(activations, Tensor)
-            odd.append((1 - self.weight_share) * activations)
+        for key, parts in ((space, odd), (signless(space), even)):
+            if self.weight_share < 1 and (seen := activations.get(key)) is not None:
+                assert isinstance(seen, Tensor)
+                parts.append((1 - self.weight_share) * seen)
         size = math.prod(self.spec.batch_shape(space)) * self.spec.spaces[space].size
         total = sum(odd, torch.zeros(size, size, dtype=odd[0].dtype if odd else torch.float32))
-        signless = pairs(even[0], self.spec, space) if even else None
-        return OfUnits(pairs(total, self.spec, space), signless)
+        rest = pairs(sum(even[1:], even[0]), self.spec, space) if even else None
+        return OfUnits(pairs(total, self.spec, space), rest)
 
-    def blocks(self, space: str, other: Weights, activations: Tensor | Factored | None) -> Blocks:
+    def blocks(
+        self, space: str, other: Weights, activations: Mapping[str, Tensor | Factored]
+    ) -> Blocks:
         """What `of_units` gives, a block at a time: for spaces whose pairs of units are too many."""
         rows = [
             (axis, self._rows(self.reference, space, axis), self._rows(other, space, axis))
             for axis in (self.own_axes[space] if self.weight_share > 0 else ())
         ]
-        return Blocks(rows, activations, self.weight_share, self.scale)
+        seen = tuple(activations.get(key) for key in (space, signless(space)))
+        return Blocks(rows, seen, self.weight_share, self.scale)
 
     def _rows(self, weights: Weights, space: str, axis: Axis) -> Tensor:
         return unit_rows(weights[axis.parameter], self.spec, space, axis)
@@ -283,7 +309,8 @@ class Blocks:
     """Similarities of some units of the reference and some of the other model; nothing is kept."""
 
     rows: Sequence[tuple[Axis, Tensor, Tensor]]
-    activations: Tensor | Factored | None
+    activations: tuple[Tensor | Factored | None, ...]
+    """What changes sign with the units, and what does not."""
     weight_share: float
     scale: Scale
 
@@ -312,10 +339,17 @@ class Blocks:
             num, (s, t), (p, q) = self._unit_moments
             centre = self.weight_share * torch.outer(s[rows], t[columns]) / num
             odd = (odd - centre) / torch.outer(p[rows], q[columns]).clamp(min=1e-12)
-        if self.weight_share < 1 and self.activations is not None:
-            seen = self.activations
-            block = seen.block(rows, columns) if isinstance(seen, Factored) else seen[rows, columns]
-            odd = odd + (1 - self.weight_share) * block
+        blocks = [
+            None
+            if seen is None or self.weight_share == 1
+            else (1 - self.weight_share)
+            * (seen.block(rows, columns) if isinstance(seen, Factored) else seen[rows, columns])
+            for seen in self.activations
+        ]
+        if blocks[0] is not None:
+            odd = odd + blocks[0]
+        if blocks[1] is not None:
+            even = blocks[1] if even is None else even + blocks[1]
         if not odd.ndim:
             odd = torch.zeros(rows.stop - rows.start, columns.stop - columns.start)
         return OfUnits(odd, even)

@@ -48,6 +48,8 @@ class Place:
     count: int
     samples: Mapping[str, Tensor] = field(default_factory=dict)
     """Instead of products, where they would be too large: what the first MOST_SAMPLES tokens gave, [N, D]."""
+    keeps_sign: bool = False
+    """As in `alloy.activations.CrossMoments`."""
 
     def __add__(self, other: Place) -> Place:
         return Place(
@@ -60,14 +62,21 @@ class Place:
                 name: torch.cat([x, other.samples[name]])[:MOST_SAMPLES]
                 for name, x in self.samples.items()
             },
+            self.keeps_sign,
         )
 
     def between(self, a: str, b: str) -> CrossMoments | SampledMoments:
         if self.samples:
-            return SampledMoments(self.samples[a], self.samples[b])
+            return SampledMoments(self.samples[a], self.samples[b], self.keeps_sign)
         product = self.products[a, b] if (a, b) in self.products else self.products[b, a].T
         return CrossMoments(
-            self.sums[a], self.sums[b], self.squares[a], self.squares[b], product, self.count
+            self.sums[a],
+            self.sums[b],
+            self.squares[a],
+            self.squares[b],
+            product,
+            self.count,
+            self.keeps_sign,
         )
 
 
@@ -195,6 +204,8 @@ class Statistics:
             for i, place in enumerate(places):
                 at = (space, str(i), place.point)
                 tensors[_key("count", *at)] = torch.tensor(place.count)
+                if place.keeps_sign:
+                    tensors[_key("unsigned", *at)] = torch.tensor(i)
                 for name, total in place.sums.items():
                     tensors[_key("sum", *at, name)] = total
                     tensors[_key("square", *at, name)] = place.squares[name]
@@ -267,7 +278,7 @@ class Statistics:
 
 
 _ADDITIVE = ("sum", "square", "product", "count", "gram", "tokens")
-_KINDS = ("name", "noticed", "space", "sample", *_ADDITIVE)
+_KINDS = ("name", "noticed", "space", "sample", "unsigned", *_ADDITIVE)
 
 
 def _key(*parts: str) -> str:
@@ -287,6 +298,7 @@ def _place_from(
         {(a, b): t for (a, b), t in below("product").items()},
         count,
         {name: t for (name,), t in below("sample").items()},
+        at in read.get("unsigned", {}),
     )
 
 

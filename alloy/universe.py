@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alloy.align import Search, move_columns
+from alloy.align import Search, move_seen
 from alloy.matching import Operator
 from alloy.similarity import Factored, Similarity, Statistics, scaled
 from alloy.symmetry.spec import SymmetrySpec
@@ -79,7 +79,7 @@ class _Universe:
         activations: dict[str, Any] = {}
         for other in others if self.share < 1 else ():
             for space, matrix in self.activations[other, name].items():
-                rows = move_columns(matrix.T, space, self.spec, self.transforms[other]).T
+                rows = move_seen(matrix.T, space, self.spec, self.transforms[other]).T
                 activations[space] = activations[space] + rows if space in activations else rows
         return Similarity(reference, self.spec, activations, self.share, "none")
 

@@ -13,11 +13,14 @@ from transformers import (
     LlamaForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 import alloy
 from alloy.presets import PRESETS
-from alloy.symmetry import observe_outputs
+from alloy.symmetry import observe_outputs, random_transforms
+from alloy.symmetry.spec import with_kind
 
 pytestmark = pytest.mark.slow
 SIZE = 16
@@ -110,3 +113,38 @@ def test_exact_presets_keep_functions_and_all_presets_merge(case, preset):
         for ours, theirs in zip(before, after, strict=True):
             # Llama's norms compute in float32, whatever the weights are
             torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5 * float(ours.std()))
+
+
+def _vit():
+    shape = {k: SHAPE[k] for k in SHAPE if k not in ("vocab_size", "max_position_embeddings")}
+    return ViTForImageClassification(ViTConfig(**shape, image_size=16, patch_size=4, num_labels=5))
+
+
+@pytest.mark.parametrize("weight_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_planted_rotations_signs_and_rotary_turns_are_undone(name, weight_share):
+    """Streams around the ones (LayerNorm) or free (RMSNorm), heads within, pairs of rotary units, gated MLPs."""
+    build = {"vit": _vit, "llama": _llama}[name]
+    inputs = {"llama": TOKENS, "vit": {"pixel_values": torch.randn(32, 3, 16, 16)}}[name]
+    torch.manual_seed(0)
+    model, planted = build().eval(), build().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    spec = alloy.find_symmetries(model, {k: v[:4] for k, v in inputs.items()})
+    source, folded = alloy.fold_norms(model.state_dict(), spec)
+    drawn = random_transforms(with_kind(folded, "orthogonal"), torch.Generator().manual_seed(3))
+    planted.load_state_dict(alloy.transport(source, folded, drawn))
+    models = {"a": model, "b": planted}
+    statistics = alloy.collect(models, [inputs], spec)
+    weights = {n: m.state_dict() for n, m in models.items()}
+    found = alloy.align_models(
+        weights, spec, statistics, preset="orthogonal", weight_share=weight_share
+    )
+    moved = found.apply(weights)
+    for key, tensor in moved["a"].items():
+        torch.testing.assert_close(moved["b"][key], tensor, rtol=0, atol=1e-3, msg=key)
+    kinds = {space.kind for space in folded.spaces.values()}
+    assert kinds >= (
+        {"rotary", "signed permutation"} if name == "llama" else {"orthogonal fixing ones"}
+    )
+    assert all(row.activation_after > 0.99 for row in found.report["b"] if row.activation_after)

@@ -322,6 +322,8 @@ def test_two_processes_see_what_one_sees(tmp_path):
     for rank in (0, 1):
         found = Statistics.from_tensors(load_file(tmp_path / f"{rank}.safetensors"))
         _assert_same(whole, found)
+        kept = Statistics.from_tensors(load_file(tmp_path / f"kept{rank}.safetensors"))
+        _assert_same(reduce_statistics.kept(0, 40), kept, tolerance=1e-12)
 
 
 def test_a_large_mean_does_not_drown_the_variance():

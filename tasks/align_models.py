@@ -6,6 +6,7 @@ outputs on calibration examples, in float64.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def align_all(job: Job, folder: Path, report: Report) -> None:
     """All alignments of one set and seed."""
     folder.mkdir(parents=True)
     weights, specs, statistics = job.weights(), job.specs(), load_statistics(job)
-    found = {}
+    functions, found = Functions(job, weights), {}
     for name, params in job.params.alignments(job.set).items():
         settings = dict(params.settings)
         if params.score is not None:
@@ -54,7 +55,7 @@ def align_all(job: Job, folder: Path, report: Report) -> None:
                 f"set {job.set!r}: align.alignments.{name}: {error}; an alignment that some sets cannot "
                 "have names the others in `sets`"
             ) from error
-        change = largest_change(job, alignment, weights) if alignment.exact else None
+        change = functions.largest_change(alignment) if alignment.exact else None
         save_tensors(alignment.to_tensors(), folder / f"{name}.safetensors")
         found[name] = _facts(params, alignment, change)
         report("step")
@@ -85,29 +86,41 @@ def _summary(alignment: Alignment, change: float | None) -> str:
     return f"{moved} of {units} units moved, {kept}"
 
 
-def largest_change(
-    job: Job, alignment: Alignment, weights: Mapping[str, Mapping[str, Tensor]]
-) -> float:
-    """By how much an exact alignment changes any model's outputs on calibration examples, of their spread.
+class Functions:
+    """What the models of a job compute on a few calibration examples, in float64."""
 
-    Raises AlignmentError where that is more than TOLERANCE: then the alignment is not what it says.
-    """
-    examples = first_examples(job.calibration)
-    precise = {name: {n: _double(t) for n, t in found.items()} for name, found in weights.items()}
-    moved = alignment.apply(precise)
-    worst = 0.0
-    for name, folder in job.folders.items():
-        model = load_any(folder).cpu().double()
-        before, after = (outputs(model, w[name], examples) for w in (precise, moved))
-        for ours, theirs in zip(before, after, strict=True):
-            spread = ours.std().clamp(min=1e-30)
-            worst = max(worst, float((ours - theirs).abs().max() / spread))
-        if not worst <= TOLERANCE:
-            raise AlignmentError(
-                f"set {job.set!r}: {alignment.preset} changes the outputs of {name} by {worst:.1e} of their "
-                f"spread, {TOLERANCE:.0e} is allowed: report this, with the model"
-            )
-    return worst
+    def __init__(self, job: Job, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.set, self.folders = job.set, job.folders
+        self.examples = first_examples(job.calibration)
+        self.weights = {name: {n: _double(t) for n, t in w.items()} for name, w in weights.items()}
+
+    @cached_property
+    def models(self) -> dict[str, nn.Module]:
+        return {name: load_any(folder).cpu().double() for name, folder in self.folders.items()}
+
+    @cached_property
+    def before(self) -> dict[str, list[Tensor]]:
+        return {name: self.outputs(name, found) for name, found in self.weights.items()}
+
+    def outputs(self, name: str, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        return outputs(self.models[name], weights, self.examples)
+
+    def largest_change(self, alignment: Alignment) -> float:
+        """By how much an exact alignment changes any model's outputs, of their spread.
+
+        Raises AlignmentError where that is more than TOLERANCE: then the alignment is not what it says.
+        """
+        worst = 0.0
+        for name, moved in alignment.apply(self.weights).items():
+            for ours, theirs in zip(self.before[name], self.outputs(name, moved), strict=True):
+                spread = ours.std().clamp(min=1e-30)
+                worst = max(worst, float((ours - theirs).abs().max() / spread))
+            if not worst <= TOLERANCE:
+                raise AlignmentError(
+                    f"set {self.set!r}: {alignment.preset} changes the outputs of {name} by {worst:.1e} of "
+                    f"their spread, {TOLERANCE:.0e} is allowed: report this, with the model"
+                )
+        return worst
 
 
 @torch.no_grad()

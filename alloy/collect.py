@@ -17,7 +17,8 @@ Shape legend: N tokens, D units of a point.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import combinations
 from typing import Literal
@@ -365,14 +366,20 @@ class _Products:
         self.sums: dict[tuple[str, Pair], Tensor] = {}
         self.samples: dict[str, dict[str, list[Tensor]]] = {}
         """Of spaces too large to multiply, by key and model."""
+        self.routed: set[str] = set()
+        """Names of the points, without numbers, at which models choose tokens of their own."""
         self.started = False
 
     def add(self, seen: Mapping[str, Mapping[str, list[Tensor]]]) -> None:
         self.started = True
         (first, units), *others = seen.items()
         for name, theirs in others:
-            _require_same_samples(first, units, name, theirs)
+            self.routed |= {_unnumbered(key) for key in _differing(units, theirs)}
+            if all(_unnumbered(key) in self.routed for key in units):
+                _refuse_other_samples(first, units, name, theirs)
         for key, calls in units.items():
+            if _unnumbered(key) in self.routed:
+                continue
             if self._large(key):
                 self._keep(key, seen)
                 continue
@@ -398,14 +405,21 @@ class _Products:
             raise CollectionError("there are no calibration batches: nothing was observed")
         places: dict[str, list[Place]] = {space: [] for space in self.first.spec.spaces}
         for key, unit in {**self.first.units, **(self.first.operands or {})}.items():
-            if unit.space and key in self.first.sums:
+            if unit.space and key in self.first.sums and not self._is_routed(key):
                 places[unit.space].append(self._place(key, unit))
         return Statistics(
             tuple(self.observers),
             {space: tuple(found) for space, found in places.items() if found},
             {name: grams for name, o in self.observers.items() if (grams := o.found_grams())},
-            tuple(_noticed(self.observers)),
+            tuple(
+                _noticed(self.observers, {space for space in places if places[space]}, self.routed)
+            ),
         )
+
+    def _is_routed(self, key: str) -> bool:
+        image = self.first.images.get(key)
+        points = (key, self.first.source_of(image)) if image else (key,)
+        return any(_unnumbered(point) in self.routed for point in points)
 
     def _place(self, key: str, unit: UnitPoint | Operand) -> Place:
         totals = {name: o.total(key) for name, o in self.observers.items()}
@@ -449,20 +463,29 @@ def _accumulate(into: dict, key: object, value: Tensor) -> None:
         into[key] = value.double()
 
 
-def _require_same_samples(
+def _unnumbered(key: str) -> str:
+    """What the points of all experts (and of all blocks) have in common."""
+    return re.sub(r"\d+", "#", key)
+
+
+def _differing(ours: Mapping[str, list[Tensor]], theirs: Mapping[str, list[Tensor]]) -> set[str]:
+    """The points at which two models saw different numbers of tokens: each routes them its own way."""
+    differing = set(ours) ^ set(theirs)
+    for key in set(ours) & set(theirs):
+        if [len(x) for x in ours[key]] != [len(x) for x in theirs[key]]:
+            differing.add(key)
+    return differing
+
+
+def _refuse_other_samples(
     a: str, ours: Mapping[str, list[Tensor]], b: str, theirs: Mapping[str, list[Tensor]]
 ) -> None:
-    if different := sorted(set(ours) ^ set(theirs)):
-        raise CollectionError(
-            f"models {a!r} and {b!r} do not compute the same: only one of them has {different[0]}"
-        )
-    for key, calls in ours.items():
-        counts = [[len(x) for x in found] for found in (calls, theirs[key])]
-        if counts[0] != counts[1]:
-            raise CollectionError(
-                f"models {a!r} and {b!r} saw {counts[0]} and {counts[1]} tokens at {key}: they are "
-                f"compared token by token, so both must cut an example into the same tokens"
-            )
+    key = sorted(_differing(ours, theirs) or ours)[0]
+    counts = [[len(x) for x in found.get(key, ())] for found in (ours, theirs)]
+    raise CollectionError(
+        f"models {a!r} and {b!r} saw {counts[0]} and {counts[1]} tokens at {key}: they are "
+        f"compared token by token, so both must cut an example into the same tokens"
+    )
 
 
 def _not_finite(name: str, what: str) -> str:
@@ -472,18 +495,25 @@ def _not_finite(name: str, what: str) -> str:
     )
 
 
-def _noticed(observers: Mapping[str, _Observer]) -> Iterator[Warned]:
+def _noticed(
+    observers: Mapping[str, _Observer], observed: Collection[str], routed: Collection[str]
+) -> Iterator[Warned]:
     """What the sums themselves do not show."""
     first = next(iter(observers.values()))
-    observed = {first.place_of(key).space for key in first.sums}
     for space in first.spec.spaces:
-        inside = observed.intersection(first.spec.dependents(space))  # a head's units stand for it
+        inside = set(observed).intersection(first.spec.dependents(space))  # units stand for heads
         if space not in observed and not inside and owned_axes(first.spec, space):
             yield Warned(
                 "unobserved space",
                 f"no layer and no matrix product of the model shows the units of space {space!r}: only "
                 f"its weights can be compared",
             )
+    if routed:
+        yield Warned(
+            "routed tokens",
+            f"models show these points different tokens, so that they cannot be compared there: "
+            f"{sorted(routed)[:3]} ({len(routed)} in all, numbers left out)",
+        )
     if any(observer.mask_unused for observer in observers.values()):
         yield Warned(
             "unused mask",

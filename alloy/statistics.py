@@ -32,7 +32,7 @@ class Warned(NamedTuple):
     """Something about the data that makes statistics worth less than they look."""
 
     name: str
-    """"constant units", "few samples", "unobserved space" or "unused mask"."""
+    """"constant units", "few samples", "unobserved space", "routed tokens" or "unused mask"."""
     message: str
 
 

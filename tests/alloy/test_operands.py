@@ -146,3 +146,19 @@ def test_statistics_of_operands_do_not_depend_on_how_the_data_are_split():
     for key, tensor in alloy.collect(models, split, spec, joint=True).to_tensors().items():
         scale = max(1.0, float(whole[key].double().abs().max()))
         assert float((tensor.double() - whole[key]).abs().max()) < 1e-5 * scale, key
+
+
+def test_experts_that_see_other_tokens_in_each_model_are_left_out_and_named():
+    """Switch routes tokens to modules: equal numbers of tokens are not equal tokens, so no expert counts."""
+    models = {}
+    for seed, name in enumerate("ab"):
+        models[name], inputs = zoo.build("switch")
+        _noisy(models[name], seed)
+    spec = alloy.find_symmetries(models["a"], inputs)
+    statistics = alloy.collect(models, [inputs], spec)
+    points = {place.point for places in statistics.places.values() for place in places}
+    assert any("SelfAttention" in point for point in points)
+    assert not any("expert_" in point for point in points)
+    assert "routed tokens" in {warned.name for warned in statistics.warnings}
+    weights = {name: m.state_dict() for name, m in models.items()}
+    assert alloy.align_models(weights, spec, statistics, preset="mudsc").exact

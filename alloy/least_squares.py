@@ -130,8 +130,7 @@ def fit_layers(
 
     Raises:
         MergeError: no batches, a layer that a teacher names and its data never reach, lessons that
-            reach layers in contradictory orders, shares that do not fit, activations that are not
-            finite, inputs that do not determine a layer at ridge 0.
+            reach layers in contradictory orders, activations that are not finite, inputs that do not determine a layer at ridge 0.
     """
     if inputs == "parents" and residual:
         raise MergeError(
@@ -305,7 +304,7 @@ def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
     wanted = set(layers).intersection(*named) if named else set(layers)
     for mapping in named:
         if unknown := sorted(set(mapping) - set(layers)):
-            raise MergeError(f"the merged model has no linear layers {unknown[:3]}")
+            raise MergeError(f"the merged model has no layers to fit called {unknown[:3]}")
         if set(mapping) != wanted:
             raise MergeError(f"teachers of one lesson have different layers: {sorted(mapping)[:3]}")
     found = {name: layer for name, layer in layers.items() if name in wanted}
@@ -364,9 +363,10 @@ def stream_layers(traces: Sequence[Trace]) -> list[set[str]]:
 
 
 def _layer(student: nn.Module, name: str, traces: Sequence[Trace]) -> Layer:
-    """With the batch norm that every lesson finds behind it."""
-    found = {trace.norms.get(name) for trace in traces if name in trace.calls}
-    norm = found.pop() if len(found) == 1 else None
+    """With the batch norm behind it."""
+    norm, *others = {trace.norms.get(name) for trace in traces if name in trace.calls}
+    if others:
+        raise MergeError(f"behind {name} stands a batch norm for some of the data and not for all")
     return Layer(student.get_submodule(name), None if norm is None else student.get_submodule(norm))
 
 

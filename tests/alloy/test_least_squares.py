@@ -83,6 +83,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer, self.kind = nn.Linear(4, 4), kind
         self.gain = nn.Parameter(torch.tensor([0.5, 2.0, -1.0, 0.25]))
+        self.positions = nn.Parameter(torch.randn(2, 3, 5, 4))
 
     def forward(self, x):  # [B, H, W, 4]
         y = self.layer(torch.tanh(x))
@@ -96,6 +97,8 @@ class Block(nn.Module):
             return y.add_(x)
         if self.kind == "windows":
             return x + y.view(len(x), -1, 4).transpose(1, 2).transpose(1, 2).reshape(x.shape)
+        if self.kind == "positions":
+            return y + self.positions.permute(0, 1, 2, 3)
         if self.kind == "activation":
             return x + torch.relu(y)
         if self.kind == "activation in place":
@@ -107,7 +110,9 @@ class Block(nn.Module):
 LINEAR = ["gain", "number", "moved", "in place", "windows"]
 
 
-@pytest.mark.parametrize("kind", [*LINEAR, "activation", "activation in place", "of the data"])
+@pytest.mark.parametrize(
+    "kind", [*LINEAR, "activation", "activation in place", "of the data", "positions"]
+)
 @torch.no_grad()
 def test_a_sum_is_found_behind_moves_and_gains_alone(kind):
     """And a change of the stream is made by the change of the output that `made_of` names."""
@@ -331,7 +336,7 @@ def test_what_cannot_be_fitted_is_refused():
     with pytest.raises(MergeError, match="set residual to false, or inputs to 'merged'"):
         repair_layers(model, weights, {"a": weights}, _images(0), residual=True, inputs="parents")
     lesson = Lesson([Teacher(model, {"classifier": "classifier", "nothing": "x"})], _images(0))
-    with pytest.raises(MergeError, match=r"no linear layers \['nothing'\]"):
+    with pytest.raises(MergeError, match=r"no layers to fit called \['nothing'\]"):
         fit_layers(model, [lesson])
     pair = [Teacher(model, {"classifier": "classifier"}), Teacher(model, {})]
     with pytest.raises(MergeError, match="teachers of one lesson have different layers"):

@@ -1,19 +1,17 @@
 """How good aligned models are once they are merged: the `score` that an alignment is chosen by.
 
-    merge   how near the merge's answers are to those of the parent that is surest, on calibration data: no labels
+    merge   how often its first choice is that of the parent that is surest, on calibration data: no labels
     labels  joint accuracy on the validation examples of the set's benchmark
 
-The merge is the plain mean, its batch norms estimated anew. The surest parent is, where a benchmark says which classes
-each parent learned, their ensemble (`tasks.accuracy`), otherwise the one with the largest probability; nearness is the
-negative Kullback-Leibler divergence. For language models and outputs that are no logits it is the negative loss of
-`tasks.yardsticks`. The parents' mean answer would not do: it is as near to a merge that leaves one task as to one that
-mixes both (docs/log.md).
+The merge is the plain mean, its batch norms estimated anew; both scores are in per cent. The surest parent is, where a
+benchmark says which classes each parent learned, their ensemble (`tasks.accuracy`), otherwise the one with the largest
+probability. Language models and outputs that are no logits are scored by the negative loss of `tasks.yardsticks`.
+The parents' mean answer would not do: a merge that answers one task alone is as near to it as one that answers both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -68,8 +66,8 @@ def _by_answers(job: Job, parents: Sequence[Candidate], seen: Sequence[Weights])
 
     theirs = [logits(parent) for parent in parents]
     together = surest(theirs) if classes is None else accuracy.ensemble(theirs, classes)
-    wanted = together.softmax(1)
-    return lambda merge: -_divergence(wanted, logits(merge))
+    choices = together.argmax(1)
+    return lambda merge: 100 * (logits(merge).argmax(1) == choices).double().mean().item()
 
 
 def surest(logits: Sequence[Tensor]) -> Tensor:
@@ -77,11 +75,6 @@ def surest(logits: Sequence[Tensor]) -> Tensor:
     logits_PNC = torch.stack(list(logits))
     parent_N = logits_PNC.softmax(2).amax(2).argmax(0)
     return logits_PNC[parent_N, torch.arange(len(parent_N))]
-
-
-def _divergence(wanted_NC: Tensor, logits_NC: Tensor) -> float:
-    """The mean Kullback-Leibler divergence of the logits' probabilities from those that are wanted."""
-    return float(F.kl_div(logits_NC.log_softmax(1), wanted_NC, reduction="batchmean"))
 
 
 def _by_labels(job: Job, parents: Sequence[Candidate], seen: Sequence[Weights]) -> Measure:

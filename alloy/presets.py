@@ -350,7 +350,8 @@ def _universe(
     kept = _kept(given.spec, keep)
     chosen = {**operators(given.spec, method), **dict.fromkeys(kept, leave)}
     found, highest = {}, -math.inf
-    for starts in _starts(given, weight_share, method, keep, seed, max_sweeps, random_starts):
+    stars = {"weight_share": weight_share, "method": method, "keep": keep, "max_sweeps": max_sweeps}
+    for starts in _starts(given, {**_SEARCH, **stars, "seed": seed}, kept, random_starts):
         transforms, values = align_to_universe(
             given.models,
             given.spec,
@@ -369,32 +370,14 @@ def _universe(
 
 
 def _starts(
-    given: Given,
-    weight_share: float,
-    method: str,
-    keep: Collection[str],
-    seed: int,
-    max_sweeps: int,
-    random_starts: int,
+    given: Given, star: Mapping[str, Any], kept: Collection[str], random_starts: int
 ) -> Iterator[Mapping[str, Transforms]]:
     """Where the search for a universe begins: at each model as the reference of all others, and anywhere."""
     for name in given.models:
         ordered = {name: given.models[name], **given.models}
-        yield _search(
-            Given(given.preset, ordered, given.specs, given.statistics, given._moments),
-            weight_share=weight_share,
-            scale="tensor",
-            start="identity",
-            method=method,
-            keep=keep,
-            fold=False,
-            seed=seed,
-            max_sweeps=max_sweeps,
-            tolerance=_SEARCH["tolerance"],
-            score=None,
-        ).transforms
-    generator = torch.Generator().manual_seed(seed)
-    kept = _kept(given.spec, keep)
+        view = Given(given.preset, ordered, given.specs, given.statistics, given._moments)
+        yield _search(view, **star).transforms
+    generator = torch.Generator().manual_seed(star["seed"])
     for _ in range(random_starts):
         drawn = {}
         for name in given.models:

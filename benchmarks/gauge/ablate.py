@@ -17,13 +17,13 @@ Made = Callable[[], tuple[ModalityModel, dict]]
 def ablate(name: str, draws: int, examples: list[int]) -> Iterator[dict[str, Any]]:
     """Every ablation on every draw, of one parent."""
     for draw in range(draws):
-        for num in examples:
-            start = merges.start_of(name, draw, examples=num)
-            yield _row(name, f"{num} scenes", draw, lambda start=start: _searched(start))
         start = merges.start_of(name, draw, masked_share=0.0)
         yield _row(name, "no hidden words in the calibration", draw, lambda s=start: _searched(s))
         start = merges.start_of(name, draw, tokens="all")
         yield _row(name, "all tokens of the last block count", draw, lambda s=start: _searched(s))
+        for num in examples:
+            start = merges.start_of(name, draw, examples=num)
+            yield _row(name, f"{num} scenes", draw, lambda start=start: _searched(start))
         start = merges.start_of(name, draw)
         for arm, made in _arms(start).items():
             yield _row(name, arm, draw, made)
@@ -54,12 +54,12 @@ def _arms(start: Start) -> dict[str, Made]:
         return merges.sequential(there, joint_experts=PAIR), facts
 
     return {
-        "vl is not merged (only retrieval counts)": without_vl,
-        "no turning within heads": lambda: _searched(start, fixed_spaces=heads),
         "vl does not turn": lambda: _searched(start, still=["vl"]),
         "neither v nor vl turns (no adapters)": lambda: _searched(start, turn_streams=False),
+        "no turning within heads": lambda: _searched(start, fixed_spaces=heads),
         "model's heads not refitted": lambda: merged(heads=False),
-        "no correction of the stream": lambda: merged(residual=False),
+        "vl is not merged (only retrieval counts)": without_vl,
         "start: identity": lambda: _searched(start, starts=["identity"]),
         "start: inner alignment": lambda: _searched(start, starts=[], initial=inner),
+        "no correction of the stream": lambda: merged(residual=False),
     }

@@ -89,7 +89,10 @@ def load_pair(recipe: ModelsRecipe, name: str, members: Sequence[str]) -> Pair:
     models = {member: load_any(RELEASED / member) for member in members}
     model = models[members[0]]
     spec = alloy.find_symmetries(model, {k: v[:4] for k, v in inputs.items()})
-    raw = {member: dict(parent.state_dict()) for member, parent in models.items()}
+    raw = {
+        member: {name: tensor.clone() for name, tensor in parent.state_dict().items()}
+        for member, parent in models.items()
+    }
     weights, folded, kept = raw, spec, ""
     try:
         folds = {member: fold_norms(own, spec, biases=True) for member, own in raw.items()}

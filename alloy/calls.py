@@ -202,10 +202,9 @@ class _Sums(TorchDispatchMode):
 
     def _added(self, func: Any, args: tuple[Any, ...]) -> Tensor:
         operands = [x for x in args if isinstance(x, Tensor)]
-        alike = len(operands) == 2 and operands[0].shape == operands[1].shape
-        alike = alike and not any(
-            id(x) in self.fixed for x in operands
-        )  # an embedding of positions
+        alike = len({x.shape for x in operands}) == 1 and len(operands) == 2
+        if any(id(x) in self.fixed for x in operands):  # an embedding of positions
+            alike = False
         found = [self.waiting.pop(id(x)) for x in operands if alike and id(x) in self.waiting]
         before = {self.sums[id(x)][1] for x in operands if alike and id(x) in self.sums}
         result = func(*args)

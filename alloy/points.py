@@ -229,10 +229,19 @@ def _layers(
         aliases.setdefault(first, []).append(alias)
     for axis in owned_axes(spec, space):
         for parameter in (axis.parameter, *aliases.get(axis.parameter, ())):
-            name, _, leaf = parameter.rpartition(".")
-            layer = layer_of(modules[name]) if leaf == "weight" and name in modules else None
-            if layer is not None:
+            name = _owner_of_weight(parameter)
+            if name is None or name not in modules:
+                continue
+            if layer := layer_of(modules[name]):
                 yield replace(axis, parameter=parameter), name, layer
+
+
+def _owner_of_weight(parameter: str) -> str | None:
+    """The module whose weight a parameter is, or whose directions it is where the weight is normalised."""
+    for ending in (".weight", ".weight_v", ".parametrizations.weight.original1"):
+        if parameter.endswith(ending):
+            return parameter.removesuffix(ending)
+    return None
 
 
 def _columns(space: str, spec: SymmetrySpec, axis: Axis) -> Tensor | None:

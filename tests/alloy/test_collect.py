@@ -223,7 +223,6 @@ def test_units_are_found_where_they_moved_in_any_architecture(name):
 
 
 APART = {
-    "encodec": "no free spaces",
     "groupvit": "its learned tokens are a space: the samples themselves come in another order",
 }
 

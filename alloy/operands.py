@@ -114,7 +114,8 @@ class Follow(TorchDispatchMode):
             elif name in _VIEWS:
                 moved = label.reshape(result.shape)
             else:
-                moved = func(label, *args[1:], **kwargs)
+                rest = [a.cpu() if isinstance(a, Tensor) else a for a in args[1:]]
+                moved = func(label, *rest, **kwargs)
             whole = isinstance(result, Tensor)
             pairs = [(result, moved)] if whole else zip(result, moved, strict=True)
             for tensor, its in pairs:

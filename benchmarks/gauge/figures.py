@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from alloy.gauge import Gauge
 from benchmarks.gauge import merges
 from benchmarks.gauge.merges import PARENT, Grams
+from benchmarks.gauge.params import study
 
 FOLDER = Path("docs/figures")
 SHOWN = "specific_unseeded"
@@ -72,30 +73,30 @@ def points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def slack(found: list[dict[str, Any]]) -> Figure:
-    """The share of the parent's scores that is kept, against what its experts ask of the joint blocks' stream."""
+    """The share of the parent's scores that is kept, against what its experts ask of the joint blocks' stream.
+
+    A line joins the released parent without a common seed and the same function in wider streams.
+    """
     figure = Figure(figsize=(8, 3.4), layout="tight")
     panels = figure.subplots(1, 2, sharey=True)
-    markers = {96: "o", 192: "s", 384: "D"}
     for axis, metric in zip(panels, ("retrieval", "masked_words"), strict=True):
+        able = [point for point in found if point[metric] >= LEAST]
         for arm, colour in (("gauge + sequential", "tab:blue"), ("sequential", "tab:grey")):
-            for point in (point for point in found if point[metric] >= LEAST):
-                axis.plot(
-                    point["joint_demand"],
-                    point[f"{arm}: {metric}"],
-                    markers.get(point["width"], "x"),
-                    color=colour,
-                    fillstyle="none" if point["parent"] == "specific" else "full",
+            for label, marker, parents in (
+                ("released, in wider streams", "o-", [SHOWN, *study().widened]),
+                ("trained for this, no common seed", "s", [*study().models]),
+                ("released, common seed", "D", ["specific"]),
+            ):
+                own = sorted(
+                    (point["joint_demand"], point[f"{arm}: {metric}"])
+                    for point in able
+                    if point["parent"] in parents
                 )
+                name = f"{label}{', no gauge' if arm == 'sequential' else ''}"
+                if own:
+                    axis.plot(*zip(*own, strict=True), marker, color=colour, label=name)
         axis.axhline(90, color="black", linewidth=0.5)
         axis.set(title=metric.replace("_", " "), xlabel="dims that the experts fill / width")
     panels[0].set_ylabel("kept of the parent's score, %")
-    for label, style in (
-        ("gauge", {"color": "tab:blue", "marker": "o"}),
-        ("no gauge", {"color": "tab:grey", "marker": "o"}),
-        ("width 192", {"color": "tab:blue", "marker": "s"}),
-        ("width 384", {"color": "tab:blue", "marker": "D"}),
-        ("common seed", {"color": "tab:blue", "marker": "o", "fillstyle": "none"}),
-    ):
-        panels[1].plot([], [], linestyle="", label=label, **style)
-    panels[1].legend(fontsize="small")
+    panels[1].legend(*panels[0].get_legend_handles_labels(), fontsize="x-small", loc="center")
     return figure

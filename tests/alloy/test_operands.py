@@ -162,3 +162,12 @@ def test_experts_that_see_other_tokens_in_each_model_are_left_out_and_named():
     assert "routed tokens" in {warned.name for warned in statistics.warnings}
     weights = {name: m.state_dict() for name, m in models.items()}
     assert alloy.align_models(weights, spec, statistics, preset="mudsc").exact
+
+
+def test_layers_whose_weights_are_normalised_are_observed():
+    """Encodec's convolutions are parametrised: the directions of their weights have the units."""
+    model, inputs = zoo.build("encodec")
+    spec = alloy.find_symmetries(model, inputs)
+    assert any("parametrizations" in str(a) for s in spec.spaces.values() for a in s.axes)
+    found = alloy.collect({"a": model}, [inputs], spec)
+    assert "unobserved space" not in {warned.name for warned in found.warnings}

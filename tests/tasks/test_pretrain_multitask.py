@@ -186,7 +186,9 @@ def test_what_is_released_is_what_the_params_make():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mnist_vit_a0", "mnist_resnet_c1", "drawings_vit_b0", "languages_bert_c2"])
+@pytest.mark.parametrize(
+    "name", ["mnist_vit_a0", "mnist_resnet_c1", "drawings_vit_b0", "languages_bert_c2"]
+)
 def test_a_released_parent_is_as_accurate_as_its_card_says(name):
     """Loaded like any checkpoint, and well above chance in its own task."""
     (job,) = (job for job in released_jobs() if job.name == name)

@@ -98,5 +98,6 @@ def slack(found: list[dict[str, Any]]) -> Figure:
         axis.axhline(90, color="black", linewidth=0.5)
         axis.set(title=metric.replace("_", " "), xlabel="dims that the experts fill / width")
     panels[0].set_ylabel("kept of the parent's score, %")
-    panels[1].legend(*panels[0].get_legend_handles_labels(), fontsize="x-small", loc="center")
+    handles = panels[0].get_legend_handles_labels()
+    panels[1].legend(*handles, fontsize="x-small", loc="center", bbox_to_anchor=(0.5, 0.32))
     return figure

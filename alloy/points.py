@@ -114,6 +114,17 @@ def layer_of(module: nn.Module) -> Layer | None:
     return None
 
 
+def transposed_weights(model: nn.Module) -> set[str]:
+    """Names of the matrices that are stored [in, out], as GPT-2's Conv1D does."""
+    layers = {name: layer_of(module) for name, module in model.named_modules()}
+    stored = model.state_dict()
+    return {
+        f"{name}.weight"
+        for name, layer in layers.items()
+        if layer is not None and layer.input == 0 and stored[f"{name}.weight"].ndim == 2
+    }
+
+
 def unit_points(spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[UnitPoint]:
     """Where each space can be observed: as the input of the linear layers and convolutions that read it.
 

@@ -20,7 +20,8 @@ import alloy
 from alloy import repair
 from alloy.align import transport_grams
 from alloy.alignment import Alignment
-from alloy.merge import MERGE_METHODS, MergeError
+from alloy.merge import MERGE_METHODS, MergeError, oriented
+from alloy.points import transposed_weights
 from tasks import accuracy
 from tasks.align_models import load_alignment
 from tasks.collect_models import load_statistics
@@ -86,13 +87,16 @@ def merge_arm(
     if arm.base is not None:
         found = load_weights(MODELS / job.recipe / "checkpoints" / arm.base)
         base = {name: found[name] for name in names}
+    options = dict(arm.options)
+    if "transposed" in MERGE_METHODS[arm.method].options:
+        options = oriented(options, transposed_weights(job.skeleton) & set(names))
     merged = alloy.merge(
         arm.method,
         [{name: found[name] for name in names} for found in aligned.values()],
         base=base,
         coefficients=arm.coefficients,
         statistics=grams_of(job, arm, alignment, names),
-        **arm.options,
+        **options,
     )
     if shared is None:
         return mend(job, arm, alignment, merged, aligned)

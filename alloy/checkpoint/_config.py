@@ -140,29 +140,22 @@ def vocabulary_size(config: Mapping | None) -> int | None:
     return None
 
 
-def transposed_weights(config: Mapping | None) -> set[str]:
-    """Names of the matrices that an architecture stores [in, out], as GPT-2's Conv1D does.
+def stored_transposed(config: Mapping | None) -> set[str]:
+    """Names of the matrices that the architecture of a config stores [in, out].
 
-    The architecture is built on the meta device, without memory for its weights. None are known of one
+    It is built on the meta device, without memory for its weights. None are known of an architecture
     that transformers lacks.
     """
     import torch  # here: merges that need no torch do not wait for it
     import transformers
 
-    from alloy.points import layer_of
+    from alloy.points import transposed_weights
 
     kind = getattr(transformers, ((config or {}).get("architectures") or [""])[0], None)
     if config is None or kind is None:
         return set()
     with torch.device("meta"):
-        model = kind(kind.config_class.from_dict(dict(config)))
-    layers = {name: layer_of(module) for name, module in model.named_modules()}
-    stored = model.state_dict()
-    return {
-        f"{name}.weight"
-        for name, layer in layers.items()
-        if layer is not None and layer.input == 0 and stored[f"{name}.weight"].ndim == 2
-    }
+        return transposed_weights(kind(kind.config_class.from_dict(dict(config))))
 
 
 def result_config(config: Mapping, *, dtype: str | None, vocab_size: int | None) -> dict[str, Any]:

@@ -6,7 +6,6 @@ of files are told together, then problems of what they hold.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ from alloy.checkpoint._config import (
     files_like,
     flatten,
     result_config,
-    transposed_weights,
+    stored_transposed,
     vocabulary_size,
 )
 from alloy.checkpoint._format import (
@@ -49,7 +48,7 @@ from alloy.checkpoint._tokenizer import (
     difference,
     read_tokenizer,
 )
-from alloy.merge import MERGE_METHODS, MergeError, MergeSettings, validate
+from alloy.merge import MERGE_METHODS, MergeError, MergeSettings, oriented, validate
 from alloy.merge._method import nearest
 
 BASE = "base"
@@ -262,10 +261,8 @@ def plan_merge(
 
     data = {key: options.pop(key) for key in spec.inputs if key in options}
     merged = [t.name for t in tensors if t.how == "merge"]
-    if "transposed" in spec.options and "transposed" not in options:
-        turned = transposed_weights(configs[reference]) & set(merged)
-        if turned:
-            options["transposed"] = {glob.escape(name): True for name in turned} | {"*": False}
+    if "transposed" in spec.options:
+        options = oriented(options, stored_transposed(configs[reference]) & set(merged))
     measured = None
     if statistics is not None:
         measured = open_statistics(statistics, [n for n in checkpoints if n != BASE])

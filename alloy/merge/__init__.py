@@ -6,7 +6,7 @@ What runs a merge is loaded when it is first used: checking one needs no torch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from alloy.merge._check import validate
+from alloy.merge._check import oriented, validate
 from alloy.merge._method import MergeError, MergeMethod, MergeSettings, Option
 from alloy.merge.methods import MERGE_METHODS
 
@@ -23,6 +23,7 @@ __all__ = [
     "fisher_diagonal",
     "merge",
     "merge_tensor",
+    "oriented",
     "validate",
 ]
 

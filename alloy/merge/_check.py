@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -15,6 +16,12 @@ from alloy.merge._method import (
     nearest,
 )
 from alloy.merge.methods import MERGE_METHODS
+
+
+def oriented(options: Mapping[str, Any], transposed: Iterable[str]) -> dict[str, Any]:
+    """Options of a method that has `transposed`, set for these tensors unless the options say it."""
+    by_name: dict[str, bool] = {glob.escape(name): True for name in sorted(transposed)}
+    return {"transposed": by_name | {"*": False} if by_name else False, **options}
 
 
 def validate(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alloy.activations import Gram
-from alloy.merge import MergeError, merge
+from alloy.merge import MergeError, merge, oriented, validate
 
 NAME = "w"
 
@@ -226,3 +226,13 @@ def test_weights_stored_the_other_way_round_merge_alike(method):
     wanted = merged_delta(method, base, deltas).T
     torch.testing.assert_close(merged_delta(method, base.T, turned, transposed=True), wanted)
     assert (merged_delta(method, base.T, turned) - wanted).abs().max() > 1e-3 * wanted.abs().max()
+
+
+def test_the_way_round_that_is_asked_for_stands():
+    """`oriented` fills in what the options leave open, name by name, and changes nothing that they say."""
+    assert oriented({"start": "mean"}, ()) == {"start": "mean", "transposed": False}
+    filled = oriented({}, ["h[0].weight"])
+    settings = validate("wudi", ["h[0].weight", "other"], num_models=2, base=True, options=filled)
+    assert settings.options_of("h[0].weight")["transposed"]
+    assert not settings.options_of("other")["transposed"]
+    assert oriented({"transposed": False}, ["h.weight"])["transposed"] is False

@@ -18,17 +18,13 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import Completed, Failed, State
-from rich.console import Console
-from rich.markdown import Markdown
 
 from flows.graph import WorkspaceBusyError, select, stale_stages
 from flows.workspace import dvc, only_run, run_streaming
-from tasks import params
+from tasks import params, tables
 
 # The stages that meet a network: they alone are tried again, after so many seconds.
 RETRIED_AFTER = {"fetch": [2.0, 10.0], "register": [2.0, 10.0]}
-
-NARROWEST = 100  # columns that the tables need
 
 UNREACHABLE = "Unreachable"  # the state of a stage to which nothing answered
 
@@ -168,21 +164,12 @@ def _run(asked: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 1
-    if not (asked.to or asked.only):
-        show(asked.recipe)
+    table = tables.REPORTS / asked.recipe / "table.md"
+    if not (asked.to or asked.only) and table.is_file():
+        tables.show(
+            asked.recipe
+        )  # `tasks.report`, which draws them from the scores, would import torch
     return 0
-
-
-def show(recipe: str) -> None:
-    """Print the tables of the last evaluation, if there was one.
-
-    From the file that it wrote: `tasks.report`, which draws them from the scores, would import torch for it.
-    """
-    reports = Path("reports") / recipe
-    if (reports / "table.md").is_file():
-        console = Console(width=max(Console().width, NARROWEST))
-        console.print(Markdown((reports / "table.md").read_text()))
-        print(f"The whole story: {reports / 'report.html'}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from alloy import landscape, repair
 from alloy.alignment import Alignment
 from alloy.distance import distance
-from tasks import report_models
+from tasks import report_models, tables
 from tasks.align_models import load_alignment
 from tasks.models import load_any
 from tasks.sets import Job, Report, batches, first_examples, jobs, run_jobs
@@ -111,7 +111,7 @@ def main(recipe: str) -> None:
         for name, of_job in found[job].items():
             rows.setdefault(name, []).extend(of_job)
     report_models.write(recipe, rows)
-    report_models.show(recipe)
+    tables.show(recipe)
 
 
 def num_steps(job: Job) -> int:

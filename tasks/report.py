@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tasks import tables
 from tasks.benchmarks import BENCHMARKS, METRIC_TITLES
 from tasks.command import run_stage
 from tasks.params import kind
@@ -160,9 +161,7 @@ def write_readme(recipe: str, readme: Path = Path("README.md")) -> None:
 
 def main(recipe: str, readme: bool = False) -> None:
     if kind(recipe) == "models":
-        from tasks import report_models
-
-        report_models.show(recipe)
+        tables.show(recipe)
     else:
         print_table(recipe)
     if readme:

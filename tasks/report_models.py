@@ -10,11 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.markdown import Markdown
-
 from tasks.params import ModelsRecipe, models_recipe
-from tasks.report import read_table
 from tasks.sets import MODELS, Job, jobs
 from tasks.storage import read_json, write_file, write_folder, write_json
 
@@ -70,14 +66,6 @@ def write(recipe: str, rows: Mapping[str, Rows]) -> None:
         scores = rows["scores"]
         partial.write_text(markdown(overview_grids(params, scores) or score_grids(params, scores)))
     write_json(folder / "metrics.json", metrics(params, rows["scores"]))
-
-
-def show(recipe: str) -> None:
-    """Print the tables of the last evaluation."""
-    console = Console()
-    console = Console(width=max(console.width, 100))
-    console.print(Markdown(read_table(recipe)))
-    print(f"The whole story: {REPORTS / recipe / 'report.html'}")
 
 
 def metrics(params: ModelsRecipe, scores: Rows) -> dict:

@@ -42,6 +42,14 @@ def test_no_recipe_reads_what_the_study_writes_and_everything_is_measured() -> N
     assert "prepare@modality" in table
 
 
+def test_every_parameter_that_a_stage_names_is_there() -> None:
+    """DVC finds out after the stage has run, and then does not record it."""
+    with Repo() as repo:
+        for stage in repo.index.graph:
+            for parameters in stage.params if str(stage.path_in_repo) == STUDY else ():
+                assert set(parameters.params) <= set(parameters.read_params()), stage
+
+
 def test_params_build_the_models_of_the_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,7 +199,8 @@ def new_toy(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Wo
 def first_run(new_toy: Workspace) -> tuple[Workspace, str]:
     """The toy after its first run, and what that run said."""
     (new_toy.folder / "reports" / "toy").mkdir(parents=True)
-    (new_toy.folder / "reports" / "toy" / "table.md").write_text(f"| {new_toy.folder} |\n")
+    table = f"|  | score |\n| --- | ---: |\n| {new_toy.folder} | 1.0 |\n"
+    (new_toy.folder / "reports" / "toy" / "table.md").write_text(table)
     status, said = new_toy.run("flows.pipeline", "toy")
     assert status == 0, said
     return new_toy, said

@@ -158,13 +158,13 @@ def loaded(module: nn.Module, weights: Weights) -> nn.Module:
     """A copy of the module with other weights, in evaluation mode.
 
     Raises:
-        MergeError: weights that lack a parameter of the module, or have tensors that it lacks.
+        MergeError: weights that lack a parameter or buffer of the module, or have tensors that it lacks.
     """
     found = copy.deepcopy(module).eval()
-    named = list(found.named_parameters(remove_duplicate=False))
-    given = {id(parameter) for name, parameter in named if name in weights}
-    missing = [name for name, parameter in named if id(parameter) not in given]
-    unexpected = found.load_state_dict(dict(weights), strict=False).unexpected_keys
+    named = dict(found.named_parameters(remove_duplicate=False))
+    given = {id(parameter) for name, parameter in named.items() if name in weights}
+    lacking, unexpected = found.load_state_dict(dict(weights), strict=False)
+    missing = [name for name in lacking if id(named.get(name)) not in given]  # but for tied ones
     if missing or unexpected:
         what = f"lack {missing[:3]}" if missing else f"have {unexpected[:3]}, which it lacks"
         raise MergeError(f"the module is not the architecture of the models: they {what}")

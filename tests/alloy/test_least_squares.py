@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from alloy.calls import Recorder
-from alloy.least_squares import Lesson, Teacher, fit_layers, fittable_layers
+from alloy.least_squares import Lesson, Teacher, fit_layers, fittable_layers, loaded
 from alloy.merge import MergeError, merge
 from alloy.repair import fit_layers as repair_layers
 from alloy.repair import reestimate_norms
@@ -341,3 +341,13 @@ def test_what_cannot_be_fitted_is_refused():
     pair = [Teacher(model, {"classifier": "classifier"}), Teacher(model, {})]
     with pytest.raises(MergeError, match="teachers of one lesson have different layers"):
         fit_layers(model, [Lesson(pair, _images(0))])
+
+
+def test_weights_without_a_buffer_are_refused():
+    """A batch norm whose statistics are not given would keep the module's own, without a word."""
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    assert loaded(module, module.state_dict()).training is False
+    with pytest.raises(MergeError, match=r"they lack \['1.running_mean'"):
+        loaded(module, dict(module.named_parameters()))
+    tied = nn.ModuleList([nn.Linear(2, 2, bias=False)] * 2)
+    loaded(tied, {"0.weight": torch.eye(2)})

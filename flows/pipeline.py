@@ -166,9 +166,7 @@ def _run(asked: argparse.Namespace) -> int:
             return 1
     table = tables.REPORTS / asked.recipe / "table.md"
     if not (asked.to or asked.only) and table.is_file():
-        tables.show(
-            asked.recipe
-        )  # `tasks.report`, which draws them from the scores, would import torch
+        tables.show(asked.recipe)
     return 0
 
 

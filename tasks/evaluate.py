@@ -21,7 +21,7 @@ from torch import Tensor
 
 from alloy.distance import distance
 from alloy.models import ModalityModel, split_experts
-from tasks import evaluate_models, evaluate_weights, report
+from tasks import evaluate_models, evaluate_weights, report, tables
 from tasks.benchmarks import BENCHMARKS, FINETUNED, TRAINING_FREE, load_split
 from tasks.command import run_stage
 from tasks.merge_experts import aligned
@@ -267,7 +267,7 @@ def main(recipe: str) -> None:
         return
     results = evaluate(recipe)
     report.write(results)
-    report.print_table(recipe)
+    tables.show(recipe)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ from itertools import combinations
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from alloy.distance import Distances, ModelDistances, distance
+from tasks import tables
 from tasks.distance import load_weights
 from tasks.params import WeightsEvaluateParams, WeightsMergeParams, load
 from tasks.storage import write_file, write_folder, write_json
@@ -45,7 +44,7 @@ def main(recipe: str) -> None:
         folder / "metrics.json",
         {pair: asdict(distances.overall) for pair, distances in found.items()},
     )
-    Console().print(table(found))
+    tables.show(recipe)
 
 
 def pairs(recipe: str, keep: float) -> Iterator[tuple[str, ModelDistances]]:
@@ -78,17 +77,8 @@ def rows(found: dict[str, ModelDistances]) -> list[list[str]]:
     ]
 
 
-def table(found: dict[str, ModelDistances]) -> Table:
-    """The distances over all weights, for the terminal."""
-    drawn = Table("models", *MEASURES, title="Distances over all weights", title_justify="left")
-    for row in rows(found):
-        drawn.add_row(*row)
-    return drawn
-
-
 def markdown(found: dict[str, ModelDistances]) -> str:
-    lines = [["models", *MEASURES], ["---", *["---:"] * len(MEASURES)], *rows(found)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return f"Distances over all weights\n\n{tables.markdown(['models', *MEASURES], rows(found))}\n"
 
 
 def chart(found: dict[str, ModelDistances]) -> Figure:

@@ -7,22 +7,16 @@
 `reports/<recipe>/`. Only test scores are shown; metrics.json and plots/scores.json have both splits.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from tasks import tables
 from tasks.benchmarks import BENCHMARKS, METRIC_TITLES
 from tasks.command import run_stage
 from tasks.params import kind
 from tasks.results import Results, ScoreRow, shown_rows
-from tasks.storage import read_json, write_file, write_folder, write_json
+from tasks.storage import write_file, write_folder, write_json
 
 REPORTS = Path("reports")
 CAPTIONS = {
@@ -85,61 +79,8 @@ def markdown(scores: Sequence[ScoreRow]) -> str:
     parts = []
     for finetuned, caption in CAPTIONS.items():
         header, rows = cells(scores, finetuned)
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-        parts.append(f"{caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts.append(f"{caption}\n\n{tables.markdown(header, rows)}")
     return "\n\n".join(parts) + "\n"
-
-
-def read_scores(recipe: str) -> list[ScoreRow]:
-    """The rows that the last evaluation wrote.
-
-    Raises ValueError where there was none.
-    """
-    path = REPORTS / recipe / "plots" / "scores.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: run `dvc repro evaluate@{recipe}` first")
-    return [ScoreRow(**row) for row in read_json(path)]
-
-
-def print_table(recipe: str, console: Console | None = None) -> None:
-    """Print the tables of the last evaluation on the terminal, 80 columns wide."""
-    console = console or Console()
-    scores = read_scores(recipe)
-    for finetuned, caption in CAPTIONS.items():
-        header, rows = cells(scores, finetuned)
-        table = Table(
-            title=caption,
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            padding=(0, 0, 0, 1),
-        )
-        for place, name in enumerate(header):
-            stacked = name.replace(", ", "\n")
-            table.add_column(stacked, justify="right" if place else "left", no_wrap=not place)
-        best = _best(rows)
-        for i, row in enumerate(rows):
-            narrow = [escape(cell.replace(" ± ", "±")) for cell in row]
-            table.add_row(*(f"[bold]{c}[/]" if (i, j) in best else c for j, c in enumerate(narrow)))
-        console.print(table)
-    console.print(f"The whole story: {os.fspath(REPORTS / recipe / 'report.html')}")
-
-
-def _best(rows: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
-    """The places of the highest number of each column."""
-    best = set()
-    for column in range(1, len(rows[0]) if rows else 0):
-        values = [float(row[column].split()[0]) if row[column] else -1.0 for row in rows]
-        best.add((max(range(len(rows)), key=values.__getitem__), column))
-    return best
-
-
-def read_table(recipe: str) -> str:
-    """The tables that the last evaluation wrote, as Markdown; ValueError where there was none."""
-    path = REPORTS / recipe / "table.md"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: run `dvc repro evaluate@{recipe}` first")
-    return path.read_text()
 
 
 def write_readme(recipe: str, readme: Path = Path("README.md")) -> None:
@@ -156,14 +97,12 @@ def write_readme(recipe: str, readme: Path = Path("README.md")) -> None:
             f"{readme}: expected the lines {start.strip()!r} and '<!-- end of results -->'"
         )
     with write_file(readme) as partial:
-        partial.write_text(f"{before}{found}{read_table(recipe)}{end}{after}")
+        partial.write_text(f"{before}{found}{tables.read(recipe)}{end}{after}")
 
 
 def main(recipe: str, readme: bool = False) -> None:
-    if kind(recipe) == "models":
-        tables.show(recipe)
-    else:
-        print_table(recipe)
+    kind(recipe)  # refuses an unknown recipe
+    tables.show(recipe)
     if readme:
         write_readme(recipe)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from tasks import tables
 from tasks.params import ModelsRecipe, models_recipe
 from tasks.sets import MODELS, Job, jobs
 from tasks.storage import read_json, write_file, write_folder, write_json
@@ -107,10 +108,7 @@ def _mean(rows: Rows) -> Mean:
 
 
 def markdown(found: Iterable[Grid]) -> str:
-    parts = []
-    for grid in found:
-        lines = [grid.header, ["---", *["---:"] * (len(grid.header) - 1)], *grid.rows]
-        parts.append(f"{grid.caption}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in lines))
+    parts = (f"{grid.caption}\n\n{tables.markdown(grid.header, grid.rows)}" for grid in found)
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,4 +1,8 @@
-"""Tables of results on a terminal: as wide as it is, every name and number whole."""
+"""Tables of results: Markdown in `reports/<recipe>/table.md`, and the same on a terminal.
+
+There they are as wide as it is, every name and number whole, and the best score of each column in bold.
+A pipeline with nothing to do ends with them: this module imports no torch.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -10,10 +14,33 @@ from rich.markup import escape
 from rich.table import Table
 
 REPORTS = Path("reports")
-NARROWEST = 100  # columns that are taken where there is no terminal, or a narrower one
 GAP = 2  # columns between two of a table's
+SCORE = re.compile(r"(-?[\d.]+) ± ")
 
 Column = tuple[str, ...]  # header, cells
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column has names and whose others have numbers."""
+    names, *cells = zip(header, *rows, strict=True)
+    columns = [(names[0], "---", *names[1:]), *((c[0], "---:", *c[1:]) for c in cells)]
+    lines = ([_on_one_line(cell) for cell in line] for line in zip(*columns, strict=True))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _on_one_line(cell: str) -> str:
+    return " ".join(cell.split()).replace("|", r"\|")
+
+
+def read(recipe: str) -> str:
+    """The tables of a recipe's last evaluation, as Markdown.
+
+    Raises ValueError where there was none.
+    """
+    path = REPORTS / recipe / "table.md"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: run `dvc repro evaluate@{recipe}` first")
+    return path.read_text()
 
 
 def show(recipe: str) -> None:
@@ -21,24 +48,19 @@ def show(recipe: str) -> None:
 
     Raises ValueError where there was none.
     """
-    path = REPORTS / recipe / "table.md"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: run `dvc repro evaluate@{recipe}` first")
-    console = Console(width=max(Console().width, NARROWEST), highlight=False)
-    for part in re.split(r"((?:^\|.*\n)+)", path.read_text(), flags=re.M):
-        if not part.startswith("|"):
+    console = Console(highlight=False)
+    for part in re.split(r"((?:^\|.*\n)+)", read(recipe), flags=re.M):
+        if part.startswith("|"):
+            for columns in fitting(part, console.width):
+                console.print(_drawn(columns), "")
+        elif part.strip():
             console.print(escape(part.strip()))
-            continue
-        for columns in fitting(part, console.width):
-            console.print(_drawn(columns), "")
     print(f"The whole story: {REPORTS / recipe / 'report.html'}")
 
 
 def fitting(table: str, width: int) -> Iterator[list[Column]]:
     """The columns of a Markdown table in groups that fit, each with the first column of the whole."""
-    header, _, *rows = (
-        [cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines()
-    )
+    header, _, *rows = map(_cells, table.splitlines())
     first, *columns = zip(header, *rows, strict=True)
     room = width - _width(first)
     while columns:
@@ -50,6 +72,21 @@ def fitting(table: str, width: int) -> Iterator[list[Column]]:
         columns = columns[taken:]
 
 
+def _cells(line: str) -> list[str]:
+    return [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1])]
+
+
+def best(column: Column) -> set[int]:
+    """Which cells of a column have its best score: the lowest of a loss, otherwise the highest.
+
+    A score has its error behind it; what has none, such as a guess or a distance, does not compete.
+    """
+    header, *cells = column
+    scores = {i: float(found[1]) for i, cell in enumerate(cells) if (found := SCORE.match(cell))}
+    choose = min if header.endswith("loss") else max
+    return {i for i, score in scores.items() if score == choose(scores.values())}
+
+
 def _width(column: Column) -> int:
     """Columns of the terminal; a header may break between its words, a cell stays on its line."""
     header, *cells = column
@@ -59,11 +96,17 @@ def _width(column: Column) -> int:
 def _drawn(columns: Sequence[Column]) -> Table:
     # of a gap one column is the box's
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP - 1, 0, 0))
+    shown = []
     for place, column in enumerate(columns):
-        width = _width(column)
         table.add_column(
-            escape(column[0]), justify="right" if place else "left", width=width, overflow="fold"
+            escape(column[0]),
+            justify="right" if place else "left",
+            width=_width(column),
+            overflow="fold",
         )
-    for row in list(zip(*columns, strict=True))[1:]:
-        table.add_row(*map(escape, row))
+        bold = best(column)
+        cells = map(escape, column[1:])
+        shown.append([f"[bold]{c}[/]" if i in bold else c for i, c in enumerate(cells)])
+    for row in zip(*shown, strict=True):
+        table.add_row(*row)
     return table

@@ -1,6 +1,5 @@
 """Laws of the report: numbers as they were measured, one page that loads nothing, nothing cherry-picked."""
 
-import io
 import re
 from html.parser import HTMLParser
 
@@ -8,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
-from tasks import charts, page, report
+from tasks import charts, page, report, tables
 from tasks.benchmarks import BENCHMARKS, FINETUNED, TRAINING_FREE
 from tasks.examples import coloured
 from tasks.results import NUM_ANSWERS, DistanceRow, Results, ScoreRow, SourceRow, main_scores
@@ -237,20 +235,18 @@ def test_tables_show_the_test_scores(written, results):
             assert (f"{row.value:.1f} ± 1.5" in table) == (row.split == "test")
 
 
-def test_the_terminal_shows_the_same_numbers_within_80_columns(written, results):
-    console = Console(file=io.StringIO(), width=80)
-    report.print_table("toy", console)
-    shown = console.file.getvalue()
+def test_the_terminal_shows_the_same_numbers_within_80_columns(
+    written, results, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    tables.show("toy")
+    shown = capsys.readouterr().out
     for row in results.scores:
         if row.split == "test" and row.metric == BENCHMARKS[row.benchmark].metric:
             assert f"{row.value:.1f}" in shown
+    assert max(map(len, shown.splitlines())) <= 80
     assert re.search(r"report\.html", shown)
     assert "…" not in shown
-
-
-def test_a_table_without_an_evaluation_says_what_to_run(workspace):
-    with pytest.raises(ValueError, match=r"dvc repro evaluate@toy"):
-        report.print_table("toy")
 
 
 def test_charts_are_pictures_and_the_same_each_time(results, tmp_path):

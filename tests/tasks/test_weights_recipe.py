@@ -67,7 +67,7 @@ def _change(workspace, change):
     (workspace / "params/mine.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def test_two_checkpoints_become_one_that_transformers_loads(workspace):
+def test_two_checkpoints_become_one_that_transformers_loads(workspace, capsys):
     params.check("mine")
     fetch.main("mine")
     merge.main("mine")
@@ -80,6 +80,7 @@ def test_two_checkpoints_become_one_that_transformers_loads(workspace):
     assert isinstance(merged, ViTModel)
     metrics = json.loads((workspace / "reports/mine/metrics.json").read_text())
     # On the straight line from a to b, the merged model lies three times nearer to b.
+    assert f"{metrics['a - merged']['l2']:.4f}" in capsys.readouterr().out
     assert metrics["a - merged"]["l2"] == pytest.approx(3 * metrics["b - merged"]["l2"], rel=1e-3)
     assert (workspace / "reports/mine/plots/distances.png").is_file()
     assert not list((workspace / "models").rglob("*.incomplete"))

@@ -18,7 +18,8 @@ the error that it leaves,
     W = W_0 + R A⁻¹,   R = cov(y - W_0 x, x),   A = cov(x, x) + ridge s 1,
 
 from sums in float64: one pass over the data for the layers that read one tensor, ended as soon as they
-have been reached. Permuted least squares (PLeaS, arXiv:2407.02447) and RegMean (arXiv:2212.09849) are
+have been reached. With sensitivities (`alloy.sensitivity`) it is what the error does to a model's answers
+that is made small, not the error itself. Permuted least squares (PLeaS, arXiv:2407.02447) and RegMean (arXiv:2212.09849) are
 such fits on the teachers' inputs, RegMean++ (arXiv:2508.03121) takes the merged model's.
 
 Shape legend: B examples, N samples (tokens, pixels), G groups of a convolution (1 elsewhere), I inputs,
@@ -37,6 +38,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor, nn
 
 from alloy.calls import Call, Recorder
@@ -46,6 +48,7 @@ from alloy.types import Weights
 
 Batch = Mapping[str, Any]
 
+ACCURACY, MAX_STEPS = 1e-6, 1000  # of conjugate gradients
 ROUNDING = 1e-6  # of a layer's largest weight: a smaller change is none
 
 
@@ -69,6 +72,20 @@ class Units:
         """Activations whose units lie along `dim`, in the other model's units."""
         brought = x.movedim(dim, -1) @ self.matrix.T.to(x) + self.shift.to(x)
         return brought.movedim(-1, dim)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much a model's answers change with what one of its layers computes (`alloy.sensitivity`).
+
+    The mean over examples of what an error e of the layer's outputs does to the answers, squared, is taken
+    to be the mean of the sum over samples n of s_n e_nᵀ H e_n.
+    """
+
+    samples: Sequence[Sequence[Tensor]]
+    """s, by batch and by call: shaped as the layer's outputs, without their units."""
+    units_GOO: Tensor
+    """H of the units of each group, float64, the mean of its diagonal 1."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,8 @@ class Lesson:
     forward: Callable[[Any, Batch], object] = _call
     masks: Callable[[Any, Batch], Mapping[str, Tensor]] = _no_mask
     """What says which samples count, by names as `alloy.masks` knows them; by default in the batch."""
+    sensitivities: Mapping[str, Sensitivity] | None = None
+    """By student's layer, of the teacher (there is one then); by default all samples and units count alike."""
 
 
 @torch.no_grad()
@@ -137,6 +156,13 @@ def fit_layers(
             "the sum that a layer writes into is fitted to the merged model's own inputs: "
             "set residual to false, or inputs to 'merged'"
         )
+    for lesson in lessons:
+        if lesson.sensitivities is not None and len(lesson.teachers) != 1:
+            raise MergeError(
+                f"sensitivities are of one teacher's answers; this lesson has {len(lesson.teachers)}"
+            )
+    if len({lesson.sensitivities is None for lesson in lessons}) > 1:
+        raise MergeError("give the sensitivities of all lessons, or of none")
     traces = [trace_layers(student, lesson) for lesson in lessons]
     groups = _groups(traces)
     if inputs == "parents":
@@ -150,7 +176,8 @@ def fit_layers(
                 _study(student, lesson, i, here, trace, streams[i], inputs)
         for name in group:
             given = [1.0] * len(lessons) if coefficients is None else coefficients[name]
-            sums[name].solve(name, given, ridge)
+            felt = [(lesson.sensitivities or {}).get(name) for lesson in lessons]
+            sums[name].solve(name, given, ridge, felt)
     return [name for group in groups for name in group]
 
 
@@ -427,7 +454,7 @@ def _study(
         return watch(module, forward, trace, layers, streams=streams, own_names=own_names)
 
     start = 0
-    for batch in lesson.batches:
+    for number, batch in enumerate(lesson.batches):
         masks = Masks(lesson.masks(student, batch))
         size = len(next(iter(batch.values())))
         shares = _shares(lesson, start, size)
@@ -435,6 +462,7 @@ def _study(
         taught = [seen(teacher.module, batch, teacher.layers) for teacher in lesson.teachers]
         learned = seen(student, batch) if inputs == "merged" else None
         for name, sums in layers.items():
+            weights = _weights(lesson, name, number)
             for k in range(trace.calls[name]):
                 theirs = [calls[name][k] for calls in taught]
                 targets = [
@@ -449,7 +477,20 @@ def _study(
                     ours = learned[name][k]
                     x, error = ours.input, target - ours.target
                     error = ours.wrote.made_of(error) if ours.in_stream else error
-                sums.add(index, masks, x, error)
+                sums.add(index, masks, x, error, weights[k] if weights else None)
+            sums.counts[index] += size if weights else 0
+
+
+def _weights(lesson: Lesson, name: str, batch: int) -> Sequence[Tensor]:
+    """How much the samples of a layer count in each of its calls; empty where all count alike."""
+    if lesson.sensitivities is None:
+        return ()
+    if name not in lesson.sensitivities:
+        raise MergeError(f"the sensitivities lack {name}: they were taken of other layers")
+    samples = lesson.sensitivities[name].samples
+    if batch >= len(samples):
+        raise MergeError(f"the sensitivities of {name} are of {len(samples)} batches, not of these")
+    return samples[batch]
 
 
 def _shares(lesson: Lesson, start: int, size: int) -> Tensor:
@@ -472,14 +513,19 @@ def _mean(tensors: Sequence[Tensor], shares_PB: Tensor) -> Tensor:
 
 
 class _Sums:
-    """Per lesson, the sums of x, of the error r, of x xᵀ and of r xᵀ at one layer, in float64."""
+    """Per lesson, the sums of x, of the error r, of x xᵀ and of r xᵀ at one layer, in float64.
+
+    `counts` are of samples; with sensitivities of examples, and "n" has the sum of the samples' weights.
+    """
 
     def __init__(self, layer: Layer, num_lessons: int) -> None:
         self.layer = layer
         self.counts = [0] * num_lessons
         self.sums: list[dict[str, Tensor]] = [{} for _ in range(num_lessons)]
 
-    def add(self, lesson: int, masks: Masks, x: Tensor, error: Tensor) -> None:
+    def add(
+        self, lesson: int, masks: Masks, x: Tensor, error: Tensor, weights: Tensor | None = None
+    ) -> None:
         groups = self.layer.groups
         x_GNI, error_GNO = (
             masks.kept(samples).double().unflatten(1, (groups, -1)).movedim(1, 0)
@@ -487,36 +533,54 @@ class _Sums:
         )
         if not (torch.isfinite(x_GNI).all() and torch.isfinite(error_GNO).all()):
             raise MergeError("activations are not finite: look at the models and their data")
-        self.counts[lesson] += x_GNI.shape[1]
+        if weights is None:
+            self.counts[lesson] += x_GNI.shape[1]
+            weight_N1 = x_GNI.new_ones(x_GNI.shape[1], 1)
+            weighed_GNI = x_GNI
+        else:
+            weight_N1 = masks.kept(weights[..., None]).double()
+            weighed_GNI = weight_N1 * x_GNI
         mine = self.sums[lesson]
         for name, value in {
-            "x": x_GNI.sum(1),
-            "r": error_GNO.sum(1),
-            "xx": x_GNI.mT @ x_GNI,
-            "rx": error_GNO.mT @ x_GNI,
+            "n": weight_N1.sum(),
+            "x": weighed_GNI.sum(1),
+            "r": (weight_N1 * error_GNO).sum(1),
+            "xx": x_GNI.mT @ weighed_GNI,
+            "rx": error_GNO.mT @ weighed_GNI,
         }.items():
             mine[name] = mine[name] + value if name in mine else value
 
-    def solve(self, name: str, coefficients: Sequence[float], ridge: float) -> None:
+    def solve(
+        self,
+        name: str,
+        coefficients: Sequence[float],
+        ridge: float,
+        sensitivities: Sequence[Sensitivity | None],
+    ) -> None:
         """Give the layer, and its norm, the weights that the data ask for."""
-        shares = [c if n else 0.0 for c, n in zip(coefficients, self.counts, strict=True)]
-        if sum(shares) <= 0:
+        given = [c if n else 0.0 for c, n in zip(coefficients, self.counts, strict=True)]
+        if sum(given) <= 0:
             raise MergeError(f"the coefficients {list(coefficients)} leave {name} without a model")
-        parts = [
-            (share / sum(shares) / n, sums)
-            for share, n, sums in zip(shares, self.counts, self.sums, strict=True)
-            if n
-        ]
+        shares = [c / sum(given) / n if n else 0.0 for c, n in zip(given, self.counts, strict=True)]
+        total = sum(
+            share * sums["n"] for share, sums in zip(shares, self.sums, strict=True) if sums
+        )
+        if not total > 0:  # no answer depends on the layer
+            return
+        shares = [share / float(total) for share in shares]
         x, r, xx, rx = (
-            sum((share * sums[key] for share, sums in parts), torch.zeros(()))
+            torch.stack([c * m[key] for c, m in zip(shares, self.sums, strict=True) if m]).sum(0)
             for key in ("x", "r", "xx", "rx")
         )
         covariance_GII = xx - x[..., :, None] * x[..., None, :]
         if self.layer.has_bias:
             xx, rx = covariance_GII, rx - r[..., :, None] * x[..., None, :]
         weight_GOI, bias_GO = self.layer.matrix()
-        change_GOI = _solved(xx, rx, ridge, name)
-        change_GO = r - _times(change_GOI, x) if self.layer.has_bias else torch.zeros_like(bias_GO)
+        if any(found is not None for found in sensitivities):
+            change_GOI, change_GO = self._weighed(name, shares, xx, ridge, sensitivities)
+        else:
+            change_GOI = _solved(xx, rx, ridge, name)
+            change_GO = r - _times(change_GOI, x) if self.layer.has_bias else 0 * bias_GO
         size = weight_GOI.abs().max()
         if max(change_GOI.abs().max(), change_GO.abs().max()) <= ROUNDING * size:
             return
@@ -528,17 +592,107 @@ class _Sums:
         variance_GO = (weight_GOI @ covariance_GII * weight_GOI).sum(-1) * num / max(num - 1, 1)
         self.layer.write_normed(weight_GOI, bias_GO, _times(weight_GOI, x), variance_GO)
 
+    def _weighed(
+        self,
+        name: str,
+        shares: Sequence[float],
+        covariance_GII: Tensor,
+        ridge: float,
+        sensitivities: Sequence[Sensitivity | None],
+    ) -> tuple[Tensor, Tensor]:
+        """The change of weight and bias where models care for different units.
+
+        Lessons m with units H_m and sums A_m, R_m (a constant 1 is one more input of a layer with a bias) ask
+        for the X with sum_m H_m X A_m + ridge s X = sum_m H_m R_m, by conjugate gradients.
+        """
+        terms = []
+        for share, sums, found in zip(shares, self.sums, sensitivities, strict=True):
+            if sums and share and found is not None:
+                curvature, asked = sums["xx"], sums["rx"]
+                if self.layer.has_bias:
+                    total_G11 = sums["n"].expand(len(curvature), 1, 1)
+                    x_GI1 = sums["x"][..., None]
+                    curvature = _framed(curvature, x_GI1, total_G11)
+                    asked = torch.cat([asked, sums["r"][..., None]], 2)
+                terms.append((found.units_GOO, share * curvature, share * asked))
+        num_inputs = covariance_GII.shape[-1]
+        floor_GI = ridge * _scale(covariance_GII)[:, None].expand(-1, num_inputs)
+        if self.layer.has_bias:
+            floor_GI = F.pad(floor_GI, (0, 1))
+        change = _conjugate_gradients(terms, floor_GI, name)
+        if not self.layer.has_bias:
+            return change, change.new_zeros(change.shape[:2])
+        return change[..., :-1], change[..., -1]
+
+
+def _framed(xx_GII: Tensor, x_GI1: Tensor, one_G11: Tensor) -> Tensor:
+    """Second moments with those of a constant 1 behind."""
+    return torch.cat([torch.cat([xx_GII, x_GI1], 2), torch.cat([x_GI1.mT, one_G11], 2)], 1)
+
 
 def _times(matrix_GOI: Tensor, x_GI: Tensor) -> Tensor:
     return (matrix_GOI @ x_GI[..., None]).squeeze(-1)
 
 
-def _solved(xx_GII: Tensor, rx_GOI: Tensor, ridge: float, name: str) -> Tensor:
-    """rx (xx + ridge s 1)⁻¹ for each group; 0 for a group whose inputs never vary."""
+def _scale(xx_GII: Tensor) -> Tensor:
+    """The mean square of a group's inputs; 1 where they are all 0."""
     scale_G = xx_GII.diagonal(dim1=1, dim2=2).mean(1)
-    scale_G = torch.where(scale_G > 0, scale_G, 1.0)
-    eye_II = torch.eye(xx_GII.shape[-1], dtype=xx_GII.dtype, device=xx_GII.device)
-    factor_GII, failed = torch.linalg.cholesky_ex(xx_GII + ridge * scale_G[:, None, None] * eye_II)
+    return torch.where(scale_G > 0, scale_G, 1.0)
+
+
+def _factor(matrix_GII: Tensor, name: str) -> Tensor:
+    factor_GII, failed = torch.linalg.cholesky_ex(matrix_GII)
     if failed.any():
         raise MergeError(f"the inputs of {name} do not determine it: set a ridge above 0")
+    return factor_GII
+
+
+def _solved(xx_GII: Tensor, rx_GOI: Tensor, ridge: float, name: str) -> Tensor:
+    """rx (xx + ridge s 1)⁻¹ for each group; 0 for a group whose inputs never vary."""
+    eye_II = torch.eye(xx_GII.shape[-1], dtype=xx_GII.dtype, device=xx_GII.device)
+    factor_GII = _factor(xx_GII + ridge * _scale(xx_GII)[:, None, None] * eye_II, name)
     return torch.cholesky_solve(rx_GOI.mT, factor_GII).mT
+
+
+def _conjugate_gradients(
+    terms: Sequence[tuple[Tensor, Tensor, Tensor]], floor_GI: Tensor, name: str
+) -> Tensor:
+    """X with sum H X A + X diag(floor) = sum H R over terms (H, A, R), preconditioned by one H and one A."""
+    units = [h_GOO for h_GOO, _, _ in terms]
+    curvatures = [a_GII for _, a_GII, _ in terms]
+    wanted_GOI = torch.stack([h_GOO @ r_GOI for h_GOO, _, r_GOI in terms]).sum(0)
+    sizes_MG11 = torch.stack([a.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for a in curvatures])
+    tiny = torch.finfo(torch.float64).tiny
+    mean_GOO = (torch.stack(units) * (sizes_MG11 + tiny)).sum(0) / (sizes_MG11 + tiny).sum(0)
+    whole_GII = torch.stack(curvatures).sum(0) + torch.diag_embed(floor_GI)
+    rows, columns = _factor(mean_GOO, name), _factor(whole_GII, name)
+
+    def applied(x_GOI: Tensor) -> Tensor:
+        moved = [h_GOO @ x_GOI @ a_GII for h_GOO, a_GII, _ in terms]
+        return torch.stack(moved).sum(0) + x_GOI * floor_GI[:, None, :]
+
+    def preconditioned(x_GOI: Tensor) -> Tensor:
+        return torch.cholesky_solve(torch.cholesky_solve(x_GOI, rows).mT, columns).mT
+
+    found, failed = cg(
+        _Operator(applied, wanted_GOI),
+        wanted_GOI.flatten().cpu().numpy(),
+        rtol=ACCURACY,
+        maxiter=MAX_STEPS,
+        M=_Operator(preconditioned, wanted_GOI),
+    )
+    if failed:
+        raise MergeError(f"{name} was not solved in {MAX_STEPS} steps: set a larger ridge")
+    return torch.as_tensor(found).to(wanted_GOI).view(wanted_GOI.shape)
+
+
+class _Operator(LinearOperator):
+    """A linear function of tensors like another, as scipy knows them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], like: Tensor) -> None:
+        super().__init__("float64", (like.numel(), like.numel()))
+        self.function, self.like = function, like
+
+    def _matvec(self, x: Any) -> Any:
+        given = torch.as_tensor(x).to(self.like).view(self.like.shape)
+        return self.function(given).flatten().cpu().numpy()

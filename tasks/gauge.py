@@ -8,13 +8,22 @@ from torch import Tensor
 
 from alloy.gauge import Gauge
 from alloy.models import ModalityModel
-from alloy.models.gauge import affine_grams, find_gauge, in_gauge, inner_alignment
+from alloy.models.gauge import (
+    HIDDEN,
+    Answers,
+    Felt,
+    affine_grams,
+    find_gauge,
+    in_gauge,
+    inner_alignment,
+    sensitivities_of,
+)
 from alloy.models.objectives import mask_words
 from tasks import scenes
 from tasks.collect import batches
 from tasks.params import CollectParams, GaugeParams, load
 
-HIDDEN = 0.4  # the probability that a word is hidden, as in pre-training
+PROBABILITY = 0.4  # the probability that a word is hidden, as in pre-training
 
 
 def calibration(models: Path, masked_share: float = 0.0) -> list[dict[str, Tensor]]:
@@ -32,22 +41,35 @@ def calibration(models: Path, masked_share: float = 0.0) -> list[dict[str, Tenso
 def hide_words(
     batch: dict[str, Tensor], share: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The batch with hidden words in a random share of its texts."""
+    """The batch with hidden words in a random share of its texts, and a mask that says where."""
     ids = batch["input_ids"]
     mask = scenes.TOKEN["[MASK]"]
-    hidden, _ = mask_words(ids, batch["attention_mask"], mask, HIDDEN, generator)
+    hidden, _ = mask_words(ids, batch["attention_mask"], mask, PROBABILITY, generator)
     chosen = torch.randperm(len(ids), generator=generator)[: round(share * len(ids))]
-    return {**batch, "input_ids": ids.index_copy(0, chosen, hidden[chosen])}
+    if len(chosen) == 0:
+        return batch
+    made = ids.index_copy(0, chosen, hidden[chosen])
+    return {**batch, "input_ids": made, HIDDEN: made == mask}
+
+
+def felt(
+    model: ModalityModel, data: list[dict[str, Tensor]], answers: Answers | None
+) -> Felt | None:
+    """How much the answers depend on the model's layers; None where all shall matter alike."""
+    return None if answers is None else sensitivities_of(model, data, answers)
 
 
 def move(
-    source: ModalityModel, params: GaugeParams, data: list[dict[str, Tensor]]
+    source: ModalityModel,
+    params: GaugeParams,
+    data: list[dict[str, Tensor]],
+    answers: Answers | None,
 ) -> tuple[ModalityModel, dict[str, Any]]:
     """The same function with its experts in the gauge found, and what the search says of it."""
     folded = in_gauge(source)
     transforms, gauge = find_gauge(
         folded,
-        affine_grams(folded, data),
+        affine_grams(folded, data, felt(folded, data, answers)),
         turn_streams=params.streams,
         initial={"inner alignment": inner_alignment(folded, data)},
         steps=params.steps,

@@ -23,7 +23,7 @@ from alloy.models.gauge import affine_grams, merge_sequentially, without_constan
 from alloy.models.observe import REFERENCE, expert_spec
 from alloy.symmetry import transforms_from_tensors
 from tasks.collect import load_spec, load_statistics
-from tasks.gauge import calibration, move
+from tasks.gauge import calibration, felt, move
 from tasks.models import load_model
 from tasks.params import ArmParams, MergeParams, ParamsError, load, nearest
 from tasks.storage import folder_digest, write_folder, write_json
@@ -103,18 +103,22 @@ def merge_arm(arm: ArmParams, models: Path, reports: dict[str, Any] | None = Non
     masked_share = arm.gauge.masked_share if arm.gauge else 0.0
     data = calibration(models, masked_share) if arm.gauge or arm.method == "sequential" else []
     if arm.gauge is not None:
-        source, report = move(source, arm.gauge, data)
+        source, report = move(source, arm.gauge, data, arm.answers)
         if reports is not None:
             reports["gauge"] = report
     if arm.method == "sequential":
         return merge_sequentially(
-            source, data, joint_experts=arm.joint_experts, **_sequential_options(arm)
+            source,
+            data,
+            felt(source, data, arm.answers),
+            joint_experts=arm.joint_experts,
+            **_sequential_options(arm),
         )
     weights = source.state_dict()
     experts: Experts = split_experts(weights, source.config)
     grams: Mapping[str, Grams] | None = None
     if MERGE_METHODS[arm.method].statistics == "gram" and arm.gauge is not None:
-        grams = without_constant(affine_grams(source, data))
+        grams = without_constant(affine_grams(source, data, felt(source, data, arm.answers)))
     elif MERGE_METHODS[arm.method].statistics == "gram":
         grams = load_statistics(models / "statistics" / arm.checkpoint).grams
     if arm.align:

@@ -229,6 +229,9 @@ class ArmParams(Section):
     method: str  # a key of alloy's MERGE_METHODS
     align: bool = False  # move the units by align's transforms first
     gauge: GaugeParams | None = None  # or bring the experts to where merging them costs least
+    # What least squares (gauge, sequential) shall keep: the pre-trained heads' answers, or these and all
+    # states, which heads that fine-tuning trains will read; null: the output of every layer alike.
+    answers: Literal["heads", "states"] | None = None
     base: str | None = None  # the checkpoint that task vectors start from
     coefficients: (  # by expert, or that by glob pattern of names; the method's own without
         dict[Literal["v", "l", "vl"], float]

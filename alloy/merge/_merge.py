@@ -60,7 +60,7 @@ def merge(
     check_alike(named)
     names = list(models[0]) if models else []
     spec = known_method(method)
-    data = {key: options.pop(key) for key in spec.inputs if key in options}
+    data = {key: options.pop(key) for key in (*spec.inputs, *spec.extras) if key in options}
     settings = validate(
         method,
         names,

@@ -104,6 +104,8 @@ class MergeMethod:
     statistics: Literal["gram", "fisher"] | None = None
     scope: Literal["tensor", "model"] = "tensor"
     inputs: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    """Inputs that may be left out."""
     """What only the caller has, passed through by keyword: a callable that runs the model, its
     batches.
     """

@@ -226,6 +226,7 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         coefficients="nonnegative weights",
         scope="model",
         inputs=("module", "batches"),
+        extras=("answers",),
         options={
             "ridge": Option(type=float, default=1e-2, minimum=0),
             "residual": Option(type=bool, default=True),

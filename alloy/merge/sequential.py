@@ -7,13 +7,23 @@ longer exist: the layers before have changed. `alloy.least_squares` walks throug
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from alloy.least_squares import Lesson, Teacher, fit_layers, fittable_layers, loaded
+from alloy.least_squares import (
+    Lesson,
+    Teacher,
+    fit_layers,
+    fittable_layers,
+    layers_in_order,
+    loaded,
+)
 from alloy.merge._method import MergeError
 from alloy.merge.averages import combine
+from alloy.sensitivity import Answers, sensitivities
 from alloy.types import Weights
 
 
@@ -25,6 +35,7 @@ def sequential(
     batches: Sequence[Iterable[Mapping[str, Any]]],
     ridge: float,
     residual: bool,
+    answers: Answers | None = None,
 ) -> dict[str, Tensor]:
     """W = argmin sum_i c_i mean_t |y_it - W x_it|² + ridge s |W - W_0|², a layer after the other.
 
@@ -37,6 +48,8 @@ def sequential(
         module: the architecture; its parameters have the names of the models, and are not changed.
         batches: one re-iterable of batches per model; a batch is a mapping of keyword arguments of
             `module`.
+        answers: of a model and a batch, the tensors [..., C] that merging shall keep, such as logits; then it is
+            their errors that are made small (`alloy.sensitivity`), and not those of all layers alike.
 
     Raises:
         MergeError: not one iterable per model, an empty one, activations that are not finite,
@@ -53,10 +66,17 @@ def sequential(
         for name, tensor in models[0].items()
     }
     student = loaded(module, average)
-    lessons = [
-        Lesson([Teacher(loaded(module, weights))], data)
-        for weights, data in zip(models, batches, strict=True)
-    ]
+    lessons = []
+    for weights, data in zip(models, batches, strict=True):
+        teacher = loaded(module, weights)
+        lesson = Lesson([Teacher(teacher)], data)
+        if answers is not None:
+            groups = layers_in_order(teacher, lesson)
+            layers = {name: layer for group in groups for name, layer in group.items()}
+            generator = torch.Generator().manual_seed(0)
+            felt = sensitivities(teacher, layers, data, answers, generator=generator)
+            lesson = replace(lesson, sensitivities=felt)
+        lessons.append(lesson)
     of_layers = {}
     for name in fittable_layers(student):
         of_layers[name] = coefficients[f"{name}.weight"]

@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from alloy.activations import Gram
 from alloy.align import align
 from alloy.gauge import Gauge, search_gauge
-from alloy.least_squares import Lesson, Teacher, fit_layers
+from alloy.least_squares import Layer, Lesson, Sensitivity, Teacher, fit_layers
 from alloy.models.configuration import ModalityConfig
 from alloy.models.experts import (
     MODALITIES,
@@ -41,6 +41,7 @@ from alloy.models.experts import (
 from alloy.models.modeling import Block, ModalityModel
 from alloy.models.observe import REFERENCE as OBSERVED
 from alloy.models.observe import collect_experts, expert_spec
+from alloy.sensitivity import sensitivities
 from alloy.symmetry import (
     SymmetrySpec,
     Transform,
@@ -250,21 +251,22 @@ def _read_after(tower: Weights, reader_RD: Tensor) -> Tensor:
 
 Batch = Mapping[str, Tensor]
 
+HIDDEN = "hidden_mask"
+"""In a batch, which words [B, T] stand behind the mask token; without it every word counts as an answer."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """One modality's forward pass, and which tokens of it count."""
+    """One modality's forward pass, and what it leads to."""
 
-    forward: Callable[[ModalityModel, Batch], object]
+    forward: Callable[[ModalityModel, Batch], Tensor]
+    """The states [B, S, D] in the modality's own stream."""
     mask: Callable[[ModalityModel, Batch], Tensor | None]
-    first: Callable[[ModalityConfig], int]
-    """The first block in which the modality has experts."""
-    answer: Callable[[ModalityModel, Batch], object]
-    """The forward pass and the pre-trained heads behind it."""
+    """Which of them are no padding."""
+    answers: Callable[[ModalityModel, Batch, Tensor], tuple[Tensor, ...]]
+    """What the pre-trained heads make of these states."""
     heads: tuple[str, ...]
     """Their linear layers, which read this modality's stream alone."""
-    read: Callable[[ModalityModel, Batch], Tensor]
-    """The tokens [B, S] that the heads read."""
 
 
 def _run_images(model: ModalityModel, batch: Batch) -> Tensor:
@@ -279,66 +281,42 @@ def _run_pairs(model: ModalityModel, batch: Batch) -> Tensor:
     return model.encode_joint(*(batch[n] for n in ("pixel_values", "input_ids", "attention_mask")))
 
 
-def _answer_images(model: ModalityModel, batch: Batch) -> Tensor:
-    return model.embed_image(_run_images(model, batch))
-
-
-def _answer_texts(model: ModalityModel, batch: Batch) -> Tensor:
-    return model.embed_text(_run_texts(model, batch))
-
-
-def _answer_pairs(model: ModalityModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    states_BSD, mask_BT = _run_pairs(model, batch), batch["attention_mask"].bool()
-    words_NV = model.masked_word_logits(states_BSD[:, : mask_BT.shape[1]][mask_BT])
-    return words_NV, model.statement_logits(states_BSD)
-
-
 def _mask_pairs(model: ModalityModel, batch: Batch) -> Tensor:
     mask_BT = batch["attention_mask"]
     return torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1 + model.config.num_patches)], 1)
 
 
-def _read_images(model: ModalityModel, batch: Batch) -> Tensor:
-    return _class_token(batch["attention_mask"], 1 + model.config.num_patches)
+def _answer_images(model: ModalityModel, batch: Batch, states_BID: Tensor) -> tuple[Tensor]:
+    del batch
+    return (model.embed_image(states_BID),)
 
 
-def _read_texts(model: ModalityModel, batch: Batch) -> Tensor:
-    del model
-    return _class_token(batch["attention_mask"], batch["attention_mask"].shape[1])
+def _answer_texts(model: ModalityModel, batch: Batch, states_BTD: Tensor) -> tuple[Tensor]:
+    del batch
+    return (model.embed_text(states_BTD),)
 
 
-def _read_pairs(model: ModalityModel, batch: Batch) -> Tensor:
-    mask_BT = batch["attention_mask"]
-    return torch.cat([mask_BT, mask_BT.new_zeros(len(mask_BT), 1 + model.config.num_patches)], 1)
+def _answer_pairs(model: ModalityModel, batch: Batch, states_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    mask_BT = batch["attention_mask"].bool()
+    words_NV = model.masked_word_logits(states_BSD[:, : mask_BT.shape[1]][mask_BT])
+    if HIDDEN in batch:
+        words_NV = words_NV[batch[HIDDEN][mask_BT]]
+    return _centred(words_NV), _centred(model.statement_logits(states_BSD))
 
 
-def _class_token(like_B: Tensor, num_tokens: int) -> Tensor:
-    mask_BS = like_B.new_zeros(len(like_B), num_tokens)
-    mask_BS[:, 0] = 1
-    return mask_BS
+def _centred(logits: Tensor) -> Tensor:
+    """Without what softmax does not see."""
+    return logits - logits.mean(-1, keepdim=True)
 
 
 RUNS: Mapping[str, Run] = {
-    "v": Run(
-        _run_images,
-        lambda _, batch: None,
-        lambda config: 0,
-        _answer_images,
-        ("image_projection",),
-        _read_images,
-    ),
+    "v": Run(_run_images, lambda _, batch: None, _answer_images, ("image_projection",)),
     "l": Run(
-        _run_texts,
-        lambda _, batch: batch["attention_mask"],
-        lambda config: 0,
-        _answer_texts,
-        ("text_projection",),
-        _read_texts,
+        _run_texts, lambda _, batch: batch["attention_mask"], _answer_texts, ("text_projection",)
     ),
     "vl": Run(
         _run_pairs,
         _mask_pairs,
-        lambda config: config.num_single_layers,
         _answer_pairs,
         (
             "masked_word_head.transform",
@@ -346,37 +324,76 @@ RUNS: Mapping[str, Run] = {
             "pooler",
             "statement_head",
         ),
-        _read_pairs,
     ),
 }
 
+Answers = Literal["heads", "states"]
+"""What merging shall keep: what the pre-trained heads answer, or also all states behind the last block, which heads
+that are still to be trained may read."""
 
-Tokens = Literal["all", "read"]
-"""Which tokens count in the layers of the last block that see tokens one by one: all of them, or those that
-the pre-trained heads read. What such a layer makes of any other token reaches no output."""
+Felt = Mapping[str, Mapping[str, Sensitivity]]
+"""By modality and by layer of the agnostic model, how much the answers depend on it."""
 
 
-def _ends_unread(layer: str, config: ModalityConfig) -> bool:
-    """Whether only tokens that a head reads are of use behind a layer: the last block's, once tokens have mixed."""
-    last = f"blocks.{config.num_hidden_layers - 1}."
-    return layer.startswith(last) and not layer.startswith(f"{last}attention.qkv")
+def sensitivities_of(
+    model: ModalityModel,
+    batches: Iterable[Batch],
+    answers: Answers = "heads",
+    *,
+    generator: torch.Generator | None = None,
+) -> dict[str, dict[str, Sensitivity]]:
+    """How much each modality's answers depend on its experts' layers and on its heads (`alloy.sensitivity`).
+
+    They are of the model as it stands: in another gauge they are others.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    found = {}
+    for modality, run in RUNS.items():
+        if layers := _layers_of(model, modality):
+            own = layers | {name: name for name in run.heads}
+            found[modality] = sensitivities(
+                model,
+                {name: Layer(model.get_submodule(there)) for name, there in own.items()},
+                batches,
+                partial(_answers, run=run, kind=answers),
+                generator=generator,
+            )
+    return found
+
+
+def _answers(
+    model: ModalityModel, batch: Batch, *, run: Run, kind: Answers = "heads"
+) -> tuple[Tensor, ...]:
+    states_BSD = run.forward(model, batch)
+    found = run.answers(model, batch, states_BSD)
+    if kind == "heads":
+        return found
+    mask_BS = run.mask(model, batch)
+    if run is not RUNS["vl"]:  # where the norm is part of the pass
+        states_BSD = model.norm(states_BSD)
+    return *found, states_BSD if mask_BS is None else states_BSD[mask_BS.bool()]
+
+
+def _layers_of(model: ModalityModel, modality: str) -> dict[str, str]:
+    """The linear layers of a modality's experts: their names in the agnostic model and here."""
+    found = {}
+    for name in split_experts(model.state_dict(), model.config)[modality]:
+        layer, _, kind = expert_name(name, modality).rpartition(".")
+        if kind == "weight" and isinstance(model.get_submodule(layer), nn.Linear):
+            found[name.removesuffix(".weight")] = layer
+    return found
 
 
 @contextmanager
-def _inputs_of(
-    model: ModalityModel, modality: str, own: Iterable[str]
-) -> Generator[dict[str, Tensor]]:
-    """Fills a mapping with the inputs of the expert's linear layers while the model runs."""
+def _inputs_of(model: ModalityModel, layers: Mapping[str, str]) -> Generator[dict[str, Tensor]]:
+    """Fills a mapping with the inputs of the layers while the model runs."""
     seen: dict[str, Tensor] = {}
-    handles = []
-    for name in own:
-        layer = model.get_submodule(expert_name(name, modality).rpartition(".")[0])
-        if name.endswith(".weight") and isinstance(layer, nn.Linear):
-            handles.append(
-                layer.register_forward_pre_hook(
-                    lambda _, args, name=name: seen.__setitem__(name, args[0])
-                )
-            )
+    handles = [
+        model.get_submodule(there).register_forward_pre_hook(
+            lambda _, args, name=name: seen.__setitem__(name, args[0])
+        )
+        for name, there in layers.items()
+    ]
     try:
         yield seen
     finally:
@@ -386,27 +403,34 @@ def _inputs_of(
 
 @torch.no_grad()
 def affine_grams(
-    model: ModalityModel, batches: Iterable[Batch], *, tokens: Tokens = "read"
+    model: ModalityModel, batches: Iterable[Batch], felt: Felt | None = None
 ) -> dict[str, dict[str, Gram]]:
     """Grams of the inputs of the experts' linear layers with a constant 1 behind them, in one pass.
 
-    By modality and by the weight's name in the agnostic model; padding does not count.
+    By modality and by the weight's name in the agnostic model; padding does not count. With `felt`, of the same
+    batches, each token counts as much as the answers depend on it, and the mean is over examples: J is then the
+    share of the answers' variance that merging is expected to cost.
     """
-    experts = {m: own for m, own in split_experts(model.state_dict(), model.config).items() if own}
-    grams: dict[str, dict[str, Gram]] = {m: {} for m in experts}
-    for batch in batches:
-        for modality, own in experts.items():
-            run = RUNS[modality]
-            mask, read_BS = run.mask(model, batch), run.read(model, batch)
-            with _inputs_of(model, modality, own) as seen:
+    grams: dict[str, dict[str, Gram]] = {}
+    layers = {modality: found for modality in RUNS if (found := _layers_of(model, modality))}
+    for number, batch in enumerate(batches):
+        for modality, own in layers.items():
+            run, mine = RUNS[modality], grams.setdefault(modality, {})
+            mask_BS = run.mask(model, batch)
+            with _inputs_of(model, own) as seen:
                 run.forward(model, batch)
-            for name, x_BSD in seen.items():
-                alone = tokens == "read" and _ends_unread(name, model.config)
-                kept_BS = read_BS if alone else mask
-                x_ND = x_BSD.flatten(0, 1) if kept_BS is None else x_BSD[kept_BS.bool()]
+            for layer, x_BSD in seen.items():
+                kept_BS = x_BSD.new_ones(x_BSD.shape[:2]) if mask_BS is None else mask_BS
+                x_ND = x_BSD[kept_BS.bool()].double()
                 x_ND = torch.cat([x_ND, x_ND.new_ones(len(x_ND), 1)], dim=1)
-                zero = Gram.zero(x_ND.shape[1])
-                grams[modality][name] = grams[modality].get(name, zero).update(x_ND)
+                count = len(x_ND)
+                if felt is not None:
+                    (weight_BS,) = felt[modality][layer].samples[number]
+                    x_ND = weight_BS[kept_BS.bool()].double().sqrt()[:, None] * x_ND
+                    count = len(x_BSD)
+                name = f"{layer}.weight"
+                before = mine.get(name, Gram.zero(x_ND.shape[1]))
+                mine[name] = replace(before.update(x_ND), count=before.count + count)
     return grams
 
 
@@ -503,12 +527,12 @@ def find_gauge(
 def merge_sequentially(
     model: ModalityModel,
     batches: Sequence[Batch],
+    felt: Felt | None = None,
     *,
     joint_experts: Sequence[str] = MODALITIES,
-    ridge: float = 1e-2,
+    ridge: float = 3e-2,
     residual: bool = True,
     heads: bool = True,
-    tokens: Tokens = "read",
 ) -> ModalityModel:
     """The modality-agnostic model of a model's experts by sequential least squares.
 
@@ -516,51 +540,40 @@ def merge_sequentially(
         model: in any gauge; its adapters and embeddings become the merged model's.
         batches: calibration data, read once per layer. What they do not have the merged model does not
             learn to cope with: without hidden words among the texts its masked-word head forgets them.
+        felt: `sensitivities_of` this model and these batches, so that the answers' errors are made small;
+            without it every unit of every token counts alike.
         joint_experts: the modalities that are merged in the joint blocks.
         heads: whether the pre-trained heads follow, too, each fitted to what it computed in `model`, from
             the streams as merging has left them; otherwise they stay.
-        tokens: see `Tokens`. Heads that are to learn from the others need "all".
     """
     student = average_of_experts(model, joint_experts)
-    own = split_experts(model.state_dict(), model.config)
-    before, behind = [], []
+    lessons = []
     for modality, run in RUNS.items():
-        layers = {}
-        for name in own[modality]:
-            layer = name.removesuffix(".weight")
-            joint = int(name.split(".")[1]) >= model.config.num_single_layers
-            if name == layer or not isinstance(student.get_submodule(layer), nn.Linear):
-                continue
-            if not joint or modality in joint_experts:
-                layers[layer] = expert_name(layer, modality)
-        ends = {n: own for n, own in layers.items() if _ends_unread(n, model.config)}
-        if tokens == "all":
-            ends = {}
-        starts = {n: own for n, own in layers.items() if n not in ends}
+        layers = {
+            layer: there
+            for layer, there in _layers_of(model, modality).items()
+            if modality in joint_experts
+            or int(layer.split(".")[1]) < model.config.num_single_layers
+        }
         if layers and heads:
-            ends |= {name: name for name in run.heads}
-        if starts:
-            before.append(_lesson(model, starts, batches, run.forward, run.mask))
-        if ends:
-            mask = run.read if tokens == "read" else run.mask
-            behind.append(_lesson(model, ends, batches, run.answer, mask))
-    for lessons in filter(None, (before, behind)):
-        fit_layers(student, lessons, ridge=ridge, residual=residual)
+            layers |= {name: name for name in run.heads}
+        if layers:
+            lessons.append(
+                Lesson(
+                    [Teacher(model, layers)],
+                    batches,
+                    forward=partial(_answers, run=run),
+                    masks=partial(_masks, run=run),
+                    sensitivities=None if felt is None else felt[modality],
+                )
+            )
+    fit_layers(student, lessons, ridge=ridge, residual=residual)
     return student
 
 
-def _lesson(
-    model: ModalityModel,
-    layers: Mapping[str, str],
-    batches: Sequence[Batch],
-    forward: Callable[[ModalityModel, Batch], object],
-    mask_of: Callable[[ModalityModel, Batch], Tensor | None],
-) -> Lesson:
-    def masks(model: ModalityModel, batch: Batch) -> dict[str, Tensor]:
-        mask = mask_of(model, batch)
-        return {} if mask is None else {"attention_mask": mask}
-
-    return Lesson([Teacher(model, layers)], batches, forward=forward, masks=masks)
+def _masks(model: ModalityModel, batch: Batch, run: Run) -> dict[str, Tensor]:
+    mask = run.mask(model, batch)
+    return {} if mask is None else {"attention_mask": mask}
 
 
 def average_of_experts(

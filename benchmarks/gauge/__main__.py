@@ -36,11 +36,12 @@ from tasks.params import ParamsError, nearest
 def _measure(name: str) -> None:
     params = study()
     released = params.measure.released
-    known = [*released, *params.models, *params.widened]
+    known = [*released, *params.retrained, *params.models, *params.widened]
     if name not in known:
         raise ParamsError(f"{name!r} is no parent of params/gauge.yaml: {nearest(name, known)}")
     draws = released.get(name, params.measure.draws)
-    merges.write(f"measure_{name}", list(measure(name, draws, every_arm=name in released)))
+    every_arm = name in released or name in params.retrained
+    merges.write(f"measure_{name}", list(measure(name, draws, every_arm=every_arm)))
 
 
 def _ablate() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 from alloy.models import ModalityModel
 from alloy.models.gauge import inner_alignment, towers
 from benchmarks.gauge import merges
-from benchmarks.gauge.measure import usage
 from benchmarks.gauge.merges import Start
 
 PAIR = ("v", "l")
@@ -17,13 +16,12 @@ Made = Callable[[], tuple[ModalityModel, dict]]
 def ablate(name: str, draws: int, examples: list[int]) -> Iterator[dict[str, Any]]:
     """Every ablation on every draw, of one parent."""
     for draw in range(draws):
-        start = merges.start_of(name, draw, masked_share=0.0)
-        yield _row(name, "no hidden words in the calibration", draw, lambda s=start: _searched(s))
-        start = merges.start_of(name, draw, tokens="all")
-        yield _row(name, "all tokens of the last block count", draw, lambda s=start: _searched(s))
-        for num in examples:
-            start = merges.start_of(name, draw, examples=num)
-            yield _row(name, f"{num} scenes", draw, lambda start=start: _searched(start))
+        for arm, start in {
+            "no hidden words in the calibration": merges.start_of(name, draw, masked_share=0.0),
+            "all states are answers, too": merges.start_of(name, draw, answers="states"),
+            **{f"{num} scenes": merges.start_of(name, draw, examples=num) for num in examples},
+        }.items():
+            yield _row(name, arm, draw, lambda start=start: _searched(start))
         start = merges.start_of(name, draw)
         for arm, made in _arms(start).items():
             yield _row(name, arm, draw, made)
@@ -44,16 +42,23 @@ def _arms(start: Start) -> dict[str, Made]:
     inner = {"inner alignment": inner_alignment(start.model, start.batches)}
     moved, gauge = merges.search(start)
 
-    def merged(**settings: Any) -> tuple[ModalityModel, dict]:
+    def merged(moved: Start = moved, **settings: Any) -> tuple[ModalityModel, dict]:
         return merges.sequential(moved, **settings), merges.diagnostics(gauge)
 
+    def searched_alike() -> tuple[ModalityModel, dict]:
+        there, found = merges.search(merges.start_from(start.model, start.batches, None))
+        there = merges.start_from(there.model, start.batches, start.answers)
+        return merges.sequential(there), merges.diagnostics(found)
+
     def without_vl() -> tuple[ModalityModel, dict]:
-        pair = replace(start, grams={modality: start.grams[modality] for modality in PAIR})
-        there, found = merges.search(pair)
-        facts = merges.diagnostics(found) | usage(pair)
-        return merges.sequential(there, joint_experts=PAIR), facts
+        grams = {modality: start.grams[modality] for modality in PAIR}
+        there, found = merges.search(replace(start, grams=grams))
+        return merges.sequential(there, joint_experts=PAIR), merges.diagnostics(found)
 
     return {
+        "as it is": merged,
+        "the search takes all to matter alike": searched_alike,
+        "the merge takes all to matter alike": lambda: merged(replace(moved, felt=None)),
         "vl does not turn": lambda: _searched(start, still=["vl"]),
         "neither v nor vl turns (no adapters)": lambda: _searched(start, turn_streams=False),
         "no turning within heads": lambda: _searched(start, fixed_spaces=heads),
@@ -62,4 +67,5 @@ def _arms(start: Start) -> dict[str, Made]:
         "start: identity": lambda: _searched(start, starts=["identity"]),
         "start: inner alignment": lambda: _searched(start, starts=[], initial=inner),
         "no correction of the stream": lambda: merged(residual=False),
+        "ridge 0.01": lambda: merged(ridge=0.01),
     }

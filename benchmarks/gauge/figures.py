@@ -9,11 +9,12 @@ from matplotlib.figure import Figure
 
 from alloy.gauge import Gauge
 from benchmarks.gauge import merges
+from benchmarks.gauge.measure import METHOD, NO_GAUGE, PLAIN
 from benchmarks.gauge.merges import PARENT, Grams
 from benchmarks.gauge.params import study
 
 FOLDER = Path("docs/figures")
-SHOWN = "specific_unseeded"
+SHOWN, SEEDED = "specific_unseeded", "specific"
 LAYER = "blocks.3.ffn.fc1.weight"
 LEAST = 15.0  # per cent: of a parent that can do less, shares are noise
 
@@ -37,8 +38,8 @@ def occupation(before: Grams, after: Grams, gauge: Gauge) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     (stream,) = gauge.streams
     titles = (
-        f"before: J {gauge.error_before:.0f}, overlap {stream.overlap_before:.2f}",
-        f"after: J {gauge.error_after:.0f}, overlap {stream.overlap_after:.2f}",
+        f"before: J {gauge.error_before:.3g}, overlap {stream.overlap_before:.2f}",
+        f"after: J {gauge.error_after:.3g}, overlap {stream.overlap_after:.2f}",
     )
     for axis, grams, title in zip(panels, (before, after), titles, strict=True):
         basis = torch.linalg.eigh(grams["vl"][LAYER].mean_DD[:-1, :-1]).eigenvectors.flip(-1)
@@ -59,17 +60,21 @@ def points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         own = [row for row in rows if row["parent"] == name]
         parent = next(row["scores"] for row in own if row["arm"] == PARENT)
         point = {"parent": name, **parent}
-        for arm in ("gauge + sequential", "sequential"):
+        for arm in (METHOD, NO_GAUGE, PLAIN):
             same = [row for row in own if row["arm"] == arm]
             for metric in ("retrieval", "masked_words"):
                 kept = [100 * row["scores"][metric] / parent[metric] for row in same]
                 point[f"{arm}: {metric}"] = statistics.mean(kept)
-            point |= {key: same[0][key] for key in ("width", "demand", "joint_demand")}
-        cost = next(row for row in own if row["arm"] == "gauge + sequential")
-        searched = cost.get("search_seconds")
-        point["seconds"] = "" if searched is None else round(searched + cost["cpu_seconds"])
+        first = next(row for row in own if row["arm"] == METHOD)
+        point |= {key: first[key] for key in ("width", "demand", "joint_demand")}
+        point["felt_joint_demand"] = first["felt_joint_demand"]
+        point["seconds"] = round(first["search_seconds"] + first["cpu_seconds"])
         found.append(point)
     return found
+
+
+def _again(name: str) -> list[str]:
+    return [other for other, made in study().retrained.items() if made.arm == name]
 
 
 def slack(found: list[dict[str, Any]]) -> Figure:
@@ -81,18 +86,19 @@ def slack(found: list[dict[str, Any]]) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     for axis, metric in zip(panels, ("retrieval", "masked_words"), strict=True):
         able = [point for point in found if point[metric] >= LEAST]
-        for arm, colour in (("gauge + sequential", "tab:blue"), ("sequential", "tab:grey")):
+        for arm, colour in ((METHOD, "tab:blue"), (NO_GAUGE, "tab:grey")):
             for label, marker, parents in (
-                ("released, in wider streams", "o-", [SHOWN, *study().widened]),
-                ("trained for this, no common seed", "s", [*study().models]),
-                ("released, common seed", "D", ["specific"]),
+                ("the recipe's, in wider streams", "o-", [SHOWN, *study().widened]),
+                ("other sizes, no common seed", "s", [*study().models]),
+                ("the recipe's, other seeds", "^", _again(SHOWN)),
+                ("the recipe's, common seed", "D", [SEEDED, *_again(SEEDED)]),
             ):
                 own = sorted(
                     (point["joint_demand"], point[f"{arm}: {metric}"])
                     for point in able
                     if point["parent"] in parents
                 )
-                name = f"{label}{', no gauge' if arm == 'sequential' else ''}"
+                name = f"{label}{', no gauge' if arm == NO_GAUGE else ''}"
                 if own:
                     axis.plot(*zip(*own, strict=True), marker, color=colour, label=name)
         axis.axhline(90, color="black", linewidth=0.5)

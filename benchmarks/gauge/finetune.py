@@ -5,6 +5,7 @@ from typing import Any
 
 from alloy.models import ModalityModel
 from benchmarks.gauge import merges
+from benchmarks.gauge.measure import METHOD, UNWEIGHED
 from benchmarks.gauge.merges import PARENT
 from benchmarks.gauge.params import study
 from benchmarks.gauge.train import MADE, WORK
@@ -37,9 +38,13 @@ def measure(name: str, runs: int) -> Iterator[dict[str, Any]]:
 
 def _arms(name: str, run: int) -> Iterator[tuple[str, ModalityModel]]:
     start = merges.start_of(name, run)
-    yield "gauge + sequential", merges.sequential(merges.search(start)[0])
+    plain = merges.start_from(start.model, start.batches, None)
+    states = merges.start_from(start.model, start.batches, "states")
+    yield METHOD, merges.sequential(merges.search(start)[0])
+    yield f"{METHOD} and states", merges.sequential(merges.search(states)[0])
+    yield UNWEIGHED, merges.sequential(merges.search(plain)[0])
     yield PARENT, merges.load_parent(name)
-    yield "closed form", merges.closed_form(start)
+    yield "closed form", merges.closed_form(plain)
 
 
 def _scores(model: ModalityModel, split: str) -> dict[str, float]:

@@ -12,6 +12,8 @@ from benchmarks.gauge import merges
 from benchmarks.gauge.merges import PARENT, Start
 
 Arm = Callable[[], ModalityModel]
+METHOD, UNWEIGHED = "gauge + sequential for the answers", "gauge + sequential"
+NO_GAUGE, PLAIN = "sequential for the answers", "sequential"
 
 
 def measure(name: str, draws: int, *, every_arm: bool) -> Iterator[dict[str, Any]]:
@@ -20,35 +22,43 @@ def measure(name: str, draws: int, *, every_arm: bool) -> Iterator[dict[str, Any
     yield merges.row({"parent": name, "arm": PARENT}, lambda: (parent, {}))
     for draw in range(draws):
         start = merges.start_of(name, draw)
-        began = time.process_time()
-        moved, gauge = merges.search(start)
-        seconds = {"search_seconds": round(time.process_time() - began, 1)}
-        facts = merges.diagnostics(gauge) | usage(start) | seconds
-        for arm, made in _arms(start, moved, every_arm=every_arm).items():
-            key = {"parent": name, "arm": arm, "draw": draw}
-            yield merges.row(key, lambda made=made, facts=facts: (made(), facts))
+        plain = merges.start_from(start.model, start.batches, None)
+        usage = {**_demand("", plain), **_demand("felt_", start)}
+        yield from _searched(name, draw, start, every_arm, METHOD, usage)
+        for arm, made in {
+            NO_GAUGE: lambda start=start: merges.sequential(start),
+            PLAIN: lambda plain=plain: merges.sequential(plain),
+        }.items():
+            yield merges.row({"parent": name, "arm": arm, "draw": draw}, lambda m=made: (m(), {}))
+        if every_arm:
+            yield from _searched(name, draw, plain, every_arm, UNWEIGHED, usage)
+            for arm, made in {
+                "closed form": lambda plain=plain: merges.closed_form(plain),
+                "average": lambda plain=plain: merges.average(plain),
+                "units alone + sequential for the answers": lambda start=start: merges.sequential(
+                    merges.search(start, turn_streams=False)[0]
+                ),
+            }.items():
+                key = {"parent": name, "arm": arm, "draw": draw}
+                yield merges.row(key, lambda m=made: (m(), {}))
 
 
-def _arms(start: Start, moved: Start, *, every_arm: bool) -> dict[str, Arm]:
-    arms: dict[str, Arm] = {
-        "gauge + sequential": lambda: merges.sequential(moved),
-        "sequential": lambda: merges.sequential(start),
-    }
-    if not every_arm:
-        return arms
-
-    def units_alone() -> ModalityModel:
-        return merges.sequential(merges.search(start, turn_streams=False)[0])
-
-    return arms | {
-        "gauge + closed form": lambda: merges.closed_form(moved),
-        "closed form": lambda: merges.closed_form(start),
-        "average": lambda: merges.average(start),
-        "units alone + sequential": units_alone,
-    }
+def _searched(
+    name: str, draw: int, start: Start, every_arm: bool, arm: str, usage: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """What the search found, merged layer by layer, and (unless that is all) in closed form."""
+    began = time.process_time()
+    moved, gauge = merges.search(start)
+    seconds = {"search_seconds": round(time.process_time() - began, 1)}
+    facts = merges.diagnostics(gauge) | usage | seconds
+    key = {"parent": name, "arm": arm, "draw": draw}
+    yield merges.row(key, lambda: (merges.sequential(moved), facts))
+    if every_arm:
+        closed = {**key, "arm": arm.replace("sequential", "closed form")}
+        yield merges.row(closed, lambda: (merges.closed_form(moved), {}))
 
 
-def usage(start: Start) -> dict[str, Any]:
+def _demand(prefix: str, start: Start) -> dict[str, float]:
     """Over the layers that read a stream: dims that hold 99 % of each expert's energy, their sum by the width."""
     demands, joint = [], []
     names = [n for n in start.grams["l"] if n.endswith(("qkv.weight", "fc1.weight"))]
@@ -59,8 +69,8 @@ def usage(start: Start) -> dict[str, Any]:
         if int(name.split(".")[1]) >= start.model.config.num_single_layers:
             joint.append(demand)
     return {
-        "demand": round(sum(demands) / len(demands), 3),
-        "joint_demand": round(sum(joint) / max(1, len(joint)), 3),
+        f"{prefix}demand": round(sum(demands) / len(demands), 3),
+        f"{prefix}joint_demand": round(sum(joint) / max(1, len(joint)), 3),
     }
 
 

@@ -14,13 +14,15 @@ from alloy.activations import Gram
 from alloy.gauge import Gauge, merge_layers
 from alloy.models import ModalityModel, split_experts
 from alloy.models.gauge import (
-    Tokens,
+    Answers,
+    Felt,
     affine_grams,
     average_of_experts,
     find_gauge,
     in_gauge,
     inner_alignment,
     merge_sequentially,
+    sensitivities_of,
     towers,
 )
 from alloy.symmetry import identity
@@ -46,12 +48,13 @@ Grams = Mapping[str, Mapping[str, Gram]]
 
 @dataclass(frozen=True)
 class Start:
-    """A folded parent, calibration data and its Grams."""
+    """A folded parent, calibration data, how much the parent's answers depend on what, and Grams weighed so."""
 
     model: ModalityModel
     batches: Batches
+    answers: Answers | None
+    felt: Felt | None
     grams: Grams
-    tokens: Tokens
 
 
 def load_parent(name: str) -> ModalityModel:
@@ -62,14 +65,16 @@ def load_parent(name: str) -> ModalityModel:
     return load_model(folder if folder.is_dir() else MADE / name).cpu()
 
 
-def start_of(name: str, draw: int, *, tokens: Tokens = "read", **changes: Any) -> Start:
+def start_of(name: str, draw: int, *, answers: Answers | None = "heads", **changes: Any) -> Start:
     """A parent and a draw of calibration data; `changes` are of the params' `calibration`."""
     settings = study().calibration.model_copy(update=changes)
-    return start_from(in_gauge(load_parent(name)), calibration(draw, settings), tokens)
+    return start_from(in_gauge(load_parent(name)), calibration(draw, settings), answers)
 
 
-def start_from(model: ModalityModel, batches: Batches, tokens: Tokens) -> Start:
-    return Start(model, batches, affine_grams(model, batches, tokens=tokens), tokens)
+def start_from(model: ModalityModel, batches: Batches, answers: Answers | None) -> Start:
+    """Without `answers` every unit of every token counts alike."""
+    felt = None if answers is None else sensitivities_of(model, batches, answers)
+    return Start(model, batches, answers, felt, affine_grams(model, batches, felt))
 
 
 def calibration(draw: int, settings: Calibration) -> Batches:
@@ -99,7 +104,7 @@ def search(start: Start, **settings: Any) -> tuple[Start, Gauge]:
         given["initial"] = {"inner alignment": inner_alignment(start.model, start.batches)}
     transforms, gauge = find_gauge(start.model, start.grams, **given)
     moved = in_gauge(start.model, transforms)
-    return start_from(moved, start.batches, start.tokens), gauge
+    return start_from(moved, start.batches, start.answers), gauge
 
 
 def closed_form(start: Start) -> ModalityModel:
@@ -116,7 +121,7 @@ def closed_form(start: Start) -> ModalityModel:
 
 
 def sequential(start: Start, **settings: Any) -> ModalityModel:
-    return merge_sequentially(start.model, start.batches, tokens=start.tokens, **settings)
+    return merge_sequentially(start.model, start.batches, start.felt, **settings)
 
 
 def average(start: Start) -> ModalityModel:
@@ -137,9 +142,9 @@ def diagnostics(gauge: Gauge) -> dict[str, Any]:
     """What needs no labels: J, and how much of the stream is used."""
     (stream,) = gauge.streams
     return {
-        "error": [round(gauge.error_before, 2), round(gauge.error_after, 2)],
+        "error": [round(gauge.error_before, 3), round(gauge.error_after, 3)],
         "start": gauge.start,
-        "errors_of_starts": {name: round(error, 2) for name, error in gauge.errors.items()},
+        "errors_of_starts": {name: round(error, 3) for name, error in gauge.errors.items()},
         "width": stream.width,
         "dims": stream.own,
         "pooled": [stream.pooled_before, stream.pooled_after],

@@ -1,6 +1,6 @@
 """`params/gauge.yaml`, typed."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -45,6 +45,13 @@ class StudyModel(Section):
     seed: int = Field(ge=0)
 
 
+class Retrained(Section):
+    """A released checkpoint once more, by `params/pretrain.yaml` with another seed."""
+
+    arm: Literal["specific", "specific_unseeded"]
+    seed: int = Field(gt=0)  # the released ones have 0
+
+
 class Measure(Section):
     """How many draws of the calibration data each parent's merges are measured on."""
 
@@ -80,6 +87,7 @@ class GaugeStudyParams(Section):
     calibration: Calibration
     search: Search
     pretraining: Pretraining
+    retrained: dict[Name, Retrained]
     models: dict[Name, StudyModel] = Field(min_length=1)
     widened: dict[Name, int]
     measure: Measure
@@ -87,10 +95,13 @@ class GaugeStudyParams(Section):
     multitask: Multitask
     finetune: Finetune
 
-    def pretrain(self, name: str) -> PretrainParams:
-        """The params of one model's pre-training."""
+    def pretrain(self, name: str) -> tuple[str, PretrainParams]:
+        """The arm and the params of one model's pre-training."""
+        if again := self.retrained.get(name):
+            made = load_file("pretrain", PretrainParams)
+            return again.arm, made.model_copy(update={"seed": again.seed})
         model, shared = self.models[name], self.pretraining
-        return PretrainParams(
+        return "specific_unseeded", PretrainParams(
             recipe=self.recipe,
             seed=model.seed,
             seed_steps=shared.training.num_steps,

@@ -7,6 +7,9 @@ from typing import Any
 
 from benchmarks.gauge import merges
 from benchmarks.gauge.figures import points
+from benchmarks.gauge.measure import METHOD, NO_GAUGE, PLAIN, UNWEIGHED
+from benchmarks.gauge.merges import PARENT
+from benchmarks.gauge.params import study
 from tasks.benchmarks import FINETUNED, TRAINING_FREE
 from tasks.storage import write_file
 
@@ -38,26 +41,75 @@ def table() -> None:
 
 def _merges() -> Iterable[str]:
     rows = merges.read("measure_*")
-    for name in ("specific_unseeded", "specific"):
-        own = [row for row in rows if row["parent"] == name]
+    for name, title in (
+        ("specific_unseeded", "No common seed"),
+        ("specific", "Common seed"),
+    ):
+        seeds = [seed for seed in seeds_of(name) if any(row["parent"] == seed for row in rows)]
+        own = [row for row in rows if row["parent"] in seeds]
         if not own:
             continue
-        yield from ("", f"## {name}: every merge")
+        yield from ("", f"## {title}: every merge, {len(seeds)} seeds of pre-training")
+        yield "Mean over seeds (each the mean over its draws), ± half the seeds' range; then the share of the parent's score."
+        yield ""
         yield from _markdown(
-            ["arm", "draws", *TRAINING_FREE, "CPU s of the merge"],
+            ["arm", *TRAINING_FREE, "kept: R@1, words, statements", "CPU s of the merge"],
             (
-                [arm, len(same), *_scores(same), _spread([row["cpu_seconds"] for row in same])]
-                for arm, same in _by(own, "arm")
+                [arm, *_over_seeds(own, arm), _kept(own, arm), _seconds(own, arm)]
+                for arm, _ in _by(own, "arm")
             ),
         )
-        yield from _facts(next(row for row in own if "error" in row))
+        for seed in seeds:
+            here = [row for row in own if row["parent"] == seed]
+            yield from ("", f"### {seed}")
+            yield from _markdown(
+                ["arm", "draws", *TRAINING_FREE],
+                ([arm, len(same), *_scores(same)] for arm, same in _by(here, "arm")),
+            )
+            for arm in (METHOD, UNWEIGHED):
+                found = [row for row in here if row["arm"] == arm and "error" in row]
+                if found:
+                    yield from _facts(found[0])
+
+
+def seeds_of(name: str) -> list[str]:
+    """A released checkpoint, and the same pre-trained with other seeds."""
+    again = study().retrained
+    return [name, *(other for other, made in again.items() if made.arm == name)]
+
+
+def _means(rows: Rows, arm: str, metric: str) -> dict[str, float]:
+    """By parent."""
+    same = [row for row in rows if row["arm"] == arm]
+    return {
+        parent: statistics.mean(row["scores"][metric] for row in own)
+        for parent, own in _by(same, "parent")
+    }
+
+
+def _over_seeds(rows: Rows, arm: str) -> list[str]:
+    return [_spread(list(_means(rows, arm, metric).values())) for metric in TRAINING_FREE]
+
+
+def _kept(rows: Rows, arm: str) -> str:
+    cells = []
+    for metric in ("retrieval", "masked_words", "statements"):
+        whole = _means(rows, PARENT, metric)
+        kept = [100 * score / whole[seed] for seed, score in _means(rows, arm, metric).items()]
+        cells.append(f"{statistics.mean(kept):.0f} % ({min(kept):.0f} to {max(kept):.0f})")
+    return ", ".join(cells)
+
+
+def _seconds(rows: Rows, arm: str) -> str:
+    same = [row for row in rows if row["arm"] == arm]
+    return _spread([row.get("search_seconds", 0) + row["cpu_seconds"] for row in same])
 
 
 def _facts(row: dict[str, Any]) -> Iterable[str]:
     before, after = row["error"]
     yield ""
     yield (
-        f"J {before:.0f} → {after:.0f} (start: {row['start']}; after a few steps {row['errors_of_starts']}); "
+        f"{row['arm']}: J {before:.3g} → {after:.3g} (start: {row['start']}; after a few steps {row['errors_of_starts']}); "
         f"99 % of the energy in {row['dims']} of {row['width']} dims, pooled {row['pooled'][0]} → "
         f"{row['pooled'][1]}; overlap {row['overlap'][0]} → {row['overlap'][1]}."
     )
@@ -71,11 +123,12 @@ def _study() -> Iterable[str]:
     yield "Demand: dims that hold 99 % of each expert's energy, their sum by the width, in the joint blocks (in all)."
     yield "CPU seconds are those of the search, of the Grams in the gauge found, and of sequential least squares."
     yield ""
-    arms = ("gauge + sequential", "sequential")
+    arms = (METHOD, NO_GAUGE, PLAIN)
     yield from _markdown(
         [
             "parent",
             "demand",
+            "of what the answers feel",
             "parent R@1, words",
             *(f"{arm}: R@1, words kept" for arm in arms),
             "CPU s",
@@ -84,6 +137,7 @@ def _study() -> Iterable[str]:
             [
                 point["parent"],
                 f"{point['joint_demand']:.2f} ({point['demand']:.2f})",
+                f"{point['felt_joint_demand']:.2f}",
                 ", ".join(f"{point[m]:.1f}" for m in ("retrieval", "masked_words")),
                 *(
                     f"{point[f'{arm}: retrieval']:.0f} %, {point[f'{arm}: masked_words']:.0f} %"
@@ -99,7 +153,7 @@ def _study() -> Iterable[str]:
 def _ablations() -> Iterable[str]:
     rows = merges.read("ablate")
     if rows:
-        yield from ("", f"## {rows[0]['parent']}: gauge + sequential, changed in one thing")
+        yield from ("", f"## {rows[0]['parent']}: {METHOD}, changed in one thing")
         yield from _markdown(
             ["changed", "draws", *TRAINING_FREE, "J"],
             (
@@ -107,7 +161,7 @@ def _ablations() -> Iterable[str]:
                     arm,
                     len(same),
                     *_scores(same),
-                    f"{statistics.mean(r['error'][1] for r in same):.0f}",
+                    f"{statistics.mean(r['error'][1] for r in same):.3g}",
                 ]
                 for arm, same in _by(rows, "arm")
             ),

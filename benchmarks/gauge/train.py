@@ -5,25 +5,25 @@ from pathlib import Path
 from benchmarks.gauge.params import study
 from tasks import scenes
 from tasks.params import PrepareParams, load
-from tasks.pretrain import pretrain
+from tasks.pretrain import FROM_SEED, pretrain
 from tasks.storage import write_folder, write_json
 
 MADE = Path("models/gauge")
 WORK = Path(".alloy/gauge")  # step checkpoints
-ARM = "specific_unseeded"
 
 
 def train(name: str) -> None:
-    """Pre-train a model whose experts have no common seed."""
+    """Pre-train a model; one whose experts come from a seed after that seed."""
     params = study()
     bank = scenes.load_bank(load(params.recipe, "prepare", PrepareParams).scenes)
-    made = params.pretrain(name)
-    model, progress = pretrain(ARM, made, bank, WORK / name, _say)
+    arm, made = params.pretrain(name)
+    if arm in FROM_SEED:
+        pretrain("seed", made, bank, WORK / name, _say)
+    model, progress = pretrain(arm, made, bank, WORK / name, _say)
     with write_folder(MADE / name) as folder:
         model.save_pretrained(folder)
-        write_json(
-            folder / "pretraining.json", {"params": made.model_dump(), "losses": progress.losses}
-        )
+        facts = {"arm": arm, "params": made.model_dump(), "losses": progress.losses}
+        write_json(folder / "pretraining.json", facts)
     print(f"gauge: wrote {MADE / name}, {model.num_parameters():,} parameters")
 
 

@@ -7,7 +7,7 @@ change is e_nᵀ (J_nᵀ J_n) e_n, and for a random u of covariance 1 that is th
 one backward pass with random u for each batch. As in K-FAC (arXiv:1503.05671), which MaTS
 (arXiv:2312.04339) merges with, size and direction are kept apart:
 
-    E (g_nᵀ e)²  ~  s_n eᵀ H e,    s_n = |g_n|²,    H = (1 - d) O E[g gᵀ] / E[gᵀ g] + d 1
+    E (g_nᵀ e)²  ~  s_n eᵀ H e,    s_n = |g_n|² / O,    H = (1 - d) O E[g gᵀ] / E[gᵀ g] + d 1
 
 No labels are needed: the answers themselves are what shall not change. Each answer counts relative to its own
 spread over the data, so a sum of errors reads as the share of the answers' variance that is lost.
@@ -67,7 +67,7 @@ def sensitivities(
         ).items():
             layer = layers[name]
             by_call = [layer.outputs(gradient).double() for gradient in gradients]
-            samples[name].append([g.square().sum(-1).to(gradients[0].dtype) for g in by_call])
+            samples[name].append([g.square().mean(-1).to(gradients[0].dtype) for g in by_call])
             for g in by_call:
                 g_GNO = g.reshape(-1, g.shape[-1]).unflatten(1, (layer.groups, -1)).movedim(1, 0)
                 moments[name] = moments.get(name, 0) + g_GNO.mT @ g_GNO

@@ -44,7 +44,7 @@ def test_of_a_linear_model_they_are_what_an_error_does_to_the_answers():
     error = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     change = (module.b.weight @ error).square().sum() * 5 / spread  # at each of five tokens
     samples = torch.cat([calls[0] for calls in felt.samples])
-    predicted = samples.sum(1).mean() * (error @ felt.units_GOO[0] @ error) / 4
+    predicted = samples.sum(1).mean() * (error @ felt.units_GOO[0] @ error)
     torch.testing.assert_close(predicted, change, rtol=0.03, atol=0)
     expected = module.b.weight.T @ module.b.weight
     torch.testing.assert_close(

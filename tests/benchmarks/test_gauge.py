@@ -9,11 +9,12 @@ from dvc.repo import Repo
 
 from alloy.models import ModalityConfig, ModalityModel
 from benchmarks.gauge.figures import points
-from benchmarks.gauge.measure import dims_99
+from benchmarks.gauge.measure import METHOD, NO_GAUGE, PLAIN, dims_99
+from benchmarks.gauge.merges import PARENT
 from benchmarks.gauge.params import GaugeStudyParams, study
-from benchmarks.gauge.table import _spread
+from benchmarks.gauge.table import _kept, _spread
 from benchmarks.gauge.widen import widen
-from tasks.params import ParamsError, load_file
+from tasks.params import ParamsError, PretrainParams, load_file
 
 REPOSITORY = Path(__file__).parents[2]
 STUDY = "benchmarks/gauge/dvc.yaml"
@@ -36,6 +37,7 @@ def test_no_recipe_reads_what_the_study_writes_and_everything_is_measured() -> N
         table = {stage.name for stage in networkx.descendants(graph, by_name["table"])}
     params = study()
     parents = [f"measure@{n}" for n in params.models]
+    parents += [f"measure_again@{n}" for n in params.retrained]
     parents += [f"measure_widened@{n}" for n in params.widened]
     parents += [f"measure_released@{n}" for n in params.measure.released]
     assert {*parents, "ablate", "multitask", "finetune", "cost"} <= table
@@ -55,9 +57,15 @@ def test_params_build_the_models_of_the_study(
 ) -> None:
     params = study()
     for name, model in params.models.items():
-        made = params.pretrain(name).model
-        assert made.hidden_size == model.width
-        assert made.hidden_size % made.num_attention_heads == 0
+        arm, made = params.pretrain(name)
+        assert (arm, made.seed) == ("specific_unseeded", model.seed)
+        assert made.model.hidden_size == model.width
+        assert made.model.hidden_size % made.model.num_attention_heads == 0
+    released = load_file("pretrain", PretrainParams)
+    for name, again in params.retrained.items():
+        arm, made = params.pretrain(name)
+        assert (arm, made) == (again.arm, released.model_copy(update={"seed": again.seed}))
+        assert made.seed != released.seed
     text = Path("params/gauge.yaml").read_text().replace("masked_share", "maskd_share")
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "gauge.yaml").write_text(text)
@@ -67,18 +75,23 @@ def test_params_build_the_models_of_the_study(
 
 
 def test_what_is_kept_is_a_share_of_the_parents_own_score() -> None:
-    facts = {"cpu_seconds": 9, "search_seconds": 5, "width": 96, "demand": 1.5, "joint_demand": 2.0}
-    scores = [("unmerged parent", 80, 50), ("gauge + sequential", 60, 40), ("sequential", 20, 5)]
+    facts = {"cpu_seconds": 9, "search_seconds": 5, "width": 96}
+    facts |= {"demand": 1.5, "joint_demand": 2.0, "felt_joint_demand": 1.0}
+    scores = [(PARENT, 80, 50), (METHOD, 60, 40), (NO_GAUGE, 40, 30), (PLAIN, 20, 5)]
     rows = [
         {"parent": "p", "arm": arm, "scores": {"retrieval": r, "masked_words": w}} | facts
         for arm, r, w in scores
     ]
     rows.append({**rows[1], "scores": {"retrieval": 64, "masked_words": 44}})
     (point,) = points(rows)
-    assert point["gauge + sequential: retrieval"] == pytest.approx(100 * 62 / 80)
-    assert point["sequential: masked_words"] == pytest.approx(10)
+    assert point[f"{METHOD}: retrieval"] == pytest.approx(100 * 62 / 80)
+    assert point[f"{PLAIN}: masked_words"] == pytest.approx(10)
     assert point["seconds"] == 14
     assert _spread([60, 64]) == "62.0 ± 2.0"
+    other = [{**row, "parent": "q"} for row in rows[:2]]
+    other[1]["scores"] = {"retrieval": 80, "masked_words": 25}
+    rows = [{**r, "scores": {**r["scores"], "statements": 90}} for r in rows + other]
+    assert _kept(rows, METHOD) == "89 % (78 to 100), 67 % (50 to 84), 100 % (100 to 100)"
 
 
 def test_dims_are_counted_up_to_99_percent_of_the_energy() -> None:

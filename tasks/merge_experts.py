@@ -190,6 +190,10 @@ def _refuse_impossible(params: MergeParams, recipe: str, models: Path) -> None:
             raise ParamsError(
                 f"{where}: align moves units before the search of the gauge undoes it; leave out one"
             )
+        if arm.answers is not None and arm.gauge is None and arm.method != "sequential":
+            raise ParamsError(
+                f"{where}.answers weighs least squares: of method sequential or of a gauge; leave it out"
+            )
         if arm.method == "sequential" and arm.coefficients is not None:
             raise ParamsError(
                 f"{where}: sequential weighs all experts alike; leave out coefficients"

@@ -233,9 +233,15 @@ def test_an_arm_in_a_gauge_loads_with_its_adapters_and_says_what_was_found(works
     """Sequential least squares and RegMean in a gauge, as recipes ask for them."""
     gauge = {"streams": True, "steps": 2, "max_rounds": 1, "masked_share": 0.5}
     arms = {
-        "turned": {"method": "sequential", "gauge": gauge, "options": {"ridge": 0.1}},
-        "units": {"method": "regmean", "gauge": gauge | {"streams": False}},
+        "turned": {
+            "method": "sequential",
+            "gauge": gauge,
+            "answers": "heads",
+            "options": {"ridge": 0.1},
+        },
+        "units": {"method": "regmean", "gauge": gauge | {"streams": False}, "answers": "states"},
         "plain": {"method": "sequential"},
+        "kept": {"method": "sequential", "answers": "heads"},
     }
 
     def change(recipe):
@@ -248,7 +254,12 @@ def test_an_arm_in_a_gauge_loads_with_its_adapters_and_says_what_was_found(works
         model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values())
         assert model.config.joint_adapters == (name == "turned")
-        assert (folder / "gauge.json").exists() == (name != "plain")
+        assert (folder / "gauge.json").exists() == (name in ("turned", "units"))
+    plain, kept = (
+        load_file(workspace / f"models/tiny/arms/{name}/model.safetensors")
+        for name in ("plain", "kept")
+    )
+    assert any(not torch.equal(plain[name], kept[name]) for name in plain)
     report = json.loads((workspace / "models/tiny/arms/turned/gauge.json").read_text())
     assert report["error_after"] < report["error_before"]
     assert report["streams"][0]["width"] == model.config.hidden_size
@@ -347,6 +358,10 @@ def test_planted_orders_of_units_and_heads_do_not_change_the_aligned_merge(works
                 method="sequential", options={}, coefficients={"v": 1, "l": 2, "vl": 1}
             ),
             "arms.regmean: sequential weighs all experts alike",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["regmean"].update(answers="heads"),
+            "arms.regmean.answers weighs least squares: of method sequential or of a gauge",
         ),
     ],
 )

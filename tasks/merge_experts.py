@@ -100,8 +100,7 @@ def aligned(
 def merge_arm(arm: ArmParams, models: Path, reports: dict[str, Any] | None = None) -> ModalityModel:
     """The agnostic model of one arm; what its gauge says of it goes into `reports`."""
     source = load_model(models / "checkpoints" / arm.checkpoint).cpu()
-    masked_share = arm.gauge.masked_share if arm.gauge else 0.0
-    data = calibration(models, masked_share) if arm.gauge or arm.method == "sequential" else []
+    data = calibration(models, arm.masked_share) if _reads_data(arm) else []
     if arm.gauge is not None:
         source, report = move(source, arm.gauge, data, arm.answers)
         if reports is not None:
@@ -131,6 +130,11 @@ def merge_arm(arm: ArmParams, models: Path, reports: dict[str, Any] | None = Non
     model = ModalityModel(agnostic_config(source.config))
     model.load_state_dict({**shared_weights(weights, source.config), **merged}, strict=True)
     return model.eval()
+
+
+def _reads_data(arm: ArmParams) -> bool:
+    """Whether an arm sees the calibration data itself, not only the statistics that collect took of it."""
+    return arm.gauge is not None or arm.method == "sequential"
 
 
 def _sequential_options(arm: ArmParams) -> dict[str, Any]:
@@ -190,10 +194,11 @@ def _refuse_impossible(params: MergeParams, recipe: str, models: Path) -> None:
             raise ParamsError(
                 f"{where}: align moves units before the search of the gauge undoes it; leave out one"
             )
-        if arm.answers is not None and arm.gauge is None and arm.method != "sequential":
-            raise ParamsError(
-                f"{where}.answers weighs least squares: of method sequential or of a gauge; leave it out"
-            )
+        for key, given in (("answers", arm.answers), ("masked_share", arm.masked_share)):
+            if given and not _reads_data(arm):
+                raise ParamsError(
+                    f"{where}.{key} is of method sequential and of a gauge's search; leave it out"
+                )
         if arm.method == "sequential" and arm.coefficients is not None:
             raise ParamsError(
                 f"{where}: sequential weighs all experts alike; leave out coefficients"

@@ -219,7 +219,6 @@ class GaugeParams(Section):
     streams: bool  # turn the residual streams, too, at the price of two fixed adapters
     steps: int = Field(gt=0)  # a round
     max_rounds: int = Field(gt=0)
-    masked_share: float = Field(ge=0, le=1)  # of the calibration texts get hidden words
 
 
 class ArmParams(Section):
@@ -232,6 +231,7 @@ class ArmParams(Section):
     # What least squares (gauge, sequential) shall keep: the pre-trained heads' answers, or these and all
     # states, which heads that fine-tuning trains will read; null: the output of every layer alike.
     answers: Literal["heads", "states"] | None = None
+    masked_share: float = Field(default=0, ge=0, le=1)  # of their texts get hidden words
     base: str | None = None  # the checkpoint that task vectors start from
     coefficients: (  # by expert, or that by glob pattern of names; the method's own without
         dict[Literal["v", "l", "vl"], float]

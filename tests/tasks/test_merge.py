@@ -231,12 +231,13 @@ def test_settings_by_pattern_hold_in_the_blocks_they_match(workspace):
 
 def test_an_arm_in_a_gauge_loads_with_its_adapters_and_says_what_was_found(workspace):
     """Sequential least squares and RegMean in a gauge, as recipes ask for them."""
-    gauge = {"streams": True, "steps": 2, "max_rounds": 1, "masked_share": 0.5}
+    gauge = {"streams": True, "steps": 2, "max_rounds": 1}
     arms = {
         "turned": {
             "method": "sequential",
             "gauge": gauge,
             "answers": "heads",
+            "masked_share": 0.5,
             "options": {"ridge": 0.1},
         },
         "units": {"method": "regmean", "gauge": gauge | {"streams": False}, "answers": "states"},
@@ -349,7 +350,7 @@ def test_planted_orders_of_units_and_heads_do_not_change_the_aligned_merge(works
         (
             lambda r: r["merge"]["arms"]["regmean"].update(
                 align=True,
-                gauge={"streams": True, "steps": 1, "max_rounds": 1, "masked_share": 0.5},
+                gauge={"streams": True, "steps": 1, "max_rounds": 1},
             ),
             "arms.regmean: align moves units before the search of the gauge undoes it",
         ),
@@ -361,7 +362,11 @@ def test_planted_orders_of_units_and_heads_do_not_change_the_aligned_merge(works
         ),
         (
             lambda r: r["merge"]["arms"]["regmean"].update(answers="heads"),
-            "arms.regmean.answers weighs least squares: of method sequential or of a gauge",
+            "arms.regmean.answers is of method sequential and of a gauge's search",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["regmean"].update(masked_share=0.5),
+            "arms.regmean.masked_share is of method sequential and of a gauge's search",
         ),
     ],
 )

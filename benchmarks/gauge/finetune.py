@@ -5,7 +5,7 @@ from typing import Any
 
 from alloy.models import ModalityModel
 from benchmarks.gauge import merges
-from benchmarks.gauge.measure import METHOD, UNWEIGHED
+from benchmarks.gauge.measure import METHOD
 from benchmarks.gauge.merges import PARENT
 from benchmarks.gauge.params import study
 from benchmarks.gauge.train import MADE, WORK
@@ -42,7 +42,6 @@ def _arms(name: str, run: int) -> Iterator[tuple[str, ModalityModel]]:
     states = merges.start_from(start.model, start.batches, "states")
     yield METHOD, merges.sequential(merges.search(start)[0])
     yield f"{METHOD} and states", merges.sequential(merges.search(states)[0])
-    yield UNWEIGHED, merges.sequential(merges.search(plain)[0])
     yield PARENT, merges.load_parent(name)
     yield "closed form", merges.closed_form(plain)
 

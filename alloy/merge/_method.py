@@ -90,7 +90,8 @@ class MergeMethod:
     - every option, by its name, always.
 
     With `scope="model"` the models, the base, the coefficients (a tuple per name) and the result
-    are mappings from name to tensor, and the function also receives the keywords in `inputs`.
+    are mappings from name to tensor, and the function also receives the keywords in `inputs`, and those
+    in `extras` that are given.
     """
 
     implementation: str | None = None
@@ -104,11 +105,11 @@ class MergeMethod:
     statistics: Literal["gram", "fisher"] | None = None
     scope: Literal["tensor", "model"] = "tensor"
     inputs: tuple[str, ...] = ()
-    extras: tuple[str, ...] = ()
-    """Inputs that may be left out."""
     """What only the caller has, passed through by keyword: a callable that runs the model, its
     batches.
     """
+    extras: tuple[str, ...] = ()
+    """Inputs that may be left out; the function has defaults for them."""
     elementwise: bool = False
     """Each entry of the result depends on the same entry of the inputs (and its flat index) alone:
     a tensor, its base and its "fisher" statistics may be cut anywhere, with the same result to

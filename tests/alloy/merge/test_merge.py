@@ -23,7 +23,7 @@ def weights(value: float = 1.0, **extra):
 @pytest.mark.parametrize("method", sorted(MERGE_METHODS))
 def test_a_function_takes_exactly_what_its_entry_says(method):
     spec = MERGE_METHODS[method]
-    given = set(spec.options) | set(spec.inputs)
+    given = set(spec.options) | set(spec.inputs) | set(spec.extras)
     given |= {"coefficients"} if spec.coefficients else set()
     given |= {"base"} if spec.base != "unused" else set()
     given |= {"statistics"} if spec.statistics else set()

@@ -1,6 +1,6 @@
 """What the gauge of least error buys without training, and where it stops (docs/gauge.md).
 
-    dvc repro benchmarks/gauge/dvc.yaml           # everything, what is stale of it: about 70 CPU minutes
+    dvc repro benchmarks/gauge/dvc.yaml           # everything, what is stale of it: about 210 CPU minutes
     python -m benchmarks.gauge train d96_m1_s0    # one model of params/gauge.yaml, into models/gauge/
     python -m benchmarks.gauge measure d96_m1_s0  # its merges; also of specific_unseeded, specific, wide144
     python -m benchmarks.gauge ablate             # what may turn, calibration, starts

@@ -64,7 +64,8 @@ def points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             same = [row for row in own if row["arm"] == arm]
             for metric in ("retrieval", "masked_words"):
                 kept = [100 * row["scores"][metric] / parent[metric] for row in same]
-                point[f"{arm}: {metric}"] = statistics.mean(kept)
+                if kept:
+                    point[f"{arm}: {metric}"] = statistics.mean(kept)
         first = next(row for row in own if row["arm"] == METHOD)
         point |= {key: first[key] for key in ("width", "demand", "joint_demand")}
         point["felt_joint_demand"] = first["felt_joint_demand"]
@@ -96,7 +97,7 @@ def slack(found: list[dict[str, Any]]) -> Figure:
                 own = sorted(
                     (point["joint_demand"], point[f"{arm}: {metric}"])
                     for point in able
-                    if point["parent"] in parents
+                    if point["parent"] in parents and f"{arm}: {metric}" in point
                 )
                 name = f"{label}{', no gauge' if arm == NO_GAUGE else ''}"
                 if own:

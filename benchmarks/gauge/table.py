@@ -141,6 +141,8 @@ def _study() -> Iterable[str]:
                 ", ".join(f"{point[m]:.1f}" for m in ("retrieval", "masked_words")),
                 *(
                     f"{point[f'{arm}: retrieval']:.0f} %, {point[f'{arm}: masked_words']:.0f} %"
+                    if f"{arm}: retrieval" in point
+                    else ""
                     for arm in arms
                 ),
                 point["seconds"],

@@ -46,7 +46,7 @@ def hide_words(
     mask = scenes.TOKEN["[MASK]"]
     hidden, _ = mask_words(ids, batch["attention_mask"], mask, PROBABILITY, generator)
     chosen = torch.randperm(len(ids), generator=generator)[: round(share * len(ids))]
-    if len(chosen) == 0:
+    if share == 0:
         return batch
     made = ids.index_copy(0, chosen, hidden[chosen])
     return {**batch, "input_ids": made, HIDDEN: made == mask}

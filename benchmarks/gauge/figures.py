@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 
 from alloy.gauge import Gauge
 from benchmarks.gauge import merges
-from benchmarks.gauge.measure import METHOD, NO_GAUGE, PLAIN
-from benchmarks.gauge.merges import PARENT, Grams
+from benchmarks.gauge.merges import METHOD, NO_GAUGE, PARENT, PLAIN, Grams
 from benchmarks.gauge.params import study
 
 FOLDER = Path("docs/figures")

@@ -5,8 +5,7 @@ from typing import Any
 
 from alloy.models import ModalityModel
 from benchmarks.gauge import merges
-from benchmarks.gauge.measure import METHOD
-from benchmarks.gauge.merges import PARENT
+from benchmarks.gauge.merges import METHOD, PARENT
 from benchmarks.gauge.params import study
 from benchmarks.gauge.train import MADE, WORK
 from tasks.benchmarks import BENCHMARKS, FINETUNED, load_split

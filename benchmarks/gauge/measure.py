@@ -9,11 +9,9 @@ from torch import Tensor
 
 from alloy.models import ModalityModel
 from benchmarks.gauge import merges
-from benchmarks.gauge.merges import PARENT, Start
+from benchmarks.gauge.merges import METHOD, NO_GAUGE, PARENT, PLAIN, UNWEIGHED, Start
 
 Arm = Callable[[], ModalityModel]
-METHOD, UNWEIGHED = "gauge + sequential for the answers", "gauge + sequential"
-NO_GAUGE, PLAIN = "sequential for the answers", "sequential"
 
 
 def measure(name: str, draws: int, *, every_arm: bool) -> Iterator[dict[str, Any]]:

@@ -39,7 +39,9 @@ from tasks.storage import write_file
 
 RESULTS = Path("benchmarks/results/gauge")
 RELEASED = Path("released/modality")
-PARENT = "unmerged parent"
+PARENT = "unmerged parent"  # the arms that more than one part of the study names
+METHOD, UNWEIGHED = "gauge + sequential for the answers", "gauge + sequential"
+NO_GAUGE, PLAIN = "sequential for the answers", "sequential"
 WIDENED = "specific_unseeded"
 
 Batches = list[dict[str, Tensor]]

@@ -7,8 +7,7 @@ from typing import Any
 
 from benchmarks.gauge import merges
 from benchmarks.gauge.figures import points
-from benchmarks.gauge.measure import METHOD, NO_GAUGE, PLAIN, UNWEIGHED
-from benchmarks.gauge.merges import PARENT
+from benchmarks.gauge.merges import METHOD, NO_GAUGE, PARENT, PLAIN, UNWEIGHED
 from benchmarks.gauge.params import study
 from tasks.benchmarks import FINETUNED, TRAINING_FREE
 from tasks.storage import write_file

@@ -60,6 +60,28 @@ def test_parameters_and_their_gradients_stay():
     assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
 
 
+def test_operations_in_place_behind_a_layer_change_nothing():
+    """ReLU in place writes into what the layer computed: the gradient is still that of the layer's outputs."""
+    apart, in_place = (
+        nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=where), nn.Linear(5, 3)).double().eval()
+        for where in (False, True)
+    )
+    in_place.load_state_dict(apart.state_dict())
+    found = [
+        sensitivities(
+            module,
+            {"0": Layer(module[0])},
+            _data(1),
+            lambda m, batch: [m(batch["x"])],
+            generator=torch.Generator().manual_seed(0),
+        )["0"]
+        for module in (apart, in_place)
+    ]
+    for one, other in zip(*(f.samples for f in found), strict=True):
+        torch.testing.assert_close(one[0], other[0])
+    torch.testing.assert_close(found[0].units_GOO, found[1].units_GOO)
+
+
 @torch.no_grad()
 def test_each_unit_comes_from_the_model_whose_answers_read_it():
     """Two models answer from different units of one layer; both answers survive the merge, exactly."""

@@ -9,8 +9,8 @@ from dvc.repo import Repo
 
 from alloy.models import ModalityConfig, ModalityModel
 from benchmarks.gauge.figures import points
-from benchmarks.gauge.measure import METHOD, NO_GAUGE, PLAIN, dims_99
-from benchmarks.gauge.merges import PARENT
+from benchmarks.gauge.measure import dims_99
+from benchmarks.gauge.merges import METHOD, NO_GAUGE, PARENT, PLAIN
 from benchmarks.gauge.params import GaugeStudyParams, study
 from benchmarks.gauge.table import _kept, _spread
 from benchmarks.gauge.widen import widen

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,11 +17,10 @@ from alloy.checkpoint._card import model_card, record
 from alloy.checkpoint._execute import Shard, Step, chunk_bytes_for, execute
 from alloy.checkpoint._format import INDEX, CheckpointError
 from alloy.checkpoint._hash import sha256
-from alloy.checkpoint._plan import RECORD, MergePlan, Paths, PlannedTensor, plan_merge
+from alloy.checkpoint._plan import INCOMPLETE, RECORD, MergePlan, Paths, PlannedTensor, plan_merge
 from alloy.checkpoint._work import Copy, Function, Held, Tensors, merged_whole, work_for
 from alloy.merge import MergeError
 
-INCOMPLETE = ".incomplete"
 _JOURNAL = "journal.jsonl"
 
 
@@ -137,7 +135,8 @@ def run_plan(
                 plan, folder, threads, chunk_bytes, hash_sources, command, title, on_bytes, compiled
             )
         except (MergeError, CheckpointError):
-            shutil.rmtree(folder)  # trying again changes nothing; an interrupted run stays
+            _remove_ours(folder)  # trying again changes nothing; an interrupted run stays
+            folder.rmdir()
             raise
     return MergeReport(
         plan.output,
@@ -169,7 +168,7 @@ def _write_result(
     compiled: bool,
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Write everything into the folder and put it in place; the files' hashes, and which were there before."""
-    journal = _Journal(folder, plan.digest)
+    journal = _Journal(folder, plan.digest, _files_of(plan))
     shards = _shards(plan, compiled)
     with _single_threaded_torch(shards):
         execute(
@@ -239,23 +238,23 @@ def _step(
 
 
 class _Journal:
-    """Which files of an unfinished result are complete on the disk, and their hashes."""
+    """What we write into an unfinished result: every file's name first, then each finished one's hash.
 
-    def __init__(self, folder: Path, digest: str):
+    The names are what makes a folder ours: another merge may remove these files and nothing else.
+    """
+
+    def __init__(self, folder: Path, plan: str, files: Sequence[str]):
         self.path = folder / _JOURNAL
         self.finished: dict[str, str] = {}
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        entries = [json.loads(line) for line in lines if line.endswith("}")]
-        if entries and entries[0].get("plan") == digest:
+        entries = _journal_entries(folder)
+        if entries and entries[0]["plan"] == plan:
             for entry in entries[1:]:
                 file = folder / entry["file"]
                 if file.is_file() and sha256(file) == entry["sha256"]:
                     self.finished[entry["file"]] = entry["sha256"]
         else:
-            for path in folder.iterdir():
-                if path.name != _LOCK:
-                    path.unlink() if not path.is_dir() else shutil.rmtree(path)
-            self._append({"plan": digest})
+            _remove_ours(folder, keep=_LOCK)
+            self._append({"plan": plan, "files": list(files)})
         self.resumed = tuple(self.finished)
 
     def add(self, file: str, digest: str) -> None:
@@ -272,14 +271,87 @@ class _Journal:
         self.path.unlink()
 
 
+def _journal_entries(folder: Path) -> list[dict[str, Any]]:
+    """The journal's whole lines; a last line that a crash cut short is left out.
+
+    Raises:
+        CheckpointError: the journal is not one of ours.
+    """
+    path = folder / _JOURNAL
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link, so it is not ours; {_MOVE_IT}")
+    if not path.is_file():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if not _is_entry(entry, first=number == 1):
+            raise CheckpointError(
+                f"{path}: line {number} is not a line of a merge's journal; {_MOVE_IT}"
+            )
+        entries.append(entry)
+    return entries
+
+
+def _is_entry(entry: object, *, first: bool) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    if first:
+        files = entry.get("files")
+        plain = isinstance(files, list) and all(_is_plain_name(name) for name in files)
+        return plain and isinstance(entry.get("plan"), str)
+    return _is_plain_name(entry.get("file")) and isinstance(entry.get("sha256"), str)
+
+
+def _is_plain_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name
+
+
+def _remove_ours(folder: Path, keep: str | None = None) -> None:
+    """Remove what the folder's journal names, itself last; a file that is not ours stays."""
+    entries = _journal_entries(folder)
+    for name in (*(entries[0]["files"] if entries else ()), _JOURNAL, _LOCK):
+        if name != keep:
+            (folder / name).unlink(missing_ok=True)
+
+
 _LOCK = "lock"
+_MOVE_IT = "move or remove it, or choose another output"
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse an unfinished folder unless it is absent, empty, or holds only what its journal names.
+
+    Raises:
+        CheckpointError: a link, a file, or a folder with anything that an earlier merge did not write.
+    """
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link, and a merge would write through it; {_MOVE_IT}")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file where a merge keeps its work; {_MOVE_IT}")
+    entries = _journal_entries(folder)
+    ours = {_JOURNAL, *(entries[0]["files"] if entries else ())}
+    for path in sorted(folder.iterdir()):
+        is_lock = path.name == _LOCK and path.stat(follow_symlinks=False).st_size == 0
+        if not (is_lock or path.name in ours) or path.is_symlink() or not path.is_file():
+            raise CheckpointError(
+                f"{folder} holds {path.name!r}, which no earlier merge wrote; {_MOVE_IT}"
+            )
 
 
 @contextmanager
 def _locked(folder: Path) -> Generator[None]:
     """The unfinished folder, ours alone; what it holds stays for the next run when this one dies."""
+    refuse_foreign(folder)
     folder.mkdir(exist_ok=True)
-    with (folder / _LOCK).open("w") as file:
+    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -287,6 +359,11 @@ def _locked(folder: Path) -> Generator[None]:
                 f"{folder}: another run is writing it; wait for it or stop it"
             ) from error
         yield
+
+
+def _files_of(plan: MergePlan) -> list[str]:
+    """Every file that the result will have."""
+    return [*plan.layout, *plan.files, INDEX, RECORD, "README.md"]
 
 
 @contextmanager

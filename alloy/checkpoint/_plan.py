@@ -53,6 +53,7 @@ from alloy.merge._method import nearest
 
 BASE = "base"
 RECORD = "alloy_merge.json"
+INCOMPLETE = ".incomplete"  # beside the output, where a merge keeps its work
 """The result's own account of how it was made, beside its card."""
 
 Paths = Sequence[str | Path] | Mapping[str, str | Path]
@@ -363,11 +364,33 @@ def _check_choices(
         problems.append(f"tokenizer={tokenizer!r}: {nearest(str(tokenizer), POLICIES)}")
     if shard_bytes is not None and shard_bytes < 1:
         problems.append(f"shard_bytes={shard_bytes!r}: give a positive number of bytes")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.is_symlink():
+        problems.append(f"{output} is a link; name the folder itself")
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         problems.append(f"{output} is not an empty folder; choose another output or remove it")
+    _check_apart(problems, paths, output)
+
+
+def _check_apart(problems: list[str], paths: Mapping[str, Path], output: Path) -> None:
+    """No source may be, hold, or lie in what the merge writes, whatever links lead there."""
+    unfinished = output.with_name(output.name + INCOMPLETE)
     for name, path in paths.items():
-        if path.is_dir() and output.absolute().is_relative_to(path.absolute()):
-            problems.append(f"{output} lies inside the source {name!r}; choose a folder outside it")
+        source = path.resolve()
+        for place in (output, unfinished):
+            target = place.resolve()
+            if target == source:
+                problems.append(
+                    f"{place}, which the merge writes, is the source {name!r}; choose another output"
+                )
+            elif target.is_relative_to(source):
+                problems.append(
+                    f"{place} lies inside the source {name!r}; choose a folder outside it"
+                )
+            elif source.is_relative_to(target):
+                problems.append(
+                    f"the source {name!r} lies inside {place}, which the merge writes; "
+                    "choose another output"
+                )
 
 
 def _vocabulary(

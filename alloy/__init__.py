@@ -1,23 +1,23 @@
 """Merge transformers that were trained apart: tensors in, tensors out.
 
+Packages are nouns (`alloy.symmetry`, `alloy.merging`), functions are verbs (`alloy.merge`, `alloy.align`).
 The names below are loaded when they are first used, so `import alloy` costs nothing.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from alloy.align import align
-    from alloy.alignment import Alignment
-    from alloy.checkpoint import merge_checkpoints
-    from alloy.collect import collect
-    from alloy.distance import distance
+    from alloy.alignment.presets import align_models
+    from alloy.alignment.result import Alignment
+    from alloy.alignment.search import align
+    from alloy.checkpoint.run import merge_checkpoints
+    from alloy.errors import AlloyError
     from alloy.gauge import search_gauge
-    from alloy.merge import merge
-    from alloy.presets import align_models
-    from alloy.statistics import Statistics
+    from alloy.measures.distances import distance
+    from alloy.merging.apply import merge
+    from alloy.statistics.collection import collect
+    from alloy.statistics.sums import Statistics
     from alloy.symmetry import (
         SymmetrySpec,
         add_norm_matrices,
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Alignment",
+    "AlloyError",
     "Statistics",
     "SymmetrySpec",
+    "__version__",
     "add_norm_matrices",
     "align",
     "align_models",
@@ -56,52 +58,40 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Alignment": "alloy.alignment",
-    "Statistics": "alloy.statistics",
-    "align": "alloy.align",
-    "align_models": "alloy.presets",
-    "collect": "alloy.collect",
-    "distance": "alloy.distance",
-    "merge": "alloy.merge",
-    "merge_checkpoints": "alloy.checkpoint",
+    "align_models": "alloy.alignment.presets",
+    "Alignment": "alloy.alignment.result",
+    "align": "alloy.alignment.search",
+    "merge_checkpoints": "alloy.checkpoint.run",
+    "AlloyError": "alloy.errors",
     "search_gauge": "alloy.gauge",
-    **dict.fromkeys(
-        (
-            "SymmetrySpec",
-            "add_norm_matrices",
-            "compose",
-            "find_symmetries",
-            "fold_norms",
-            "identity",
-            "invert",
-            "random_transforms",
-            "transport",
-            "unfold_norms",
-            "validate",
-        ),
-        "alloy.symmetry",
-    ),
+    "distance": "alloy.measures.distances",
+    "merge": "alloy.merging.apply",
+    "collect": "alloy.statistics.collection",
+    "Statistics": "alloy.statistics.sums",
+    "SymmetrySpec": "alloy.symmetry",
+    "add_norm_matrices": "alloy.symmetry",
+    "compose": "alloy.symmetry",
+    "find_symmetries": "alloy.symmetry",
+    "fold_norms": "alloy.symmetry",
+    "identity": "alloy.symmetry",
+    "invert": "alloy.symmetry",
+    "random_transforms": "alloy.symmetry",
+    "transport": "alloy.symmetry",
+    "unfold_norms": "alloy.symmetry",
+    "validate": "alloy.symmetry",
 }
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("alloy-merge")
     if name not in _HOMES:
-        raise AttributeError(f"module 'alloy' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    setattr(sys.modules[__name__], name, value)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
     return value
 
 
-class _Package(ModuleType):
-    """`alloy.merge` is the function even though `alloy/merge` is a package.
-
-    Python binds a submodule to its name in the package once it is imported; where one of our functions
-    has that name, the function stays. `from alloy.merge import ...` finds the module as always.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (isinstance(value, ModuleType) and name in _HOMES):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alloy.checkpoint._format import INDEX, encode_header
+from alloy.checkpoint.format import INDEX, encode_header
 
 RESULTS = Path("benchmarks/results/merge.md")
 BASE, MODELS = "base", ("a", "b", "c")

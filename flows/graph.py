@@ -9,7 +9,8 @@ import networkx
 from dvc.lock import LockError
 from dvc.repo import Repo
 
-from tasks.params import ParamsError, nearest
+from alloy.errors import nearest
+from tasks.params import ParamsError
 
 
 class WorkspaceBusyError(RuntimeError):

@@ -21,10 +21,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from alloy.errors import nearest
 from flows.graph import select
 from flows.workspace import dvc, run_streaming
 from tasks import params
-from tasks.params import ParamsError, nearest
+from tasks.params import ParamsError
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)

@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import alloy
-from alloy.align import SpaceAlignment, describe
-from alloy.models import split_experts
-from alloy.models.observe import REFERENCE, ExpertStatistics, expert_spec
+from alloy.alignment.search import SpaceAlignment, describe
+from alloy.modality import split_experts
+from alloy.modality.observe import REFERENCE, ExpertStatistics, expert_spec
 from alloy.symmetry import SymmetrySpec, Transform, transforms_to_tensors
 from alloy.types import Weights
 from tasks import align_models

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import alloy
-from alloy.align import AlignmentError
-from alloy.alignment import Alignment
+from alloy.alignment.result import Alignment
+from alloy.errors import AlignmentError
 from alloy.symmetry import observe_outputs
 from tasks.collect_models import load_statistics
 from tasks.merge_scores import merge_score

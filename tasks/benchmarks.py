@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alloy.models.modeling import ModalityModel
+from alloy.modality.modeling import ModalityModel
 
 Split = Mapping[str, Tensor]
 DATA = Path("data")

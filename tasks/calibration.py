@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoImageProcessor
 
+from alloy.errors import CheckpointError, nearest
 from tasks.classification import WRITERS
-from tasks.models import CheckpointError, load_config, load_tokenizer, model_class
-from tasks.params import ModelsCalibration, ModelsRecipe, ParamsError, models_recipe, nearest
+from tasks.models import load_config, load_tokenizer, model_class
+from tasks.params import ModelsCalibration, ModelsRecipe, ParamsError, models_recipe
 from tasks.storage import sha256, write_folder, write_json
 
 DATA, MODELS = Path("data"), Path("models")

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import alloy
-from alloy.activations import CrossMoments, Gram
-from alloy.models import ModalityConfig, ModalityModel, agnostic_config
-from alloy.models.observe import ExpertStatistics, collect_experts
+from alloy.modality import ModalityConfig, ModalityModel, agnostic_config
+from alloy.modality.observe import ExpertStatistics, collect_experts
+from alloy.statistics.moments import CrossMoments, Gram
 from alloy.symmetry import SymmetrySpec
 from tasks import collect_models
 from tasks.command import run_stage

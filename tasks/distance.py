@@ -45,7 +45,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 
-from alloy.distance import Distances, distance
+from alloy.measures.distances import Distances, distance
 from tasks.params import DistanceParams, ParamsError, PermutedSweepParams
 from tasks.storage import read_json, write_json
 

@@ -16,18 +16,19 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 import alloy
-from alloy.align import transport_grams
-from alloy.distance import distance
-from alloy.merge import MERGE_METHODS
-from alloy.models import ModalityModel, agnostic_config, shared_weights, split_experts
-from alloy.models.observe import REFERENCE, expert_spec
+from alloy.alignment.search import transport_grams
+from alloy.errors import nearest
+from alloy.measures.distances import distance
+from alloy.merging import MERGE_METHODS
+from alloy.modality import ModalityModel, agnostic_config, shared_weights, split_experts
+from alloy.modality.observe import REFERENCE, expert_spec
 from alloy.symmetry import SymmetrySpec
 from alloy.symmetry.transforms import Transform, identity
 from tasks.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
 from tasks.collect import load_spec, load_statistics
 from tasks.merge_experts import merge_experts
 from tasks.models import load_model
-from tasks.params import MergeParams, ParamsError, PermutedSweepParams, load, nearest
+from tasks.params import MergeParams, ParamsError, PermutedSweepParams, load
 
 MODELS = Path("models")
 Experts = Mapping[str, Mapping[str, Tensor]]

@@ -19,14 +19,15 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from alloy.distance import distance
-from alloy.models import ModalityModel, split_experts
+from alloy.errors import nearest
+from alloy.measures.distances import distance
+from alloy.modality import ModalityModel, split_experts
 from tasks import evaluate_models, evaluate_weights, report, tables
 from tasks.benchmarks import BENCHMARKS, FINETUNED, TRAINING_FREE, load_split
 from tasks.command import run_stage
 from tasks.merge_experts import aligned
 from tasks.models import load_model
-from tasks.params import EvaluateParams, MergeParams, ParamsError, kind, load, nearest
+from tasks.params import EvaluateParams, MergeParams, ParamsError, kind, load
 from tasks.results import DistanceRow, Kind, Results, ScoreRow, SourceRow, first_answers
 from tasks.storage import read_json, sha256
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from alloy import landscape, repair
-from alloy.alignment import Alignment
-from alloy.distance import distance
+from alloy.alignment.result import Alignment
+from alloy.measures import landscape
+from alloy.measures.distances import distance
+from alloy.refit import repair
 from tasks import report_models, tables
 from tasks.align_models import load_alignment
 from tasks.models import load_any

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from alloy.distance import Distances, ModelDistances, distance
+from alloy.measures.distances import Distances, ModelDistances, distance
 from tasks import tables
 from tasks.distance import load_weights
 from tasks.params import WeightsEvaluateParams, WeightsMergeParams, load

@@ -17,13 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alloy.models import ModalityModel
-from alloy.models.objectives import distillation_losses
+from alloy.errors import nearest
+from alloy.modality import ModalityModel
+from alloy.modality.objectives import distillation_losses
 from tasks import tracking
 from tasks.benchmarks import BENCHMARKS, FINETUNED, load_split, take
 from tasks.command import run_stage
 from tasks.models import device, load_model
-from tasks.params import FinetuneParams, MergeParams, ParamsError, load, nearest
+from tasks.params import FinetuneParams, MergeParams, ParamsError, load
 from tasks.storage import folder_digest, read_json, write_folder, write_json
 from tasks.training import step_generator, train
 from tasks.workers import side_by_side
@@ -161,7 +162,7 @@ license: apache-2.0
 
 `{facts["source"]}` (SHA-256 of its files `{facts["source_sha256"]}`) after {facts["best_step"]} steps on
 {", ".join(facts["benchmarks"])}; made by `python -m tasks.finetune {recipe}`. Its mean score on validation
-data was {facts["validation_score"]:.2f}. Load it with `import alloy.models; AutoModel.from_pretrained(folder)`.
+data was {facts["validation_score"]:.2f}. Load it with `import alloy.modality; AutoModel.from_pretrained(folder)`.
 """
 
 

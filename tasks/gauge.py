@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from alloy.gauge import Gauge
-from alloy.models import ModalityModel
-from alloy.models.gauge import (
+from alloy.modality import ModalityModel
+from alloy.modality.gauge import (
     HIDDEN,
     Answers,
     Felt,
@@ -18,7 +18,7 @@ from alloy.models.gauge import (
     inner_alignment,
     sensitivities_of,
 )
-from alloy.models.objectives import mask_words
+from alloy.modality.objectives import mask_words
 from tasks import scenes
 from tasks.collect import batches
 from tasks.params import CollectParams, GaugeParams, load

@@ -12,9 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alloy.checkpoint import plan_merge, run_plan
+from alloy.errors import nearest
 from tasks import merge_experts, merge_models
 from tasks.command import run_stage
-from tasks.params import ParamsError, WeightsMergeParams, kind, load, nearest
+from tasks.params import ParamsError, WeightsMergeParams, kind, load
 from tasks.storage import write_folder, write_json
 
 

@@ -15,17 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import alloy
-from alloy.activations import Gram
-from alloy.align import transport_grams
-from alloy.merge import MERGE_METHODS, MergeError, validate
-from alloy.models import ModalityModel, agnostic_config, shared_weights, split_experts
-from alloy.models.gauge import affine_grams, merge_sequentially, without_constant
-from alloy.models.observe import REFERENCE, expert_spec
+from alloy.alignment.search import transport_grams
+from alloy.errors import MergeError, nearest
+from alloy.merging import MERGE_METHODS, validate
+from alloy.modality import ModalityModel, agnostic_config, shared_weights, split_experts
+from alloy.modality.gauge import affine_grams, merge_sequentially, without_constant
+from alloy.modality.observe import REFERENCE, expert_spec
+from alloy.statistics.moments import Gram
 from alloy.symmetry import transforms_from_tensors
 from tasks.collect import load_spec, load_statistics
 from tasks.gauge import calibration, felt, move
 from tasks.models import load_model
-from tasks.params import ArmParams, MergeParams, ParamsError, load, nearest
+from tasks.params import ArmParams, MergeParams, ParamsError, load
 from tasks.storage import folder_digest, write_folder, write_json
 
 Experts = Mapping[str, Mapping[str, Tensor]]
@@ -168,7 +169,7 @@ license: apache-2.0
 
 The vision, language and cross-modal experts of one checkpoint merged into one model that serves images, texts
 and pairs (arXiv:2304.14933). Made by `python -m tasks.merge {recipe}`; load it with
-`import alloy.models; AutoModel.from_pretrained(folder)`.
+`import alloy.modality; AutoModel.from_pretrained(folder)`.
 
 | source | SHA-256 of its files |
 |---|---|

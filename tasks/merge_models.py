@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import alloy
-from alloy import repair
-from alloy.align import transport_grams
-from alloy.alignment import Alignment
-from alloy.merge import MERGE_METHODS, MergeError, oriented
-from alloy.points import transposed_weights
+from alloy.alignment.result import Alignment
+from alloy.alignment.search import transport_grams
+from alloy.errors import MergeError
+from alloy.merging import MERGE_METHODS, oriented
+from alloy.refit import repair
+from alloy.statistics.points import transposed_weights
 from tasks import accuracy
 from tasks.align_models import load_alignment
 from tasks.collect_models import load_statistics
@@ -140,7 +141,7 @@ def mend(
     merged: Weights,
     parents: Mapping[str, Weights],
 ) -> tuple[dict[str, Weights], dict[str, Any]]:
-    """What the arm's switches ask for, in the order of `alloy.repair`."""
+    """What the arm's switches ask for, in the order of `alloy.refit.repair`."""
     switches, found = arm.repair, {}
     if switches == type(switches)():
         return {alignment.reference: merged}, found

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alloy import repair
+from alloy.refit import repair
 from tasks import accuracy
 from tasks.sets import DATA, Job
 from tasks.yardsticks import Candidate, Unlabelled, asked, yardsticks

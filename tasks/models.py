@@ -9,14 +9,11 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-import alloy.models
-from alloy.models import ModalityConfig, ModalityModel
+import alloy.modality
+from alloy.errors import CheckpointError
+from alloy.modality import ModalityConfig, ModalityModel
 
 disable_progress_bar()  # a bar for each model that a stage reads in milliseconds
-
-
-class CheckpointError(ValueError):
-    """A folder that is no complete checkpoint of the expected model; the message says what is wrong."""
 
 
 def device() -> torch.device:
@@ -67,7 +64,7 @@ def model_class(folder: Path) -> type[PreTrainedModel]:
     """The class that a checkpoint was saved from; its config names it."""
     names = load_config(folder).architectures or []
     for name in names:
-        for module in (transformers, alloy.models):
+        for module in (transformers, alloy.modality):
             if isinstance(found := getattr(module, name, None), type):
                 return found
     raise CheckpointError(

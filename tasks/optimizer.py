@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from alloy.models import FRESH_HEADS
+from alloy.modality import FRESH_HEADS
 
 NEWTON_SCHULZ = (
     3.4445,

@@ -3,7 +3,6 @@
 An unknown key is an error that names the nearest right one; there are no defaults beside the file.
 """
 
-import difflib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,18 +19,13 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from alloy.errors import nearest
+
 PARAMS = Path("params")
 
 
 class ParamsError(ValueError):
     """A recipe says something that Alloy cannot do; the message says what would be right."""
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """The end of an error message: the nearest right name if there is one, and all of them."""
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}choose one of {sorted(known)}"
 
 
 class Section(BaseModel):
@@ -306,7 +300,7 @@ class EarlyStopping(Section):
 
 
 class Distillation(Section):
-    """Learn from the parent's outputs, which needs no labels (`alloy.models.objectives`)."""
+    """Learn from the parent's outputs, which needs no labels (`alloy.modality.objectives`)."""
 
     weight: float = Field(ge=0)  # 0: no distillation
 
@@ -333,7 +327,7 @@ class FinetuneParams(Section):
 
 
 class TransformerParams(Section):
-    """Sizes of the modality transformer (`alloy.models.ModalityConfig`)."""
+    """Sizes of the modality transformer (`alloy.modality.ModalityConfig`)."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -565,7 +559,7 @@ class ModelsAlignParams(Section):
 
 
 class ModelsLeastSquares(Section):
-    """Every layer fitted anew to what the parents' layers compute (`alloy.repair.fit_layers`)."""
+    """Every layer fitted anew to what the parents' layers compute (`alloy.refit.repair.fit_layers`)."""
 
     targets: Literal["mean", "confidence"] = "mean"  # parents count alike, or by how sure they are
     inputs: Literal["merged", "parents"] = "merged"  # that a layer is fitted on
@@ -639,7 +633,7 @@ class ModelsMergeParams(Section):
 
 
 class ModelsEvaluateParams(Section):
-    """What is measured beside the scores (`alloy.landscape`)."""
+    """What is measured beside the scores (`alloy.measures.landscape`)."""
 
     batch_size: int = Field(gt=0)
     tssd_keep: float = Field(gt=0, le=1)  # the share of largest weights that TSSD compares

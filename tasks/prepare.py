@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from alloy.errors import nearest
 from tasks import scenes
 from tasks.command import run_stage
 from tasks.examples import EXAMPLES, GROUPED, Arrays, coloured, describe, retrieval, words
-from tasks.params import ParamsError, PrepareParams, kind, load, nearest
+from tasks.params import ParamsError, PrepareParams, kind, load
 from tasks.scenes import SEGMENTATION_CLASSES, SPLITS, Bank, SceneGenerator, load_bank
 from tasks.storage import read_json, sha256, write_file, write_folder, write_json
 

@@ -22,15 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alloy.models import (
+from alloy.errors import nearest
+from alloy.modality import (
     FRESH_HEADS,
     ModalityConfig,
     ModalityModel,
     agnostic_config,
     copy_to_experts,
 )
-from alloy.models.configuration import Sharing
-from alloy.models.objectives import pretraining_losses
+from alloy.modality.configuration import Sharing
+from alloy.modality.objectives import pretraining_losses
 from tasks import scenes, tracking
 from tasks.params import (
     ParamsError,
@@ -39,7 +40,6 @@ from tasks.params import (
     TransformerParams,
     load,
     load_file,
-    nearest,
 )
 from tasks.storage import read_json, sha256, write_folder, write_json
 from tasks.training import PROGRESS, Progress, State, load_state, step_generator, train
@@ -203,7 +203,7 @@ tags: [model-merging, multimodal]
 A modality transformer (arXiv:2304.14933 in miniature) with {facts["parameters"]:,} parameters for
 scenes of 48x48 pixels and texts of at most nine words. Not a model for the real world.
 
-    from alloy.models import ModalityModel
+    from alloy.modality import ModalityModel
     model = ModalityModel.from_pretrained("released/modality/{facts["arm"]}")
 
 ## How it was made

@@ -27,16 +27,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from alloy.errors import nearest
 from tasks import accuracy
 from tasks.classification import CODE_SIZE, DATASETS, Split, character_tokenizer, classes, encode
 from tasks.outputs import trimmed
-from tasks.params import (
-    FamilyParams,
-    MultitaskPretrainParams,
-    ParamsError,
-    load_file,
-    nearest,
-)
+from tasks.params import FamilyParams, MultitaskPretrainParams, ParamsError, load_file
 from tasks.storage import read_json, sha256, write_folder, write_json
 from tasks.training import step_generator, train
 from tasks.workers import Report, side_by_side

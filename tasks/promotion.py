@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import NamedTuple
 
-from tasks.params import Gates, ParamsError, PromoteParams, load_file, nearest
+from alloy.errors import nearest
+from tasks.params import Gates, ParamsError, PromoteParams, load_file
 
 DATA_TAG = "data/"
 MOST_REMEMBERED = 100  # champions that a rollback can go back to

@@ -40,8 +40,9 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from alloy.merge import MERGE_METHODS, MergeError
-from tasks.params import ParamsError, nearest
+from alloy.errors import MergeError, nearest
+from alloy.merging import MERGE_METHODS
+from tasks.params import ParamsError
 from tasks.search_objectives import Objective, objective_of
 from tasks.storage import write_file, write_json
 

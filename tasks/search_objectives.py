@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from alloy.merge import MERGE_METHODS
+from alloy.errors import nearest
+from alloy.merging import MERGE_METHODS
 from tasks import merge_experts
 from tasks.benchmarks import BENCHMARKS, DATA, TRAINING_FREE, load_split
 from tasks.params import (
@@ -20,7 +21,6 @@ from tasks.params import (
     kind,
     load,
     models_recipe,
-    nearest,
 )
 from tasks.storage import folder_digest, sha256
 

@@ -26,7 +26,7 @@ from mlflow.pyfunc import PythonModel
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from alloy.models import ModalityConfig, ModalityModel
+from alloy.modality import ModalityConfig, ModalityModel
 
 INPUTS = (("image", "string"), ("text", "string"))
 OUTPUTS = (

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alloy.errors import CheckpointError
 from alloy.symmetry import SymmetrySpec
-from tasks.models import CheckpointError, load_any, load_config, model_class
+from tasks.models import load_any, load_config, model_class
 from tasks.outputs import by_length, trimmed
 from tasks.params import ModelsRecipe, ModelsSet, models_recipe
 from tasks.workers import side_by_side

@@ -17,7 +17,8 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel
 
 import alloy
-from alloy.symmetry import Space, SymmetryError, SymmetrySpec
+from alloy.errors import SymmetryError
+from alloy.symmetry import Space, SymmetrySpec
 from tasks.storage import write_file
 
 _PINNED_ROWS = 12
@@ -31,17 +32,17 @@ def load(path: Path) -> PreTrainedModel:
         raise SymmetryError(
             f"{path}: no config.json there; give a checkpoint's folder or its config.json"
         )
-    import alloy.models  # registers the modality transformer
+    import alloy.modality  # registers the modality transformer
 
     data = json.loads(file.read_text())
     config = AutoConfig.for_model(data.pop("model_type"), **data)
     names = config.architectures or []
-    known = [n for n in names if hasattr(transformers, n) or hasattr(alloy.models, n)]
+    known = [n for n in names if hasattr(transformers, n) or hasattr(alloy.modality, n)]
     if not known:
         raise SymmetryError(
             f"{file}: architectures is {names}; it must name a class of transformers"
         )
-    owner = transformers if hasattr(transformers, known[0]) else alloy.models
+    owner = transformers if hasattr(transformers, known[0]) else alloy.modality
     config.dtype = torch.float32
     with torch.device("meta"):
         return getattr(owner, known[0])(config).eval()

@@ -1,12 +1,17 @@
 """Checkpoints on disk: read lazily, merged in a stream, written whole or not at all.
 
-torch is imported only by methods that need it.
+Names are loaded when they are first used: reading the format needs no merge engine and no torch.
 """
 
-from alloy.checkpoint._format import Checkpoint, CheckpointError, Entry, open_checkpoint
-from alloy.checkpoint._merge import MergeReport, merge_checkpoints, run_plan
-from alloy.checkpoint._plan import MergePlan, plan_merge
-from alloy.checkpoint._statistics import save_statistics
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from alloy.checkpoint.format import Checkpoint, Entry, open_checkpoint
+    from alloy.checkpoint.plan import MergePlan, plan_merge
+    from alloy.checkpoint.run import MergeReport, merge_checkpoints, run_plan
+    from alloy.checkpoint.statistics import save_statistics
+    from alloy.errors import CheckpointError
 
 __all__ = [
     "Checkpoint",
@@ -20,3 +25,27 @@ __all__ = [
     "run_plan",
     "save_statistics",
 ]
+
+_HOMES = {
+    "Checkpoint": "alloy.checkpoint.format",
+    "Entry": "alloy.checkpoint.format",
+    "open_checkpoint": "alloy.checkpoint.format",
+    "MergePlan": "alloy.checkpoint.plan",
+    "plan_merge": "alloy.checkpoint.plan",
+    "MergeReport": "alloy.checkpoint.run",
+    "merge_checkpoints": "alloy.checkpoint.run",
+    "run_plan": "alloy.checkpoint.run",
+    "save_statistics": "alloy.checkpoint.statistics",
+    "CheckpointError": "alloy.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

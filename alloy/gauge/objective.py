@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alloy.activations import Gram
+from alloy.errors import GaugeError
+from alloy.statistics.moments import Gram
 from alloy.symmetry.spec import ROTARY_KINDS, Leaf, Product, Sum, SymmetrySpec, Term, leaves
 from alloy.symmetry.transforms import Transforms, transport
 from alloy.types import Weights
@@ -39,10 +40,6 @@ class Turn(NamedTuple):
 
 Turns = Mapping[str, Turn]
 """By space."""
-
-
-class GaugeError(ValueError):
-    """A gauge that cannot be searched as asked; the message says what would be right."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from alloy.activations import Gram
+from alloy.errors import GaugeError
 from alloy.gauge.objective import (
-    GaugeError,
     Layer,
     Turn,
     Turns,
@@ -38,6 +37,7 @@ from alloy.gauge.objective import (
     searchable,
     transported,
 )
+from alloy.statistics.moments import Gram
 from alloy.symmetry.parts import owned_axes
 from alloy.symmetry.spec import ROTARY_KINDS, Axis, SymmetrySpec, leaves, unit_view
 from alloy.symmetry.transforms import Transform, Transforms, compose, identity, rotary_matrix

@@ -5,7 +5,6 @@ of its spaces to weights; `validate` checks that the model's function stays; `fo
 group. docs/symmetry.md explains the idea.
 """
 
-from alloy.symmetry.discover import find_symmetries
 from alloy.symmetry.fold import add_norm_matrices, fold_norms, unfold_norms
 from alloy.symmetry.spec import (
     Axis,
@@ -22,7 +21,8 @@ from alloy.symmetry.spec import (
     unit_view,
     with_kind,
 )
-from alloy.symmetry.trace import observe_outputs
+from alloy.symmetry.tracing.discover import find_symmetries
+from alloy.symmetry.tracing.trace import observe_outputs
 from alloy.symmetry.transforms import (
     Transform,
     Transforms,

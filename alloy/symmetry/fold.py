@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alloy.symmetry.biases import Moves
-from alloy.symmetry.kinds import Atom, GainUse, Kinds
+from alloy.errors import SymmetryError
 from alloy.symmetry.spec import (
     Axis,
     Fold,
@@ -23,11 +22,12 @@ from alloy.symmetry.spec import (
     Product,
     Space,
     Sum,
-    SymmetryError,
     SymmetrySpec,
     Term,
     unit_view,
 )
+from alloy.symmetry.tracing.biases import Moves
+from alloy.symmetry.tracing.kinds import Atom, GainUse, Kinds
 from alloy.symmetry.transforms import check_weights
 from alloy.types import Weights
 

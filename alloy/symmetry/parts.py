@@ -1,5 +1,6 @@
 """Parts of a spec: the axes that are a space's own, and the symmetries of some of the weights alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -65,3 +66,14 @@ def restrict(spec: SymmetrySpec, names: Sequence[str]) -> SymmetrySpec:
         unused=tuple(name for name in spec.unused if name in kept),
         folds=(),
     )
+
+
+LARGEST = 2**26
+"""Of a space within units (of experts, of heads) no more similarities than this are held at once."""
+
+
+def by_blocks(spec: SymmetrySpec, space: str) -> bool:
+    """Whether the similarities of a space are computed for one pair of the units it depends on at a time."""
+    size = math.prod(spec.batch_shape(space)) * spec.spaces[space].size
+    within = bool(spec.spaces[space].depends_on) and not spec.dependents(space)
+    return within and size * size > LARGEST

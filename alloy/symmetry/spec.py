@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from alloy.errors import SymmetryError
+
 Kind = Literal[
     "permutation",
     "signed permutation",
@@ -40,10 +42,6 @@ KINDS: tuple[Kind, ...] = (
 """Groups that permute units, each part of the next but for the ones that fix a vector."""
 ROTARY_KINDS: tuple[Kind, ...] = ("orthogonal rotary", "rotary")
 """Rotations of each pair of units, alone and with a scale: units keep their places."""
-
-
-class SymmetryError(ValueError):
-    """A model, a spec or a transform that does not fit; the message says what would be right."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from alloy.errors import SymmetryError
 from alloy.symmetry.spec import (
     ROTARY_KINDS,
     Axis,
     Space,
-    SymmetryError,
     SymmetrySpec,
     Term,
     leaves,

@@ -14,8 +14,15 @@ from torch import Generator, Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from alloy.symmetry.spec import SymmetryError, SymmetrySpec
-from alloy.symmetry.trace import Inputs, Observe, observe_outputs, plain_kernels, refuse_untraceable
+from alloy.errors import NotProvenError, SymmetryError
+from alloy.symmetry.spec import SymmetrySpec
+from alloy.symmetry.tracing.trace import (
+    Inputs,
+    Observe,
+    observe_outputs,
+    plain_kernels,
+    refuse_untraceable,
+)
 from alloy.symmetry.transforms import Transforms, random_transforms, transport
 
 TOLERANCE = 1e-9
@@ -25,10 +32,6 @@ DEGENERATE = 1e-7
 _HUGE = 1e30  # masks write the lowest number; it says nothing about the units
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class NotProvenError(SymmetryError):
-    """The outputs hardly vary, so that they would not show a wrong transform."""
 
 
 @dataclass(frozen=True)

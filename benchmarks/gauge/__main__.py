@@ -20,6 +20,7 @@ import sys
 
 import torch
 
+from alloy.errors import nearest
 from benchmarks.gauge import merges
 from benchmarks.gauge.ablate import ablate
 from benchmarks.gauge.cost import cost
@@ -30,7 +31,7 @@ from benchmarks.gauge.multitask import measure as multitask
 from benchmarks.gauge.params import study
 from benchmarks.gauge.table import table
 from benchmarks.gauge.train import train
-from tasks.params import ParamsError, nearest
+from tasks.params import ParamsError
 
 
 def _measure(name: str) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from alloy.models import ModalityModel
-from alloy.models.gauge import inner_alignment, towers
+from alloy.modality import ModalityModel
+from alloy.modality.gauge import inner_alignment, towers
 from benchmarks.gauge import merges
 from benchmarks.gauge.merges import Start
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from alloy.models import ModalityConfig, ModalityModel
-from alloy.models.gauge import (
+from alloy.modality import ModalityConfig, ModalityModel
+from alloy.modality.gauge import (
     affine_grams,
     find_gauge,
     in_gauge,

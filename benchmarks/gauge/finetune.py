@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from alloy.models import ModalityModel
+from alloy.modality import ModalityModel
 from benchmarks.gauge import merges
 from benchmarks.gauge.merges import METHOD, PARENT
 from benchmarks.gauge.params import study

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alloy.models import ModalityModel
+from alloy.modality import ModalityModel
 from benchmarks.gauge import merges
 from benchmarks.gauge.merges import METHOD, NO_GAUGE, PARENT, PLAIN, UNWEIGHED, Start
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alloy.activations import Gram
 from alloy.gauge import Gauge, merge_layers
-from alloy.models import ModalityModel, split_experts
-from alloy.models.gauge import (
+from alloy.modality import ModalityModel, split_experts
+from alloy.modality.gauge import (
     Answers,
     Felt,
     affine_grams,
@@ -25,6 +24,7 @@ from alloy.models.gauge import (
     sensitivities_of,
     towers,
 )
+from alloy.statistics.moments import Gram
 from alloy.symmetry import identity
 from benchmarks.gauge.params import Calibration, study
 from benchmarks.gauge.train import MADE

@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import alloy
-from alloy import repair
-from alloy.activations import Gram, kept_tokens
+from alloy.errors import SymmetryError
 from alloy.gauge import Gauge, merge_layers, search_gauge
-from alloy.least_squares import Layer
-from alloy.symmetry import SymmetryError, SymmetrySpec, fold_norms, identity, transport
+from alloy.refit import repair
+from alloy.refit.least_squares import Layer
+from alloy.statistics.moments import Gram, kept_tokens
+from alloy.symmetry import SymmetrySpec, fold_norms, identity, transport
 from tasks import accuracy
 from tasks.models import load_any
 from tasks.outputs import answers

@@ -14,8 +14,8 @@ import copy
 import torch
 from torch import Tensor
 
-from alloy.models import ModalityModel
-from alloy.models.gauge import in_gauge
+from alloy.modality import ModalityModel
+from alloy.modality.gauge import in_gauge
 
 READERS = ("image_projection.weight", "text_projection.weight", "pooler.weight")
 HEAD = "masked_word_head"

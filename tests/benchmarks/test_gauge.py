@@ -7,7 +7,7 @@ import pytest
 import torch
 from dvc.repo import Repo
 
-from alloy.models import ModalityConfig, ModalityModel
+from alloy.modality import ModalityConfig, ModalityModel
 from benchmarks.gauge.figures import points
 from benchmarks.gauge.measure import dims_99
 from benchmarks.gauge.merges import METHOD, NO_GAUGE, PARENT, PLAIN

@@ -21,7 +21,7 @@ import yaml
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from alloy.models import ModalityConfig, ModalityModel, copy_to_experts
+from alloy.modality import ModalityConfig, ModalityModel, copy_to_experts
 from flows.pipeline import main
 from tasks.params import PrepareParams, PretrainParams, load, load_file
 from tasks.pretrain import model_config

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from alloy.models import ModalityConfig, ModalityModel
+from alloy.modality import ModalityConfig, ModalityModel
 from tasks.benchmarks import BENCHMARKS, FINETUNED, METRIC_TITLES, TRAINING_FREE, mean_score, take
 
 N, SIDE, TOKENS, WORDS, ANSWERS, CLASSES = 24, 12, 6, 11, 7, 5

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from scipy import stats
 
 import alloy
-from alloy.models import ModalityConfig, ModalityModel
-from alloy.models.observe import expert_spec
+from alloy.modality import ModalityConfig, ModalityModel
+from alloy.modality.observe import expert_spec
 from tasks import distance as command
 from tasks.collect import agnostic_symmetries
 from tasks.distance_sweep import reordered

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alloy.models import ModalityConfig, ModalityModel, agnostic_config, copy_to_experts
+from alloy.modality import ModalityConfig, ModalityModel, agnostic_config, copy_to_experts
 from tasks import evaluate as stage
 from tasks import report
 from tasks.benchmarks import FINETUNED, TRAINING_FREE

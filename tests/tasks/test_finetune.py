@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alloy.models import ModalityConfig, ModalityModel
+from alloy.modality import ModalityConfig, ModalityModel
 from tasks import tracking
 from tasks.finetune import Job, _open_run, finetune, losses, main, plan
 from tasks.models import load_model

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import alloy
-from alloy.models import (
+from alloy.modality import (
     ModalityConfig,
     ModalityModel,
     copy_to_experts,
@@ -19,7 +19,7 @@ from alloy.models import (
     shared_weights,
     split_experts,
 )
-from alloy.models.observe import collect_experts, expert_spec
+from alloy.modality.observe import collect_experts, expert_spec
 from alloy.symmetry import random_transforms
 from alloy.symmetry.spec import with_kind
 from tasks import align, collect, merge, merge_experts

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alloy.models import FRESH_HEADS, ModalityModel, copy_to_experts, split_experts
+from alloy.modality import FRESH_HEADS, ModalityModel, copy_to_experts, split_experts
 from tasks import pretrain as stage
 from tasks.params import ParamsError, PrepareParams, PretrainParams
 from tasks.params import load_file as load_params

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alloy.models import ModalityConfig, ModalityModel
+from alloy.modality import ModalityConfig, ModalityModel
 from tasks import register, scenes, storage, tracking
 from tasks.fetch import main as fetch
 from tasks.sources import resolve

@@ -8,8 +8,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from alloy.merge import MergeError
-from alloy.models import ModalityConfig, ModalityModel
+from alloy.errors import MergeError
+from alloy.modality import ModalityConfig, ModalityModel
 from tasks import align, collect, evaluate, fetch, merge, prepare, search
 from tasks.params import ParamsError
 from tasks.search_objectives import Objective, objective_of

@@ -207,7 +207,7 @@ def test_only_matrices_of_linear_layers_decay():
 
 def test_a_model_of_experts_decays_what_the_agnostic_one_decays():
     """Each expert's tensors are in the group of the agnostic model's tensor."""
-    from alloy.models import ModalityConfig, ModalityModel, copy_to_experts
+    from alloy.modality import ModalityConfig, ModalityModel, copy_to_experts
 
     def decays(sharing):
         sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_joint_layers": 1}

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from alloy.checkpoint import _kernels as kernels
+import alloy.checkpoint.kernels as kernels
 from alloy.checkpoint import plan_merge, run_plan
-from alloy.checkpoint._execute import _chunk_elements
-from alloy.checkpoint._merge import _step
-from alloy.checkpoint._work import Function
-from alloy.merge import MERGE_METHODS
-from alloy.merge._random import keep, stream_key
+from alloy.checkpoint.execute import _chunk_elements
+from alloy.checkpoint.run import _step
+from alloy.checkpoint.work import Function
+from alloy.merging import MERGE_METHODS
+from alloy.merging.randomness import keep, stream_key
 
 HALVES = {kernels.BF16: torch.bfloat16, kernels.F16: torch.float16}
 

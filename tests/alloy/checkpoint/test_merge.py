@@ -19,17 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import alloy
-from alloy.activations import Gram
-from alloy.checkpoint import (
-    CheckpointError,
-    _execute,
-    open_checkpoint,
-    plan_merge,
-    run_plan,
-    save_statistics,
-)
-from alloy.checkpoint._execute import Step, read_mapped
-from alloy.merge import MERGE_METHODS, MergeError
+from alloy.checkpoint import execute, open_checkpoint, plan_merge, run_plan, save_statistics
+from alloy.checkpoint.execute import Step, read_mapped
+from alloy.errors import CheckpointError, MergeError
+from alloy.merging import MERGE_METHODS
+from alloy.statistics.moments import Gram
 
 STREAMED = sorted(name for name, method in MERGE_METHODS.items() if method.scope == "tensor")
 
@@ -439,7 +433,7 @@ def test_a_file_that_bypasses_the_page_cache_holds_the_same_bytes(direct, tmp_pa
     monkeypatch.setattr(_execute, "DIRECT_BYTES", 0 if direct else 1 << 40)
     content = np.random.default_rng(0).integers(0, 256, 3 * 8192 + 4096 + 77, dtype=np.uint8)
     with ThreadPoolExecutor(1) as writer:
-        file = _execute._File(tmp_path / "file", len(content), 8192, writer)
+        file = execute._File(tmp_path / "file", len(content), 8192, writer)
         if direct and file._direct < 0:
             pytest.skip("no direct writes on this file system")
         for part in np.split(content, [5, 6, 9000, 9000, 26_000]):
@@ -456,7 +450,7 @@ import sys, threading
 from pathlib import Path
 import numpy as np
 import alloy.checkpoint
-from alloy.checkpoint._format import encode_header
+from alloy.checkpoint.format import encode_header
 folder = Path(sys.argv[1])
 n = 100_000_000
 values = np.random.default_rng(0).integers(0x3c00, 0x3f00, n, dtype=np.uint16)

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 import alloy
-from alloy.checkpoint import CheckpointError
-from alloy.merge import MergeError
+from alloy.errors import CheckpointError, MergeError
 
 FOREIGN = {
     "a file": lambda folder: (folder / "thesis.txt").write_text("mine"),

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import alloy
-from alloy.checkpoint import CheckpointError
-from alloy.merge import MergeError
+from alloy.errors import CheckpointError, MergeError
 
 
 class Case(NamedTuple):

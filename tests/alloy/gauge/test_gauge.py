@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from alloy.activations import Gram
-from alloy.gauge import GaugeError, merge_layers, search_gauge
-from alloy.models import ModalityConfig
-from alloy.models.gauge import Tower
+from alloy.errors import GaugeError
+from alloy.gauge import merge_layers, search_gauge
+from alloy.modality import ModalityConfig
+from alloy.modality.gauge import Tower
+from alloy.statistics.moments import Gram
 from alloy.symmetry import (
     compose,
     find_symmetries,

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alloy.activations import Gram
 from alloy.gauge import search_gauge
+from alloy.statistics.moments import Gram
 from alloy.symmetry import find_symmetries, fold_norms, transport
 
 

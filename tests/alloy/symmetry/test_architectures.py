@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import alloy
-from alloy.symmetry import SymmetryError, add_norm_matrices, fold_norms, unfold_norms
+from alloy.errors import SymmetryError
+from alloy.symmetry import add_norm_matrices, fold_norms, unfold_norms
 from alloy.symmetry.validate import Prober, random_weights
 
 _spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
@@ -475,7 +476,7 @@ def test_what_other_inputs_reach_is_found_by_joining_examples():
 )
 def test_the_modality_transformer_in_every_sharing(sharing):
     """Both passes and all heads: a stream; attentions and MLPs of every expert; heads; embeddings."""
-    from alloy.models import ModalityConfig, ModalityModel
+    from alloy.modality import ModalityConfig, ModalityModel
 
     config = ModalityConfig(
         sharing=sharing,

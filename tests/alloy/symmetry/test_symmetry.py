@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import alloy
-from alloy.symmetry import NotProvenError, SymmetryError, SymmetrySpec, require_equal
+from alloy.errors import NotProvenError, SymmetryError
+from alloy.symmetry import SymmetrySpec, require_equal
 from alloy.symmetry.spec import Leaf
 from alloy.symmetry.validate import Prober
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alloy.symmetry.terms import (
+from alloy.symmetry.tracing.terms import (
     Node,
     TermError,
     cut,

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alloy.errors import SymmetryError
 from alloy.symmetry.spec import (
     Axis,
     Leaf,
     Product,
     Space,
     Sum,
-    SymmetryError,
     SymmetrySpec,
     differences,
     leaves,

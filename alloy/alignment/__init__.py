@@ -1,0 +1,1 @@
+"""Units of models trained apart, brought together: similarities, the search, zips and transport."""

@@ -1,0 +1,163 @@
+"""How several models come into one space: the value that `alloy.align_models` returns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from alloy.alignment.maps import Maps, UnitMap, apply_maps
+from alloy.alignment.search import SpaceAlignment
+from alloy.errors import AlignmentError
+from alloy.symmetry.fold import fold_norms
+from alloy.symmetry.spec import SymmetrySpec
+from alloy.symmetry.transforms import (
+    Transforms,
+    transforms_from_tensors,
+    transforms_to_tensors,
+    transport,
+)
+from alloy.types import Weights
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How each of several models comes into one space.
+
+    `specs` are the symmetries of the models as they are given to `apply`, `spec` those of what it
+    returns: other ones where norms are folded or widths differ. `transforms` and then `maps` are applied.
+    `shared` names the weights that are to be averaged, None all of them; with partial zipping the others
+    stay each model's own. `report` has a row for each space of each model but the reference.
+    """
+
+    preset: str
+    reference: str
+    spec: SymmetrySpec
+    specs: Mapping[str, SymmetrySpec]
+    transforms: Mapping[str, Transforms]
+    maps: Mapping[str, Maps] = field(default_factory=dict)
+    shared: frozenset[str] | None = None
+    report: Mapping[str, Sequence[SpaceAlignment]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.specs)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every model computes after `apply` what it computed before."""
+        return not any(self.maps.values())
+
+    def apply(self, models: Mapping[str, Weights]) -> dict[str, dict[str, Tensor]]:
+        """All models in one space and of one shape: their plain mean is the preset's merge.
+
+        Raises:
+            AlignmentError: models that are not those that were aligned.
+            SymmetryError: weights that do not fit the spec.
+        """
+        require_names(models, self.specs)
+        return {name: self._apply(name, models[name]) for name in self.specs}
+
+    def _apply(self, name: str, weights: Weights) -> dict[str, Tensor]:
+        spec = self.specs[name]
+        if self.spec.folded != spec.folded:
+            folding = [n for n in spec.spaces if spec.spaces[n].kind != self.spec.spaces[n].kind]
+            weights, spec = fold_norms(dict(weights), spec, spaces=folding)
+        moved = transport(weights, spec, self.transforms[name])
+        if not self.maps.get(name):
+            return moved
+        partial = self.shared is not None  # what is not zipped keeps its own width
+        return apply_maps(moved, spec, self.spec, self.maps[name], partial=partial)
+
+    def merge(self, models: Mapping[str, Weights]) -> dict[str, dict[str, Tensor]]:
+        """Apply, then average what is shared: equal models, but for the part that is not zipped."""
+        aligned = self.apply(models)
+        merged = {}
+        for name in self.spec.layout:
+            if self.shared is not None and name not in self.shared:
+                continue
+            tensors = [weights[name] for weights in aligned.values()]
+            mean = tensors[0]
+            if mean.is_floating_point():
+                mean = torch.stack([t.float() for t in tensors]).mean(0).to(mean.dtype)
+            merged[name] = mean
+        return {name: {**weights, **merged} for name, weights in aligned.items()}
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Flat tensors for a safetensors file; `Alignment.from_tensors` needs nothing else."""
+        tensors = {
+            f"{model}:{key}": tensor.contiguous()
+            for model, transforms in self.transforms.items()
+            for key, tensor in transforms_to_tensors(transforms).items()
+        }
+        for model, maps in self.maps.items():
+            for space, unit_map in maps.items():
+                for part in _PARTS:
+                    if (matrix := getattr(unit_map, part)) is not None:
+                        tensors[f"{model}:{space}/{part}"] = matrix.contiguous()
+        specs = {name: spec.to_json() for name, spec in self.specs.items()}
+        described = {
+            "preset": self.preset,
+            "reference": self.reference,
+            "spec": self.spec.to_json(),
+            "specs": {n: None if s == self.spec.to_json() else s for n, s in specs.items()},
+            "report": {m: [row._asdict() for row in rows] for m, rows in self.report.items()},
+            "warnings": self.warnings,
+            "shared": None if self.shared is None else sorted(self.shared),
+        }
+        text = json.dumps(described).encode()
+        return tensors | {_DESCRIPTION: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> Alignment:
+        """Read what `to_tensors` gave.
+
+        Raises:
+            AlignmentError: tensors that are no alignment.
+            SymmetryError: transforms that do not fit the spec.
+        """
+        if _DESCRIPTION not in tensors:
+            raise AlignmentError(
+                f"these tensors are no alignment: {_DESCRIPTION!r} is not among the {len(tensors)}"
+            )
+        found = json.loads(bytes(tensors[_DESCRIPTION].tolist()))
+        spec = SymmetrySpec.from_json(found["spec"])
+        specs = {n: SymmetrySpec.from_json(s) if s else spec for n, s in found["specs"].items()}
+        fields: dict[str, dict[str, Tensor]] = {name: {} for name in specs}
+        maps: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in specs}
+        for key, tensor in tensors.items():
+            model, _, rest = key.rpartition(":")
+            space, _, part = rest.rpartition("/")
+            if part in _PARTS:
+                maps[model].setdefault(space, {})[part] = tensor
+            elif key != _DESCRIPTION:
+                fields[model][rest] = tensor
+        moving = {n: spec if s.folded != spec.folded else s for n, s in specs.items()}
+        return Alignment(
+            found["preset"],
+            found["reference"],
+            spec,
+            specs,
+            {name: transforms_from_tensors(fields[name], moving[name]) for name in specs},
+            {name: {s: UnitMap(**m) for s, m in by.items()} for name, by in maps.items() if by},
+            None if found["shared"] is None else frozenset(found["shared"]),
+            {
+                m: tuple(SpaceAlignment(**row) for row in rows)
+                for m, rows in found["report"].items()
+            },
+            tuple(found["warnings"]),
+        )
+
+
+_DESCRIPTION = "description"
+_PARTS = ("write", "read", "meet")
+
+
+def require_names(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
+    """Raise AlignmentError unless two mappings name the same models."""
+    if set(found) != set(expected):
+        raise AlignmentError(f"the models are {sorted(found)}; {sorted(expected)} were expected")

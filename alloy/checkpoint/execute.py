@@ -1,0 +1,616 @@
+"""Carry out a plan: workers read and compute chunks at once; hashing, writing and flushing follow behind.
+
+Every output tensor is cut into pieces. Workers take them in the order of the output file, several files
+at a time. SHA-256 wants bytes in order: finished pieces wait for their turn, and whichever worker
+completes the next one hashes all that are due and queues them for the disk. The order of computation
+never shows in the result.
+
+Large files bypass the page cache where the system can: what was written is not read again soon, and
+dirty pages beyond what memory takes would evict the sources and make time grow faster than size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import math
+import mmap
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from alloy.checkpoint.format import ITEM_BYTES, Entry, encode_header, read_into
+from alloy.checkpoint.kernels import KINDS, mix
+
+_CHUNK_BYTES = 1 << 20
+_SMALLEST_CHUNK_BYTES = 1 << 16
+_BUFFER_BYTES = 96 << 20
+_CHUNKS_PER_WORKER = 7  # four of inputs, one of output, two that wait to be hashed
+LARGE_BYTES = 32 << 20
+"""Inputs beyond this, which only a method that needs whole tensors asks for, are held by one worker at a time."""
+_STAGE_BYTES = 2 << 20
+"""What a file's writes gather before they go to the disk; two of these per file that grows."""
+_STAGES_BYTES = 16 << 20
+DIRECT_BYTES = 16 << 20
+"""Files from this size on bypass the page cache."""
+_DIRECT_ALIGNMENT = 4096
+_PREFETCH_CHUNKS = 8
+_SYNC_FILE_RANGE_WRITE = 2
+
+Rows = np.ndarray | Sequence[np.ndarray]
+"""One row of bytes per input; an array [inputs, bytes] where all have one dtype."""
+RowMap = np.ndarray
+"""For each row of the output, the row of a source's tensor; -1 where the source has none."""
+
+
+class Work(Protocol):
+    """How one output tensor is computed. `rows` holds one row of bytes per input."""
+
+    num_measures: int
+    """How often the whole tensor is looked at before the first chunk is computed."""
+    chunked: bool
+    """The tensor may be cut, at any multiple of `alignment` elements."""
+    alignment: int
+
+    def measure(self, round_: int, rows: Rows, start: int) -> None:
+        """Look at the elements from `start` on; called from several threads."""
+        ...
+
+    def prepare(self, round_: int) -> None:
+        """Called once, when everything was measured in this round."""
+        ...
+
+    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
+        """Write the elements from `start` on to `out`, as bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One output tensor: what it is made from and how."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    inputs: tuple[Entry, ...]
+    work: partial[Any]  # makes a Work
+    row_maps: tuple[RowMap, ...] | None = None
+    """For a tensor with one row per token, where the sources' vocabularies differ."""
+    prefer_first: bool = False
+    """The first input is the base: it speaks for the inputs that lack a row."""
+
+    @property
+    def num_elements(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * ITEM_BYTES[self.dtype]
+
+    def input_bytes(self, piece: _Piece) -> int:
+        return sum((piece.stop - piece.start) * ITEM_BYTES[e.dtype] for e in self.inputs)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file."""
+
+    file: str
+    steps: tuple[Step, ...]
+
+    @property
+    def header(self) -> bytes:
+        return encode_header((step.name, step.dtype, step.shape) for step in self.steps)
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.header) + sum(step.num_bytes for step in self.steps)
+
+
+def chunk_bytes_for(threads: int) -> int:
+    """Bytes of a model's chunk: a few of them stay in the cache, and all buffers together in `_BUFFER_BYTES`."""
+    share = _BUFFER_BYTES // (_CHUNKS_PER_WORKER * threads)
+    return max(
+        _SMALLEST_CHUNK_BYTES,
+        min(_CHUNK_BYTES, share // _SMALLEST_CHUNK_BYTES * _SMALLEST_CHUNK_BYTES),
+    )
+
+
+def execute(
+    shards: Sequence[Shard],
+    folder: Path,
+    *,
+    threads: int,
+    chunk_bytes: int,
+    on_shard: Callable[[str, str], None],
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write the shards into the folder.
+
+    Args:
+        on_shard: called with (file, SHA-256) once a file is complete on the disk.
+        on_bytes: called with the number of bytes just computed, from the workers.
+
+    Raises:
+        whatever a step raises; no file is complete then that `on_shard` was not told of.
+    """
+    schedule = _Schedule(shards, folder, threads, chunk_bytes, on_shard, on_bytes)
+    workers = [
+        threading.Thread(target=schedule.run, args=(i,), name=f"merge-{i}", daemon=True)
+        for i in range(threads)
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(timeout=0.2)  # a bounded wait lets Ctrl-C through
+    finally:
+        schedule.stop()
+        for worker in workers:
+            worker.join()
+        schedule.close()
+
+
+@dataclass
+class _Task:
+    """A step while it is worked on."""
+
+    step: Step
+    output: _Output
+    work: Work
+    spans: list[tuple[int, int]]
+    round: int = 0
+    """Rounds of measuring that are complete."""
+    remaining: int = 0
+    """Pieces of this round that are not done."""
+    descriptors: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.remaining = len(self.spans)
+
+    def open(self) -> None:
+        self.descriptors = [os.open(entry.file, os.O_RDONLY) for entry in self.step.inputs]
+
+    def close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+
+class _Piece(NamedTuple):
+    task: _Task
+    start: int
+    stop: int
+    round: int
+    index: int
+    """Position in its file, for the pieces that write."""
+
+    @property
+    def measures(self) -> bool:
+        return self.round < self.task.work.num_measures and len(self.task.spans) > 1
+
+
+class _File:
+    """A file that grows in order: bytes are gathered in one stage while the other goes to the disk."""
+
+    def __init__(self, path: Path, num_bytes: int, stage_bytes: int, writer: ThreadPoolExecutor):
+        self._writer = writer
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._direct = _open_direct(path) if num_bytes >= DIRECT_BYTES else -1
+        _reserve(self._descriptor, num_bytes)
+        self._stages = [_page_aligned(stage_bytes) for _ in range(2)]
+        self._filled = self._offset = 0  # of the stage that is gathered, and where it belongs
+        self._writing: Future | None = None
+
+    def append(self, data: np.ndarray) -> None:
+        while len(data):
+            stage = self._stages[0]
+            count = min(len(data), len(stage) - self._filled)
+            stage[self._filled : self._filled + count] = data[:count]
+            self._filled += count
+            data = data[count:]
+            if self._filled == len(stage):
+                self._put()
+
+    def _put(self) -> None:
+        """Send the stage to the disk; the other one is free when its own write is done."""
+        self._wait()
+        self._writing = self._writer.submit(
+            self._write, self._stages[0][: self._filled].data, self._offset
+        )
+        self._stages.reverse()
+        self._offset += self._filled
+        self._filled = 0
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        start, num_bytes = offset, len(view)
+        aligned = num_bytes // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT if self._direct >= 0 else 0
+        while aligned > offset - start:
+            try:
+                count = os.pwrite(self._direct, view[: aligned - (offset - start)], offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                break  # a file system that promises direct writes and refuses them
+            view, offset = view[count:], offset + count
+        while view:
+            count = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[count:], offset + count
+        if not aligned:
+            _start_flush(self._descriptor, start, num_bytes)
+
+    def finish(self) -> None:
+        """Put everything on the disk."""
+        if self._filled:
+            self._put()
+        self._wait()
+        self._stages = []
+        os.fsync(self._descriptor)
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in (self._descriptor, self._direct):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = self._direct = -1
+        self._stages = []
+
+
+class _Output:
+    """A file of the result: its pieces are computed in any order, hashed and written in theirs."""
+
+    def __init__(self, shard: Shard, folder: Path, stage_bytes: int, writer: ThreadPoolExecutor):
+        self.shard = shard
+        self.num_pieces = 0
+        self._sealed = False  # every piece was handed out
+        self._lock = threading.Lock()
+        self._pending: dict[int, np.ndarray] = {}
+        self._next, self._hashing = 0, False
+        self._sha256 = hashlib.sha256()
+        self._file = _File(folder / shard.file, shard.num_bytes, stage_bytes, writer)
+        self._append(np.frombuffer(shard.header, np.uint8))
+
+    def deposit(self, index: int, data: np.ndarray, release: Callable[[np.ndarray], None]) -> bool:
+        """Hash this piece when its turn comes, then give its buffer back; True when the file is done."""
+        with self._lock:
+            self._pending[index] = data
+            if self._hashing:
+                return False
+            self._hashing = True
+        while True:
+            with self._lock:
+                due = self._pending.pop(self._next, None)
+                if due is None:
+                    self._hashing = False
+                    return self._done()
+                self._next += 1
+            self._append(due)
+            release(due)
+
+    def seal(self) -> bool:
+        """No piece follows; True when all were hashed already."""
+        with self._lock:
+            self._sealed = True
+            return not self._hashing and self._done()
+
+    def _done(self) -> bool:
+        """Whether everything is hashed; true once only."""
+        if not (self._sealed and self._next == self.num_pieces):
+            return False
+        self._sealed = False
+        return True
+
+    def _append(self, data: np.ndarray) -> None:
+        self._sha256.update(data.data)
+        self._file.append(data)
+
+    def finish(self) -> str:
+        """Put the file on the disk; its SHA-256."""
+        self._file.finish()
+        return self._sha256.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Schedule:
+    """Hands out pieces: each lane is one output file in order, each worker prefers its own lane."""
+
+    def __init__(self, shards, folder, threads, chunk_bytes, on_shard, on_bytes):
+        self._folder, self._threads, self._chunk_bytes = folder, threads, chunk_bytes
+        self._on_shard, self._on_bytes = on_shard, on_bytes
+        self._condition = threading.Condition()
+        self._waiting = deque(shards)
+        self._lanes: list[Iterator[_Piece] | None] = [None] * max(1, min(threads, len(shards)))
+        self._heads: list[_Piece | None] = [None] * len(self._lanes)
+        self._outputs: list[_Output] = []
+        self._tasks: list[_Task] = []
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._large = threading.Lock()  # one large tensor is held whole at a time
+        self._buffers = [np.empty(chunk_bytes, np.uint8) for _ in range(2 * threads + 2)]
+        self._tokens = threading.Semaphore(len(self._buffers))
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="merge-flush")
+        self._writer = ThreadPoolExecutor(len(self._lanes), thread_name_prefix="merge-write")
+        share = _STAGES_BYTES // (2 * len(self._lanes)) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
+        self._stage_bytes = max(_DIRECT_ALIGNMENT, min(_STAGE_BYTES, share))
+        self._flushes: list[Future] = []
+
+    def run(self, worker: int) -> None:
+        """The life of one worker."""
+        rows = np.empty(0, np.uint8)
+        try:
+            while True:
+                self._tokens.acquire()
+                piece = self._next_piece(worker)
+                if piece is None:
+                    self._tokens.release()
+                    return
+                rows = self._do(piece, rows)
+        except BaseException as error:
+            self._fail(error)
+
+    def stop(self) -> None:
+        with self._condition:
+            self._stopped = True
+            self._condition.notify_all()
+        self._tokens.release(self._threads)
+
+    def close(self) -> None:
+        """Wait for the flushes; raise what went wrong."""
+        self._flusher.shutdown(wait=True)
+        self._writer.shutdown(wait=True)
+        for resource in (*self._tasks, *self._outputs):
+            resource.close()
+        if self._error is not None:
+            raise self._error
+        for flush in self._flushes:
+            flush.result()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._condition:
+            self._error = self._error or error
+        self.stop()
+
+    def _next_piece(self, worker: int) -> _Piece | None:
+        with self._condition:
+            while True:
+                if self._stopped:
+                    return None
+                blocked = False
+                for i in range(len(self._lanes)):
+                    lane = (worker + i) % len(self._lanes)
+                    piece = self._head(lane)
+                    if piece is not None and piece.round <= piece.task.round:
+                        self._heads[lane] = None
+                        return piece
+                    blocked |= piece is not None
+                if not blocked:
+                    return None
+                self._condition.wait()
+
+    def _head(self, lane: int) -> _Piece | None:
+        while self._heads[lane] is None:
+            pieces = self._lanes[lane]
+            if pieces is None:
+                if not self._waiting:
+                    return None
+                pieces = self._lanes[lane] = self._pieces(self._waiting.popleft())
+            self._heads[lane] = next(pieces, None)
+            if self._heads[lane] is None:
+                self._lanes[lane] = None
+        return self._heads[lane]
+
+    def _pieces(self, shard: Shard) -> Iterator[_Piece]:
+        output = _Output(shard, self._folder, self._stage_bytes, self._writer)
+        self._outputs.append(output)
+        for step in shard.steps:
+            if not step.num_elements:
+                continue
+            work = step.work()
+            task = _Task(step, output, work, list(self._spans(step, work)))
+            task.open()
+            self._tasks.append(task)
+            if len(task.spans) > 1:
+                for round_ in range(work.num_measures):
+                    for start, stop in task.spans:
+                        yield _Piece(task, start, stop, round_, -1)
+            else:
+                task.round = work.num_measures
+            for start, stop in task.spans:
+                index = output.num_pieces
+                output.num_pieces += 1
+                yield _Piece(task, start, stop, work.num_measures, index)
+        if output.seal():
+            self._finish(output)
+
+    def _spans(self, step: Step, work: Work) -> Iterator[tuple[int, int]]:
+        size = _chunk_elements(step, work, self._chunk_bytes) if work.chunked else step.num_elements
+        for start in range(0, step.num_elements, size):
+            yield start, min(start + size, step.num_elements)
+
+    def _do(self, piece: _Piece, buffer: np.ndarray) -> np.ndarray:
+        task, step, work = piece.task, piece.task.step, piece.task.work
+        with self._large if step.input_bytes(piece) > LARGE_BYTES else nullcontext():
+            buffer, rows = self._read(piece, buffer)
+            if piece.measures:
+                work.measure(piece.round, rows, piece.start)
+                self._measured(task)
+                self._tokens.release()
+                return buffer
+            if len(task.spans) == 1:
+                for round_ in range(work.num_measures):
+                    work.measure(round_, rows, 0)
+                    work.prepare(round_)
+            num_bytes = (piece.stop - piece.start) * ITEM_BYTES[step.dtype]
+            out = self._buffer(num_bytes)
+            work.compute(rows, piece.start, out)
+            del rows
+        self._on_bytes(num_bytes)
+        with self._condition:
+            task.remaining -= 1
+            if task.remaining == 0:
+                task.close()
+                self._tasks.remove(task)
+        if task.output.deposit(piece.index, out, self._release):
+            self._finish(task.output)
+        return buffer
+
+    def _measured(self, task: _Task) -> None:
+        """One piece of a round of measuring is done; the last of them completes the round."""
+        with self._condition:
+            task.remaining -= 1
+            if task.remaining:
+                return
+        task.work.prepare(task.round)
+        with self._condition:
+            task.round += 1
+            task.remaining = len(task.spans)
+            self._condition.notify_all()
+
+    def _read(self, piece: _Piece, buffer: np.ndarray) -> tuple[np.ndarray, Rows]:
+        """The inputs' bytes of a piece, one row each, in a buffer that is used again."""
+        task, step = piece.task, piece.task.step
+        if not step.inputs:
+            return buffer, []
+        if step.row_maps is not None:
+            return buffer, read_mapped(step, task.descriptors, piece.start, piece.stop)
+        widths = [(piece.stop - piece.start) * ITEM_BYTES[e.dtype] for e in step.inputs]
+        space = buffer
+        if sum(widths) > len(buffer):
+            space = np.empty(sum(widths), np.uint8)
+            buffer = space if sum(widths) <= LARGE_BYTES else buffer
+        rows: Rows
+        if len(set(widths)) == 1:
+            rows = space[: sum(widths)].reshape(len(widths), widths[0])
+        else:
+            rows = np.split(space[: sum(widths)], np.cumsum(widths)[:-1])
+        for entry, descriptor, row in zip(step.inputs, task.descriptors, rows, strict=True):
+            start = piece.start * ITEM_BYTES[entry.dtype]
+            _prefetch(descriptor, entry, start, len(row))
+            read_into(descriptor, row.data, entry.start + start, entry.file)
+        return buffer, rows
+
+    def _buffer(self, num_bytes: int) -> np.ndarray:
+        with self._condition:
+            if num_bytes <= self._chunk_bytes and self._buffers:
+                return self._buffers.pop()[:num_bytes]
+        return np.empty(num_bytes, np.uint8)
+
+    def _release(self, data: np.ndarray) -> None:
+        buffer = data if data.base is None else data.base
+        with self._condition:
+            if len(buffer) == self._chunk_bytes:
+                self._buffers.append(buffer)
+        self._tokens.release()
+
+    def _finish(self, output: _Output) -> None:
+        def flush() -> None:
+            self._on_shard(output.shard.file, output.finish())
+
+        self._flushes.append(self._flusher.submit(flush))
+
+
+def read_mapped(step: Step, descriptors: Sequence[int], start: int, stop: int) -> np.ndarray:
+    """The inputs' rows in the order of the output's vocabulary, as [inputs, bytes].
+
+    A row that an input lacks is the base's (input 0) if the first input has it, else the mean of those that do.
+    """
+    assert step.row_maps is not None, "only vocabulary tensors are mapped"
+    first = step.inputs[0]
+    width = first.num_elements // first.shape[0] * ITEM_BYTES[first.dtype]
+    begin, end = (i * ITEM_BYTES[first.dtype] // width for i in (start, stop))
+    rows = np.empty((len(step.inputs), end - begin, width), np.uint8)
+    missing = np.zeros((len(step.inputs), end - begin), bool)
+    for i, (entry, descriptor, row_map) in enumerate(
+        zip(step.inputs, descriptors, step.row_maps, strict=True)
+    ):
+        wanted = row_map[begin:end]
+        missing[i] = wanted < 0
+        breaks = np.flatnonzero((np.diff(wanted) != 1) | (wanted[:-1] < 0)) + 1
+        for run in np.split(np.arange(end - begin), breaks):
+            if wanted[run[0]] >= 0:
+                target = rows[i, run[0] : run[-1] + 1].reshape(-1).data
+                read_into(descriptor, target, entry.start + int(wanted[run[0]]) * width, entry.file)
+    for column in np.flatnonzero(missing.any(0)):
+        _fill(rows[:, column], missing[:, column], step.prefer_first, KINDS[first.dtype])
+    return rows.reshape(len(step.inputs), -1)
+
+
+def _fill(rows: np.ndarray, missing: np.ndarray, prefer_first: bool, kind: int) -> None:
+    """Give the inputs that lack a row the first input's, or the mean of those that have it."""
+    donors = np.flatnonzero(~missing)
+    if prefer_first and not missing[0]:
+        donors = donors[:1]
+    share = np.full(len(donors), 1 / len(donors), np.float32)
+    filled = np.empty(rows.shape[1], np.uint8)
+    mix(np.ascontiguousarray(rows[donors]), kind, share, False, filled, kind)
+    rows[missing] = filled
+
+
+def _chunk_elements(step: Step, work: Work, chunk_bytes: int) -> int:
+    """Elements per chunk: `chunk_bytes` of the widest dtype, less when there are many inputs."""
+    widest = max(ITEM_BYTES[dtype] for dtype in (step.dtype, *(e.dtype for e in step.inputs)))
+    size = chunk_bytes // widest * 4 // max(4, len(step.inputs))
+    alignment = work.alignment
+    if step.row_maps is not None:
+        alignment = math.lcm(alignment, step.inputs[0].num_elements // step.inputs[0].shape[0])
+    return max(alignment, size // alignment * alignment)
+
+
+def _prefetch(descriptor: int, entry: Entry, start: int, num_bytes: int) -> None:
+    """Let the kernel read the next chunks while this one is computed."""
+    first = start if start == 0 else start + _PREFETCH_CHUNKS * num_bytes
+    stop = min(start + (1 + _PREFETCH_CHUNKS) * num_bytes, entry.num_bytes)
+    if first < stop and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, entry.start + first, stop - first, os.POSIX_FADV_WILLNEED)
+
+
+def _page_aligned(num_bytes: int) -> np.ndarray:
+    """Memory that begins at a page, as direct writes ask."""
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, np.uint8)
+
+
+def _open_direct(path: Path) -> int:
+    """A descriptor whose writes bypass the page cache, or -1 where the system has none."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT)
+    except (OSError, AttributeError):
+        return -1
+
+
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    """Give the file its size; OSError at once where the disk has no room for it."""
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except (OSError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        os.ftruncate(descriptor, num_bytes)  # a system that cannot reserve
+
+
+def _start_flush(descriptor: int, offset: int, num_bytes: int) -> None:
+    """Let the kernel begin to write, so that the final fsync finds little left to do."""
+    if _sync_file_range is not None:
+        _sync_file_range(
+            descriptor, ctypes.c_int64(offset), ctypes.c_int64(num_bytes), _SYNC_FILE_RANGE_WRITE
+        )
+
+
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)

@@ -1,0 +1,442 @@
+"""Compiled loops for the methods people use most: decode, compute and encode while a block is in the L1 cache.
+
+Rows arrive as raw bytes, one row per model, in bfloat16, float16 or float32. Sums are float32, a rounded
+multiply and then a rounded add in the order of the models: what torch computes, to the bit, and no other
+way of cutting a tensor gives another result. The GIL is released, so each worker runs its own chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+BF16, F16, F32 = 0, 1, 2
+KINDS = {"BF16": BF16, "F16": F16, "F32": F32}
+"""Dtypes the kernels read and write."""
+
+BLOCK = 2048
+"""Elements held in the cache at a time."""
+REDUCTION = 1 << 16
+"""Elements whose inner products are summed together, wherever chunks are cut."""
+NUM_MAGNITUDES = 1 << 15
+"""The magnitudes of a 16-bit float."""
+
+_INFINITY = 0x7F800000
+_u32 = np.uint32
+_primitive: Any = intrinsic  # a decorator whose type says it takes the typing context from callers
+_compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_primitive
+def _float_of(typing_context, bits):
+    """The float32 that has these 32 bits."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@_primitive
+def _bits_of(typing_context, value):
+    """The 32 bits of a float32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@_compiled
+def _decode(raw, kind, start, out):
+    """Elements `start : start + len(out)` of a row of bytes, as float32."""
+    stop = start + out.shape[0]
+    if kind == BF16:
+        source = raw.view(np.uint16)[start:stop]
+        for j in range(out.shape[0]):
+            out[j] = _float_of(_u32(_u32(source[j]) << _u32(16)))
+    elif kind == F16:
+        # shift exponent and mantissa into place, then a multiplication by 2**112 moves the exponent's
+        # bias and makes subnormals normal; Inf and NaN become Inf or NaN again
+        source = raw.view(np.uint16)[start:stop]
+        scale = _float_of(_u32(0x77800000))
+        for j in range(out.shape[0]):
+            half = _u32(source[j])
+            magnitude = _u32(_u32(half & _u32(0x7FFF)) << _u32(13))
+            special = _u32(_INFINITY) if magnitude >= _u32(0x0F800000) else _u32(0)
+            value = _bits_of(_float_of(magnitude) * scale)
+            out[j] = _float_of(_u32(value | special | _u32(_u32(half & _u32(0x8000)) << _u32(16))))
+    else:
+        source_f = raw.view(np.float32)[start:stop]
+        for j in range(out.shape[0]):
+            out[j] = source_f[j]
+
+
+@_compiled
+def _round_bf16(bits):
+    """The upper 16 of 32 bits, rounded to nearest, ties to even. Finite values only."""
+    return _u32(
+        _u32(bits + _u32(_u32(0x7FFF) + _u32(_u32(bits >> _u32(16)) & _u32(1)))) >> _u32(16)
+    )
+
+
+@_compiled
+def _round_f16(bits):
+    """The float16 magnitude nearest to a float32 magnitude, ties to even; beyond 65504 it is Inf (0x7C00)."""
+    # normal: rebias the exponent by -112 and round 13 bits away; subnormal: an addition of 0.5 aligns the
+    # mantissa so that the hardware rounds it at the last bit a float16 has
+    odd = _u32(_u32(bits >> _u32(13)) & _u32(1))
+    normal = _u32(_u32(bits + _u32(_u32(0xC8000FFF) + odd)) >> _u32(13))
+    subnormal = _u32(_bits_of(_float_of(bits) + np.float32(0.5)) - _u32(0x3F000000))
+    rounded = subnormal if bits < _u32(0x38800000) else normal
+    return _u32(0x7C00) if bits >= _u32(0x477FF000) else rounded
+
+
+@_compiled
+def _encode(values, kind, raw, start):
+    """Write float32 values into a row of bytes from element `start`; True if all stay finite."""
+    stop = start + values.shape[0]
+    largest = _u32(0)
+    if kind == BF16:
+        out = raw.view(np.uint16)[start:stop]
+        for j in range(values.shape[0]):
+            bits = _bits_of(values[j])
+            half = _round_bf16(bits)
+            # a NaN whose rounding carries into the sign is still seen in `bits`
+            largest = max(
+                largest,
+                max(_u32(bits & _u32(0x7FFFFFFF)), _u32(_u32(half & _u32(0x7FFF)) << _u32(16))),
+            )
+            out[j] = np.uint16(half)
+    elif kind == F16:
+        out = raw.view(np.uint16)[start:stop]
+        for j in range(values.shape[0]):
+            bits = _bits_of(values[j])
+            magnitude = _round_f16(_u32(bits & _u32(0x7FFFFFFF)))
+            largest = max(largest, _u32(magnitude << _u32(13)))
+            out[j] = np.uint16(magnitude | _u32(_u32(bits >> _u32(16)) & _u32(0x8000)))
+        return largest < _u32(0x7C00 << 13)
+    else:
+        out_f = raw.view(np.float32)[start:stop]
+        for j in range(values.shape[0]):
+            largest = max(largest, _u32(_bits_of(values[j]) & _u32(0x7FFFFFFF)))
+            out_f[j] = values[j]
+    return largest < _u32(_INFINITY)
+
+
+@_compiled
+def _scale(values, c, total):
+    for j in range(total.shape[0]):
+        total[j] = c * values[j]
+
+
+@_compiled
+def _add_scaled(values, c, total):
+    for j in range(total.shape[0]):
+        total[j] += c * values[j]
+
+
+@_compiled
+def _subtract(values, base):
+    for j in range(values.shape[0]):
+        values[j] -= base[j]
+
+
+@_compiled
+def _add(values, total):
+    for j in range(total.shape[0]):
+        total[j] += values[j]
+
+
+@_compiled
+def mix(rows, kind, coefficients, has_base, out, out_kind):
+    """out = sum_i c_i W_i; with a base (row 0) W_0 + sum_i c_i (W_i - W_0). False if out is not finite.
+
+    Not finite means that an input was not, or that the sum left the range of the output dtype.
+    """
+    num_elements = rows.shape[1] // (4 if kind == F32 else 2)
+    base = np.empty(BLOCK, np.float32)
+    values = np.empty(BLOCK, np.float32)
+    total = np.empty(BLOCK, np.float32)
+    first = 1 if has_base else 0
+    finite = True
+    for start in range(0, num_elements, BLOCK):
+        n = min(BLOCK, num_elements - start)
+        if has_base:
+            total[:n] = 0
+            _decode(rows[0], kind, start, base[:n])
+        for i in range(coefficients.shape[0]):
+            _decode(rows[first + i], kind, start, values[:n])
+            if has_base:
+                _subtract(values[:n], base[:n])
+            if i == 0 and not has_base:
+                _scale(values[:n], coefficients[i], total[:n])
+            else:
+                _add_scaled(values[:n], coefficients[i], total[:n])
+        if has_base:
+            _add(base[:n], total[:n])
+        finite &= _encode(total[:n], out_kind, out, start)
+    return finite
+
+
+@_compiled
+def is_finite(raw, kind):
+    """Whether a row of bytes holds no NaN and no Inf."""
+    largest = _u32(0)
+    if kind == F32:
+        for bits in raw.view(np.uint32):
+            largest = max(largest, _u32(bits & _u32(0x7FFFFFFF)))
+        return largest < _u32(_INFINITY)
+    for half in raw.view(np.uint16):
+        largest = max(largest, _u32(_u32(half) & _u32(0x7FFF)))
+    return largest < (_u32(0x7F80) if kind == BF16 else _u32(0x7C00))
+
+
+@_compiled
+def _dot(a, b):
+    """Inner product in float64, in eight partial sums whatever the machine's vector length."""
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = 0.0
+    whole = a.shape[0] // 8 * 8
+    for j in range(0, whole, 8):
+        s0 += np.float64(a[j]) * np.float64(b[j])
+        s1 += np.float64(a[j + 1]) * np.float64(b[j + 1])
+        s2 += np.float64(a[j + 2]) * np.float64(b[j + 2])
+        s3 += np.float64(a[j + 3]) * np.float64(b[j + 3])
+        s4 += np.float64(a[j + 4]) * np.float64(b[j + 4])
+        s5 += np.float64(a[j + 5]) * np.float64(b[j + 5])
+        s6 += np.float64(a[j + 6]) * np.float64(b[j + 6])
+        s7 += np.float64(a[j + 7]) * np.float64(b[j + 7])
+    for j in range(whole, a.shape[0]):
+        s0 += np.float64(a[j]) * np.float64(b[j])
+    return ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
+
+
+@_compiled
+def inner_products(rows, kind, has_base, sums):
+    """Inner products of the models (with a base in row 0: of the task vectors).
+
+    `sums` [number of reductions, n, n], float64 zeros, receives them per `REDUCTION` elements.
+    """
+    num_elements = rows.shape[1] // (4 if kind == F32 else 2)
+    first = 1 if has_base else 0
+    n = rows.shape[0] - first
+    base = np.empty(BLOCK, np.float32)
+    values = np.empty((n, BLOCK), np.float32)
+    for start in range(0, num_elements, BLOCK):
+        size = min(BLOCK, num_elements - start)
+        total = sums[start // REDUCTION]
+        if has_base:
+            _decode(rows[0], kind, start, base[:size])
+        for i in range(n):
+            _decode(rows[first + i], kind, start, values[i, :size])
+            if has_base:
+                _subtract(values[i, :size], base[:size])
+        for i in range(n):
+            for j in range(i, n):
+                product = _dot(values[i, :size], values[j, :size])
+                total[i, j] += product
+                if i != j:
+                    total[j, i] += product
+
+
+@_compiled
+def _magnitude(bits, kind):
+    """The magnitude of a float32, rounded to the stored dtype, as an integer of the same order."""
+    bits = _u32(bits & _u32(0x7FFFFFFF))
+    if kind == BF16:
+        return min(_round_bf16(bits), _u32(0x7FFF))  # a NaN may round beyond
+    if kind == F16:
+        return _round_f16(bits)
+    return bits
+
+
+@_compiled
+def count_magnitudes(rows, kind, counts):
+    """Count the task vectors' magnitudes: `counts` [n, 32768] int64 grows. The base is row 0.
+
+    A 16-bit magnitude is counted as it is, of a float32 the upper 15 of its 31 bits.
+    """
+    num_elements = rows.shape[1] // (4 if kind == F32 else 2)
+    shift = _u32(16) if kind == F32 else _u32(0)
+    base = np.empty(BLOCK, np.float32)
+    values = np.empty(BLOCK, np.float32)
+    bins = np.empty(BLOCK, np.uint16)
+    for start in range(0, num_elements, BLOCK):
+        size = min(BLOCK, num_elements - start)
+        _decode(rows[0], kind, start, base[:size])
+        for i in range(rows.shape[0] - 1):
+            _decode(rows[i + 1], kind, start, values[:size])
+            _subtract(values[:size], base[:size])
+            for j in range(size):
+                bins[j] = np.uint16(_u32(_magnitude(_bits_of(values[j]), kind) >> shift))
+            count = counts[i]
+            for j in range(size):
+                count[bins[j]] += 1
+
+
+@_compiled
+def count_lower_halves(rows, upper, counts):
+    """Refine a selection in float32: count the lower 16 bits of magnitudes whose upper 15 are `upper`.
+
+    `upper` [n, m] int64 names up to m bins per model, `counts` [n, m, 65536] int64 grows.
+    """
+    num_elements = rows.shape[1] // 4
+    base = rows[0].view(np.float32)
+    for i in range(rows.shape[0] - 1):
+        model = rows[i + 1].view(np.float32)
+        for j in range(num_elements):
+            bits = _u32(_bits_of(model[j] - base[j]) & _u32(0x7FFFFFFF))
+            high = np.int64(bits >> _u32(16))
+            for m in range(upper.shape[1]):
+                if high == upper[i, m]:
+                    counts[i, m, np.int64(bits & _u32(0xFFFF))] += 1
+
+
+@_compiled
+def _trim(values, kind, lowest, highest):
+    """Zero what is not between two magnitudes."""
+    for j in range(values.shape[0]):
+        magnitude = _magnitude(_bits_of(values[j]), kind)
+        kept = (magnitude >= lowest) & (magnitude <= highest)
+        values[j] = values[j] if kept else np.float32(0)
+
+
+@_compiled
+def _splitmix64(key, first, words):
+    """The outputs `first`, `first + 1`, ... of the stream `key`: `alloy.merging.randomness`."""
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    state = key + np.uint64(first) * golden
+    for j in range(words.shape[0]):
+        state += golden
+        z = state
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        words[j] = z ^ (z >> np.uint64(31))
+
+
+@_compiled
+def _drop(values, key, limit, factor, offset, words):
+    """Zero the entries whose random number is not below the limit, scale the rest.
+
+    Each output of the generator, in `words`, gives two entries 32 bits; `offset` is the first's flat index.
+    """
+    _splitmix64(key, offset >> 1, words[: (values.shape[0] >> 1) + 1])
+    bits = words.view(np.uint32)[offset & 1 :]
+    last = _u32(
+        limit - np.uint64(1)
+    )  # the limit itself, up to 2**32, would make it 64-bit arithmetic
+    for j in range(values.shape[0]):
+        values[j] = values[j] * factor if bits[j] <= last else np.float32(0)
+
+
+@_compiled
+def _task_vector(values, base, largest):
+    """Subtract the base; the largest bits of a magnitude so far, which tell NaN and Inf."""
+    for j in range(values.shape[0]):
+        values[j] -= base[j]
+        largest = max(largest, _u32(_bits_of(values[j]) & _u32(0x7FFFFFFF)))
+    return largest
+
+
+@_compiled
+def _vote(values, c, election, votes):
+    """Add a model's votes: its values (election 0), weighted (1), their signs (2)."""
+    if election == 0:
+        for j in range(votes.shape[0]):
+            votes[j] += values[j]
+    elif election == 1:
+        for j in range(votes.shape[0]):
+            votes[j] += c * values[j]
+    else:
+        for j in range(votes.shape[0]):
+            votes[j] += np.float32(values[j] > 0) - np.float32(values[j] < 0)
+
+
+@_compiled
+def _elect(votes):
+    """The sign of each sum of votes, as 1, -1 or 0."""
+    for j in range(votes.shape[0]):
+        votes[j] = np.float32(votes[j] > 0) - np.float32(votes[j] < 0)
+
+
+@_compiled
+def _add_agreeing(values, c, elected, total, weight):
+    zero = np.float32(0)
+    for j in range(total.shape[0]):
+        agrees = values[j] * elected[j] > zero
+        total[j] += values[j] * c if agrees else zero
+        weight[j] += c if agrees else zero
+
+
+@_compiled
+def _finish_vote(weight, normalize, scale, total):
+    one = np.float32(1)
+    for j in range(total.shape[0]):
+        divisor = weight[j] if normalize & (weight[j] != 0) else one
+        total[j] = scale * (total[j] / divisor)
+
+
+@_compiled
+def sparse(
+    rows,
+    kind,
+    coefficients,
+    trims,
+    drops,
+    factor,
+    offset,
+    election,
+    normalize,
+    scale,
+    out,
+    out_kind,
+):
+    """Task vectors, thinned out, added to their base (row 0). False if an input or the output is not finite.
+
+    `trims` [n, 2] uint32 keeps magnitudes between two; with n = 0 `drops` [n, 2] uint64 (key, limit) keeps
+    at random and multiplies by `factor`. With `election` below 0 the task vectors add up; otherwise
+    a sign is elected and those that agree are averaged (`normalize`) or added, times `scale`.
+    """
+    num_elements = rows.shape[1] // (4 if kind == F32 else 2)
+    n = rows.shape[0] - 1
+    base = np.empty(BLOCK, np.float32)
+    values = np.empty((n, BLOCK), np.float32)
+    votes = np.empty(BLOCK, np.float32)
+    total = np.empty(BLOCK, np.float32)
+    weight = np.empty(BLOCK, np.float32)
+    words = np.empty(BLOCK // 2 + 1, np.uint64)
+    largest = _u32(0)
+    finite = True
+    for start in range(0, num_elements, BLOCK):
+        size = min(BLOCK, num_elements - start)
+        _decode(rows[0], kind, start, base[:size])
+        for i in range(n):
+            value = values[i, :size]
+            _decode(rows[i + 1], kind, start, value)
+            largest = _task_vector(value, base[:size], largest)
+            if trims.shape[0]:
+                _trim(value, kind, trims[i, 0], trims[i, 1])
+            else:
+                _drop(value, drops[i, 0], drops[i, 1], factor, offset + start, words)
+        total[:size] = 0
+        if election < 0:
+            for i in range(n):
+                _add_scaled(values[i, :size], coefficients[i], total[:size])
+        else:
+            votes[:size] = 0
+            weight[:size] = 0
+            for i in range(n):
+                _vote(values[i, :size], coefficients[i], election, votes[:size])
+            _elect(votes[:size])
+            for i in range(n):
+                _add_agreeing(
+                    values[i, :size], coefficients[i], votes[:size], total[:size], weight[:size]
+                )
+            _finish_vote(weight[:size], normalize, scale, total[:size])
+        _add(base[:size], total[:size])
+        finite &= _encode(total[:size], out_kind, out, start)
+    return finite and largest < _u32(_INFINITY)

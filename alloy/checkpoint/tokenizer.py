@@ -1,0 +1,248 @@
+"""Vocabularies: which row of an embedding belongs to which token, when the sources number tokens differently.
+
+Merging row 17 with row 17 makes sense only if both are the same token. Where tokenizers differ, the
+policy "base" keeps the base's tokenizer (without a base: the first source's), and "union" adds to it every token
+that another source has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alloy.errors import CheckpointError
+
+POLICIES = ("same", "base", "union")
+_LEGACY = (
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What a tokenizer does, as far as its files say."""
+
+    folder: Path
+    tokens: Mapping[str, int] | None
+    """Token to id, added tokens included; None where only a binary file knows."""
+    behaviour: str
+    """Everything that decides how text is cut, as canonical text: equal means interchangeable."""
+    data: Mapping | None
+    """The parsed tokenizer.json."""
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in a folder, or None where there is none."""
+    if (path := folder / "tokenizer.json").is_file():
+        data = _json(path)
+        vocab = data["model"].get("vocab", {})
+        if isinstance(vocab, list):  # Unigram: position is the id
+            vocab = {token: i for i, (token, _) in enumerate(vocab)}
+        added = {entry["content"]: entry["id"] for entry in data.get("added_tokens") or []}
+        tokens = {**vocab, **added}
+        rest = {key: data.get(key) for key in ("normalizer", "pre_tokenizer")}
+        merges = [
+            m if isinstance(m, str) else " ".join(m) for m in data["model"].get("merges") or []
+        ]
+        behaviour = json.dumps(
+            [data["model"].get("type"), sorted(tokens.items()), merges, rest], sort_keys=True
+        )
+        return Tokenizer(folder, tokens, behaviour, data)
+    tokens = None
+    if (path := folder / "vocab.json").is_file():
+        tokens = _json(path)
+    elif (path := folder / "vocab.txt").is_file():
+        tokens = {token: i for i, token in enumerate(path.read_text().splitlines())}
+    if tokens is not None and (path := folder / "added_tokens.json").is_file():
+        tokens = {**tokens, **_json(path)}
+    binary = [
+        p
+        for p in (folder / "tokenizer.model", folder / "spiece.model", folder / "merges.txt")
+        if p.is_file()
+    ]
+    if tokens is None and not binary:
+        return None
+    behaviour = json.dumps(sorted((tokens or {}).items())) + "".join(
+        p.read_bytes().hex() for p in binary
+    )
+    return Tokenizer(folder, tokens, behaviour, None)
+
+
+def difference(reference: str, first: Tokenizer, source: str, other: Tokenizer) -> str | None:
+    """How two tokenizers differ, in words, or None if they do not."""
+    if first.behaviour == other.behaviour:
+        return None
+    if first.tokens is None or other.tokens is None or first.tokens == other.tokens:
+        return f"the tokenizers of {reference!r} and {source!r} cut text differently"
+    ids = [t for t in first.tokens if t in other.tokens and first.tokens[t] != other.tokens[t]]
+    ours = [t for t in first.tokens if t not in other.tokens]
+    theirs = [t for t in other.tokens if t not in first.tokens]
+    parts = [
+        f"{len(tokens)} {what}, as {tokens[0]!r}"
+        for tokens, what in (
+            (ids, "tokens have other ids"),
+            (ours, f"are in {reference!r} alone"),
+            (theirs, f"are in {source!r} alone"),
+        )
+        if tokens
+    ]
+    return f"the tokenizers of {reference!r} and {source!r} differ: {'; '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The result's vocabulary and where its rows come from."""
+
+    size: int
+    row_maps: Mapping[str, np.ndarray]
+    """By source: for each row of the result the source's row, or -1."""
+    files: Mapping[str, bytes]
+    """Tokenizer files to write instead of the reference's; empty if its own serve."""
+    left_out: tuple[str, ...] = ()
+    """Files of the reference that no longer say the truth."""
+
+
+def combine_vocabularies(
+    policy: str, reference: str, tokenizers: Mapping[str, Tokenizer], sizes: Mapping[str, int]
+) -> Vocabulary:
+    """The vocabulary that a policy gives.
+
+    Args:
+        reference: the source whose ids the result keeps.
+        sizes: rows of each source's embeddings; rows beyond the tokens are padding.
+
+    Raises:
+        CheckpointError: a tokenizer whose tokens cannot be read, or of another kind than the reference's.
+    """
+    for source, tokenizer in tokenizers.items():
+        if tokenizer.tokens is None or (policy == "union" and tokenizer.data is None):
+            raise CheckpointError(
+                f"{tokenizer.folder}: tokenizer={policy!r} needs a tokenizer.json; save it again from a fast tokenizer"
+            )
+        largest = max(tokenizer.tokens.values(), default=-1)
+        if largest >= sizes[source]:
+            raise CheckpointError(
+                f"{tokenizer.folder}: token {_token_of(tokenizer.tokens, largest)!r} has id {largest}, its embeddings "
+                f"have {sizes[source]} rows; resize the embeddings to the tokenizer first"
+            )
+    base = tokenizers[reference]
+    ids = dict(base.tokens or {})
+    new: dict[str, str] = {}
+    if policy == "union":
+        following = max(ids.values(), default=-1) + 1
+        for source, tokenizer in tokenizers.items():
+            for token, _ in sorted((tokenizer.tokens or {}).items(), key=lambda item: item[1]):
+                if token not in ids:
+                    ids[token], new[token] = following, source
+                    following += 1
+    size = max(sizes[reference], max(ids.values(), default=-1) + 1)
+    token_at = {i: token for token, i in ids.items()}
+    maps = {
+        source: _row_map(token_at, tokenizer, sizes[source], size)
+        for source, tokenizer in tokenizers.items()
+    }
+    if not new:
+        return Vocabulary(size, maps, {})
+    data = _extended(base, tokenizers, ids, new)
+    text = json.dumps(data, ensure_ascii=False, indent=2).encode()
+    return Vocabulary(size, maps, {"tokenizer.json": text}, _LEGACY)
+
+
+def _row_map(token_at: Mapping[int, str], tokenizer: Tokenizer, size: int, rows: int) -> np.ndarray:
+    """For each row of the result the source's row of that token; padding comes from padding."""
+    tokens = tokenizer.tokens or {}
+    used = set(tokens.values())
+    return np.array(
+        [
+            tokens.get(token_at[i], -1)
+            if i in token_at
+            else i
+            if i < size and i not in used
+            else -1
+            for i in range(rows)
+        ],
+        np.int64,
+    )
+
+
+def _extended(
+    base: Tokenizer,
+    tokenizers: Mapping[str, Tokenizer],
+    ids: Mapping[str, int],
+    new: Mapping[str, str],
+) -> dict:
+    """The base's tokenizer.json with the new tokens: ordinary ones in the model, added ones as added tokens.
+
+    A Unigram model takes the pieces with the scores (log-probabilities) of the source that has them.
+    """
+    assert base.data is not None, "checked before"
+    data = json.loads(json.dumps(base.data))
+    kind = data["model"].get("type")
+    added = {entry["content"] for entry in data.get("added_tokens") or []}
+    for source, tokenizer in tokenizers.items():
+        assert tokenizer.data is not None, "checked before"
+        if tokenizer.data["model"].get("type") != kind:
+            raise CheckpointError(
+                f"{tokenizer.folder}: a {tokenizer.data['model'].get('type')} tokenizer has no union with "
+                f"{base.folder}'s {kind}; choose tokenizer='base'"
+            )
+        mine = [token for token, owner in new.items() if owner == source]
+        entries = {e["content"]: e for e in tokenizer.data.get("added_tokens") or []}
+        for token in mine:
+            if token in entries:
+                if token not in added:
+                    data["added_tokens"].append({**entries[token], "id": ids[token]})
+            elif kind != "Unigram":
+                data["model"]["vocab"][token] = ids[token]
+        _add_merges(data["model"], tokenizer.data["model"].get("merges") or [], set(mine))
+    if kind == "Unigram":
+        _add_pieces(data["model"]["vocab"], tokenizers, ids)
+    return data
+
+
+def _add_pieces(pieces: list, tokenizers: Mapping[str, Tokenizer], ids: Mapping[str, int]) -> None:
+    """Extend a Unigram model's list, in which a piece's position is its id, to all ids.
+
+    Added tokens are found before the model looks; in its list they fill their place, never chosen.
+    """
+    scores: dict[str, float] = {}
+    for tokenizer in tokenizers.values():
+        for token, score in tokenizer.data["model"]["vocab"] if tokenizer.data else ():
+            scores.setdefault(token, score)
+    token_at = {i: token for token, i in ids.items()}
+    never = min(scores.values()) - 100
+    for i in range(len(pieces), max(ids.values()) + 1):
+        token = token_at.get(i, f"<unused_{i}>")
+        pieces.append([token, scores.get(token, never)])
+
+
+def _add_merges(model: dict, merges: Sequence, tokens: set[str]) -> None:
+    """Merges that make new tokens, after the ones there are."""
+    if not merges:
+        return
+    ours = model.setdefault("merges", [])
+    as_text = bool(ours) and isinstance(ours[0], str)
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if left + right in tokens:
+            ours.append(f"{left} {right}" if as_text else [left, right])
+
+
+def _token_of(tokens: Mapping[str, int], wanted: int) -> str:
+    return next(token for token, i in tokens.items() if i == wanted)
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: corrupt ({error}); fetch it again") from error

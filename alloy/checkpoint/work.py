@@ -1,0 +1,416 @@
+"""How one tensor of the output is computed: by a compiled loop where there is one, else by the method's function.
+
+Both give the same bits, except the mixtures on the sphere: their inner products are summed in another
+order, which float32 coefficients hide almost always (tests/alloy/checkpoint/test_kernels.py says how often).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+
+import alloy.checkpoint.kernels as kernels
+from alloy.checkpoint.execute import Rows
+from alloy.checkpoint.format import ITEM_BYTES, Entry
+from alloy.errors import MergeError
+from alloy.merging import MergeMethod, MergeSettings
+
+_TORCH_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_ELECTIONS = ("mass", "weighted mass", "count")
+_KEEP_NOTHING = (0xFFFFFFFF, 0)
+_KEEP_EVERYTHING = (0, 0xFFFFFFFF)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What a tensor is made from, with the sources' names for messages."""
+
+    name: str
+    inputs: tuple[Entry, ...]
+    sources: tuple[str, ...]
+    dtype: str
+    """Of the output."""
+    shape: tuple[int, ...]
+    """Of the output; the inputs' may have other numbers of rows where vocabularies differ."""
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def kind(self) -> int:
+        return kernels.KINDS[self.inputs[0].dtype]
+
+    @property
+    def out_kind(self) -> int:
+        return kernels.KINDS[self.dtype]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the kernels read and write these dtypes."""
+        dtypes = {entry.dtype for entry in self.inputs}
+        return len(dtypes) == 1 and dtypes | {self.dtype} <= kernels.KINDS.keys()
+
+    def blame(self, rows: Rows, start: int) -> MergeError:
+        """The error for a chunk whose result is not finite."""
+        for row, entry, source in zip(rows, self.inputs, self.sources, strict=True):
+            values = _as_float(row, entry.dtype)
+            if not np.isfinite(values).all():
+                index = start + int(np.flatnonzero(~np.isfinite(values))[0])
+                return MergeError(
+                    f"{self.name} in {source!r} ({entry.file}) has NaN or Inf at flat index {index}; "
+                    "repair or replace that checkpoint"
+                )
+        return MergeError(
+            f"{self.name}: the result leaves the range of {self.dtype}; lower the coefficients or ask for "
+            "dtype='float32'"
+        )
+
+
+class _Work:
+    """Defaults: one pass, cut anywhere."""
+
+    num_measures = 0
+    chunked = True
+    alignment = 1
+
+    def measure(self, round_: int, rows: Rows, start: int) -> None:
+        raise NotImplementedError
+
+    def prepare(self, round_: int) -> None:
+        raise NotImplementedError
+
+    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+class Copy(_Work):
+    """The bytes of one source, or of several that must agree."""
+
+    def __init__(self, tensors: Tensors):
+        self.tensors = tensors
+
+    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
+        tensors = self.tensors
+        for row, source in zip(rows[1:], tensors.sources[1:], strict=True):
+            if not np.array_equal(row, rows[0]):
+                raise MergeError(
+                    f"{tensors.name} is {tensors.dtype} and differs between {tensors.sources[0]!r} and {source!r}; "
+                    f"say whose to take: copy={{{tensors.name!r}: {tensors.sources[0]!r}}}"
+                )
+        dtype = tensors.inputs[0].dtype
+        if dtype in kernels.KINDS and not kernels.is_finite(rows[0], kernels.KINDS[dtype]):
+            raise tensors.blame(rows, start)
+        if dtype == "F64" and not np.isfinite(rows[0].view(np.float64)).all():
+            raise tensors.blame(rows, start)
+        if dtype == tensors.dtype:
+            out[:] = rows[0]
+        else:
+            _convert(tensors, rows, start, out)
+
+
+class Held(_Work):
+    """A tensor that was merged already, by a method that runs the whole model."""
+
+    def __init__(self, tensors: Tensors, merged: Mapping[str, Any]):
+        self.tensors, self.merged = tensors, merged
+
+    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
+        import torch
+
+        data = self.merged[self.tensors.name].flatten().view(torch.uint8).numpy()
+        first = start * ITEM_BYTES[self.tensors.dtype]
+        out[:] = data[first : first + len(out)]
+
+
+class Mix(_Work):
+    """A linear combination: of the models, or of the task vectors added to their base."""
+
+    def __init__(self, tensors: Tensors, coefficients: Sequence[float], *, base: bool):
+        self.tensors, self.base = tensors, base
+        self.coefficients = np.array(coefficients, np.float32)
+
+    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
+        tensors = self.tensors
+        if not kernels.mix(rows, tensors.kind, self.coefficients, self.base, out, tensors.out_kind):
+            raise tensors.blame(rows, start)
+
+
+class Mixture(Mix):
+    """A linear combination whose coefficients follow from the inner products of the whole tensor."""
+
+    num_measures = 1
+    alignment = kernels.REDUCTION
+
+    def __init__(self, tensors: Tensors, method: MergeMethod, keywords: dict, *, base: bool):
+        n = len(tensors.inputs) - base
+        super().__init__(tensors, [0.0] * n, base=base)
+        reductions = -(-tensors.num_elements // kernels.REDUCTION)
+        self.method, self.keywords = method, keywords
+        self.sums = np.zeros((reductions, n, n))
+
+    def measure(self, round_: int, rows: Rows, start: int) -> None:
+        first = start // kernels.REDUCTION
+        kernels.inner_products(rows, self.tensors.kind, self.base, self.sums[first:])
+
+    def prepare(self, round_: int) -> None:
+        import torch
+
+        inner = np.add.accumulate(self.sums, axis=0)[-1]  # in order, unlike a pairwise sum
+        if np.isfinite(inner).all():
+            assert self.method.mix is not None, "only mixtures come here"
+            mixture = self.method.mix(torch.from_numpy(inner), **self.keywords)
+            self.coefficients = mixture.float().numpy()
+        # otherwise an input is not finite, and so is its multiple by zero: `compute` finds it
+
+
+class Sparse(_Work):
+    """Task vectors thinned out and added, or put to a vote, by one compiled loop."""
+
+    def __init__(self, tensors: Tensors, settings: MergeSettings):
+        options = settings.options_of(tensors.name)
+        n = len(tensors.inputs) - 1
+        self.tensors = tensors
+        self.coefficients = np.array(settings.coefficients[tensors.name], np.float32)
+        self.trims = np.zeros((0, 2), np.uint32)
+        self.drops = np.zeros((0, 2), np.uint64)
+        self.factor = np.float32(1)
+        self.election = _ELECTIONS.index(options["election"]) if "election" in options else -1
+        self.normalize = bool(options.get("normalize", False))
+        self.scale = np.float32(options.get("scale", 1.0))
+        self.num_models = n
+
+    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
+        tensors = self.tensors
+        if not kernels.sparse(
+            rows, tensors.kind, self.coefficients, self.trims, self.drops, self.factor, start,
+            self.election, self.normalize, self.scale, out, tensors.out_kind,
+        ):  # fmt: skip
+            raise tensors.blame(rows, start)
+
+
+class Drop(Sparse):
+    """DARE: which entries survive follows from the seed, the names and the indices."""
+
+    def __init__(self, tensors: Tensors, settings: MergeSettings):
+        from alloy.merging.randomness import stream_key
+
+        super().__init__(tensors, settings)
+        options = settings.options_of(tensors.name)
+        density, seed = options["density"], options["seed"]
+        limit = int(np.ceil(density * 2.0**32))  # an integer is below a number if below its ceiling
+        keys = [stream_key(seed, tensors.name, i) for i in range(self.num_models)]
+        self.drops = np.array([(key, limit) for key in keys], np.uint64)
+        self.factor = np.float32(1 / density if options["rescale"] else 1.0)
+
+
+class Trim(Sparse):
+    """TIES and Breadcrumbs: the magnitudes to keep are found exactly, from their histogram."""
+
+    def __init__(self, tensors: Tensors, settings: MergeSettings):
+        super().__init__(tensors, settings)
+        self.ranks = _ranks(settings.name, settings.options_of(tensors.name), tensors.num_elements)
+        self.trims = np.array([_KEEP_EVERYTHING] * self.num_models, np.uint32)
+        if isinstance(self.ranks, tuple):
+            rounds = 2 if tensors.inputs[0].dtype == "F32" else 1
+            self.num_measures = rounds
+            self.counts = np.zeros((self.num_models, kernels.NUM_MAGNITUDES), np.int64)
+        elif not self.ranks:
+            self.trims = np.array([_KEEP_NOTHING] * self.num_models, np.uint32)
+        self._lock = threading.Lock()
+
+    def measure(self, round_: int, rows: Rows, start: int) -> None:
+        counts = np.zeros_like(self.counts)
+        if round_ == 0:
+            kernels.count_magnitudes(rows, self.tensors.kind, counts)
+        else:
+            kernels.count_lower_halves(rows, self.bins, counts)
+        with self._lock:
+            self.counts += counts
+
+    def prepare(self, round_: int) -> None:
+        assert isinstance(self.ranks, tuple)
+        if round_ == 0:
+            # per model and rank: the bin, and how many of it are larger than what is looked for
+            found = [[_kth_largest(count, k) for k in self.ranks] for count in self.counts]
+            self.bins = np.array([[bin_ for bin_, _ in row] for row in found], np.int64)
+            self.remaining = [[k for _, k in row] for row in found]
+            values = self.bins
+            self.counts = np.zeros((*self.bins.shape, 1 << 16), np.int64)
+        else:
+            values = np.array(
+                [
+                    [
+                        (bin_ << 16) + _kth_largest(count, k)[0]
+                        for bin_, count, k in zip(bins, counts, ks, strict=True)
+                    ]
+                    for bins, counts, ks in zip(self.bins, self.counts, self.remaining, strict=True)
+                ],
+                np.int64,
+            )
+        lowest = values[:, 0]
+        highest = values[:, 1] if len(self.ranks) == 2 else np.full(len(values), 0xFFFFFFFF)
+        self.trims = np.stack([lowest, highest], 1).astype(np.uint32)
+
+
+class Function(_Work):
+    """The method's own function, in torch."""
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        settings: MergeSettings,
+        *,
+        base: bool,
+        statistics: Callable[[str], Sequence[Any] | None] | None,
+    ):
+        self.tensors, self.settings, self.base, self.statistics = (
+            tensors,
+            settings,
+            base,
+            statistics,
+        )
+        self.chunked = settings.method.elementwise and statistics is None
+
+    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
+        import torch
+
+        from alloy.merging import merge_tensor
+
+        tensors = self.tensors
+        dtypes = [getattr(torch, _TORCH_DTYPES[entry.dtype]) for entry in tensors.inputs]
+        values = [
+            torch.from_numpy(row).view(dtype) for row, dtype in zip(rows, dtypes, strict=True)
+        ]
+        if not self.chunked:
+            values = [value.reshape(tensors.shape) for value in values]
+        if len(set(dtypes)) > 1:
+            widest = torch.float64 if torch.float64 in dtypes else torch.float32
+            values = [value.to(widest) for value in values]
+        for value, entry, source in zip(values, tensors.inputs, tensors.sources, strict=True):
+            if not bool(value.isfinite().all()):
+                raise MergeError(
+                    f"{tensors.name} in {source!r} ({entry.file}) has NaN or Inf; repair or replace that checkpoint"
+                )
+        merged = merge_tensor(
+            self.settings,
+            tensors.name,
+            values[1:] if self.base else values,
+            base=values[0] if self.base else None,
+            statistics=None if self.statistics is None else self.statistics(tensors.name),
+            offset=start,
+            dtype=getattr(torch, _TORCH_DTYPES[tensors.dtype]),
+        )
+        out[:] = merged.contiguous().flatten().view(torch.uint8).numpy()
+
+
+def merged_whole(
+    tensors: Sequence[Tensors], settings: MergeSettings, data: Mapping[str, Any], *, base: bool
+) -> dict[str, Any]:
+    """All tensors of a method that runs the whole model, in memory; the sources stay mapped files."""
+    import torch
+
+    from alloy.merging.apply import merge_whole
+
+    def sources(i: int) -> dict[str, torch.Tensor]:
+        return {t.name: _mapped(t.inputs[i]) for t in tensors}
+
+    models = [sources(i) for i in range(len(tensors[0].inputs))] if tensors else []
+    first = models.pop(0) if base and models else None
+    merged = merge_whole(settings, [t.name for t in tensors], models, first, data)
+    dtypes = {t.name: getattr(torch, _TORCH_DTYPES[t.dtype]) for t in tensors}
+    return {name: tensor.to(dtypes[name]).contiguous() for name, tensor in merged.items()}
+
+
+def _mapped(entry: Entry) -> Any:
+    """A tensor whose memory is its file: read when looked at, and given back when memory is short."""
+    import torch
+
+    if not entry.num_bytes:
+        return torch.empty(entry.shape, dtype=getattr(torch, _TORCH_DTYPES[entry.dtype]))
+    pages = np.memmap(entry.file, np.uint8, "c", entry.start, (entry.num_bytes,))
+    flat = torch.from_numpy(pages).clone() if entry.start % 8 else torch.from_numpy(pages)
+    return flat.view(getattr(torch, _TORCH_DTYPES[entry.dtype])).reshape(entry.shape)
+
+
+def work_for(
+    tensors: Tensors,
+    settings: MergeSettings,
+    *,
+    base: bool,
+    statistics: Callable[[str], Sequence[Any] | None] | None = None,
+    compiled: bool = True,
+) -> partial[_Work]:
+    """How to merge a tensor; `compiled` False forces the method's own function."""
+    method, options = settings.method, settings.options_of(tensors.name)
+    if compiled and tensors.compiled and statistics is None:
+        coefficients = settings.coefficients.get(tensors.name)
+        match settings.name:
+            case "linear" | "task_arithmetic":
+                return partial(Mix, tensors, coefficients, base=base)
+            case "modality_arithmetic":
+                row = [options["scale"]] * (len(tensors.inputs) - 1)
+                return partial(Mix, tensors, row, base=True)
+            case "ties" | "breadcrumbs" | "breadcrumbs_ties":
+                return partial(Trim, tensors, settings)
+            case "dare_linear" | "dare_ties":
+                return partial(Drop, tensors, settings)
+        if method.mixture is not None and options.get("vectors", "tensor") == "tensor":
+            keywords = dict(options)
+            if coefficients is not None:
+                keywords["coefficients"] = coefficients
+            return partial(Mixture, tensors, method, keywords, base=base)
+    return partial(Function, tensors, settings, base=base, statistics=statistics)
+
+
+def _ranks(method: str, options: Mapping[str, Any], num_elements: int) -> tuple[int, ...] | bool:
+    """The ranks, counted from the largest, whose magnitudes bound what is kept; or whether all is kept."""
+    density = options["density"]
+    if method == "ties":
+        if density >= 1 or density <= 0:
+            return density >= 1
+        return (max(1, int(density * num_elements)),)
+    count = int(density * num_elements)
+    outliers = int(options["gamma"] * num_elements)
+    return (outliers + count, outliers + 1) if count else False
+
+
+def _kth_largest(counts: np.ndarray, k: int) -> tuple[int, int]:
+    """The bin of the k-th largest value, and its rank among the values of that bin."""
+    above = np.cumsum(counts[::-1])
+    position = int(np.searchsorted(above, k))
+    before = int(above[position - 1]) if position else 0
+    return len(counts) - 1 - position, k - before
+
+
+def _as_float(row: np.ndarray, dtype: str) -> np.ndarray:
+    """The values of a row of bytes, for messages about them."""
+    if dtype == "BF16":
+        return (row.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    numpy_dtypes = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+    return row.view(numpy_dtypes[dtype]) if dtype in numpy_dtypes else np.zeros(0)
+
+
+def _convert(tensors: Tensors, rows: Rows, start: int, out: np.ndarray) -> None:
+    """One tensor in another dtype."""
+    if tensors.compiled:
+        one = np.ones(1, np.float32)
+        if not kernels.mix(rows[:1], tensors.kind, one, False, out, tensors.out_kind):
+            raise tensors.blame(rows, start)
+        return
+    import torch
+
+    dtype = getattr(torch, _TORCH_DTYPES[tensors.inputs[0].dtype])
+    value = torch.from_numpy(rows[0]).view(dtype).to(getattr(torch, _TORCH_DTYPES[tensors.dtype]))
+    if not bool(value.isfinite().all()):
+        raise tensors.blame(rows, start)
+    out[:] = value.view(torch.uint8).numpy()

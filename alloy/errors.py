@@ -1,0 +1,59 @@
+"""What the library raises when it refuses an input: one base class, and the nearest right name.
+
+Each error is a `ValueError` as well. Its message says what was given, what was found and what would be
+right; what only a fault of ours can cause is an `AssertionError`.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class AlloyError(ValueError):
+    """An input that Alloy refuses."""
+
+
+class SymmetryError(AlloyError):
+    """A model that cannot be traced, or transforms that do not fit a spec."""
+
+
+class NotProvenError(SymmetryError):
+    """A validation that cannot tell right from wrong symmetries."""
+
+
+class CollectionError(AlloyError):
+    """Models, data or statistics that do not fit each other."""
+
+
+class MaskError(CollectionError):
+    """A mask of samples that does not fit the activations."""
+
+
+class AlignmentError(AlloyError):
+    """Models that cannot be aligned, or settings that an alignment does not have."""
+
+
+class GaugeError(AlloyError):
+    """Experts whose gauge cannot be searched."""
+
+
+class RepairError(AlloyError):
+    """A merged model that cannot be refitted to its parents."""
+
+
+class MergeError(AlloyError):
+    """A merge that cannot be made as it was asked for."""
+
+
+class CheckpointError(AlloyError):
+    """A checkpoint that is not what its format says, or a result that cannot be written."""
+
+
+class LandscapeError(AlloyError):
+    """Points of a loss landscape that cannot be measured."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest right name if there is one, and all of them."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"choose one of {known}"

@@ -1,0 +1,1 @@
+"""How far models lie apart: distances of their weights, and the loss between them."""

@@ -1,0 +1,304 @@
+"""Do a merge that was checked, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alloy.errors import MergeError
+from alloy.merging.averages import combine
+from alloy.merging.check import few, known_method, validate
+from alloy.merging.method import Coefficients, MergeMethod, MergeSettings
+from alloy.merging.selection import accumulator
+from alloy.types import Weights
+
+
+def merge(
+    method: str,
+    models: Sequence[Weights],
+    *,
+    base: Weights | None = None,
+    coefficients: Coefficients | None = None,
+    statistics: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Merge models into one: every tensor of every model is accounted for.
+
+    Args:
+        method: a name in `MERGE_METHODS`; its function's docstring has formula, source and
+            requirements.
+        models: state dicts with the same names, shapes and dtypes.
+        base: the checkpoint that the models were trained from, for methods with task vectors.
+        coefficients: one float per model, or a mapping from glob pattern of names to that
+            (layer-wise): the first pattern that matches a name decides, and every name must match
+            one.
+        statistics: per model, parameter name to `alloy.statistics.moments.Gram` of the layer's inputs
+            (RegMean) or to the diagonal of the Fisher information (Fisher).
+        options: settings of the method, each a value or, as coefficients, values by glob pattern;
+            for methods that run the model also what they run.
+
+    Returns:
+        The merged weights, in the models' names, order and dtypes; computed in float32 or better.
+        Tensors that share storage in every model share it in the result, and are merged once.
+        Tensors that are not floating-point must agree and pass through.
+
+    Raises:
+        MergeError: anything that `validate` refuses; names, shapes, dtypes or ties that differ
+            between models; NaN or Inf in an input or in the result.
+    """
+    named = {f"models[{i}]": model for i, model in enumerate(models)}
+    if base is not None:
+        named["base"] = base
+    check_alike(named)
+    names = list(models[0]) if models else []
+    spec = known_method(method)
+    data = {key: options.pop(key) for key in (*spec.inputs, *spec.extras) if key in options}
+    settings = validate(
+        method,
+        names,
+        num_models=len(models),
+        base=base is not None,
+        statistics=statistics is not None,
+        coefficients=coefficients,
+        options=options,
+        inputs=data,
+    )
+    owner = _owners(named, settings)
+    measured = _statistics_of_owners(owner, statistics, len(models))
+    owned = list(dict.fromkeys(owner.values()))
+    if spec.scope == "model":
+        merged = merge_whole(settings, owned, models, base, data)
+    else:
+        merged = {
+            name: merge_tensor(
+                settings,
+                name,
+                [model[name] for model in models],
+                base=None if base is None else base[name],
+                statistics=measured.get(name),
+            )
+            for name in owned
+        }
+    return {name: merged[owner[name]] for name in names}
+
+
+def merge_tensor(
+    settings: MergeSettings,
+    name: str,
+    models: Sequence[Tensor],
+    *,
+    base: Tensor | None = None,
+    statistics: Sequence[Any] | None = None,
+    offset: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Merge one tensor, or for an elementwise method one chunk of it that starts at flat index
+    `offset`.
+
+    The result has `dtype`, by default the dtype of the inputs. Tensors that are not floating-point
+    must agree and pass through.
+
+    Raises:
+        MergeError: NaN or Inf in an input or in the result; integer tensors that differ; statistics
+            that are missing.
+    """
+    method, first = settings.method, models[0]
+    inputs = {f"models[{i}]": model for i, model in enumerate(models)}
+    if base is not None:
+        inputs["base"] = base
+    if not first.is_floating_point():
+        return _agreed(name, inputs)
+    for source, tensor in inputs.items():
+        _require_finite(tensor, f"{name} in {source}", "repair or replace that checkpoint")
+    if first.numel() == 0:
+        return first.clone()
+    keywords = settings.options_of(name)
+    if method.coefficients is not None:
+        keywords["coefficients"] = settings.coefficients[name]
+    if method.base != "unused":
+        keywords["base"] = base
+    if method.statistics is not None:
+        if statistics is None and not method.matrices_only:
+            raise MergeError(
+                f"{name} has no {method.statistics} statistics; every tensor needs them"
+            )
+        keywords["statistics"] = statistics
+    if method.random:
+        keywords |= {"name": name, "offset": offset}
+    try:
+        if method.matrices_only and not _is_for_matrices(settings, name, first, statistics):
+            merged = _mean(method, models, base, settings.coefficients[name])
+        else:
+            merged = method.function(models, **keywords)
+    except MergeError as error:
+        raise MergeError(f"{name}: {error}") from error
+    merged = merged.to(dtype or first.dtype)
+    _require_finite(
+        merged, f"{name} in the result", f"{merged.dtype} cannot hold it; lower the coefficients"
+    )
+    return merged
+
+
+def _is_for_matrices(
+    settings: MergeSettings, name: str, tensor: Tensor, statistics: Sequence[Any] | None
+) -> bool:
+    skipped = any(fnmatchcase(name, pattern) for pattern in settings.options.get("skip", ()))
+    measured = settings.method.statistics is None or statistics is not None
+    return tensor.ndim == 2 and measured and not skipped
+
+
+def _mean(
+    method: MergeMethod,
+    models: Sequence[Tensor],
+    base: Tensor | None,
+    coefficients: Sequence[float],
+) -> Tensor:
+    """What a matrix method does with everything else: the weighted mean, or base + mean of scaled
+    task vectors.
+    """
+    if method.coefficients != "scales":
+        return combine(models, coefficients)
+    assert base is not None, "only task vectors have scales"
+    shares = [c / len(models) for c in coefficients]
+    return combine([base, *models], [1 - sum(shares), *shares])
+
+
+def merge_whole(
+    settings: MergeSettings,
+    names: Sequence[str],
+    models: Sequence[Weights],
+    base: Weights | None,
+    data: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The tensors of a method that runs the model: inputs and result are checked, each as in `merge_tensor`."""
+    method = settings.method
+    inputs = {f"models[{i}]": model for i, model in enumerate(models)}
+    if base is not None:
+        inputs["base"] = base
+    for name in names:
+        tensors = {source: weights[name] for source, weights in inputs.items()}
+        if not models[0][name].is_floating_point():
+            _agreed(name, tensors)
+        for source, tensor in tensors.items():
+            _require_finite(tensor, f"{name} in {source}", "repair or replace that checkpoint")
+    keywords: dict[str, Any] = dict(settings.options) | dict(data)
+    if method.base != "unused":
+        assert base is not None, "validate asks for it"
+        keywords["base"] = {name: base[name] for name in names}
+    owned = [{name: model[name] for name in names} for model in models]
+    merged = method.function(owned, coefficients=settings.coefficients, **keywords)
+    result = {name: merged[name].to(models[0][name].dtype) for name in names}
+    for name, tensor in result.items():
+        _require_finite(tensor, f"{name} in the result", "lower the coefficients")
+    return result
+
+
+def check_alike(named: Mapping[str, Weights]) -> None:
+    """Refuse models whose names, shapes, dtypes or devices differ, naming the first few."""
+    if not named:
+        return
+    (reference, first), *others = named.items()
+    for source, weights in others:
+        for here, there, a, b in (
+            (first, weights, reference, source),
+            (weights, first, source, reference),
+        ):
+            if extra := [name for name in here if name not in there]:
+                raise MergeError(
+                    f"{a} has tensors that {b} lacks: {few(extra)}; merge what they share"
+                )
+        for what, get in (
+            ("shape", lambda t: tuple(t.shape)),
+            ("dtype", lambda t: t.dtype),
+            ("device", lambda t: t.device),
+        ):
+            differing = [
+                f"{name} {get(first[name])} and {get(weights[name])}"
+                for name in first
+                if get(first[name]) != get(weights[name])
+            ]
+            if differing:
+                raise MergeError(f"{reference} and {source} differ in {what}: {few(differing)}")
+
+
+def _owners(named: Mapping[str, Weights], settings: MergeSettings) -> dict[str, str]:
+    """For every name the first name that shares its storage: itself, unless it is tied.
+
+    Raises:
+        MergeError: tensors tied in one model and not in another, or with different coefficients.
+    """
+    per_source = {source: _ties(weights) for source, weights in named.items()}
+    (reference, owner), *others = per_source.items()
+    for source, other in others:
+        differing = [name for name in owner if owner[name] != other[name]]
+        if differing:
+            raise MergeError(
+                f"tied in one of {reference} and {source} but not in the other: {few(differing)}; "
+                "tie or untie them in both"
+            )
+    for name, first in owner.items():
+        if settings.coefficients.get(name) != settings.coefficients.get(first):
+            raise MergeError(f"{name} is tied to {first}: give both the same coefficients")
+        if settings.patterned.get(name) != settings.patterned.get(first):
+            raise MergeError(f"{name} is tied to {first}: give both the same options")
+    return owner
+
+
+def _ties(weights: Weights) -> dict[str, str]:
+    first: dict[object, str] = {}
+    owner = {}
+    for name, tensor in weights.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        owner[name] = first.setdefault(place, name) if tensor.numel() else name
+    return owner
+
+
+def _statistics_of_owners(
+    owner: Mapping[str, str], statistics: Sequence[Mapping[str, Any]] | None, num_models: int
+) -> dict[str, list[Any]]:
+    """Statistics per tensor, one entry per model; what is measured under a tied name counts for its
+    owner.
+
+    Raises:
+        MergeError: statistics of unknown tensors, or of some models only.
+    """
+    if statistics is None:
+        return {}
+    if len(statistics) != num_models:
+        raise MergeError(
+            f"statistics of {len(statistics)} models, but there are {num_models} models"
+        )
+    if not all(measured.keys() == statistics[0].keys() for measured in statistics):
+        missing = set().union(*statistics) - set(statistics[0]).intersection(*statistics)
+        raise MergeError(
+            f"statistics of some models only: {few(sorted(missing))}; collect them for all"
+        )
+    if unknown := [name for name in statistics[0] if name not in owner]:
+        raise MergeError(f"statistics of tensors that the models lack: {few(unknown)}")
+    if not statistics[0]:
+        raise MergeError("statistics are empty; collect them on calibration data first")
+    result: dict[str, list[Any]] = {}
+    for name in statistics[0]:
+        result.setdefault(owner[name], [measured[name] for measured in statistics])
+    return result
+
+
+def _agreed(name: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    (reference, first), *others = inputs.items()
+    for source, tensor in others:
+        if not torch.equal(first, tensor):
+            raise MergeError(
+                f"{name} is {first.dtype} and differs between {reference} and {source}; "
+                "only floating-point tensors can be merged"
+            )
+    return first.clone()
+
+
+def _require_finite(tensor: Tensor, where: str, remedy: str) -> None:
+    if tensor.is_floating_point() and not bool(accumulator(tensor).isfinite().all()):
+        count = int((~accumulator(tensor).isfinite()).sum())
+        raise MergeError(f"{where} has {count} NaN or Inf of {tensor.numel()} entries; {remedy}")

@@ -1,0 +1,303 @@
+"""Arithmetic with task vectors τ_i = W_i - W_0: add them to their common base, dense, trimmed or
+dropped.
+
+A trimmed or dropped entry is 0 in its task vector. The `_ties` forms and DELLA then elect one sign
+per entry and average, over the models that agree with it, only (TIES, arXiv:2306.01708); the others
+add. Trimming looks at one tensor at a time, so a checkpoint streams; the TIES paper trims over all
+tensors at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alloy.merging.randomness import keep, stream_key
+from alloy.merging.selection import (
+    accumulator,
+    keep_largest,
+    keep_middle,
+    magnitudes,
+    midranks,
+    task_vector,
+)
+
+
+def task_arithmetic(
+    models: Sequence[Tensor], *, base: Tensor, coefficients: Sequence[float]
+) -> Tensor:
+    """W = W_0 + sum_i λ_i τ_i (arXiv:2212.04089). With every λ_i = 1/n it is the mean of the
+    models.
+    """
+    return _add(base, [task_vector(m, base) for m in models], coefficients)
+
+
+def modality_arithmetic(experts: Sequence[Tensor], *, base: Tensor, scale: float) -> Tensor:
+    """W = W_0 + λ sum_m (W_m - W_0) over the modalities m, W_0 the seed they share
+    (arXiv:2304.14933).
+
+    The paper's released code writes into W_0 while it subtracts it, so its result depends on the
+    order of the modalities; here every modality vector is taken from the same, unchanged W_0.
+    """
+    return _add(base, [task_vector(m, base) for m in experts], [scale] * len(experts))
+
+
+def nearswap(models: Sequence[Tensor], *, base: Tensor, t: float) -> Tensor:
+    """W = W_0 + clamp(τ, -t, t): move to the other model where it is near, and at most t
+    (alchemonaut, 2024).
+    """
+    return accumulator(base) + task_vector(models[0], base).clamp(-t, t)
+
+
+def ties(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor,
+    coefficients: Sequence[float],
+    density: float,
+    election: str,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """Trim, elect sign, and merge (TIES, arXiv:2306.01708): W = W_0 + λ mean of the τ_i that agree.
+
+    Trim: keep the `density` largest magnitudes of each τ_i. Elect a sign per entry: that of the sum
+    over models (`mass`, the paper), of the sum weighted by the coefficients (`weighted mass`, as
+    mergekit does), or of the count of signs (`count`). Merge: the mean, weighted by the
+    coefficients, over the models of the elected sign, or with `normalize` false their weighted sum.
+    Where the vote is a draw, the base stays.
+    """
+    deltas = []
+    for model in models:
+        delta = task_vector(model, base)
+        deltas.append(delta * keep_largest(magnitudes(delta, model.dtype), density))
+    return _elect_and_merge(base, deltas, coefficients, election, normalize, scale)
+
+
+def dare_linear(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor,
+    coefficients: Sequence[float],
+    density: float,
+    rescale: bool,
+    seed: int,
+    name: str,
+    offset: int,
+) -> Tensor:
+    """Drop entries of each τ_i at random, rescale what is left by 1/density, add (DARE,
+    arXiv:2311.03099).
+
+    Which entries are dropped depends on the seed, the tensor's name, the model's index and the
+    entry's index alone (`alloy.merging.randomness`). `rescale` keeps the expectation of every entry.
+    """
+    deltas = _drop(models, base, density, rescale, seed, name, offset)
+    return _add(base, deltas, coefficients)
+
+
+def dare_ties(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor,
+    coefficients: Sequence[float],
+    density: float,
+    rescale: bool,
+    election: str,
+    normalize: bool,
+    scale: float,
+    seed: int,
+    name: str,
+    offset: int,
+) -> Tensor:
+    """DARE's dropping (see `dare_linear`) in place of TIES's trimming, then its election (see
+    `ties`).
+    """
+    deltas = _drop(models, base, density, rescale, seed, name, offset)
+    return _elect_and_merge(base, deltas, coefficients, election, normalize, scale)
+
+
+def della_linear(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor,
+    coefficients: Sequence[float],
+    density: float,
+    epsilon: float,
+    rescale: bool,
+    seed: int,
+    name: str,
+    offset: int,
+) -> Tensor:
+    """Drop small entries more often than large ones, rescale each by 1/p, add (DELLA,
+    arXiv:2406.11617).
+
+    The probability of survival rises linearly with the magnitude's rank among its row (all dims but
+    the first; a vector is one row), from density - ε to density + ε; equal magnitudes share their
+    mean rank.
+    """
+    assert offset == 0, "ranks need whole tensors"
+    deltas = _drop_small(models, base, density, epsilon, rescale, seed, name)
+    return _add(base, deltas, coefficients)
+
+
+def della(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor,
+    coefficients: Sequence[float],
+    density: float,
+    epsilon: float,
+    rescale: bool,
+    election: str,
+    normalize: bool,
+    scale: float,
+    seed: int,
+    name: str,
+    offset: int,
+) -> Tensor:
+    """DELLA's dropping by magnitude (see `della_linear`), then TIES's election (see `ties`):
+    arXiv:2406.11617.
+    """
+    assert offset == 0, "ranks need whole tensors"
+    deltas = _drop_small(models, base, density, epsilon, rescale, seed, name)
+    return _elect_and_merge(base, deltas, coefficients, election, normalize, scale)
+
+
+def breadcrumbs(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor,
+    coefficients: Sequence[float],
+    density: float,
+    gamma: float,
+) -> Tensor:
+    """W = W_0 + sum_i λ_i m_i τ_i, m_i without the outliers and the small (Breadcrumbs,
+    arXiv:2312.06795).
+
+    The mask sets the share `gamma` of largest magnitudes aside, then keeps the share `density` of
+    largest.
+    """
+    return _add(base, _trim_both_ends(models, base, density, gamma), coefficients)
+
+
+def breadcrumbs_ties(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor,
+    coefficients: Sequence[float],
+    density: float,
+    gamma: float,
+    election: str,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """The masks of `breadcrumbs` in place of TIES's trimming, then its election (see `ties`)."""
+    deltas = _trim_both_ends(models, base, density, gamma)
+    return _elect_and_merge(base, deltas, coefficients, election, normalize, scale)
+
+
+def sce(models: Sequence[Tensor], *, base: Tensor, density: float) -> Tensor:
+    """Select, calculate, erase (SCE, arXiv:2408.07990): the entries and the weights choose
+    themselves.
+
+    Select: keep the share `density` of the entries that vary most across models, of those that vary
+    at all; density 1 keeps every entry. Calculate: each model's weight is its share of the mean
+    squares that are left. Erase: entries whose sign is not that of the sum over models. Merge: the
+    weighted mean of what agrees, added to W_0.
+    """
+    deltas = torch.stack([task_vector(m, base) for m in models])
+    if density < 1:
+        variance = deltas.var(0, unbiased=False)
+        selected = keep_largest(variance, density, among=int(variance.count_nonzero()))
+        deltas = deltas * (selected & (variance > 0))
+    energy = deltas.double().square().reshape(len(deltas), -1).mean(1)
+    total = energy.sum()
+    weights = (energy / total if total > 0 else torch.ones_like(energy) / len(energy)).tolist()
+    return _elect_and_merge(base, list(deltas), weights, "mass", normalize=True, scale=1.0)
+
+
+def _add(base: Tensor, deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(deltas[0])
+    for delta, c in zip(deltas, coefficients, strict=True):
+        total += delta * c
+    return accumulator(base) + total
+
+
+def _elect_and_merge(
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    coefficients: Sequence[float],
+    election: str,
+    normalize: bool,
+    scale: float,
+) -> Tensor:
+    """W_0 + λ times the weighted mean (sum) of the deltas whose sign is the elected one, entry by
+    entry.
+    """
+    votes = {
+        "mass": lambda delta, c: delta,
+        "weighted mass": lambda delta, c: c * delta,
+        "count": lambda delta, c: delta.sign(),
+    }[election]
+    elected = torch.zeros_like(deltas[0])
+    for delta, c in zip(deltas, coefficients, strict=True):
+        elected += votes(delta, c)
+    elected = elected.sign()
+    total, weight = torch.zeros_like(elected), torch.zeros_like(elected)
+    for delta, c in zip(deltas, coefficients, strict=True):
+        agrees = (delta.sign() == elected) & (elected != 0)
+        total += delta * agrees * c
+        weight += agrees * c
+    if normalize:
+        total /= weight.where(weight != 0, 1.0)
+    return accumulator(base) + scale * total
+
+
+def _drop(
+    models: Sequence[Tensor],
+    base: Tensor,
+    density: float,
+    rescale: bool,
+    seed: int,
+    name: str,
+    offset: int,
+) -> list[Tensor]:
+    deltas = []
+    for index, model in enumerate(models):
+        delta = task_vector(model, base)
+        kept = keep(stream_key(seed, name, index), density, delta, offset=offset)
+        deltas.append(delta * kept * (1 / density if rescale else 1.0))
+    return deltas
+
+
+def _drop_small(
+    models: Sequence[Tensor],
+    base: Tensor,
+    density: float,
+    epsilon: float,
+    rescale: bool,
+    seed: int,
+    name: str,
+) -> list[Tensor]:
+    deltas = []
+    for index, model in enumerate(models):
+        delta = task_vector(model, base)
+        rows = magnitudes(delta, model.dtype).reshape(len(delta) if delta.ndim > 1 else 1, -1)
+        last = rows.shape[1] - 1
+        rank = (midranks(rows) - 1) / last if last else torch.full_like(rows, 0.5).double()
+        probability = (density - epsilon + 2 * epsilon * rank).reshape(delta.shape)
+        kept = delta * keep(stream_key(seed, name, index), probability, delta)
+        deltas.append(kept / probability.to(kept.dtype) if rescale else kept)
+    return deltas
+
+
+def _trim_both_ends(
+    models: Sequence[Tensor], base: Tensor, density: float, gamma: float
+) -> list[Tensor]:
+    deltas = []
+    for model in models:
+        delta = task_vector(model, base)
+        deltas.append(delta * keep_middle(magnitudes(delta, model.dtype), density, gamma))
+    return deltas

@@ -1,0 +1,74 @@
+"""Means of weights: model soups, the interpolation of modality experts, Fisher merging.
+
+All are elementwise and need no common base.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alloy.errors import MergeError
+from alloy.merging.selection import accumulator
+
+
+def linear(models: Sequence[Tensor], *, coefficients: Sequence[float], normalize: bool) -> Tensor:
+    """W = sum_i c_i W_i; the average where every c_i is 1/n (model soups, arXiv:2203.05482).
+
+    With `normalize` the coefficients were divided by their sum; without it they are used as they
+    are.
+    """
+    del normalize  # done where the coefficients are checked
+    return combine(models, coefficients)
+
+
+def interpolation(experts: Sequence[Tensor], *, ratio: float) -> Tensor:
+    """Interpolate modality experts with the paper's coefficients (arXiv:2304.14933).
+
+    W = a W_v + (1-a) W_l for two experts; W = 2/3 a W_v + 2/3 (1-a) W_l + 1/3 W_vl for three; a
+    single expert is itself. The order of the experts is v, l, vl; a is `ratio`.
+    """
+    pair = (ratio, 1 - ratio)
+    coefficients = {1: (1.0,), 2: pair, 3: (2 / 3 * pair[0], 2 / 3 * pair[1], 1 / 3)}
+    return combine(experts, coefficients[len(experts)])
+
+
+def fisher(
+    models: Sequence[Tensor], *, coefficients: Sequence[float], statistics: Sequence[Tensor]
+) -> Tensor:
+    """W = sum_i c_i F_i W_i / sum_i c_i F_i, entry by entry (Matena and Raffel, arXiv:2111.09832).
+
+    F_i is the diagonal of model i's Fisher information, of the shape of the tensor, as
+    `alloy.merging.fisher_diagonal` measures it. Entries that no model's loss depends on (all F_i = 0)
+    get the mean.
+
+    Raises:
+        MergeError: a Fisher diagonal of another shape, or with a negative or non-finite entry.
+    """
+    numerator, denominator = 0.0, 0.0
+    for model, diagonal, c in zip(models, statistics, coefficients, strict=True):
+        if diagonal.shape != model.shape:
+            raise MergeError(
+                f"a Fisher diagonal has shape {tuple(diagonal.shape)}, its weight {tuple(model.shape)}"
+            )
+        if not bool((diagonal.isfinite() & (diagonal >= 0)).all()):
+            raise MergeError(
+                "a Fisher diagonal has a negative or non-finite entry; it is a mean of squares"
+            )
+        # float64: squared gradients can be far below the smallest float32
+        precision = c * diagonal.double()
+        numerator = numerator + precision * model.double()
+        denominator = denominator + precision
+    assert isinstance(denominator, Tensor)
+    mean = combine([model.double() for model in models], coefficients)
+    merged = torch.where(denominator > 0, numerator / denominator.clamp(min=5e-324), mean)
+    return merged.to(accumulator(models[0]).dtype)
+
+
+def combine(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """sum_i c_i T_i, accumulated in float32 (float64 for float64 tensors) in the order given."""
+    first, *others = zip(tensors, coefficients, strict=True)
+    total = accumulator(first[0]) * first[1]
+    for tensor, c in others:
+        total += accumulator(tensor) * c  # an `alpha` would fuse both roundings on some machines
+    return total

@@ -1,0 +1,26 @@
+"""The modality transformer and its experts."""
+
+from alloy.modality.configuration import EXPERT_PARTS, ModalityConfig
+from alloy.modality.experts import (
+    MODALITIES,
+    agnostic_config,
+    copy_to_experts,
+    join,
+    shared_weights,
+    split_experts,
+)
+from alloy.modality.modeling import FRESH_HEADS, ModalityModel, ModalityOutput
+
+__all__ = [
+    "EXPERT_PARTS",
+    "FRESH_HEADS",
+    "MODALITIES",
+    "ModalityConfig",
+    "ModalityModel",
+    "ModalityOutput",
+    "agnostic_config",
+    "copy_to_experts",
+    "join",
+    "shared_weights",
+    "split_experts",
+]

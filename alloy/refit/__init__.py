@@ -1,0 +1,1 @@
+"""Layers of a merged model refitted to its parents: least squares, sensitivities, repair."""

@@ -1,0 +1,1 @@
+"""From one run of a model to its symmetries: a trace, rules for its operations, spaces and kinds."""

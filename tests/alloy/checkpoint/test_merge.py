@@ -430,7 +430,7 @@ def test_rows_are_looked_up_by_token(data, tmp_path_factory):
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_file_that_bypasses_the_page_cache_holds_the_same_bytes(direct, tmp_path, monkeypatch):
     """Pieces of any size, over several stages and a tail that is no whole block, arrive in order."""
-    monkeypatch.setattr(_execute, "DIRECT_BYTES", 0 if direct else 1 << 40)
+    monkeypatch.setattr(execute, "DIRECT_BYTES", 0 if direct else 1 << 40)
     content = np.random.default_rng(0).integers(0, 256, 3 * 8192 + 4096 + 77, dtype=np.uint8)
     with ThreadPoolExecutor(1) as writer:
         file = execute._File(tmp_path / "file", len(content), 8192, writer)

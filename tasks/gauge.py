@@ -8,17 +8,11 @@ from torch import Tensor
 
 from alloy.gauge import Gauge
 from alloy.modality import ModalityModel
-from alloy.modality.gauge import (
-    HIDDEN,
-    Answers,
-    Felt,
-    affine_grams,
-    find_gauge,
-    in_gauge,
-    inner_alignment,
-    sensitivities_of,
-)
 from alloy.modality.objectives import mask_words
+from alloy.modality.passes import HIDDEN, Answers
+from alloy.modality.sensitivity import Sensitivities, affine_grams, sensitivities_of
+from alloy.modality.stream_search import find_gauge, inner_alignment
+from alloy.modality.streams import in_gauge
 from tasks import scenes
 from tasks.collect import batches
 from tasks.params import CollectParams, GaugeParams, load
@@ -52,10 +46,10 @@ def hide_words(
     return {**batch, "input_ids": made, HIDDEN: made == mask}
 
 
-def felt(
+def answer_sensitivities(
     model: ModalityModel, data: list[dict[str, Tensor]], answers: Answers | None
-) -> Felt | None:
-    """How much the answers depend on the model's layers; None where all shall matter alike."""
+) -> Sensitivities | None:
+    """Measure how much the answers depend on the model's layers; None: all count alike."""
     return None if answers is None else sensitivities_of(model, data, answers)
 
 
@@ -69,7 +63,7 @@ def move(
     folded = in_gauge(source)
     transforms, gauge = find_gauge(
         folded,
-        affine_grams(folded, data, felt(folded, data, answers)),
+        affine_grams(folded, data, answer_sensitivities(folded, data, answers)),
         turn_streams=params.streams,
         initial={"inner alignment": inner_alignment(folded, data)},
         steps=params.steps,

@@ -19,12 +19,13 @@ from alloy.alignment.search import transport_grams
 from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS, validate
 from alloy.modality import ModalityModel, agnostic_config, shared_weights, split_experts
-from alloy.modality.gauge import affine_grams, merge_sequentially, without_constant
 from alloy.modality.observe import REFERENCE, expert_spec
+from alloy.modality.sensitivity import affine_grams, without_constant
+from alloy.modality.sequential import merge_sequentially
 from alloy.statistics.moments import Gram
 from alloy.symmetry import transforms_from_tensors
 from tasks.collect import load_spec, load_statistics
-from tasks.gauge import calibration, felt, move
+from tasks.gauge import answer_sensitivities, calibration, move
 from tasks.models import load_model
 from tasks.params import ArmParams, MergeParams, ParamsError, load
 from tasks.storage import folder_digest, write_folder, write_json
@@ -110,7 +111,7 @@ def merge_arm(arm: ArmParams, models: Path, reports: dict[str, Any] | None = Non
         return merge_sequentially(
             source,
             data,
-            felt(source, data, arm.answers),
+            answer_sensitivities(source, data, arm.answers),
             joint_experts=arm.joint_experts,
             **_sequential_options(arm),
         )
@@ -118,7 +119,9 @@ def merge_arm(arm: ArmParams, models: Path, reports: dict[str, Any] | None = Non
     experts: Experts = split_experts(weights, source.config)
     grams: Mapping[str, Grams] | None = None
     if MERGE_METHODS[arm.method].statistics == "gram" and arm.gauge is not None:
-        grams = without_constant(affine_grams(source, data, felt(source, data, arm.answers)))
+        grams = without_constant(
+            affine_grams(source, data, answer_sensitivities(source, data, arm.answers))
+        )
     elif MERGE_METHODS[arm.method].statistics == "gram":
         grams = load_statistics(models / "statistics" / arm.checkpoint).grams
     if arm.align:

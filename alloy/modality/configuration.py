@@ -6,7 +6,6 @@ from transformers import PretrainedConfig
 
 Sharing = Literal["none", "custom_attention", "custom_ffn", "custom_norms", "all"]
 
-# The parts of a block of which each modality has its own copy, an expert; the others are shared.
 EXPERT_PARTS: dict[str, tuple[str, ...]] = {
     "none": ("norm1", "attention", "norm2", "ffn"),
     "custom_attention": ("norm1", "attention"),
@@ -14,19 +13,27 @@ EXPERT_PARTS: dict[str, tuple[str, ...]] = {
     "custom_norms": ("norm1", "norm2"),
     "all": (),
 }
+"""Parts of a block of which each modality has its own copy, an expert; the others are shared."""
 
 
 class ModalityConfig(PretrainedConfig):
     """Sizes of the modality transformer; the defaults are the base model of arXiv:2304.14933.
 
-    `sharing` names what the modalities share: "none" (modality-specific), "custom_attention",
-    "custom_ffn" and "custom_norms" (only that part, with its norm, is specific), "all"
-    (modality-agnostic). The last `num_joint_layers` blocks see image and text together.
-    Heads of size 0 (`num_answers`, `num_segment_classes`) are left out.
-    `segment_cells` is the number of labels along one side of a patch.
-    `layer_scale` is the initial LayerScale gain, None for no LayerScale.
-    `joint_adapters`: whether a fixed matrix per modality stands where its stream enters the joint blocks,
-    for merged models whose streams have bases of their own (`alloy.modality.gauge`).
+    Args:
+        sharing: what the modalities share: "none" (modality-specific), "custom_attention",
+            "custom_ffn" and "custom_norms" (only that part, with its norm, is specific), "all"
+            (modality-agnostic).
+        num_joint_layers: how many of the last blocks see image and text together.
+        layer_scale: initial LayerScale gain; None for no LayerScale.
+        num_answers: classes of the answer head; 0 leaves the head out.
+        num_segment_classes: classes of the segmentation head; 0 leaves the head out.
+        segment_cells: number of labels along one side of a patch.
+        joint_adapters: whether a fixed matrix per modality stands where its stream enters the
+            joint blocks, for models whose streams have bases of their own
+            (`alloy.modality.streams`).
+
+    Raises:
+        ValueError: sizes that do not fit one another, an unknown `sharing`.
     """
 
     model_type = "modality"
@@ -101,7 +108,7 @@ class ModalityConfig(PretrainedConfig):
 
     @property
     def num_single_layers(self) -> int:
-        """The number of lower blocks, which see one modality at a time."""
+        """Number of lower blocks, which see one modality at a time."""
         return self.num_hidden_layers - self.num_joint_layers
 
     @property
@@ -109,5 +116,5 @@ class ModalityConfig(PretrainedConfig):
         return (self.image_size // self.patch_size) ** 2
 
     def modalities(self, layer: int) -> tuple[str, ...]:
-        """The modalities that own experts in a block: v and l everywhere, vl in the joint blocks."""
+        """Modalities with experts in a block: v and l everywhere, vl in the joint blocks."""
         return ("v", "l") if layer < self.num_single_layers else ("v", "l", "vl")

@@ -20,16 +20,19 @@ _PART = re.compile(r"blocks\.(\d+)\.(norm1|attention|norm2|ffn)\.(.+)")
 
 
 def agnostic_config(config: ModalityConfig) -> ModalityConfig:
-    """The same model with every part shared: what a merged model is."""
+    """Configure the same model with every part shared, as a merged model is."""
     agnostic = copy.deepcopy(config)
     agnostic.sharing = "all"
     return agnostic
 
 
 def split_experts(weights: Weights, config: ModalityConfig) -> dict[str, dict[str, Tensor]]:
-    """Each modality's experts under the agnostic model's names; vl has the joint blocks only.
+    """Take out each modality's experts, under the agnostic model's names.
 
-    Raises ValueError if the weights are not those of `config`.
+    The vl experts are those of the joint blocks only.
+
+    Raises:
+        ValueError: the weights are not those of `config`.
     """
     experts: dict[str, dict[str, Tensor]] = {modality: {} for modality in MODALITIES}
     for name, tensor in weights.items():
@@ -41,7 +44,7 @@ def split_experts(weights: Weights, config: ModalityConfig) -> dict[str, dict[st
 
 
 def shared_weights(weights: Weights, config: ModalityConfig) -> dict[str, Tensor]:
-    """What no modality owns: embeddings, heads, norms and, where `config` shares them, parts."""
+    """Take out what no modality owns: embeddings, heads, norms and parts that `config` shares."""
     split_experts(weights, config)
     return {name: tensor for name, tensor in weights.items() if not _EXPERT.fullmatch(name)}
 
@@ -49,7 +52,7 @@ def shared_weights(weights: Weights, config: ModalityConfig) -> dict[str, Tensor
 def join(
     experts: Mapping[str, Weights], shared: Weights, config: ModalityConfig
 ) -> dict[str, Tensor]:
-    """The inverse of `split_experts` and `shared_weights`: a checkpoint's weights."""
+    """Put experts and shared weights back into one checkpoint: undoes the two functions above."""
     joined = dict(shared)
     for modality, weights in experts.items():
         for name, tensor in weights.items():
@@ -59,7 +62,7 @@ def join(
 
 
 def expert_name(name: str, modality: str) -> str:
-    """What a weight or module of the agnostic model is called as one modality's expert."""
+    """Name of a weight or module of the agnostic model as one modality's expert."""
     match = _PART.fullmatch(name)
     if match is None:
         raise ValueError(f"{name!r} of modality {modality!r} is no part of a block")
@@ -68,7 +71,7 @@ def expert_name(name: str, modality: str) -> str:
 
 
 def copy_to_experts(seed: Weights, config: ModalityConfig) -> dict[str, Tensor]:
-    """The modality-specific weights whose experts all equal the seed's (agnostic) parts."""
+    """Copy a seed's (agnostic) parts into every modality's experts."""
     weights: dict[str, Tensor] = {}
     for name, tensor in seed.items():
         match = _PART.fullmatch(name)
@@ -84,20 +87,20 @@ def copy_to_experts(seed: Weights, config: ModalityConfig) -> dict[str, Tensor]:
 def _refuse_other_experts(
     experts: Mapping[str, Weights], weights: Weights, config: ModalityConfig
 ) -> None:
-    """Each layer must have the parts of `config.sharing`, for exactly its modalities."""
-    found = set()
+    """Refuse weights whose blocks lack or add experts, by the parts of `config.sharing`."""
+    actual = set()
     for modality, parts in experts.items():
         for name in parts:
             _, layer, part, _ = name.split(".", 3)
-            found.add((int(layer), part, modality))
+            actual.add((int(layer), part, modality))
     expected = {
         (layer, part, modality)
         for layer in range(config.num_hidden_layers)
         for part in EXPERT_PARTS[config.sharing]
         for modality in config.modalities(layer)
     }
-    if found != expected:
-        missing, surplus = sorted(expected - found), sorted(found - expected)
+    if actual != expected:
+        missing, surplus = sorted(expected - actual), sorted(actual - expected)
         raise ValueError(
             f"the weights are not those of sharing {config.sharing!r} with "
             f"{config.num_hidden_layers} blocks, {config.num_joint_layers} of them joint: "

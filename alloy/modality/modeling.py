@@ -5,8 +5,9 @@ has one expert per modality: v (image tokens), l (text tokens), vl (both; the la
 The dual-encoder pass runs every block on one modality; the joint pass runs the lower blocks on each
 modality apart and the last M blocks on text and image tokens together.
 
-Shapes: B batch, T text tokens, P patches, I = 1 + P image tokens, S any sequence, D hidden, H heads,
-K channels of a head, E embedding, V vocabulary, A answers, C segment classes, G label cells per side.
+Shapes: B batch, T text tokens, P patches, I = 1 + P image tokens, S any sequence, D hidden,
+H heads, K channels of a head, E embedding, V vocabulary, A answers, C segment classes, G label
+cells per side.
 """
 
 import math
@@ -21,12 +22,12 @@ from transformers.utils import ModelOutput
 
 from alloy.modality.configuration import EXPERT_PARTS, ModalityConfig
 
-# The heads that pre-training does not train: they answer the benchmarks, after fine-tuning.
 FRESH_HEADS = ("answer_head.", "pair_head.", "segment_head.")
+"""Heads that pre-training does not train: they answer the benchmarks, after fine-tuning."""
 
 
 class Writer(nn.Linear):
-    """A linear layer into the residual stream; it starts smaller the deeper it stands (BEiT)."""
+    """Linear layer into the residual stream; it starts smaller the deeper it stands (BEiT)."""
 
     def __init__(self, size_in: int, size_out: int, layer: int):
         super().__init__(size_in, size_out)
@@ -34,7 +35,7 @@ class Writer(nn.Linear):
 
 
 class LayerScale(nn.Module):
-    """A learned gain per unit of a block's update (CaiT)."""
+    """Learned gain per unit of a block's update (CaiT)."""
 
     def __init__(self, size: int, initial_gain: float):
         super().__init__()
@@ -80,7 +81,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block: x + scale1 Attention(norm1(x)), then x + scale2 FFN(norm2(x)).
+    """Pre-norm block: x + scale1 Attention(norm1(x)), then x + scale2 FFN(norm2(x)).
 
     A part with experts is a `ModuleDict` by modality; LayerScale is always shared.
     """
@@ -151,9 +152,10 @@ class TextEmbeddings(nn.Module):
 
 
 class JointAdapter(nn.Linear):
-    """A fixed change of basis of one modality's stream, where it meets the other; starts as none.
+    """Fixed change of basis of one modality's stream, where it meets the other; starts as none.
 
-    Part of the state dict and of the number of parameters. No gradient reaches it, so training leaves it alone.
+    It is part of the state dict and counts among the parameters. No gradient reaches it, so
+    training leaves it alone.
     """
 
     def __init__(self, size: int):
@@ -192,7 +194,7 @@ class MlpHead(nn.Module):
 
 @dataclass
 class ModalityOutput(ModelOutput):
-    """What a pair of images and texts yields; `loss` only where the model's caller asks for it."""
+    """Outputs for a batch of images and texts; None where the model lacks the head."""
 
     image_embeddings: Tensor | None = None
     text_embeddings: Tensor | None = None
@@ -206,8 +208,9 @@ class ModalityOutput(ModelOutput):
 class ModalityModel(PreTrainedModel):
     """Images, texts and pairs through one stack of blocks, with the paper's heads.
 
-    Images are `[B, 3, H, W]`, uint8 or float with 0..255 mapped to -1..1; texts are int64 ids
-    and a mask (1 = token) `[B, T]`, the class token first. `blocks.*` is what merging merges; embeddings, the final norm and heads are shared.
+    Images are `[B, 3, H, W]`, uint8 or float with 0..255 mapped to -1..1; texts are int64 ids and a
+    mask (1 = token) `[B, T]`, the class token first. Merging merges `blocks.*`; embeddings, the
+    final norm and heads are shared.
     """
 
     config_class = ModalityConfig
@@ -266,14 +269,14 @@ class ModalityModel(PreTrainedModel):
     # The single-modality passes.
 
     def image_states(self, pixel_values_BCHW: Tensor, num_layers: int | None = None) -> Tensor:
-        """Image tokens after the first `num_layers` blocks (default: all), not normed, [B, I, D]."""
+        """Image tokens after `num_layers` blocks (default: all), not normed, [B, I, D]."""
         x_BID = self.image_embeddings(pixel_values_BCHW) + self.type_embeddings.weight[1]
         return self.run_blocks(x_BID, "v", 0, num_layers)
 
     def text_states(
         self, input_ids_BT: Tensor, attention_mask_BT: Tensor, num_layers: int | None = None
     ) -> Tensor:
-        """Text tokens after the first `num_layers` blocks (default: all), not normed, [B, T, D]."""
+        """Text tokens after `num_layers` blocks (default: all), not normed, [B, T, D]."""
         x_BTD = self.text_embeddings(input_ids_BT) + self.type_embeddings.weight[0]
         return self.run_blocks(x_BTD, "l", 0, num_layers, key_mask(attention_mask_BT))
 
@@ -309,7 +312,7 @@ class ModalityModel(PreTrainedModel):
     def encode_joint(
         self, pixel_values_BCHW: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor
     ) -> Tensor:
-        """Text and image tokens, in this order, after the joint blocks and the norm, [B, T+I, D]."""
+        """Text, then image tokens after the joint blocks and the norm, [B, T+I, D]."""
         lower = self.config.num_single_layers
         return self.join_states(
             self.image_states(pixel_values_BCHW, lower),
@@ -327,7 +330,7 @@ class ModalityModel(PreTrainedModel):
         return self.norm(self.run_blocks(x_BSD, "vl", self.config.num_single_layers, None, mask))
 
     def pool(self, states_BSD: Tensor) -> Tensor:
-        """The text's class token through a linear layer and tanh, [B, D]."""
+        """Pass the text's class token through a linear layer and tanh, [B, D]."""
         return torch.tanh(self.pooler(states_BSD[:, 0]))
 
     # Heads: from the states of `encode_joint`, or from images alone.
@@ -337,7 +340,7 @@ class ModalityModel(PreTrainedModel):
         return self.masked_word_head(states)
 
     def statement_logits(self, states_BSD: Tensor) -> Tensor:
-        """Whether the text is false (0) or true (1) of the image, [B, 2]."""
+        """Scores of the text being false (0) or true (1) of the image, [B, 2]."""
         return self.statement_head(self.pool(states_BSD))
 
     def answer_logits(self, states_BSD: Tensor) -> Tensor:
@@ -345,11 +348,11 @@ class ModalityModel(PreTrainedModel):
         return self.answer_head(self.pool(states_BSD))
 
     def pair_logits(self, left_BSD: Tensor, right_BSD: Tensor) -> Tensor:
-        """Whether the text is false (0) or true (1) of a pair of images, each joined with it."""
+        """Scores of the text being false (0) or true (1) of two images, each joined with it."""
         return self.pair_head(torch.cat([self.pool(left_BSD), self.pool(right_BSD)], dim=-1))
 
     def segment_logits(self, image_BID: Tensor) -> Tensor:
-        """Class scores of a grid of G labels a patch side, from `image_states`, [B, C, h G, w G]."""
+        """Class scores of G labels per patch side, from `image_states`, [B, C, h G, w G]."""
         B, side = image_BID.shape[0], self.config.image_size // self.config.patch_size
         G, C = self.config.segment_cells, self.config.num_segment_classes
         labels = self.segment_head(self.norm(image_BID[:, 1:])).view(B, side, side, G, G, C)
@@ -358,7 +361,7 @@ class ModalityModel(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> ModalityOutput:
-        """Both passes and every head that needs one image and one text."""
+        """Run both passes and every head that needs one image and one text."""
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         lower = self.config.num_single_layers
@@ -380,7 +383,7 @@ class ModalityModel(PreTrainedModel):
 
 
 def key_mask(attention_mask_BS: Tensor) -> Tensor:
-    """Which keys every query may see, [B, 1, 1, S]."""
+    """Mask of the keys that every query may see, [B, 1, 1, S]."""
     return attention_mask_BS[:, None, None, :].bool()
 
 

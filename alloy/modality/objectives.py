@@ -1,4 +1,4 @@
-"""What the modality transformer is pre-trained for: contrast, masked words, statements.
+"""Losses that pre-train the modality transformer: contrast, masked words, statements.
 
 Shapes as in `alloy.modality.modeling`; N is the number of masked words.
 """
@@ -10,10 +10,11 @@ from torch import Tensor
 from alloy.modality.modeling import ModalityModel, key_mask
 
 IGNORED = -100
+"""Label of a word that no loss counts: what `torch.nn.functional.cross_entropy` ignores."""
 
 
 def contrastive_loss(image_BE: Tensor, text_BE: Tensor, logit_scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy: each image's text among the batch's texts, and the reverse (ITC)."""
+    """Symmetric cross-entropy of each image's text among the batch's, and the reverse (ITC)."""
     logits_BB = logit_scale.exp() * image_BE @ text_BE.T
     targets = torch.arange(len(logits_BB), device=logits_BB.device)
     return (F.cross_entropy(logits_BB, targets) + F.cross_entropy(logits_BB.T, targets)) / 2
@@ -28,7 +29,8 @@ def mask_words(
 ) -> tuple[Tensor, Tensor]:
     """Hide words behind the mask token; the class token in front is never hidden.
 
-    Returns the ids and the labels (`IGNORED` where nothing is hidden), both [B, T].
+    Returns:
+        The ids and the labels (`IGNORED` where nothing is hidden), both [B, T].
     """
     chance = torch.rand(input_ids_BT.shape, generator=generator).to(input_ids_BT.device)
     hidden = (chance < probability) & attention_mask_BT.bool()
@@ -38,7 +40,7 @@ def mask_words(
 
 
 def masked_word_loss(model: ModalityModel, states_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-    """Cross-entropy of the hidden words (MLM); 0 when none is hidden."""
+    """Cross-entropy of the hidden words (MLM); 0 if none is hidden."""
     hidden = labels_BT != IGNORED
     logits_NV = model.masked_word_logits(states_BTD[hidden])
     total = F.cross_entropy(logits_NV, labels_BT[hidden], reduction="sum")
@@ -53,11 +55,12 @@ def pretraining_losses(
     mask_probability: float,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """The losses of one batch: `contrastive` (ITC), `masked_words` (MLM), `statements` (ITM).
+    """Compute one batch's losses: `contrastive` (ITC), `masked_words` (MLM), `statements` (ITM).
 
-    A batch has pixel_values, input_ids and attention_mask of its captions, and statement_ids,
-    statement_mask, statement_labels (1 = true) of one statement an image. The lower blocks run once
-    on the images and once on all texts; in them the dual-encoder and the joint pass are the same.
+    A batch has `pixel_values`, `input_ids` and `attention_mask` of its captions, and
+    `statement_ids`, `statement_mask` and `statement_labels` (1 = true) of one statement per image.
+    The lower blocks run once on the images and once on all texts, because in them the dual-encoder
+    pass and the joint pass are the same.
     """
     lower = model.config.num_single_layers
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -81,10 +84,11 @@ def pretraining_losses(
 def distillation_losses(
     student: ModalityModel, teacher: ModalityModel, batch: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """How far the student's outputs are from the teacher's on images and texts, without labels.
+    """Measure how far the student's outputs are from the teacher's; no labels are needed.
 
-    Kullback-Leibler divergences of each pre-trained output's distribution: which text of the batch
-    belongs to an image and the reverse, the word at each token, and whether the text is true.
+    The losses are Kullback-Leibler divergences of three distributions: which text of the batch
+    belongs to an image and the reverse, which word stands at each token, and whether the text is
+    true.
     """
     inputs = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
     with torch.no_grad():
@@ -104,7 +108,7 @@ def distillation_losses(
 
 
 def _divergence(logits_NC: Tensor, target_logits_NC: Tensor) -> Tensor:
-    """The mean Kullback-Leibler divergence from the targets' distributions."""
+    """Mean Kullback-Leibler divergence from the targets' distributions."""
     return F.kl_div(
         logits_NC.log_softmax(-1),
         target_logits_NC.log_softmax(-1),

@@ -1,13 +1,11 @@
-"""What the experts of the modality transformer see and how their units respond, in one pass of data.
+"""Statistics of the modality transformer's experts: their inputs, and how their units respond.
 
-Images run through the v experts, texts through the l experts, pairs through the vl experts of the joint
-blocks; every other forward pass would show an expert inputs that it never has to deal with. Padding
-does not count.
+One pass of data serves all of them (`alloy.modality.passes`). Padding does not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from alloy.modality.experts import expert_name, split_experts
 from alloy.modality.modeling import ModalityModel
+from alloy.modality.passes import PASSES, Batch
 from alloy.statistics.moments import (
     CrossMoments,
     Gram,
@@ -28,22 +27,20 @@ from alloy.symmetry.spec import SymmetrySpec
 REFERENCE = "v"
 """The modality whose units the others are aligned to: the one with experts in every block."""
 
-Batch = Mapping[str, Tensor]
-
 
 @dataclass
 class ExpertStatistics:
-    """`grams[modality][weight]`: Gram of the inputs of a linear layer, tokens apart.
-    `moments[modality][space]`: cross-moments of v's units with this modality's, averaged over the
-    tokens of an example, at each point where the space is read. Names are the agnostic model's.
-    """
+    """Sums over the calibration data, by modality; names are the agnostic model's."""
 
     grams: dict[str, dict[str, Gram]] = field(default_factory=dict)
+    """By weight of a linear layer, the Gram of its inputs; every token is a sample."""
     moments: dict[str, dict[str, list[CrossMoments]]] = field(default_factory=dict)
+    """By space, cross-moments of v's units with this modality's, averaged over the tokens of an
+    example, at each point where the space is read."""
 
 
 def expert_spec(spec: SymmetrySpec, weights: Iterable[str]) -> SymmetrySpec:
-    """The symmetries that an expert has of its own: units and heads, not the shared stream."""
+    """Restrict a spec to the symmetries of an expert: its units and heads, not the stream."""
     return restrict(spec, sorted(weights))
 
 
@@ -59,13 +56,13 @@ def collect_experts(
         spec: the symmetries of the modality-agnostic model.
 
     Raises:
-        ValueError: a model without experts, no batches, activations that are not finite.
+        ValueError: the model has no experts, there are no batches, activations are not finite.
     """
     experts = split_experts(model.state_dict(), model.config)
     if not experts[REFERENCE]:
         raise ValueError(
-            f"a model of sharing {model.config.sharing!r} has no experts to observe: collect runs on the "
-            f"modality-specific checkpoint"
+            f"a model of sharing {model.config.sharing!r} has no experts to observe: "
+            f"collect runs on the modality-specific checkpoint"
         )
     collector = _Collector(model, {m: list(names) for m, names in experts.items()}, spec)
     for batch in batches:
@@ -84,11 +81,11 @@ class _Collector:
         modules = dict(model.named_modules())
         layers = {m: self._layers(m, modules) for m in self.experts}
         self.inputs = {
-            m: {f"{name}.weight": Point(expert_name(name, m), "input") for name in sorted(found)}
-            for m, found in layers.items()
+            m: {f"{name}.weight": Point(expert_name(name, m), "input") for name in sorted(own)}
+            for m, own in layers.items()
         }
         self.units = {
-            m: unit_points(expert_spec(spec, self.experts[m]), found) for m, found in layers.items()
+            m: unit_points(expert_spec(spec, self.experts[m]), own) for m, own in layers.items()
         }
         self.grams: dict[str, dict[str, Gram]] = {m: {} for m in self.experts}
         self.moments: dict[str, dict[str, CrossMoments]] = {
@@ -97,23 +94,16 @@ class _Collector:
 
     def _layers(self, modality: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """The linear layers of a modality's experts, under the agnostic model's names."""
-        found = {}
+        layers = {}
         for weight in self.experts[modality]:
             name = weight.removesuffix(".weight")
             module = modules.get(expert_name(weight, modality).removesuffix(".weight"))
             if isinstance(module, nn.Linear):
-                found[name] = module
-        return found
+                layers[name] = module
+        return layers
 
     def see(self, batch: Batch) -> None:
-        pixels, ids, mask = (batch[key] for key in ("pixel_values", "input_ids", "attention_mask"))
-        model = self.model
-        means = {"v": self._run("v", None, lambda: model.image_states(pixels))}
-        means["l"] = self._run("l", mask, lambda: model.text_states(ids, mask))
-        if "vl" in self.experts:
-            image_tokens = mask.new_ones(len(mask), 1 + model.config.num_patches)
-            both = torch.cat([mask, image_tokens], dim=1)
-            means["vl"] = self._run("vl", both, lambda: model.encode_joint(pixels, ids, mask))
+        means = {modality: self._run(modality, batch) for modality in self.experts}
         for modality, sums in self.moments.items():
             for unit in self.units[modality]:
                 key = _key(unit)
@@ -121,11 +111,10 @@ class _Collector:
                 zero = CrossMoments.zero(ours.shape[-1], theirs.shape[-1])
                 sums[key] = sums.get(key, zero).update(ours, theirs)
 
-    def _run(
-        self, modality: str, mask_BS: Tensor | None, forward: Callable[[], object]
-    ) -> dict[str, Tensor]:
-        """One forward pass; adds to the Grams, returns each point's units averaged per example."""
-        means: dict[str, Tensor] = {}
+    def _run(self, modality: str, batch: Batch) -> dict[str, Tensor]:
+        """Run one pass: add to the Grams, return each point's units averaged per example."""
+        own_pass, means = PASSES[modality], {}
+        mask_BS = own_pass.mask(self.model, batch)
         of_units = {_key(unit): unit for unit in self.units[modality]}
         points = {f"gram:{name}": point for name, point in self.inputs[modality].items()}
         points |= {
@@ -141,14 +130,14 @@ class _Collector:
                 means[name] = example_means(of_units[name].read(x_BSD), mask_BS)
 
         with observe(self.model, points, see):
-            forward()
+            own_pass.forward(self.model, batch)
         return means
 
     def _add_gram(self, modality: str, name: str, x_ND: Tensor) -> None:
         if not torch.isfinite(x_ND).all():
             raise ValueError(
-                f"the inputs of {name!r} in the {modality} expert are not finite: the calibration data "
-                f"or the checkpoint is broken"
+                f"the inputs of {name!r} in the {modality} expert are not finite: "
+                f"the calibration data or the checkpoint is broken"
             )
         grams = self.grams[modality]
         grams[name] = grams.get(name, Gram.zero(x_ND.shape[-1])).update(x_ND)
@@ -167,5 +156,5 @@ class _Collector:
 
 
 def _key(unit: UnitPoint) -> str:
-    """The axis that was observed: queries and keys are one space, seen in one output."""
+    """Name the axis that was observed: queries and keys are one space, seen in one output."""
     return str(unit.axis)

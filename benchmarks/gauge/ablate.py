@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from alloy.modality import ModalityModel
-from alloy.modality.gauge import inner_alignment, towers
+from alloy.modality.stream_search import inner_alignment
+from alloy.modality.streams import towers
 from benchmarks.gauge import merges
 from benchmarks.gauge.merges import Start
 
@@ -58,7 +59,7 @@ def _arms(start: Start) -> dict[str, Made]:
     return {
         "as it is": merged,
         "the search takes all to matter alike": searched_alike,
-        "the merge takes all to matter alike": lambda: merged(replace(moved, felt=None)),
+        "the merge takes all to matter alike": lambda: merged(replace(moved, sensitivities=None)),
         "vl does not turn": lambda: _searched(start, still=["vl"]),
         "neither v nor vl turns (no adapters)": lambda: _searched(start, turn_streams=False),
         "no turning within heads": lambda: _searched(start, fixed_spaces=heads),

@@ -7,13 +7,10 @@ from typing import Any
 import torch
 
 from alloy.modality import ModalityConfig, ModalityModel
-from alloy.modality.gauge import (
-    affine_grams,
-    find_gauge,
-    in_gauge,
-    merge_sequentially,
-    sensitivities_of,
-)
+from alloy.modality.sensitivity import affine_grams, sensitivities_of
+from alloy.modality.sequential import merge_sequentially
+from alloy.modality.stream_search import find_gauge
+from alloy.modality.streams import in_gauge
 from benchmarks.gauge.params import EXPANSION, HEAD_UNITS
 
 SIZES = ((48, 4), (96, 4), (96, 8), (192, 4), (384, 4))
@@ -35,9 +32,9 @@ def cost() -> Iterator[dict[str, Any]]:
             began = time.process_time()
             find_gauge(model, grams, starts=["identity"], steps=steps, max_rounds=1)
             seconds.append(time.process_time() - began)
-        felt = sensitivities_of(model, [batch])
+        sensitivities = sensitivities_of(model, [batch])
         began = time.process_time()
-        merge_sequentially(model, [batch], felt)
+        merge_sequentially(model, [batch], sensitivities)
         row = {
             "hidden": hidden,
             "layers": layers,

@@ -12,18 +12,11 @@ from torch import Tensor
 
 from alloy.gauge import Gauge, merge_layers
 from alloy.modality import ModalityModel, split_experts
-from alloy.modality.gauge import (
-    Answers,
-    Felt,
-    affine_grams,
-    average_of_experts,
-    find_gauge,
-    in_gauge,
-    inner_alignment,
-    merge_sequentially,
-    sensitivities_of,
-    towers,
-)
+from alloy.modality.passes import Answers
+from alloy.modality.sensitivity import Sensitivities, affine_grams, sensitivities_of
+from alloy.modality.sequential import average_of_experts, merge_sequentially
+from alloy.modality.stream_search import find_gauge, inner_alignment
+from alloy.modality.streams import in_gauge, towers
 from alloy.statistics.moments import Gram
 from alloy.symmetry import identity
 from benchmarks.gauge.params import Calibration, study
@@ -55,7 +48,7 @@ class Start:
     model: ModalityModel
     batches: Batches
     answers: Answers | None
-    felt: Felt | None
+    sensitivities: Sensitivities | None
     grams: Grams
 
 
@@ -75,8 +68,9 @@ def start_of(name: str, draw: int, *, answers: Answers | None = "heads", **chang
 
 def start_from(model: ModalityModel, batches: Batches, answers: Answers | None) -> Start:
     """Without `answers` every unit of every token counts alike."""
-    felt = None if answers is None else sensitivities_of(model, batches, answers)
-    return Start(model, batches, answers, felt, affine_grams(model, batches, felt))
+    sensitivities = None if answers is None else sensitivities_of(model, batches, answers)
+    grams = affine_grams(model, batches, sensitivities)
+    return Start(model, batches, answers, sensitivities, grams)
 
 
 def calibration(draw: int, settings: Calibration) -> Batches:
@@ -123,7 +117,7 @@ def closed_form(start: Start) -> ModalityModel:
 
 
 def sequential(start: Start, **settings: Any) -> ModalityModel:
-    return merge_sequentially(start.model, start.batches, start.felt, **settings)
+    return merge_sequentially(start.model, start.batches, start.sensitivities, **settings)
 
 
 def average(start: Start) -> ModalityModel:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alloy.modality import ModalityModel
-from alloy.modality.gauge import in_gauge
+from alloy.modality.streams import in_gauge
 
 READERS = ("image_projection.weight", "text_projection.weight", "pooler.weight")
 HEAD = "masked_word_head"

@@ -9,7 +9,7 @@ from torch import nn
 from alloy.errors import GaugeError
 from alloy.gauge import merge_layers, search_gauge
 from alloy.modality import ModalityConfig
-from alloy.modality.gauge import Tower
+from alloy.modality.streams import Tower
 from alloy.statistics.moments import Gram
 from alloy.symmetry import (
     compose,

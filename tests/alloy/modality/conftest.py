@@ -56,3 +56,17 @@ def inputs():
         "input_ids": torch.randint(1, 30, (4, 7), generator=generator) * mask,
         "attention_mask": mask,
     }
+
+
+@pytest.fixture
+def specific(model):
+    """A modality-specific model in float64, whose norms have gains and biases."""
+
+    def make(seed: int = 0, **changes) -> ModalityModel:
+        made = model(seed, sharing="none", **changes).double()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter += 0.2 * torch.randn_like(parameter) * parameter.requires_grad
+        return made
+
+    return make

@@ -28,7 +28,7 @@ def test_joining_what_was_split_is_the_checkpoint(sharing, model):
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_experts_bear_the_agnostic_models_names(sharing, model):
-    """Any modality's experts with the shared weights are an agnostic model; vl lacks the lower blocks."""
+    """Experts with the shared weights are an agnostic model; vl lacks the lower blocks."""
     specific = model(sharing=sharing)
     experts = split_experts(specific.state_dict(), specific.config)
     shared = shared_weights(specific.state_dict(), specific.config)

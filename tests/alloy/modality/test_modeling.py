@@ -39,7 +39,7 @@ def test_a_saved_model_is_the_loaded_one(sharing, model, inputs, tmp_path):
 
 
 def test_each_modality_is_computed_by_its_own_experts(model, inputs):
-    """v makes image outputs, l text outputs, vl joint ones; lower experts also feed the joint pass."""
+    """v makes image outputs, l text outputs, vl joint ones; lower experts feed the joint pass."""
     assert changed(model(sharing="none"), inputs, "v") == {
         "image_embeddings",
         "segment_logits",
@@ -144,7 +144,7 @@ def test_a_pair_has_an_order(model, inputs):
 
 
 def test_layer_scale_scales_what_a_block_adds(model, inputs):
-    """With gains of 0 every block passes its input on; a gain on one part switches off that part alone."""
+    """With gains of 0 a block passes its input on; a gain switches off its own part alone."""
     off, on = model(layer_scale=0.0), model(layer_scale=1.0)
     images = inputs["pixel_values"]
     assert torch.equal(off.image_states(images), off.image_states(images, 0))
@@ -210,7 +210,7 @@ def test_the_base_model_has_the_papers_sizes(sharing, millions):
 
 @pytest.mark.slow
 def test_the_base_model_runs():
-    """12 blocks of width 768, two of them joint, BERT's vocabulary: finite outputs of the right shapes."""
+    """12 blocks of width 768, two of them joint: finite outputs of the right shapes."""
     torch.manual_seed(0)
     base = ModalityModel(ModalityConfig(sharing="none")).eval()
     with torch.no_grad():

@@ -28,7 +28,7 @@ def batch(inputs):
 
 
 def test_contrast_is_least_when_pairs_agree_and_others_do_not():
-    """Orthonormal pairs at a high scale cost nothing, equal embeddings log B, a wrong order more."""
+    """Orthonormal pairs at a high scale cost 0, equal embeddings log B, a wrong order more."""
     eye, scale = torch.eye(5), torch.tensor(100.0).log()
     same = torch.ones(5, 5) / 5**0.5
     assert contrastive_loss(eye, eye, scale) < 1e-6

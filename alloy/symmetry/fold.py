@@ -27,7 +27,8 @@ from alloy.symmetry.spec import (
     unit_view,
 )
 from alloy.symmetry.tracing.biases import Moves
-from alloy.symmetry.tracing.kinds import Atom, GainUse, Kinds
+from alloy.symmetry.tracing.kinds import GainUse, Kinds
+from alloy.symmetry.tracing.places import Atom
 from alloy.symmetry.transforms import check_weights
 from alloy.types import Weights
 

@@ -14,7 +14,7 @@ the unit of the *result*: `result[h, d] = source[heads[h], width[h, d]]`.
 """
 
 import json
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -22,6 +22,17 @@ from typing import Any, Literal
 from torch import Tensor
 
 from alloy.errors import SymmetryError
+from alloy.symmetry.layout import (
+    Axis,
+    Leaf,
+    Product,
+    Sum,
+    Term,
+    describe,
+    fixed_outside,
+    leaves,
+    view_axis,
+)
 
 Kind = Literal[
     "permutation",
@@ -42,63 +53,6 @@ KINDS: tuple[Kind, ...] = (
 """Groups that permute units, each part of the next but for the ones that fix a vector."""
 ROTARY_KINDS: tuple[Kind, ...] = ("orthogonal rotary", "rotary")
 """Rotations of each pair of units, alone and with a scale: units keep their places."""
-
-
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """One space, or nothing that may be transformed (`space` is None).
-
-    `variance` says how the axis follows a matrix M of its space: +1 takes M, -1 (it reads the space)
-    takes the inverse transpose, 0 (a gain) is permuted and keeps its sign.
-    """
-
-    size: int
-    space: str | None = None
-    variance: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """A fused dim, outermost factor first."""
-
-    factors: "tuple[Term, ...]"
-
-    @property
-    def size(self) -> int:
-        size = 1
-        for factor in self.factors:
-            size *= factor.size
-        return size
-
-
-@dataclass(frozen=True, slots=True)
-class Sum:
-    """Parts laid end to end along one dim."""
-
-    parts: "tuple[Term, ...]"
-
-    @property
-    def size(self) -> int:
-        return sum(part.size for part in self.parts)
-
-
-Term = Leaf | Product | Sum
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """Where a space meets a weight: a dim, and the path inside the dim's term.
-
-    A step of the path is `*i` (factor i of a product) or `+i` (part i of a sum).
-    """
-
-    parameter: str
-    dim: int
-    path: tuple[str, ...] = ()
-    variance: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.parameter}[{self.dim}]{''.join(self.path)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +95,7 @@ class SymmetrySpec:
     `unfolded` by which gains;
     `folded` lists gains that have been moved: the spec holds only while they stay one.
     `unknown_operations` maps each operation without a rule to the module that called it first.
+    `warnings` says what a user should know before trusting the spec, one sentence each.
     `reading` names the axes (`str(axis)`) along which a weight is contracted with what depends on the
     input, `both` those of them that also write the space (a tied embedding); all others write.
     """
@@ -158,6 +113,7 @@ class SymmetrySpec:
     unfolded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     reading: frozenset[str] = frozenset()
     both: frozenset[str] = frozenset()
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def order(self) -> tuple[str, ...]:
@@ -226,19 +182,6 @@ class Fold:
     bias_stays: str = ""
 
 
-def leaves(term: Term, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Leaf]]:
-    """The leaves of a term, in storage order, with their paths."""
-    match term:
-        case Leaf():
-            yield path, term
-        case Product(factors):
-            for i, factor in enumerate(factors):
-                yield from leaves(factor, (*path, f"*{i}"))
-        case Sum(parts):
-            for i, part in enumerate(parts):
-                yield from leaves(part, (*path, f"+{i}"))
-
-
 def unit_view(tensor: Tensor, spec: SymmetrySpec, space: str, axis: Axis) -> Tensor:
     """The part of a weight that an axis covers, as a view of shape [*batch, units, ...].
 
@@ -247,54 +190,6 @@ def unit_view(tensor: Tensor, spec: SymmetrySpec, space: str, axis: Axis) -> Ten
     writes into `tensor`, which may be any tensor laid out like the weight (a gradient, a statistic).
     """
     return view_axis(tensor, spec.layout[axis.parameter], spec.spaces[space].depends_on, axis)
-
-
-def view_axis(
-    tensor: Tensor, layout: tuple[Term, ...], depends_on: tuple[str, ...], axis: Axis
-) -> Tensor:
-    """`unit_view` for a layout that belongs to no spec."""
-    places: dict[str, int] = {}  # a space depended on -> its dim in the view under construction
-    dim, term = axis.dim, layout[axis.dim]
-    view = tensor
-    for step in axis.path:
-        index = int(step[1:])
-        if isinstance(term, Sum):
-            start = sum(part.size for part in term.parts[:index])
-            term = term.parts[index]
-            view = view.narrow(dim, start, term.size)
-        elif isinstance(term, Product):
-            sizes = [factor.size for factor in term.factors]
-            view = view.unflatten(dim, sizes)
-            places = {s: d + (len(sizes) - 1) * (d > dim) for s, d in places.items()}
-            for i, factor in enumerate(term.factors):
-                if i != index and isinstance(factor, Leaf) and factor.space in depends_on:
-                    places[str(factor.space)] = dim + i
-            dim, term = dim + index, term.factors[index]
-    extra = view.ndim - tensor.ndim
-    for other, other_term in reversed(list(enumerate(layout))):
-        if other == axis.dim:
-            continue
-        at = other + extra * (other > axis.dim)
-        factors = other_term.factors if isinstance(other_term, Product) else (other_term,)
-        found = [
-            (i, str(factor.space))
-            for i, factor in enumerate(factors)
-            if isinstance(factor, Leaf)
-            and factor.space in depends_on
-            and factor.space not in places
-        ]
-        if not found:
-            continue
-        if len(factors) > 1:
-            view = view.unflatten(at, [factor.size for factor in factors])
-            shift = len(factors) - 1
-            places = {s: d + shift * (d > at) for s, d in places.items()}
-            dim += shift * (dim > at)
-            extra += shift * (other < axis.dim)
-        for i, space in found:
-            places[space] = at + i
-    front = [places[parent] for parent in depends_on] + [dim]
-    return view.movedim(front, list(range(len(front))))
 
 
 def differences(first: SymmetrySpec, second: SymmetrySpec, *, sizes: bool = True) -> Iterator[str]:
@@ -331,17 +226,6 @@ def require_equal(first: SymmetrySpec, second: SymmetrySpec) -> None:
     """Raise SymmetryError with the first difference unless two specs describe the same group."""
     for difference in differences(first, second):
         raise SymmetryError(f"the two models' symmetries differ: {difference}")
-
-
-def describe(term: Term) -> str:
-    """A term in one line: `heads x width`, `(query + key)`, sizes where nothing is free."""
-    match term:
-        case Leaf(size, space):
-            return f"{space}:{size}" if space else f"fixed:{size}"
-        case Product(factors):
-            return " x ".join(describe(factor) for factor in factors)
-        case Sum(parts):
-            return "(" + " + ".join(describe(part) for part in parts) + ")"
 
 
 def _term_to_data(term: Term) -> dict[str, Any]:
@@ -416,6 +300,7 @@ def _spec_to_data(spec: SymmetrySpec) -> dict[str, Any]:
         "unfolded": {space: list(gains) for space, gains in spec.unfolded.items()},
         "reading": sorted(spec.reading),
         "both": sorted(spec.both),
+        **({"warnings": list(spec.warnings)} if spec.warnings else {}),
     }
 
 
@@ -461,6 +346,7 @@ def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
         unfolded={space: tuple(names) for space, names in data.get("unfolded", {}).items()},
         reading=frozenset(data.get("reading", ())),
         both=frozenset(data.get("both", ())),
+        warnings=tuple(data.get("warnings", ())),
     )
 
 
@@ -493,15 +379,3 @@ def _lowered(kind: Kind, limit: Kind) -> Kind | None:
     if kind not in ROTARY_KINDS:
         return KINDS[min(KINDS.index(limit), KINDS.index(kind))]
     return {"general linear": kind, "orthogonal": ROTARY_KINDS[0]}.get(limit)
-
-
-def fixed_outside(term: Term, spaces: Container[str]) -> Term:
-    """The term with all but the given spaces made fixed."""
-    match term:
-        case Leaf(size, space) if space is not None and space not in spaces:
-            return Leaf(size)
-        case Product(factors):
-            return Product(tuple(fixed_outside(factor, spaces) for factor in factors))
-        case Sum(parts):
-            return Sum(tuple(fixed_outside(part, spaces) for part in parts))
-    return term

@@ -69,14 +69,14 @@ def apply_rules(log: Log) -> Engine:
     calls = with_rotations(live_calls(log), log)
     for _ in range(_MOST_PASSES):
         engine = Engine(log, calls, RULES, requests).run()
-        asked = {
+        more = {
             key: requests.get(key, set()) | bounds
-            for key, bounds in engine.asked.items()
+            for key, bounds in engine.new_requests.items()
             if bounds - requests.get(key, set())
         }
-        if not asked:
+        if not more:
             break
-        requests = requests | asked
+        requests = requests | more
     return engine
 
 
@@ -136,7 +136,16 @@ def spec_of(log: Log) -> SymmetrySpec:
         unfolded=unfolded,
         reading=reading,
         both=both,
+        warnings=tuple(_warnings(engine)),
     )
+
+
+def _warnings(engine: Engine) -> Iterator[str]:
+    for operation, failure in engine.faults.items():
+        yield (
+            f"the rule for {operation} failed ({failure}): all that it touches is pinned. This is a "
+            "fault of Alloy's, please report it"
+        )
 
 
 def _pin_pairs(kinds: Kinds, atom: int, leaf: Node) -> bool:

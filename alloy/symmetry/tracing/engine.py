@@ -5,11 +5,14 @@ Two kinds of notes are left for later, when all terms are final (`structure.py`,
 depend on what; `links` say how an operation treats a dim beyond reordering, which decides the kind.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from alloy.symmetry.tracing.links import Link, Order, Same, Slot
 from alloy.symmetry.tracing.terms import (
     Node,
     TermError,
@@ -28,23 +31,6 @@ from alloy.symmetry.tracing.terms import (
     unify,
 )
 from alloy.symmetry.tracing.trace import Call, Log, Value, written
-
-Slot = tuple[Value, int]
-"""A dim of a tensor."""
-
-
-class Link(NamedTuple):
-    """How an operation treats units beyond reordering them.
-
-    `how`: same, dual (contracted), view (all dims of a tensor), piece (`bounds` of the first slot's dim
-    are the second slot), odd, even, product, quotient, sum, rms, centre, rotary (pairs of units, as far
-    apart as `bounds` say before and after it, are multiplied as complex numbers), or order (only a
-    permutation).
-    """
-
-    how: str
-    slots: tuple[Slot, ...]
-    bounds: tuple[int, int] = (0, 0)
 
 
 class Mix(NamedTuple):
@@ -65,16 +51,36 @@ Requests = dict[tuple[int, int], set[int]]
 """(number of a view, output dim) -> where that dim is cut later: its inner dims become families."""
 
 
+class RuleDoesNotApply(Exception):  # noqa: N818 - no error: the operation is pinned
+    """Raised by a rule for a call of its operation that it does not cover."""
+
+
+RAISE_FAULTS: ContextVar[bool] = ContextVar("RAISE_FAULTS", default=False)
+"""Whether an error inside a rule is raised (in tests) or reported, and its operation pinned."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What an operation says about the dims of its tensors.
+
+    With `keeps_indices` it neither computes with the numbers of index tensors nor loses what they
+    count along.
+    """
+
+    apply: "Callable[[Engine, Call], None]"
+    keeps_indices: bool = False
+
+
 class Engine:
     """Terms for every tensor of a log; `calls` are those of its calls that count."""
 
     def __init__(
-        self, log: Log, calls: list[Call], rules: dict[str, Callable], requests: Requests
+        self, log: Log, calls: list[Call], rules: Mapping[str, Rule], requests: Requests
     ) -> None:
         self.log = log
         self.rules = rules
         self.requests = requests
-        self.asked: Requests = {}
+        self.new_requests: Requests = {}
         self.calls = calls
         self.mutated = log.mutated_storages()
         self.dims: dict[int, list[Node]] = {}
@@ -83,7 +89,8 @@ class Engine:
         self.links: list[Link] = []
         self.mixes: list[Mix] = []
         self.contractions: list[Contraction] = []
-        self.unknown: dict[str, str] = {}
+        self.unknown: dict[str, str] = {}  # operation without a rule -> the first module with it
+        self.faults: dict[str, str] = {}  # operation -> how its rule failed
         self.number = 0
         self._weights = {value.id: name for name, value in log.weights.items()}
 
@@ -103,36 +110,41 @@ class Engine:
         rule = self.rules.get(call.name) or self._default_rule(call)
         first_link = len(self.links)
         try:
-            rule(self, call)
-        except (TermError, LookupError, TypeError, ValueError, AttributeError):
+            rule.apply(self, call)
+        except RuleDoesNotApply:
             self.give_up(call)  # stricter than what the rule had stated so far, so still sound
+        except Exception as fault:
+            if RAISE_FAULTS.get():
+                raise
+            self.faults.setdefault(str(call.operation), f"{type(fault).__name__}: {fault}")
+            self.give_up(call)
         for value in call.outputs:
             if value.id not in self.dims:
                 self.give_up(call)
         self._default_links(call, first_link)
         self._keep_families(call)
-        if call.name not in KEEPS_INDICES | SHAPE_ONLY:
+        if not rule.keeps_indices and call.name not in SHAPE_ONLY:
             for value in call.tensors():
                 self.pin_indices(value, f"{call.name} computes with its indices")
 
-    def _default_rule(self, call: Call) -> Callable:
+    def _default_rule(self, call: Call) -> Rule:
         if not any(True for _ in call.tensors()):
-            return _source
+            return Rule(_source)
         if torch.Tag.nondeterministic_seeded in call.operation.tags:
-            return _random
+            return Rule(_random)
         if torch.Tag.pointwise in call.operation.tags:
             return self.rules["pointwise"]
-        return Engine.give_up
+        return Rule(Engine.give_up)
 
     def _default_links(self, call: Call, first: int) -> None:
         """Where a rule said nothing, an operation allows reordering only."""
         if call.name in SHAPE_ONLY:
             return
-        said = {(v.id, d) for link in self.links[first:] for v, d in link.slots}
+        linked = {(v.id, d) for link in self.links[first:] for v, d in link.slots}
         for value in [*call.tensors(), *call.outputs]:
             for dim in range(len(value.shape)):
-                if value.shape[dim] > 1 and (value.id, dim) not in said:
-                    self.links.append(Link("order", ((value, dim),)))
+                if value.shape[dim] > 1 and (value.id, dim) not in linked:
+                    self.links.append(Order((value, dim)))
 
     def _keep_families(self, call: Call) -> None:
         """A family outlives its index only as one dim for all members."""
@@ -175,13 +187,13 @@ class Engine:
         self.values[value.id] = value
         self.dims[value.id] = dims
 
-    def link(self, how: str, *slots: Slot, bounds: tuple[int, int] = (0, 0)) -> None:
-        self.links.append(Link(how, slots, bounds))
+    def link(self, link: Link) -> None:
+        self.links.append(link)
 
     def same(self, a: Value, b: Value, pairs: Iterable[tuple[int, int]]) -> None:
         """Dims pass from a to b untouched."""
         for i, j in pairs:
-            self.link("same", (a, i), (b, j))
+            self.link(Same((a, i), (b, j)))
 
     def mix(self, value: Value, dims: Iterable[int]) -> None:
         """Units are combined or moved along some dims; a family along them loses its index."""
@@ -230,7 +242,7 @@ class Engine:
         dims = self.get(value)
         node = find(dims[dim])
         if node.birth is not None and not is_pinned(node) and end - start < node.size:
-            bounds = self.asked.setdefault(node.birth, set())
+            bounds = self.new_requests.setdefault(node.birth, set())
             bounds.update({start, end} - {0, node.size})
         piece = cut(node, start, end)
         if piece is None:
@@ -294,9 +306,6 @@ def _random(engine: Engine, call: Call) -> None:
 SHAPE_ONLY = {f"{kind}_like" for kind in ("zeros", "ones", "full", "empty")}
 SHAPE_ONLY |= {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
 """Operations that take a tensor for its shape and type only."""
-
-KEEPS_INDICES: set[str] = set()
-"""Operations that neither compute with an index tensor's numbers nor lose what they count along."""
 
 
 def _blocks(

@@ -1,11 +1,11 @@
 """How large the group of each space is, from how operations treat its units beyond reordering them.
 
-Every place of a space on a tensor is a variable. Operations relate variables:
+Every place of a space on a tensor is a variable (`places.py`). Links relate variables:
 
-- *linear*: sums and copies keep a matrix M acting on the units, a contraction pairs M with its inverse
-  transpose (union-find with a parity), a norm asks that M keep lengths (orthogonal), anything else
-  forbids all but permutations. LayerNorm's centring and norms' gains forbid it too, until they are
-  folded away (`fold.py`).
+- *linear*: sums and copies keep a matrix M acting on the units, a contraction pairs M with its
+  inverse transpose (union-find with a parity), a norm asks that M keep lengths (orthogonal), anything
+  else forbids all but permutations. LayerNorm's centring and norms' gains forbid it too, until they
+  are folded away (`fold.py`).
 - *signs*: a product multiplies signs, an odd function passes them on, any other function wants none.
   That is a linear system over two elements; a solution other than zero is a sign symmetry.
 
@@ -13,63 +13,34 @@ Units that a rotary embedding turns in pairs allow a matrix only if it commutes 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from alloy.symmetry.spec import Kind
-from alloy.symmetry.tracing.engine import Engine, Link, Slot
-from alloy.symmetry.tracing.terms import (
-    FAMILY,
-    LEAF,
-    PRODUCT,
-    SUM,
-    Node,
-    find,
-    flatten_product,
-    flatten_sum,
-    is_uniform,
+from alloy.symmetry.tracing.classes import Classes, Signs, Variable, nonzero_solution
+from alloy.symmetry.tracing.engine import Engine
+from alloy.symmetry.tracing.links import (
+    Beside,
+    Dual,
+    Even,
+    Link,
+    Odd,
+    Order,
+    Over,
+    Piece,
+    RootMeanSquare,
+    Rotation,
+    Same,
+    Slot,
+    Standardised,
+    Times,
+    Total,
+    View,
 )
-
-Variable = int
-Atom = int
-
-
-class Classes:
-    """Union-find over variables with a parity: two members of a class are equal or opposite."""
-
-    def __init__(self) -> None:
-        self.parent: list[int] = []
-        self.bit: list[int] = []
-        self.conflicts: set[int] = set()
-
-    def add(self, count: int) -> int:
-        first = len(self.parent)
-        self.parent.extend(range(first, first + count))
-        self.bit.extend([0] * count)
-        return first
-
-    def find(self, x: Variable) -> tuple[Variable, int]:
-        path, bit = [], 0
-        while self.parent[x] != x:
-            path.append(x)
-            bit ^= self.bit[x]
-            x = self.parent[x]
-        total = bit
-        for y in path:  # compress
-            own = self.bit[y]
-            self.parent[y], self.bit[y] = x, total
-            total ^= own
-        return x, bit
-
-    def unite(self, x: Variable, y: Variable, opposite: int = 0) -> None:
-        (a, p), (b, q) = self.find(x), self.find(y)
-        if a == b:
-            if p ^ q ^ opposite:
-                self.conflicts.add(a)
-            return
-        self.parent[a], self.bit[a] = b, p ^ q ^ opposite
-        if a in self.conflicts:
-            self.conflicts.add(b)
+from alloy.symmetry.tracing.places import Atom, Places
+from alloy.symmetry.tracing.terms import LEAF, Node, is_uniform
+from alloy.symmetry.tracing.trace import Value
 
 
 @dataclass
@@ -93,103 +64,91 @@ class Facts:
     gains: list[GainUse] = field(default_factory=list)
     measured: list[Variable] = field(default_factory=list)  # where lengths are taken, uncentred
     strides: set[int] = field(default_factory=set)  # between rotary pairs; 0 where they are divided
-    reordered: list[tuple[Variable, Variable]] = field(
-        default_factory=list
-    )  # by a rotary embedding
+    reordered: list[tuple[Variable, Variable]] = field(default_factory=list)  # by a rotation
 
 
 class Kinds:
-    """Runs over the links of an engine whose terms are final."""
+    """The groups of the spaces `atoms`, from the links of an engine whose terms are final."""
 
     def __init__(self, engine: Engine, atoms: Mapping[Atom, Node]) -> None:
         self.engine = engine
-        self.atoms = atoms
-        self.places: dict[int, list[Atom]] = {}  # node -> the free leaves in it, in order
-        self.first: dict[tuple[int, int], Variable] = {}
-        self.atom_of: list[Atom] = []
-        self.linear, self.station, self.signs = Classes(), Classes(), Classes()
         self.facts: dict[Atom, Facts] = {atom: Facts() for atom in atoms}
-        self.products: dict[Variable, tuple[Variable, Variable]] = {}
-        self.sign_sums: list[tuple[Variable, Variable, Variable]] = []
-        self.sign_zeros: list[Variable] = []
-        self.shifted: set[Variable] = set()  # of a gain plus a constant: nothing but a gain
-        self.plain: set[Variable] = set()  # variables that are no products
-        self.gain_weights = dict(_gain_like(engine))
+        self.places = Places(engine, atoms)
+        self.linear, self.station, self.signs = Classes(), Classes(), Signs()
+        self._gain_like = gain_like(engine)
+        self._products: dict[Variable, tuple[Variable, Variable]] = {}
+        self._plain: set[Variable] = set()  # variables that are no products
+        self._shifted: set[Variable] = set()  # of a gain plus a constant: nothing but a gain
         for link in engine.links:
             self._read(link)
-        self._collect()
+        self._on_weights: dict[Atom, list[tuple[str, int, int, Variable]]] = defaultdict(list)
+        for atom, name, dim, place, v in self.places.on_weights():
+            self._on_weights[atom].append((name, dim, place, v))
+        self._conflicting = {self.places.atom_of[root] for root in self.linear.conflicts}
 
-    # Variables
+    def variables(self, slot: Slot) -> Sequence[Variable]:
+        variables = self.places.variables(slot)
+        if self._gain_like.get(slot[0].id, (0, 0.0))[1]:
+            self._shifted.update(variables)
+        return variables
 
-    def atoms_in(self, node: Node) -> list[Atom]:
-        node = find(node)
-        if id(node) not in self.places:
-            if node.form == LEAF:
-                found = [id(node)] if id(node) in self.atoms else []
-            elif node.form == PRODUCT:
-                found = [a for f in flatten_product([node]) for a in self.atoms_in(f)]
-            elif node.form == SUM:
-                found = [a for p in flatten_sum([node]) for a in self.atoms_in(p)]
-            else:
-                found = [a for member in node.parts for a in self.atoms_in(member)]
-            self.places[id(node)] = found
-        return self.places[id(node)]
-
-    def node(self, slot: Slot) -> Node:
-        value, dim = slot
-        return find(self.engine.dims[value.id][dim])
-
-    def variables(self, slot: Slot) -> list[Variable]:
-        """One variable for each place of a free leaf in a dim of a tensor."""
-        value, dim = slot
-        atoms = self.atoms_in(self.engine.dims[value.id][dim])
-        if not atoms:
-            return []
-        key = (value.id, dim)
-        if key not in self.first:
-            for classes in (self.linear, self.station, self.signs):
-                self.first[key] = classes.add(len(atoms))
-            self.atom_of += atoms
-            if self.gain_weights.get(value.id, (0, 0.0))[1]:
-                self.shifted.update(range(self.first[key], self.first[key] + len(atoms)))
-        start = self.first[key]
-        return list(range(start, start + len(atoms)))
+    def _facts_of(self, v: Variable) -> Facts:
+        return self.facts[self.places.atom_of[v]]
 
     # Relations
 
     def _read(self, link: Link) -> None:
-        if link.how == "order" and link.slots[0][0].id in self.gain_weights:
-            self.sign_zeros += self.variables(link.slots[0])  # `1 + gain` is still a gain
-        elif link.how == "piece":
-            self._piece(link)
-        elif link.how == "view":
-            count = link.bounds[0]
-            self._match(
-                [v for s in link.slots[:count] for v in self.variables(s)],
-                [v for s in link.slots[count:] for v in self.variables(s)],
-            )
-        elif link.how == "centre":
-            self._centre(link)
-        elif link.how == "rms":
-            self._rms(link)
-        elif link.how == "rotary":
-            self._rotary(link)
-        else:
-            columns = [self.variables(slot) for slot in link.slots]
-            if len({len(c) for c in columns}) > 1:
-                for column in columns:
-                    self._forbid(column)
-                return
-            relate = getattr(self, f"_{link.how}")
-            for row in zip(*columns, strict=True):
-                relate(*row) if link.how not in ("product", "quotient") else relate(link, *row)
+        match link:
+            case Order((value, _) as slot):
+                if value.id in self._gain_like:  # `1 + gain` is still a gain
+                    self.signs.zeros.update(self.variables(slot))
+                else:
+                    self._forbid(self.variables(slot))
+            case Same(x, y):
+                self._for_each_unit(self._same, x, y)
+            case Dual(x, y):
+                self._for_each_unit(lambda a, b: self._same(a, b, 1), x, y)
+            case Odd(x, y):
+                self._for_each_unit(self._odd, x, y)
+            case Even(x, y):
+                self._for_each_unit(self._even, x, y)
+            case Total(x):
+                self._for_each_unit(self._total, x)
+            case Over(x, y, out):
+                self._for_each_unit(self._over, x, y, out)
+            case Times(x, y, out):
+                self._times(x, y, out)
+            case View(before, after):
+                sides = ([v for s in slots for v in self.variables(s)] for slots in (before, after))
+                self._match(*sides)
+            case Piece(whole, part, start, end):
+                inside = self.places.within(self.places.node(whole), start, end)
+                self._piece(whole, part, inside)
+            case Beside(whole, part, cut, start, end):
+                nodes = self.places.node(whole), self.places.node(cut)
+                self._piece(whole, part, self.places.surviving(*nodes, start, end))
+            case RootMeanSquare():
+                self._root_mean_square(link)
+            case Standardised():
+                self._standardised(link)
+            case Rotation():
+                self._rotation(link)
 
-    def _match(self, ours: list[Variable], theirs: list[Variable]) -> None:
+    def _for_each_unit(self, relate: Callable[..., None], *slots: Slot) -> None:
+        columns = [self.variables(slot) for slot in slots]
+        if len({len(c) for c in columns}) > 1:
+            for column in columns:
+                self._forbid(column)
+            return
+        for row in zip(*columns, strict=True):
+            relate(*row)
+
+    def _match(self, ours: Sequence[Variable], theirs: Sequence[Variable]) -> None:
         """The k-th place of a leaf on one side is its k-th place on the other."""
         by_atom: dict[Atom, tuple[list[Variable], list[Variable]]] = defaultdict(lambda: ([], []))
         for side, variables in enumerate((ours, theirs)):
             for v in variables:
-                by_atom[self.atom_of[v]][side].append(v)
+                by_atom[self.places.atom_of[v]][side].append(v)
         for left, right in by_atom.values():
             if len(left) == len(right):
                 for x, y in zip(left, right, strict=True):
@@ -197,164 +156,97 @@ class Kinds:
             else:
                 self._forbid(left + right)
 
-    def _piece(self, link: Link) -> None:
-        whole, part = link.slots[:2]
+    def _piece(self, whole: Slot, part: Slot, inside: list[int] | None) -> None:
         variables = self.variables(whole)
-        if len(link.slots) == 2:
-            inside = self._within(self.node(whole), *link.bounds)
-        else:
-            inside = self._surviving(self.node(whole), self.node(link.slots[2]), *link.bounds)
         if inside is None:
-            self._forbid(variables + self.variables(part))
+            self._forbid([*variables, *self.variables(part)])
         else:
             self._match([variables[i] for i in inside], self.variables(part))
 
-    def _within(self, node: Node, start: int, end: int) -> list[int] | None:
-        """Which places of a dim lie in a slice of it; None where the slice cuts through one."""
-        node = find(node)
-        count = len(self.atoms_in(node))
-        if start <= 0 and end >= node.size:
-            return list(range(count))
-        if end <= start or end <= 0 or start >= node.size:
-            return []
-        if node.form == SUM:
-            found: list[int] = []
-            position = place = 0
-            for part in flatten_sum([node]):
-                inner = self._within(part, start - position, end - position)
-                if inner is None:
-                    return None
-                found += [place + i for i in inner]
-                position += part.size
-                place += len(self.atoms_in(part))
-            return found
-        if node.form == PRODUCT:
-            outer, *rest = flatten_product([node])
-            width = node.size // outer.size
-            if start % width or end % width:
-                return None
-            bounds = (start // width, end // width)
-            inside = self._within(outer, *bounds)
-            place = len(self.atoms_in(outer))
-            for factor in rest:
-                survive = self._surviving(factor, outer, *bounds)
-                if inside is None or survive is None:
-                    return None
-                inside = inside + [place + i for i in survive]
-                place += len(self.atoms_in(factor))
-            return inside
-        return None if count else []
-
-    def _surviving(self, node: Node, index: Node, start: int, end: int) -> list[int] | None:
-        """Which places of a dim are left when another dim is sliced."""
-        node = find(node)
-        if node.form == FAMILY and find(node.index) is find(index):
-            found: list[int] = []
-            position = place = 0
-            for width, member in zip(node.widths, node.parts, strict=True):
-                count = len(self.atoms_in(member))
-                if max(start, position) < min(end, position + width):
-                    found += range(place, place + count)
-                position += width
-                place += count
-            return found
-        if node.form in (PRODUCT, SUM):
-            parts = flatten_product([node]) if node.form == PRODUCT else flatten_sum([node])
-            found, place = [], 0
-            for part in parts:
-                survive = self._surviving(part, index, start, end)
-                if survive is None:
-                    return None
-                found += [place + i for i in survive]
-                place += len(self.atoms_in(part))
-            return found
-        return list(range(len(self.atoms_in(node))))
-
     def _forbid(self, variables: Sequence[Variable]) -> None:
         for v in variables:
-            self._order(v)
-
-    def _order(self, v: Variable) -> None:
-        self.facts[self.atom_of[v]].forbidden = True
-        self.sign_zeros.append(v)
+            self._facts_of(v).forbidden = True
+            self.signs.zeros.add(v)
 
     def _same(self, x: Variable, y: Variable, opposite: int = 0) -> None:
-        if self.atom_of[x] != self.atom_of[y]:
+        if self.places.atom_of[x] != self.places.atom_of[y]:
             self._forbid([x, y])
             return
-        if x in self.products and y not in self.plain and not opposite:
-            self.products.setdefault(y, self.products[x])
-        elif x in self.products or y in self.products:
-            self.facts[self.atom_of[x]].forbidden = True
+        if x in self._products and y not in self._plain and not opposite:
+            self._products.setdefault(y, self._products[x])
+        elif x in self._products or y in self._products:
+            self._facts_of(x).forbidden = True
         else:
-            self.plain.update((x, y))
-        if (x in self.shifted) != (y in self.shifted):
-            self.facts[self.atom_of[x]].forbidden = True
+            self._plain.update((x, y))
+        if (x in self._shifted) != (y in self._shifted):
+            self._facts_of(x).forbidden = True
         self.linear.unite(x, y, opposite)
         self.station.unite(x, y, opposite)
         self.signs.unite(x, y)
 
-    def _dual(self, x: Variable, y: Variable) -> None:
-        self._same(x, y, 1)
-
     def _odd(self, x: Variable, y: Variable) -> None:
-        self.facts[self.atom_of[x]].forbidden = True
+        self._facts_of(x).forbidden = True
         self.signs.unite(x, y)
 
     def _even(self, x: Variable, y: Variable) -> None:
-        self.facts[self.atom_of[x]].forbidden = True
-        self.sign_zeros.append(y)
+        self._facts_of(x).forbidden = True
+        self.signs.zeros.add(y)
 
-    def _quotient(self, link: Link, x: Variable, y: Variable, out: Variable) -> None:
-        self.facts[self.atom_of[x]].forbidden = True
-        self.sign_sums.append((x, y, out))
+    def _over(self, x: Variable, y: Variable, out: Variable) -> None:
+        self._facts_of(x).forbidden = True
+        self.signs.sums.append((x, y, out))
 
-    def _product(self, link: Link, x: Variable, y: Variable, out: Variable) -> None:
-        facts = self.facts[self.atom_of[x]]
-        self.sign_sums.append((x, y, out))
-        gains = [link.slots[i][0].id in self.gain_weights for i in (0, 1)]
-        if x in self.products or y in self.products:
-            facts.forbidden = True
-        elif gains == [False, True] or gains == [True, False]:
-            place = gains.index(True)
-            weight, offset = self.gain_weights[link.slots[place][0].id]
-            before = (x, y)[1 - place]
-            facts.gains.append(GainUse(before, out, weight, offset))
-            self.linear.unite(before, out)
-        else:
-            self.products[out] = (x, y)
+    def _times(self, left: Slot, right: Slot, target: Slot) -> None:
+        gains = [slot[0].id in self._gain_like for slot in (left, right)]
 
-    def _sum(self, x: Variable) -> None:
-        facts = self.facts[self.atom_of[x]]
-        self.sign_zeros.append(x)
-        if x not in self.products:
+        def relate(x: Variable, y: Variable, out: Variable) -> None:
+            facts = self._facts_of(x)
+            self.signs.sums.append((x, y, out))
+            if x in self._products or y in self._products:
+                facts.forbidden = True
+            elif gains[0] != gains[1]:
+                weight, offset = self._gain_like[(left if gains[0] else right)[0].id]
+                before = y if gains[0] else x
+                facts.gains.append(GainUse(before, out, weight, offset))
+                self.linear.unite(before, out)
+            else:
+                self._products[out] = (x, y)
+
+        self._for_each_unit(relate, left, right, target)
+
+    def _total(self, x: Variable) -> None:
+        facts = self._facts_of(x)
+        self.signs.zeros.add(x)
+        if x not in self._products:
             facts.forbidden = True
             return
-        a, b = self.products[x]
-        if a == b or self.linear.find(a)[0] == self.linear.find(b)[0]:
+        a, b = self._products[x]
+        if a == b or self.linear.root(a) == self.linear.root(b):
             facts.metric = True
         facts.measured += [a, b]
         self.linear.unite(a, b, 1)
 
-    def _rms(self, link: Link) -> None:
-        x, out, *gain = [self.variables(slot) for slot in link.slots]
-        for i, (before, after) in enumerate(zip(x, out, strict=True)):
-            facts = self.facts[self.atom_of[before]]
+    def _root_mean_square(self, link: RootMeanSquare) -> None:
+        columns = [self.variables(slot) for slot in link.slots]
+        for before, after, *gain in zip(*columns, strict=True):
+            facts = self._facts_of(before)
             facts.metric = True
             facts.measured.append(before)
             self.linear.unite(before, after)
-            if gain:
-                weight = self.gain_weights.get(link.slots[2][0].id, (link.slots[2][0].id, 0.0))
+            if link.gain:
+                number = link.gain[0].id
+                weight = self._gain_like.get(number, (number, 0.0))
                 facts.gains.append(GainUse(before, after, *weight))
-                self.sign_sums.append((before, gain[0][i], after))
+                self.signs.sums.append((before, *gain, after))
             else:
                 self._same(before, after)
 
-    def _rotary(self, link: Link) -> None:
-        whole = self.node(link.slots[0]).form == LEAF
-        before, after = link.bounds
-        for x, out in zip(*map(self.variables, link.slots), strict=True):
-            facts = self.facts[self.atom_of[x]]
+    def _rotation(self, link: Rotation) -> None:
+        before, after = link.stride_before, link.stride_after
+        whole = self.places.node(link.source).form == LEAF
+        columns = self.variables(link.source), self.variables(link.target)
+        for x, out in zip(*columns, strict=True):
+            facts = self._facts_of(x)
             facts.strides.add(before if whole else 0)
             if before == after:
                 self._same(x, out)
@@ -362,33 +254,29 @@ class Kinds:
                 facts.reordered.append((x, out))
                 self.linear.unite(x, out)
 
-    def _centre(self, link: Link) -> None:
-        has_gain, has_bias = link.bounds
-        columns = [self.variables(slot) for slot in link.slots]
-        if find(self.node(link.slots[0])).form != LEAF:
-            for column in columns:
-                self._forbid(column)
+    def _standardised(self, link: Standardised) -> None:
+        if self.places.node(link.source).form != LEAF:
+            for slot in link.slots:
+                self._forbid(self.variables(slot))
             return
-        for row in zip(*columns, strict=True):
-            before, after, *weights = row
-            facts = self.facts[self.atom_of[before]]
+        columns = [self.variables(slot) for slot in link.slots]
+        gain_id = link.gain[0].id if link.gain else None
+        bias_id = link.bias[0].id if link.bias else None
+        for before, after, *weights in zip(*columns, strict=True):
+            facts = self._facts_of(before)
             facts.metric = True
             self.linear.unite(before, after)
-            self.sign_zeros.append(before)
+            self.signs.zeros.add(before)
             weight, offset = None, 0.0
-            if has_gain:
-                number = link.slots[2][0].id
-                weight, offset = self.gain_weights.get(number, (number, 0.0))
+            if gain_id is not None:
+                weight, offset = self._gain_like.get(gain_id, (gain_id, 0.0))
                 self.signs.unite(weights[0], after)
             else:
-                self.sign_zeros.append(after)
-            if has_bias:
-                bias = weights[-1]
-                self.linear.unite(bias, after)
-                self.station.unite(bias, after)
-                self.signs.unite(bias, after)
-            number = link.slots[-1][0].id if has_bias else None
-            facts.gains.append(GainUse(before, after, weight, offset, centres=True, bias=number))
+                self.signs.zeros.add(after)
+            if bias_id is not None:
+                for classes in (self.linear, self.station, self.signs):
+                    classes.unite(weights[-1], after)
+            facts.gains.append(GainUse(before, after, weight, offset, centres=True, bias=bias_id))
 
     # Results
 
@@ -411,7 +299,7 @@ class Kinds:
         return next(iter(self.facts[atom].strides), 0)
 
     def no_rotation(self, atom: Atom) -> str | None:
-        """Why the units of a rotary embedding may not move at all: pairs have frequencies of their own."""
+        """Why the units of a rotary embedding may not move: pairs have frequencies of their own."""
         facts = self.facts[atom]
         if not facts.strides:
             return None
@@ -426,9 +314,9 @@ class Kinds:
     def _two_orders(self, atom: Atom) -> bool:
         """Whether units that a rotary embedding reordered never meet units in their first order."""
         facts = self.facts[atom]
-        first = {self.station.find(v)[0] for *_, v in self.weight_variables(atom)}
-        second = {self.station.find(out)[0] for _, out in facts.reordered}
-        sources = {self.station.find(x)[0] for x, _ in facts.reordered}
+        first = {self.station.root(v) for *_, v in self.weight_variables(atom)}
+        second = {self.station.root(out) for _, out in facts.reordered}
+        sources = {self.station.root(x) for x, _ in facts.reordered}
         turned_twice = bool(second & sources)
         return not facts.reordered or not (
             facts.measured or second & first or turned_twice or not sources <= first
@@ -437,71 +325,34 @@ class Kinds:
     def sign_solution(self, atom: Atom) -> set[Variable]:
         """Classes of variables that one sign flip of a unit negates; empty if there is none.
 
-        Gains keep their signs: flipping a gain and its readers alone is a symmetry of that norm only.
+        Gains keep their signs: flipping a gain and its readers is a symmetry of that norm only.
         """
-        equations = [[self.signs.find(v)[0] for v in row] for row in self._sign_rows.get(atom, ())]
-        classes = {self.signs.find(v)[0] for *_, v in self.weight_variables(atom)}
+        equations = [[self.signs.root(v) for v in row] for row in self._sign_rows[atom]]
+        roots = {v: self.signs.root(v) for *_, v in self.weight_variables(atom)}
         gains = [
-            self.signs.find(v)[0]
+            roots[v]
             for name, _, _, v in self.weight_variables(atom)
-            if self.engine.log.weights[name].id in self._all_gains
+            if self.engine.log.weights[name].id in self._gain_ids
         ]
-        return _nonzero_solution(equations + [[g] for g in gains], classes)
+        return nonzero_solution(equations + [[g] for g in gains], {*roots.values()})
 
-    def _collect(self) -> None:
-        self._on_weights: dict[Atom, list[tuple[str, int, int, Variable]]] = defaultdict(list)
-        seen = set()
-        for name, value in self.engine.log.weights.items():
-            if value.id in seen:
-                continue
-            seen.add(value.id)
-            for dim in range(len(self.engine.dims.get(value.id, ()))):
-                places: dict[Atom, int] = defaultdict(int)
-                for v in self.variables((value, dim)):
-                    atom = self.atom_of[v]
-                    self._on_weights[atom].append((name, dim, places[atom], v))
-                    places[atom] += 1
-        self._conflicting = {self.atom_of[root] for root in self.linear.conflicts}
-        self._sign_rows: dict[Atom, list[tuple[Variable, ...]]] = defaultdict(list)
-        for row in self.sign_sums:
-            self._sign_rows[self.atom_of[row[0]]].append(row)
-        for v in set(self.sign_zeros):
-            self._sign_rows[self.atom_of[v]].append((v,))
-        self._all_gains = {
-            g.weight for facts in self.facts.values() for g in facts.gains if g.weight is not None
-        }
+    @cached_property
+    def _sign_rows(self) -> Mapping[Atom, list[tuple[Variable, ...]]]:
+        """The sums of signs that must be zero, by space."""
+        rows: dict[Atom, list[tuple[Variable, ...]]] = defaultdict(list)
+        for row in (*self.signs.sums, *((v,) for v in self.signs.zeros)):
+            rows[self.places.atom_of[row[0]]].append(row)
+        return rows
+
+    @cached_property
+    def _gain_ids(self) -> set[int]:
+        """Value ids of the weights that scale units."""
+        uses = (use for facts in self.facts.values() for use in facts.gains)
+        return {use.weight for use in uses if use.weight is not None}
 
 
-def _nonzero_solution(equations: list[list[int]], wanted: set[int]) -> set[int]:
-    """A solution of equations `sum of variables = 0` over two elements, nonzero on `wanted`."""
-    order = {x: i for i, x in enumerate(sorted({x for row in equations for x in row} | wanted))}
-    pivots: dict[int, int] = {}
-    for row in equations:
-        bits = 0
-        for x in row:
-            bits ^= 1 << order[x]
-        for pivot, other in pivots.items():
-            if bits >> pivot & 1:
-                bits ^= other
-        if bits:
-            pivot = bits.bit_length() - 1
-            for p, other in pivots.items():
-                if other >> pivot & 1:
-                    pivots[p] = other ^ bits
-            pivots[pivot] = bits
-    names = {i: x for x, i in order.items()}
-    for free in range(len(order)):
-        if free in pivots:
-            continue
-        chosen = {free} | {p for p, bits in pivots.items() if bits >> free & 1}
-        solution = {names[i] for i in chosen}
-        if solution & wanted:
-            return solution
-    return set()
-
-
-def _gain_like(engine: Engine) -> Iterator[tuple[int, tuple[int, float]]]:
-    """Values that are a vector weight plus a constant: (value id, (weight id, constant))."""
+def gain_like(engine: Engine) -> dict[int, tuple[int, float]]:
+    """Values that are a vector weight plus a constant: value id -> (weight id, constant)."""
     known: dict[int, tuple[int, float]] = {}
     for value in engine.log.weights.values():
         if value.id in engine.log.trainable and sum(n > 1 for n in value.shape) == 1:
@@ -509,7 +360,7 @@ def _gain_like(engine: Engine) -> Iterator[tuple[int, tuple[int, float]]]:
     for call in engine.calls:
         source = call.inputs.get("self")
         number = getattr(source, "id", None)
-        if number not in known or not call.outputs or is_uniform_anywhere(engine, call.outputs[0]):
+        if number not in known or not call.outputs or _is_stretched(engine, call.outputs[0]):
             continue
         weight, offset = known[number]
         other = call.inputs.get("other")
@@ -517,10 +368,10 @@ def _gain_like(engine: Engine) -> Iterator[tuple[int, tuple[int, float]]]:
             known[call.outputs[0].id] = (weight, offset)
         elif call.name == "add" and isinstance(other, (int, float)) and call.inputs["alpha"] == 1:
             known[call.outputs[0].id] = (weight, offset + other)
-    yield from known.items()
+    return known
 
 
-def is_uniform_anywhere(engine: Engine, value) -> bool:
+def _is_stretched(engine: Engine, value: Value) -> bool:
     """Whether a value is stretched over further dims: then it no longer is a vector."""
     return any(
         n > 1 and is_uniform(d) for n, d in zip(value.shape, engine.dims[value.id], strict=True)

@@ -9,8 +9,11 @@ import copy
 from collections.abc import Iterator, Mapping
 
 from alloy.symmetry.spec import Axis
-from alloy.symmetry.tracing.engine import Engine, Slot
-from alloy.symmetry.tracing.kinds import Atom, Kinds, Variable
+from alloy.symmetry.tracing.classes import Variable
+from alloy.symmetry.tracing.engine import Engine
+from alloy.symmetry.tracing.kinds import Kinds
+from alloy.symmetry.tracing.links import Dual, Slot
+from alloy.symmetry.tracing.places import Atom
 from alloy.symmetry.tracing.terms import Node
 from alloy.symmetry.tracing.trace import Call
 
@@ -26,7 +29,7 @@ def roles(
     inner.links = [
         link
         for link in engine.links
-        if link.how != "dual" and all(value.id in constant for value, _ in link.slots)
+        if not isinstance(link, Dual) and all(value.id in constant for value, _ in link.slots)
     ]
     kinds = Kinds(inner, atoms)
     read, written = set[Variable](), set[Variable]()

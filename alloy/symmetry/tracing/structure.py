@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from alloy.symmetry.spec import Leaf, Product, Sum, Term
 from alloy.symmetry.tracing.engine import Engine
+from alloy.symmetry.tracing.places import Atom
 from alloy.symmetry.tracing.terms import (
     FAMILY,
     PRODUCT,
@@ -21,9 +22,6 @@ from alloy.symmetry.tracing.terms import (
     leaves,
     narrow,
 )
-
-Atom = int
-"""The identity of a leaf node."""
 
 
 def unfold_families(dims: Sequence[Node]) -> list[list[Node]]:

@@ -11,8 +11,12 @@ from torch import nn
 
 import alloy
 from alloy.errors import NotProvenError, SymmetryError
-from alloy.symmetry import SymmetrySpec, require_equal
+from alloy.symmetry import SymmetrySpec, observe_outputs, require_equal
 from alloy.symmetry.spec import Leaf
+from alloy.symmetry.tracing.discover import spec_of
+from alloy.symmetry.tracing.engine import RAISE_FAULTS, Rule
+from alloy.symmetry.tracing.rules import RULES
+from alloy.symmetry.tracing.trace import trace
 from alloy.symmetry.validate import Prober
 
 _spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
@@ -314,3 +318,21 @@ def test_a_model_without_weights_is_traced_and_one_that_needs_them_is_refused():
         model = Net(lambda h: h * float(h.sum()))
     with pytest.raises(SymmetryError, match="has no weights and cannot be traced without them"):
         alloy.find_symmetries(model, {"x": torch.randn(2, 4)})
+
+
+def test_an_error_inside_a_rule_is_raised_in_tests_and_reported_in_use(monkeypatch):
+    """In use the operation is pinned, as one without a rule, and the spec warns of the fault."""
+
+    def broken(engine, call):
+        raise KeyError("no such argument")
+
+    monkeypatch.setitem(RULES, "relu", Rule(broken))
+    model, inputs = Net(torch.relu), {"x": torch.randn(2, 4)}
+    with pytest.raises(KeyError, match="no such argument"):
+        spec_of(trace(model, inputs, observe_outputs))
+    RAISE_FAULTS.set(False)
+    spec = alloy.find_symmetries(model, inputs)
+    assert not spec.spaces
+    (warning,) = spec.warnings
+    assert "the rule for aten.relu.default failed (KeyError: 'no such argument')" in warning
+    assert SymmetrySpec.from_json(spec.to_json()).warnings == spec.warnings

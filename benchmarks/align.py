@@ -25,7 +25,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 import alloy
-from alloy.alignment.zip_units import zip_units
+from alloy.alignment.zip.units import zip_units
 
 RESULTS = Path("benchmarks/results/align.md")
 FIGURE = Path("benchmarks/results/align.png")

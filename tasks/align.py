@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import alloy
-from alloy.alignment.search import SpaceAlignment, describe
+from alloy.alignment.report import SpaceAlignment, describe
 from alloy.modality import split_experts
 from alloy.modality.observe import REFERENCE, ExpertStatistics, expert_spec
 from alloy.symmetry import SymmetrySpec, Transform, transforms_to_tensors

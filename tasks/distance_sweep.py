@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 import alloy
-from alloy.alignment.search import transport_grams
+from alloy.alignment.grams import transport_grams
 from alloy.errors import nearest
 from alloy.measures.distances import distance
 from alloy.merging import MERGE_METHODS

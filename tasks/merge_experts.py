@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import alloy
-from alloy.alignment.search import transport_grams
+from alloy.alignment.grams import transport_grams
 from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS, validate
 from alloy.modality import ModalityModel, agnostic_config, shared_weights, split_experts

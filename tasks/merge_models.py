@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import alloy
+from alloy.alignment.grams import transport_grams
 from alloy.alignment.result import Alignment
-from alloy.alignment.search import transport_grams
 from alloy.errors import MergeError
 from alloy.merging import MERGE_METHODS, oriented
 from alloy.refit import repair

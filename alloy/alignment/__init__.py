@@ -1,1 +1,24 @@
-"""Units of models trained apart, brought together: similarities, the search, zips and transport."""
+"""Units of models trained apart, brought together: similarities, the search, presets, zip, transport.
+
+`align_models` aligns any number of models by a preset, `align` one model to a reference, and an
+`Alignment` says how each comes into one space.
+"""
+
+from alloy.alignment.grams import transport_grams
+from alloy.alignment.matching import MATCHING_METHODS
+from alloy.alignment.presets import PRESETS, Preset, align_models
+from alloy.alignment.report import SpaceAlignment, describe
+from alloy.alignment.result import Alignment
+from alloy.alignment.search import align
+
+__all__ = [
+    "MATCHING_METHODS",
+    "PRESETS",
+    "Alignment",
+    "Preset",
+    "SpaceAlignment",
+    "align",
+    "align_models",
+    "describe",
+    "transport_grams",
+]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alloy.alignment.maps import Maps, UnitMap, apply_maps
-from alloy.alignment.search import SpaceAlignment
+from alloy.alignment.report import SpaceAlignment
 from alloy.errors import AlignmentError
 from alloy.symmetry.fold import fold_norms
 from alloy.symmetry.spec import SymmetrySpec

@@ -36,7 +36,7 @@ from alloy.symmetry.parts import owned_axes
 from alloy.symmetry.spec import Axis, SymmetrySpec, unit_view
 from alloy.types import Weights
 
-Statistics = Mapping[str, Sequence[CrossMoments | SampledMoments]]
+PairMoments = Mapping[str, Sequence[CrossMoments | SampledMoments]]
 """For each space, the cross-moments of its units (batch dims flattened in front) at each point."""
 
 Scale = Literal["tensor", "none", "unit"]
@@ -168,7 +168,7 @@ class Similarity:
         cls,
         reference: Weights,
         spec: SymmetrySpec,
-        statistics: Statistics,
+        statistics: PairMoments,
         weight_share: float,
         *,
         scale: Scale = "tensor",

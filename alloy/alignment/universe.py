@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from alloy.alignment.matching import Operator
-from alloy.alignment.search import Search, move_seen
-from alloy.alignment.similarity import Factored, Similarity, Statistics, scaled
+from alloy.alignment.moves import move_seen
+from alloy.alignment.search import Search
+from alloy.alignment.similarity import Factored, PairMoments, Similarity, scaled
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.transforms import Transform, Transforms, compose, invert, move
 from alloy.types import Weights
@@ -26,7 +27,7 @@ from alloy.types import Weights
 def align_to_universe(
     models: Mapping[str, Weights],
     spec: SymmetrySpec,
-    between: Callable[[str, str], Statistics],
+    between: Callable[[str, str], PairMoments],
     starts: Mapping[str, Transforms],
     operators: Mapping[str, Operator],
     *,
@@ -57,7 +58,7 @@ class _Universe:
         self,
         models: Mapping[str, Weights],
         spec: SymmetrySpec,
-        between: Callable[[str, str], Statistics],
+        between: Callable[[str, str], PairMoments],
         starts: Mapping[str, Transforms],
         weight_share: float,
     ) -> None:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from alloy.alignment.assignment import assign_all
-from alloy.alignment.transport_plan import _linear_program, exact_plan, sinkhorn, transport_plan
-from alloy.alignment.zip_units import zip_units
+from alloy.alignment.transport.plan import _linear_program, exact_plan, sinkhorn, transport_plan
+from alloy.alignment.zip.units import zip_units
 
 
 def _noise(seed, *shape):

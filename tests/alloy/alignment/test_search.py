@@ -5,8 +5,11 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 import alloy
+from alloy.alignment.grams import transport_grams
 from alloy.alignment.matching import operators, permute
-from alloy.alignment.search import Search, align, describe, flat_order, transport_grams
+from alloy.alignment.moves import flat_order
+from alloy.alignment.report import describe
+from alloy.alignment.search import Search, align
 from alloy.alignment.similarity import OfUnits, Similarity
 from alloy.errors import AlignmentError
 from alloy.statistics.moments import CrossMoments
@@ -115,6 +118,33 @@ def test_the_similarity_never_falls_and_is_what_it_says(model, inputs, spec):
             matched = correlation[torch.arange(len(order)), order]
             j += 0.5 * len(spec.spaces[space].axes) * float(matched.mean())
         assert value == pytest.approx(j, rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scale", ["tensor", "unit"])
+@pytest.mark.parametrize("method", ["permute", "signed"])
+def test_what_a_search_remembers_changes_nothing(model, inputs, spec, share, scale, method):
+    """Warm prices, kept products and settled spaces save time: without them all is the same."""
+    statistics = _statistics(model, _bert(1), spec, inputs)
+    similarity = Similarity.to(model.state_dict(), spec, statistics, share, scale=scale)
+    warm, cold = (
+        Search(similarity, _bert(1).state_dict(), operators(spec, method), warm=warm)
+        for warm in (True, False)
+    )
+    ours, theirs = (s.run(torch.Generator().manual_seed(3), 100, 2) for s in (warm, cold))
+    for name, transform in ours.items():
+        assert torch.equal(transform.permutation, theirs[name].permutation)
+        for signs in (transform.signs, theirs[name].signs):
+            assert signs is None or torch.equal(signs, transform.signs)
+    assert warm.values == pytest.approx(cold.values, rel=1e-5)
+
+
+def test_a_search_without_memory_keeps_none(model, spec):
+    similarity = Similarity.to(model.state_dict(), spec, {}, 1.0)
+    search = Search(similarity, _bert(1).state_dict(), operators(spec, "permute"), warm=False)
+    search.run(None, 100)
+    assert not search.warm.prices
+    assert not search.warm.products
 
 
 def test_equal_seeds_give_equal_transforms(model, spec):

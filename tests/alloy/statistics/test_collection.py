@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5Model, ViTConfig, ViTModel
 
 import alloy
-from alloy.alignment.search import flat_order
+from alloy.alignment.moves import flat_order
 from alloy.errors import CollectionError, MaskError
 from alloy.statistics.collection import collect
 from alloy.statistics.points import Point, linear_images, observe, unit_points

@@ -26,9 +26,9 @@ from torch.nn.functional import pad
 
 from alloy.alignment.maps import UnitMap, apply_maps
 from alloy.alignment.matching import children, family, match, operators, roots
-from alloy.alignment.search import flat_order, num_flat_units
+from alloy.alignment.moves import flat_order, num_flat_units
 from alloy.alignment.similarity import OfUnits, scaled, unit_rows
-from alloy.alignment.zip_units import explained, zip_units
+from alloy.alignment.zip.units import explained, zip_units
 from alloy.symmetry.parts import owned_axes
 from alloy.symmetry.spec import (
     ROTARY_KINDS,
@@ -46,7 +46,7 @@ from alloy.types import Weights
 
 
 @dataclass(frozen=True)
-class Plan:
+class ZipPlan:
     """Which spaces are zipped, which are only permuted, and which weights the models share in the end.
 
     `reasons` says why a space is not zipped.
@@ -58,7 +58,7 @@ class Plan:
     reasons: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan(spec: SymmetrySpec, until: str | None = None) -> Plan:
+def plan(spec: SymmetrySpec, until: str | None = None) -> ZipPlan:
     """What can be zipped, up to the last weight whose name starts with `until` in the model's order.
 
     Raises:
@@ -87,7 +87,7 @@ def plan(spec: SymmetrySpec, until: str | None = None) -> Plan:
         (permuted if reason else zipped).add(name)
         if reason:
             reasons[name] = reason
-    return Plan(frozenset(zipped), frozenset(permuted), shared, reasons)
+    return ZipPlan(frozenset(zipped), frozenset(permuted), shared, reasons)
 
 
 def only_permuted(spec: SymmetrySpec, name: str) -> str:
@@ -121,7 +121,7 @@ class Found(NamedTuple):
 
 
 def check_sizes(
-    plan: Plan, spec: SymmetrySpec, other: SymmetrySpec, names: tuple[str, str]
+    plan: ZipPlan, spec: SymmetrySpec, other: SymmetrySpec, names: tuple[str, str]
 ) -> list[str]:
     """Doubts about zipping two models of one structure and different widths.
 
@@ -179,7 +179,7 @@ class ZipSearch:
         models: Mapping[str, Weights],
         specs: Sequence[SymmetrySpec],
         correlations: Mapping[str, Tensor],
-        plan: Plan,
+        plan: ZipPlan,
         *,
         weight_share: float,
         budget: float,

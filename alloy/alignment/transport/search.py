@@ -9,7 +9,7 @@ within them are transported; where they have not, heads are transported as well.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,18 +26,21 @@ from alloy.alignment.matching import (
     permute,
     roots,
 )
-from alloy.alignment.search import num_flat_units
-from alloy.alignment.similarity import OfUnits, Statistics, scaled, unit_rows
-from alloy.alignment.transport_plan import transport_plan
-from alloy.alignment.zip_search import only_permuted
+from alloy.alignment.moves import num_flat_units
+from alloy.alignment.similarity import OfUnits, PairMoments, scaled, unit_rows
+from alloy.alignment.transport.plan import transport_plan
+from alloy.alignment.zip.search import only_permuted
 from alloy.statistics.moments import CrossMoments, SampledMoments
 from alloy.symmetry.parts import owned_axes
 from alloy.symmetry.spec import ROTARY_KINDS, Axis, SymmetrySpec
 from alloy.symmetry.transforms import Transform, identity, move
 from alloy.types import Weights
 
+Residual = Literal["joint", "mean", "identity"]
+Readers = Literal["average", "sum"]
 
-class Settings(NamedTuple):
+
+class TransportSettings(NamedTuple):
     """`residual`: one plan over all that writes a space ("joint"), the mean of one for each ("mean", as
     arXiv:2310.05719 does where two meet), or none ("identity"), for spaces that several weights write.
     `readers`: columns that read merged units are averaged, as the paper does, or summed, which keeps the
@@ -46,8 +49,8 @@ class Settings(NamedTuple):
 
     weight_share: float
     regularisation: float
-    residual: str
-    readers: str
+    residual: Residual
+    readers: Readers
 
 
 class Fused(NamedTuple):
@@ -65,8 +68,8 @@ class TransportSearch:
         other: Weights,
         spec: SymmetrySpec,
         other_spec: SymmetrySpec,
-        statistics: Statistics,
-        settings: Settings,
+        statistics: PairMoments,
+        settings: TransportSettings,
     ) -> None:
         self.spec, self.other_spec = spec, other_spec
         self.ours = scaled(reference, spec, "none")

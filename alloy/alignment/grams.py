@@ -1,0 +1,37 @@
+"""Grams of layers' inputs, moved as a transform moves what the layers read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from alloy.statistics.moments import Gram
+from alloy.symmetry.spec import Leaf, SymmetrySpec
+from alloy.symmetry.transforms import Transforms, transport
+
+
+def transport_grams(
+    grams: Mapping[str, Gram], spec: SymmetrySpec, transforms: Transforms
+) -> dict[str, Gram]:
+    """The Grams of layers' inputs after `transport` of the layers: T G Tᵀ of inputs T x.
+
+    Args:
+        grams: by weight; those whose inputs no transform touches come back as they are.
+    """
+    moved = {}
+    for name, gram in grams.items():
+        inputs = spec.layout[name][gram.dim]
+        alone = replace(
+            spec, layout={name: (Leaf(inputs.size), inputs)}, pinned=(), unused=(), folds=()
+        )
+        # A weight that is the identity becomes T⁻¹: it must undo what its inputs undergo.
+        eye_DD = torch.eye(inputs.size, dtype=torch.float64)
+        inverse_DD = transport({name: eye_DD}, alone, transforms)[name]
+        if torch.equal(inverse_DD, eye_DD):
+            moved[name] = gram
+        else:
+            map_DD = torch.linalg.inv(inverse_DD)
+            moved[name] = replace(gram, sum_DD=map_DD @ gram.sum_DD @ map_DD.T)
+    return moved

@@ -1,0 +1,205 @@
+"""Presets that bring each model to the reference by coordinate descent (`alloy.alignment.search`).
+
+How much the weights count beside the activations may be chosen among several: by a score of the
+caller's, or by what it costs the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+
+from alloy.alignment.checks import check_method
+from alloy.alignment.matching import rotating
+from alloy.alignment.presets.folding import folded_models, folded_moments
+from alloy.alignment.presets.preset import (
+    Given,
+    Preset,
+    kept_spaces,
+    require_equal_specs,
+    require_one_of,
+    require_statistics,
+)
+from alloy.alignment.report import describe
+from alloy.alignment.result import Alignment
+from alloy.alignment.search import Search, SimilaritySpace, Start, align
+from alloy.alignment.similarity import PairMoments, Scale, Similarity
+from alloy.errors import AlignmentError
+from alloy.symmetry.spec import SymmetrySpec
+from alloy.symmetry.transforms import Transform, Transforms, identity, transport
+from alloy.types import Weights
+
+Score = Callable[[Mapping[str, Weights]], float]
+"""How good aligned models are, merged as the caller likes; more is better."""
+
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
+"""What `weight_share="search"` tries."""
+KEPT = 0.95
+"""The part of the activation similarity that weights may not cost (docs/alignment.md: measured)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Descent(Preset):
+    """Coordinate descent of each model towards the reference."""
+
+    weight_share: float | Literal["search"] = 0.5
+    """How much the weights count beside the activations, or the best of SHARES."""
+    scale: Scale = "tensor"
+    start: Start | Literal["best"] = "identity"
+    """Where the search begins, or wherever it ends higher."""
+    method: str = "permute"
+    """A key of `alloy.alignment.matching.MATCHING_METHODS`."""
+    keep: Collection[str] = ()
+    """Spaces that stay as they are, "streams" for the residual streams."""
+    fold: bool = False
+    """Fold norms first, so that streams may rotate."""
+    seed: int = 0
+    max_sweeps: int = 100
+    tolerance: float = 1e-9
+    """The part of the objective that a step must gain."""
+    score: Score | None = None
+    """Chooses among the shares and no alignment at all."""
+
+    def run(self, given: Given) -> Alignment:
+        require_equal_specs(given.specs, given.reference)
+        shares = self._shares()
+        require_statistics(given, any(s < 1 for s in shares) or self.start != "identity")
+        task, notes = self._unfolded(given)
+        candidates: dict[float | None, dict[str, Transforms]] = {
+            share: {o: self._pair(task, o, share) for o in given.others} for share in shares
+        }
+        chosen: float | None = shares[0]
+        if self.score is not None:
+            candidates[None] = {o: identity(task.spec) for o in given.others}
+            chosen, note = _by_score(task, candidates, self.score)
+            notes = (*notes, note)
+        elif len(shares) > 1:
+            chosen = _by_proxy(task, candidates)
+            notes = (*notes, f"weight_share {chosen} was chosen among {list(shares)}")
+        transforms = {given.reference: identity(task.spec), **candidates[chosen]}
+        return Alignment(
+            given.preset,
+            given.reference,
+            task.spec,
+            given.specs,
+            transforms,
+            report={o: tuple(task.describe(o, transforms[o])) for o in given.others},
+            warnings=notes,
+        )
+
+    def _shares(self) -> Sequence[float]:
+        """The shares to try.
+
+        Raises:
+            AlignmentError: settings that do not exist or do not go together.
+        """
+        check_method(self.method)
+        require_one_of("scale", self.scale, get_args(Scale))
+        require_one_of("start", self.start, ("identity", "activation", "best"))
+        if self.scale == "none" and self.weight_share != 1:
+            raise AlignmentError(
+                f"scale='none' has no measure in common with activations: weight_share "
+                f"{self.weight_share!r} must be 1, or scale 'tensor' or 'unit'"
+            )
+        if self.weight_share == "search":
+            return SHARES
+        if isinstance(self.weight_share, (int, float)) and 0 <= self.weight_share <= 1:
+            return (float(self.weight_share),)
+        raise AlignmentError(f"weight_share {self.weight_share!r} is neither 'search' nor in 0..1")
+
+    def _unfolded(self, given: Given) -> tuple[_Task, tuple[str, ...]]:
+        """What is aligned, with norms folded where the settings ask for it; and notes."""
+        plain = _Task(given.reference, given.models, given.spec, given.moments)
+        if not self.fold:
+            return plain, ()
+        if not given.spec.folds:
+            reasons = "; ".join(given.spec.unfoldable.values()) or "the model has none with a gain"
+            return plain, (f"no norm can be folded, so that no stream rotates: {reasons}",)
+        models, spec = folded_models(given)
+        return _Task(given.reference, models, spec, partial(folded_moments, given)), ()
+
+    def _pair(self, task: _Task, other: str, share: float) -> dict[str, Transform]:
+        """One model to the reference; with start "best" from wherever the search ends higher."""
+        reference, theirs = task.models[task.reference], task.models[other]
+        moments = task.moments(other)
+        space: SimilaritySpace = "weight" if share == 1 else "dual" if share else "activation"
+        starts: Sequence[Start] = (
+            ("identity", "activation") if self.start == "best" else (self.start,)
+        )
+        ends = [
+            align(
+                reference,
+                theirs,
+                task.spec,
+                moments if share < 1 or self.start != "identity" else None,
+                space=space,
+                weight_share=share if space == "dual" else None,
+                method=self.method,
+                scale=self.scale,
+                start=start if share > 0 else "identity",
+                keep=kept_spaces(task.spec, self.keep),
+                generator=torch.Generator().manual_seed(self.seed),
+                max_sweeps=self.max_sweeps,
+                tolerance=self.tolerance,
+            )
+            for start in starts
+        ]
+        if len(ends) == 1:
+            return ends[0]
+        turning = rotating(task.spec, self.method)
+        similarity = Similarity.to(
+            reference, task.spec, moments, share, scale=self.scale, rotating=turning
+        )
+        values = [Search(similarity, theirs, {}, end).values[0] for end in ends]
+        return ends[values.index(max(values))]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Models to align, as they were given or folded, and what was seen of them."""
+
+    reference: str
+    models: Mapping[str, Weights]
+    spec: SymmetrySpec
+    moments: Callable[[str], PairMoments]
+
+    def describe(self, other: str, transforms: Transforms):
+        ours, theirs = self.models[self.reference], self.models[other]
+        return describe(ours, theirs, self.spec, transforms, self.moments(other))
+
+
+def _by_score(
+    task: _Task, candidates: Mapping[float | None, Mapping[str, Transforms]], score: Score
+) -> tuple[float | None, str]:
+    """The share whose aligned models score best, None where no alignment does; and a note."""
+    scores = {}
+    for share, transforms in candidates.items():
+        moved = {n: transport(task.models[n], task.spec, t) for n, t in transforms.items()}
+        scores[share] = score({**task.models, **moved})
+    best = max(scores, key=lambda share: (scores[share], share is None))
+    named = {
+        share: "no alignment" if share is None else f"weight_share {share}" for share in scores
+    }
+    others = ", ".join(f"{named[share]} {value:.4g}" for share, value in scores.items())
+    return best, f"{named[best]} was chosen by score: {others}"
+
+
+def _by_proxy(
+    task: _Task, candidates: Mapping[float | None, Mapping[str, Transforms]]
+) -> float | None:
+    """The largest share that keeps KEPT of the highest activation similarity of all candidates.
+
+    As the share grows from 0, weights become more alike at first for almost nothing, because many
+    orders of units are nearly as good by activations; later at the price of the activations.
+    """
+    similarity = {}
+    for share, transforms in candidates.items():
+        rows = [row for other, t in transforms.items() for row in task.describe(other, t)]
+        seen = [r.activation_after for r in rows if r.activation_after is not None]
+        similarity[share] = sum(seen) / max(1, len(seen))
+    highest = max(similarity.values())
+    return max(s for s, value in similarity.items() if s is not None and value >= KEPT * highest)

@@ -1,0 +1,84 @@
+"""Where a search stands: the transforms so far, and the other model under them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from alloy.alignment.matching import carried, family, roots
+from alloy.alignment.moves import move_seen
+from alloy.alignment.similarity import Factored, Similarity, signless
+from alloy.symmetry.spec import SymmetrySpec
+from alloy.symmetry.transforms import Transform, Transforms, compose, identity, move
+from alloy.types import Weights
+
+
+@dataclass(frozen=True)
+class Family:
+    """One block of the block coordinate descent: spaces that are matched together.
+
+    A space and all that depends on it, parents first; `root` may be a fixed one that carries
+    others.
+    """
+
+    root: str
+    names: list[str]
+    weights: tuple[str, ...]
+    """What the spaces lie on."""
+    carried: list[str]
+    """The spaces, and all that depends on any of them."""
+
+
+def families(spec: SymmetrySpec) -> dict[str, Family]:
+    """What a sweep visits, by root."""
+    result = {}
+    for root in roots(spec):
+        names = family(spec, root)
+        weights = dict.fromkeys(a.parameter for name in names for a in spec.spaces[name].axes)
+        result[root] = Family(root, names, tuple(weights), carried(spec, names))
+    return result
+
+
+class State(NamedTuple):
+    """Transforms, and the other model's scaled weights and side of the activations under them."""
+
+    transforms: dict[str, Transform]
+    weights: dict[str, Tensor]
+    activations: dict[str, Tensor | Factored]
+
+    @classmethod
+    def start(
+        cls, similarity: Similarity, other: Weights, transforms: Transforms | None = None
+    ) -> State:
+        """The other model under some transforms, by default the identity."""
+        spec = similarity.spec
+        start = dict(transforms or identity(spec))
+        weights = similarity.scaled(other) if similarity.weight_share > 0 else {}
+        activations = {
+            key: move_seen(matrix, key, spec, start)
+            for key, matrix in similarity.activations.items()
+        }
+        return cls(start, move(weights, spec, start), activations)
+
+    def changes(self, family: Family, step: Transforms, spec: SymmetrySpec) -> State:
+        """What a step of one family changes, without what it leaves alone."""
+        touched = {name: self.weights[name] for name in family.weights if name in self.weights}
+        return State(
+            compose({name: self.transforms[name] for name in family.carried}, step),
+            move(touched, spec, step),
+            {
+                key: move_seen(self.activations[key], key, spec, step)
+                for name in family.carried
+                for key in (name, signless(name))
+                if key in self.activations
+            },
+        )
+
+    def with_changes(self, changes: State) -> State:
+        return State(
+            {**self.transforms, **changes.transforms},
+            {**self.weights, **changes.weights},
+            {**self.activations, **changes.activations},
+        )

@@ -44,7 +44,7 @@ from alloy.statistics.points import (
 from alloy.statistics.sums import MOST_SAMPLES, Pair, Place, Statistics, Warned
 from alloy.symmetry.parts import by_blocks, owned_axes
 from alloy.symmetry.spec import SymmetrySpec
-from alloy.symmetry.tracing.trace import plain_kernels
+from alloy.symmetry.tracing.recording.kernels import plain_kernels
 
 Batch = Mapping[str, Tensor]
 

@@ -1,8 +1,8 @@
 """Find, check and apply the symmetries of any model that PyTorch can run.
 
-`find_symmetries` traces a model and gives a `SymmetrySpec`: pure data. `transport` applies transforms
-of its spaces to weights; `validate` checks that the model's function stays; `fold_norms` enlarges the
-group. docs/symmetry.md explains the idea.
+`find_symmetries` traces a model and gives a `SymmetrySpec`: pure data. `transport` applies
+transforms of its spaces to weights; `validate` checks that the model's function stays; `fold_norms`
+enlarges the group. docs/symmetry.md explains the idea.
 """
 
 from alloy.symmetry.fold import add_norm_matrices, fold_norms, unfold_norms
@@ -22,7 +22,7 @@ from alloy.symmetry.spec import (
     with_kind,
 )
 from alloy.symmetry.tracing.discover import find_symmetries
-from alloy.symmetry.tracing.trace import observe_outputs
+from alloy.symmetry.tracing.recording.observe import observe_outputs
 from alloy.symmetry.transforms import (
     Transform,
     Transforms,

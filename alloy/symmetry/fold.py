@@ -37,13 +37,13 @@ AxisOf = Mapping[tuple[str, int, int], Axis]
 
 
 class NoFoldError(Exception):
-    """Why the gains of a space cannot be moved, and which of them (`gains`) cannot."""
+    """Reason why gains of a space (`gains`) cannot be moved."""
 
     gains: tuple[str, ...] = ()
 
 
 def plan_folds(kinds: Kinds, atom: Atom, space: str, axis_of: AxisOf, moves: Moves) -> list[Fold]:
-    """The folds that remove all gains of a space. Raises NoFoldError with the reason if some stay."""
+    """Plan the folds that remove all gains of a space. Raises NoFoldError if some must stay."""
     planner = _Planner(kinds, atom, space, axis_of, moves)
     folds: list[Fold] = []
     failures: dict[str, NoFoldError] = {}
@@ -154,7 +154,7 @@ class _Planner:
         return writers, tuple(axis for axis, bit in members if bit != own)
 
     def centring(self, folds: list[Fold]) -> Iterator[Fold]:
-        """What writes a stream that only LayerNorms read may lose its mean."""
+        """Centre what writes a stream that only LayerNorms read."""
         done = set()
         for use in self.uses:
             station = self.station(use.before)
@@ -180,14 +180,14 @@ def fold_norms(
 ) -> tuple[Any, SymmetrySpec]:
     """Fold norms' gains into the weights beside them; the function stays the same.
 
-    `model` is a state dict or a module; the same kind is returned, a copy. With it comes the spec of
-    the folded weights, in which the spaces have their `folded_kind`: a pre-norm residual stream is
-    orthogonal. Where LayerNorms alone read a stream, its writers are centred too.
-    `spaces` limits the folding; by default all that can be folded are. With `biases` the norms' biases
-    move on into the biases of the layers that read them (they need not: a bias turns with its stream).
+    `model` is a state dict or a module; the same kind is returned, a copy. With it comes the spec
+    of the folded weights, in which the spaces have their `folded_kind`: a pre-norm residual stream
+    is orthogonal. Where LayerNorms alone read a stream, its writers are centred too. `spaces`
+    limits the folding; by default all that can be folded are. With `biases` the norms' biases move
+    on into the biases of the layers that read them (they need not: a bias turns with its stream).
 
-    Raises SymmetryError with the reason if nothing, or a space asked for, cannot be folded, if a gain of
-    zero would have to be divided by, and if a bias has no layer to go to.
+    Raises SymmetryError with the reason if nothing, or one of `spaces`, cannot be folded, if a
+    gain of zero would have to be divided by, and if a bias has no layer to go to.
     """
     chosen = _chosen(spec, spaces)
     if isinstance(model, nn.Module):
@@ -205,16 +205,17 @@ def unfold_norms(
     spaces: list[str] | None = None,
     biases: bool = False,
 ) -> Any:
-    """Give folded norms gains again, taken out of the weights beside them; the function stays the same.
+    """Give folded norms gains again, taken out of the weights beside them; the function stays the
+    same.
 
-    `model` (a state dict or a module; a copy of the same kind is returned) is folded: by `fold_norms`,
-    and perhaps transported or merged since. `spec`, `spaces` and `biases` are those that `fold_norms` was
-    given. `gains` holds the norm weights (and biases) wanted, under their names: with those of the model
-    before folding (its state dict will do) the inverse of `fold_norms`, but for the means that centring
-    removed.
+    `model` (a state dict or a module; a copy of the same kind is returned) is folded: by
+    `fold_norms`, and perhaps transported or merged since. `spec`, `spaces` and `biases` are those
+    that `fold_norms` was given. `gains` holds the norm weights (and biases) wanted, under their
+    names: with those of the model before folding (its state dict will do) the inverse of
+    `fold_norms`, but for the means that centring removed.
 
-    Raises SymmetryError if a gain is missing, zero or not finite, and if a norm's gain is not one (its
-    bias not zero).
+    Raises SymmetryError if a gain is missing, zero or not finite, and if a norm's gain is not one
+    (its bias not zero).
     """
     chosen = _chosen(spec, spaces)
     if isinstance(model, nn.Module):
@@ -250,13 +251,13 @@ def _check_bias(fold: Fold) -> None:
 def add_norm_matrices(model: nn.Module, spec: SymmetrySpec) -> nn.Module:
     """Put an identity matrix behind each norm whose gain cannot be folded: the function stays.
 
-    A norm that writes into a stream (of embeddings, of a post-norm block, of a sublayer before it is
-    added) scales units one by one, so the stream cannot be rotated. A matrix in the place of the gain
-    can be: trace the result again, and `fold_norms` folds the gain into it. The model grows by d x d
-    weights for each such norm, called `<norm>.matrix.weight`; names of the others stay.
+    A norm that writes into a stream (of embeddings, of a post-norm block, of a sublayer before it
+    is added) scales units one by one, so the stream cannot be rotated. A matrix in the place of the
+    gain can be: trace the result again, and `fold_norms` folds the gain into it. The model grows by
+    d x d weights for each such norm, called `<norm>.matrix.weight`; names of the others stay.
 
-    Returns a copy. Raises SymmetryError if nothing stands in the way of folding, and if a gain belongs to
-    a module that does more than scale.
+    Returns a copy. Raises SymmetryError if nothing stands in the way of folding, and if a gain
+    belongs to a module that does more than scale.
     """
     gains = list(dict.fromkeys(name for names in spec.unfolded.values() for name in names))
     if not gains:
@@ -267,8 +268,9 @@ def add_norm_matrices(model: nn.Module, spec: SymmetrySpec) -> nn.Module:
         norm = result.get_submodule(owner)
         if any(True for _ in norm.children()):
             raise SymmetryError(
-                f"gain {gain!r} is a weight of {type(norm).__name__}, which does more than scale: a "
-                "matrix behind it would be in another place; make the scaling a module of its own"
+                f"gain {gain!r} is a weight of {type(norm).__name__}, which does more than "
+                "scale: a matrix behind it would be in another place; make the scaling a module of "
+                "its own"
             )
         weight = norm.get_parameter(name)
         matrix = nn.Linear(weight.numel(), weight.numel(), bias=False)
@@ -284,9 +286,9 @@ def _multiply(norm: Any, _: Any, output: Tensor) -> Tensor:
 
 def _check_given(name: str, weights: Weights, gains: Weights) -> None:
     if name not in gains or gains[name].shape != weights[name].shape:
-        found = tuple(gains[name].shape) if name in gains else "none"
+        shape = tuple(gains[name].shape) if name in gains else "none"
         raise SymmetryError(
-            f"unfolding needs {name!r} of shape {tuple(weights[name].shape)}; given: {found}"
+            f"unfolding needs {name!r} of shape {tuple(weights[name].shape)}; given: {shape}"
         )
 
 
@@ -345,7 +347,7 @@ class _Work:
                 view.mul_(factor.reshape(-1, *[1] * (view.ndim - 1)))
 
     def move_bias(self, fold: Fold, bias: Tensor | None = None) -> None:
-        """Move a norm's bias into the layers that read it: its own, or the negative of one given."""
+        """Move a norm's bias into the layers that read it: its own, or minus the given one."""
         assert fold.bias is not None
         own = self.units(fold.bias, fold.space)
         moved = own.clone() if bias is None else bias
@@ -385,8 +387,8 @@ def _fold_weights(
         gain = _gain(weights, spec, fold, fold.gain)
         if fold.divided and not gain.all():
             raise SymmetryError(
-                f"{fold.gain.parameter} has gains of zero, by which {fold.divided[0].parameter} would "
-                f"be divided: space {fold.space!r} cannot be folded"
+                f"{fold.gain.parameter} has gains of zero, by which {fold.divided[0].parameter} "
+                f"would be divided: space {fold.space!r} cannot be folded"
             )
         work.scale(fold, gain)
         work.units(fold.gain, fold.space).fill_(1 - fold.offset)

@@ -1,4 +1,4 @@
-"""How a dim of a weight is made of spaces: terms, and views of the part that belongs to one space."""
+"""Terms, which say how a dim of a weight is made of spaces, and views of one space's part."""
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from torch import Tensor
 class Leaf:
     """One space, or nothing that may be transformed (`space` is None).
 
-    `variance` says how the axis follows a matrix M of its space: +1 takes M, -1 (it reads the space)
-    takes the inverse transpose, 0 (a gain) is permuted and keeps its sign.
+    `variance` says how the axis follows a matrix M of its space: +1 takes M, -1 (it reads the
+    space) takes the inverse transpose, 0 (a gain) is permuted and keeps its sign.
     """
 
     size: int
@@ -103,14 +103,14 @@ def view_axis(
             continue
         at = other + extra * (other > axis.dim)
         factors = other_term.factors if isinstance(other_term, Product) else (other_term,)
-        found = [
+        parents = [
             (i, str(factor.space))
             for i, factor in enumerate(factors)
             if isinstance(factor, Leaf)
             and factor.space in depends_on
             and factor.space not in places
         ]
-        if not found:
+        if not parents:
             continue
         if len(factors) > 1:
             view = view.unflatten(at, [factor.size for factor in factors])
@@ -118,7 +118,7 @@ def view_axis(
             places = {s: d + shift * (d > at) for s, d in places.items()}
             dim += shift * (dim > at)
             extra += shift * (other < axis.dim)
-        for i, space in found:
+        for i, space in parents:
             places[space] = at + i
     front = [places[parent] for parent in depends_on] + [dim]
     return view.movedim(front, list(range(len(front))))

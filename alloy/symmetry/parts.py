@@ -1,4 +1,4 @@
-"""Parts of a spec: the axes that are a space's own, and the symmetries of some of the weights alone."""
+"""Parts of a spec: the axes that a space owns, and the symmetries of some of the weights."""
 
 import math
 from collections.abc import Sequence
@@ -8,10 +8,11 @@ from alloy.symmetry.spec import Axis, SymmetrySpec, fixed_outside
 
 
 def owned_axes(spec: SymmetrySpec, space: str) -> list[Axis]:
-    """The axes of a space that no space depending on it shares: each stretch of a weight counts once.
+    """The axes of a space that no space depending on it shares: each stretch of a weight counts
+    once.
 
-    The rows of a query projection belong to the units within the heads; what lies on the heads alone
-    (a relative position table) belongs to the heads.
+    The rows of a query projection belong to the units within the heads; what lies on the heads
+    alone (a relative position table) belongs to the heads.
     """
     below = _descendants(spec, space)
     taken = [axis for name in below for axis in spec.spaces[name].axes]
@@ -35,8 +36,8 @@ def _overlap(axis: Axis, deeper: Axis) -> bool:
 def restrict(spec: SymmetrySpec, names: Sequence[str]) -> SymmetrySpec:
     """The symmetries of some of the weights alone: spaces that lie wholly on them, the rest fixed.
 
-    What is left when the other weights are shared with a model that must not move: of a transformer's
-    experts the MLP units and the heads, not the residual stream.
+    What is left when the other weights are shared with a model that must not move: of a
+    transformer's experts the MLP units and the heads, not the residual stream.
 
     Raises:
         ValueError: a name is not in the spec.
@@ -69,11 +70,11 @@ def restrict(spec: SymmetrySpec, names: Sequence[str]) -> SymmetrySpec:
 
 
 LARGEST = 2**26
-"""Of a space within units (of experts, of heads) no more similarities than this are held at once."""
+"""Most similarities of a space within units (of experts, of heads) that are held at once."""
 
 
 def by_blocks(spec: SymmetrySpec, space: str) -> bool:
-    """Whether the similarities of a space are computed for one pair of the units it depends on at a time."""
+    """Say whether a space is compared for one pair of the units it depends on at a time."""
     size = math.prod(spec.batch_shape(space)) * spec.spaces[space].size
     within = bool(spec.spaces[space].depends_on) and not spec.dependents(space)
     return within and size * size > LARGEST

@@ -1,16 +1,16 @@
 """Which axes of which weights share one transform: the result of tracing, as data.
 
-A *unit* is one coordinate of a hidden space: a neuron of an MLP, a head, a coordinate of the residual
-stream. A *space* is a set of units that may be transformed together. A dim of a weight is described by
-a *term*: a leaf (one space, or fixed), a product (a fused `heads x head width` dim, outermost factor
-first) or a sum (parts laid end to end, as in a fused query-key-value matrix).
+A *unit* is one coordinate of a hidden space: a neuron of an MLP, a head, a coordinate of the
+residual stream. A *space* is a set of units that may be transformed together. A dim of a weight is
+described by a *term*: a leaf (one space, or fixed), a product (a fused `heads x head width` dim,
+outermost factor first) or a sum (parts laid end to end, as in a fused query-key-value matrix).
 
     attn.c_attn.weight  [residual, query + key + value]
                         query = heads x width
 
-A space may depend on others: the units within a head are transformed per head, so `width` depends on
-`heads`, and its transform has one leading dim for each space it depends on. These dims are indexed by
-the unit of the *result*: `result[h, d] = source[heads[h], width[h, d]]`.
+A space may depend on others: the units within a head are transformed per head, so `width` depends
+on `heads`, and its transform has one leading dim for each space it depends on. These dims are
+indexed by the unit of the *result*: `result[h, d] = source[heads[h], width[h, d]]`.
 """
 
 import json
@@ -68,9 +68,9 @@ class Pinned:
 class Space:
     """Units that share one transform. `name` is its first axis, so equal models give equal names.
 
-    `kind` is the largest group that the traced operations allow now; `folded_kind` the largest after
-    `fold_norms`. `depends_on` lists spaces, outermost first. The units of a rotary space are pairs
-    `pair_stride` apart: halves of the space (i, i + size / 2), or neighbours (2 i, 2 i + 1).
+    `kind` is the largest group that the traced operations allow now; `folded_kind` the largest
+    after `fold_norms`. `depends_on` lists spaces, outermost first. The units of a rotary space are
+    pairs `pair_stride` apart: halves of the space (i, i + size / 2), or neighbours (2 i, 2 i + 1).
     """
 
     name: str
@@ -86,18 +86,17 @@ class Space:
 class SymmetrySpec:
     """The symmetries of one model: pure data with a JSON round trip.
 
-    `layout` gives each weight of the state dict (aliases of tied weights included) one term per dim.
-    `fixed` names dims that cannot move, but per whose units other spaces are transformed (heads that
-    ALiBi tells apart): a space may depend on them, and no transform exists for them.
-    `tied` maps further names of a tied weight to its first one; axes are listed under the first only.
-    `unused` lists weights that the traced forwards never read: their layout is fixed.
-    `folds` are the gains that `fold_norms` can move, `unfoldable` says for each space why it cannot, and
-    `unfolded` by which gains;
-    `folded` lists gains that have been moved: the spec holds only while they stay one.
-    `unknown_operations` maps each operation without a rule to the module that called it first.
-    `warnings` says what a user should know before trusting the spec, one sentence each.
-    `reading` names the axes (`str(axis)`) along which a weight is contracted with what depends on the
-    input, `both` those of them that also write the space (a tied embedding); all others write.
+    `layout` gives each weight of the state dict (aliases of tied weights included) one term per
+    dim. `fixed` names dims that cannot move, but per whose units other spaces are transformed
+    (heads that ALiBi tells apart): a space may depend on them, and no transform exists for them.
+    `tied` maps further names of a tied weight to its first one; axes are listed under the first
+    only. `unused` lists weights that the traced forwards never read: their layout is fixed. `folds`
+    are the gains that `fold_norms` can move, `unfoldable` says for each space why it cannot, and
+    `unfolded` by which gains; `folded` lists gains that have been moved: the spec holds only while
+    they stay one. `unknown_operations` maps each operation without a rule to the module that called
+    it first. `warnings` says what a user should know before trusting the spec, one sentence each.
+    `reading` names the axes (`str(axis)`) along which a weight is contracted with what depends on
+    the input, `both` those of them that also write the space (a tied embedding); all others write.
     """
 
     spaces: Mapping[str, Space]
@@ -143,14 +142,14 @@ class SymmetrySpec:
 
     def axes_of(self, parameter: str) -> Iterator[tuple[str, Axis]]:
         """Every (space, axis) of one weight, parents before their dependents."""
-        found = [
+        axes = [
             (str(leaf.space), Axis(parameter, dim, path, leaf.variance))
             for dim, term in enumerate(self.layout[parameter])
             for path, leaf in leaves(term)
             if leaf.space in self.spaces
         ]
         rank = {name: i for i, name in enumerate(self.order)}
-        yield from sorted(found, key=lambda pair: rank[pair[0]])
+        yield from sorted(axes, key=lambda pair: rank[pair[0]])
 
     def to_json(self) -> str:
         return json.dumps(_spec_to_data(self), indent=1)
@@ -165,10 +164,10 @@ class Fold:
     """A norm's gain that can move into the weights beside it without changing the function.
 
     `gain` is the weight, stored as an offset from `offset` (Gemma stores gain - 1: offset 1).
-    `scaled` axes take the gain, `divided` ones (a norm's own bias) its inverse. `centred` axes write
-    the stream in front of a LayerNorm: their mean over the space is removed. `bias` is the norm's own,
-    which can move on into its `readers`: the axis of each that reads the norm, and the bias of its layer;
-    `bias_stays` says why it cannot.
+    `scaled` axes take the gain, `divided` ones (a norm's own bias) its inverse. `centred` axes
+    write the stream in front of a LayerNorm: their mean over the space is removed. `bias` is the
+    norm's own, which can move on into its `readers`: the axis of each that reads the norm, and the
+    bias of its layer; `bias_stays` says why it cannot.
     """
 
     space: str
@@ -185,9 +184,10 @@ class Fold:
 def unit_view(tensor: Tensor, spec: SymmetrySpec, space: str, axis: Axis) -> Tensor:
     """The part of a weight that an axis covers, as a view of shape [*batch, units, ...].
 
-    The leading dims are the units of the spaces that `space` depends on (`spec.batch_shape(space)`),
-    then the units of `space`; the weight's other dims follow in their order. Writing into the view
-    writes into `tensor`, which may be any tensor laid out like the weight (a gradient, a statistic).
+    The leading dims are the units of the spaces that `space` depends on
+    (`spec.batch_shape(space)`), then the units of `space`; the weight's other dims follow in their
+    order. Writing into the view writes into `tensor`, which may be any tensor laid out like the
+    weight (a gradient, a statistic).
     """
     return view_axis(tensor, spec.layout[axis.parameter], spec.spaces[space].depends_on, axis)
 
@@ -353,7 +353,8 @@ def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
 def with_kind(spec: SymmetrySpec, kind: Kind) -> SymmetrySpec:
     """The spec with every space's kind lowered to at most `kind` (to move units only, say).
 
-    Rotary spaces, whose units keep their places, are fixed where `kind` allows no rotation of pairs.
+    Rotary spaces, whose units keep their places, are fixed where `kind` allows no rotation of
+    pairs.
     """
     if kind not in KINDS:
         raise SymmetryError(f"kind {kind!r} is no limit; choose one of {list(KINDS)}")

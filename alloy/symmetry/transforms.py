@@ -2,8 +2,8 @@
 
 A transform of a space that depends on spaces of sizes B has shape [*B, units] (a permutation, its
 signs) or [*B, units, units] (a matrix). Convention: result unit i is source unit `permutation[i]`,
-times `signs[i]`; a matrix acts as `result = matrix @ source`. A space that `Transforms` does not name
-stays as it is.
+times `signs[i]`; a matrix acts as `result = matrix @ source`. A space that `Transforms` does not
+name stays as it is.
 """
 
 import math
@@ -32,7 +32,8 @@ from alloy.types import Weights
 class Transform:
     """One element of a space's group: a permutation, with signs if any, or a matrix.
 
-    `permutation` int64 [*batch, units]; `signs` +-1 [*batch, units]; `matrix` [*batch, units, units].
+    `permutation` int64 [*batch, units]; `signs` +-1 [*batch, units]; `matrix` [*batch, units,
+    units].
     """
 
     permutation: Tensor | None = None
@@ -125,7 +126,7 @@ def transport(weights: Weights, spec: SymmetrySpec, transforms: Transforms) -> d
 
 
 def move(weights: Weights, spec: SymmetrySpec, transforms: Transforms) -> dict[str, Tensor]:
-    """`transport` for some of a model's weights, unchecked: for loops that move them again and again."""
+    """Transport some of a model's weights, unchecked: for loops that do so again and again."""
     mover = _Mover(spec, transforms)
     return {name: mover.move(tensor, name) for name, tensor in weights.items()}
 
@@ -156,7 +157,7 @@ class _Mover:
         return result
 
     def _gather(self, weight: Tensor, dim: int, index: Tensor) -> Tensor:
-        """One of several gathers, into memory that weights of one shape share: fresh pages cost most."""
+        """Gather into memory that weights of one shape share: fresh pages cost most."""
         if weight.requires_grad:
             return weight.index_select(dim, index)
         key = (weight.shape, weight.dtype, weight.device)
@@ -172,7 +173,7 @@ class _Mover:
         return pure and inside.issuperset(self.spec.spaces[space].depends_on)
 
     def _index(self, term: Term) -> Tensor:
-        """Where each result unit of a dim comes from: the transport of `0, 1, 2, ...`."""
+        """Source of each result unit of a dim: the transport of `0, 1, 2, ...`."""
         if term not in self.indices:
             index = torch.arange(term.size)
             rank = {name: i for i, name in enumerate(self.spec.order)}
@@ -235,7 +236,7 @@ def random_transform(spec: SymmetrySpec, name: str, generator: Generator) -> Tra
 
 
 def rotary_matrix(a: Tensor, b: Tensor, pair_stride: int) -> Tensor:
-    """a I + b J on every pair of units, `pair_stride` apart: a, b [*batch, pairs] -> [*batch, n, n]."""
+    """Build a I + b J on pairs `pair_stride` apart: a, b [*batch, pairs] -> [*batch, n, n]."""
     units = torch.arange(2 * a.shape[-1])
     first = units[units // pair_stride % 2 == 0]
     second = first + pair_stride
@@ -261,7 +262,7 @@ def _random_fixing_ones(batch: tuple[int, ...], size: int, generator: Generator)
 
 
 def invert(transforms: Transforms) -> dict[str, Transform]:
-    """The transforms that undo the given ones: `transport` by one, then the other, changes nothing."""
+    """Invert transforms: `transport` by one, then by the other, changes nothing."""
     return {name: _invert(transform, transforms) for name, transform in transforms.items()}
 
 
@@ -377,22 +378,22 @@ def check_transforms(spec: SymmetrySpec, transforms: Transforms) -> None:
             raise SymmetryError(f"transform of {name!r}: the spec has no such space")
         space = spec.spaces[name]
         expected = (*spec.batch_shape(name), space.size)
-        found = (*transform.batch_shape, transform.size)
-        if found != expected or transform.depends_on != space.depends_on:
+        shape = (*transform.batch_shape, transform.size)
+        if shape != expected or transform.depends_on != space.depends_on:
             raise SymmetryError(
-                f"transform of {name!r} has shape {found} over {transform.depends_on}; "
+                f"transform of {name!r} has shape {shape} over {transform.depends_on}; "
                 f"the space has {expected} over {space.depends_on}"
             )
         _check_kind(space, transform)
 
 
 def _check_kind(space: Space, transform: Transform) -> None:
-    def refuse(found: str) -> None:
+    def refuse(what: str) -> None:
         hint = ""
         if space.folded_kind != space.kind:
             hint = f"; after fold_norms it is {space.folded_kind}"
         raise SymmetryError(
-            f"transform of {space.name!r} is {found}; its kind is {space.kind}{hint}"
+            f"transform of {space.name!r} is {what}; its kind is {space.kind}{hint}"
         )
 
     if transform.permutation is not None:
@@ -440,7 +441,7 @@ def transforms_to_tensors(transforms: Transforms) -> dict[str, Tensor]:
 def transforms_from_tensors(
     tensors: Mapping[str, Tensor], spec: SymmetrySpec
 ) -> dict[str, Transform]:
-    """Read what `transforms_to_tensors` gave; raises SymmetryError when it does not fit the spec."""
+    """Read what `transforms_to_tensors` wrote; raises SymmetryError if it does not fit the spec."""
     fields: dict[str, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")

@@ -1,7 +1,8 @@
 """Check a spec by the model itself: random transforms must leave its outputs as they are.
 
-Everything runs in float64 on a copy whose parameters are drawn at random, so that zeros and ones hide
-nothing. What no output shows cannot be checked: a key bias, which softmax cancels, goes unnoticed.
+Everything runs in float64 on a copy whose parameters are drawn at random, so that zeros and ones
+hide nothing. What no output shows cannot be checked: a key bias, which softmax cancels, goes
+unnoticed.
 """
 
 import copy
@@ -16,13 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from alloy.errors import NotProvenError, SymmetryError
 from alloy.symmetry.spec import SymmetrySpec
-from alloy.symmetry.tracing.trace import (
-    Inputs,
-    Observe,
-    observe_outputs,
-    plain_kernels,
-    refuse_untraceable,
-)
+from alloy.symmetry.tracing.recording.kernels import plain_kernels
+from alloy.symmetry.tracing.recording.observe import Observe, observe_outputs
+from alloy.symmetry.tracing.recording.refusals import refuse_untraceable
+from alloy.symmetry.tracing.recording.trace import Inputs
 from alloy.symmetry.transforms import Transforms, random_transforms, transport
 
 TOLERANCE = 1e-9
@@ -36,7 +34,7 @@ _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Validation:
-    """What `validate` measured: the worst relative change, and the outputs that proved nothing."""
+    """Result of `validate`: the worst relative change, and the outputs that proved nothing."""
 
     worst_change: float
     spreads: tuple[float, ...]
@@ -56,8 +54,8 @@ def validate(
 
     `trials` random elements of the whole group are tried; if one changes an output by more than
     1e-9 of its spread (standard deviation over the batch), each space is tried alone to find the
-    culprit. Raises NotProvenError if no output varies enough to prove anything; outputs that do not,
-    among others that do, are listed in the result.
+    culprit. Raises NotProvenError if no output varies enough to prove anything; outputs that do
+    not, among others that do, are listed in the result.
     """
     prober = Prober(model, spec, example_inputs, observe=observe, seed=seed)
     worst = 0.0
@@ -111,8 +109,9 @@ class Prober:
         )
         if len(self.not_proven) == len(self.outputs):
             raise NotProvenError(
-                f"not proven: none of the {len(self.outputs)} outputs varies over the batch (spreads "
-                f"{[f'{s:.1e}' for s in self.spreads]}): give inputs that differ, or another observe="
+                f"not proven: none of the {len(self.outputs)} outputs varies over the batch "
+                f"(spreads {[f'{s:.1e}' for s in self.spreads]}): give inputs that differ, or "
+                "another observe="
             )
 
     def run(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
@@ -131,7 +130,7 @@ class Prober:
         return outputs
 
     def change(self, transforms: Transforms, weights: Mapping[str, Tensor] | None = None) -> float:
-        """The largest change of an output, relative to its spread, when the weights are transported."""
+        """Measure the largest change of an output, relative to its spread, under transport."""
         moved = transport(self.weights, self.spec, transforms) if weights is None else weights
         return max(
             _change(before, after) / self.spreads[i]
@@ -150,14 +149,15 @@ class Prober:
         )
         if not guilty:
             return (
-                f"random transforms of all spaces change the outputs by {change:.1e} of their spread, "
-                "although each space alone leaves them unchanged: a dependency between spaces is wrong"
+                f"random transforms of all spaces change the outputs by {change:.1e} of their "
+                "spread, although each space alone leaves them unchanged: a dependency between "
+                "spaces is wrong"
             )
         worst = self.spec.spaces[guilty[0]]
         return (
-            f"space {worst.name!r} ({worst.kind}, {worst.size} units) is no symmetry: a random transform "
-            f"of it changes the outputs by {changes[worst.name]:.1e} of their spread, {TOLERANCE:.0e} "
-            f"is allowed; {len(guilty)} of {len(changes)} spaces do"
+            f"space {worst.name!r} ({worst.kind}, {worst.size} units) is no symmetry: a random "
+            f"transform of it changes the outputs by {changes[worst.name]:.1e} of their spread, "
+            f"{TOLERANCE:.0e} is allowed; {len(guilty)} of {len(changes)} spaces do"
         )
 
 
@@ -166,8 +166,8 @@ def random_weights(
 ) -> dict[str, Tensor]:
     """Weights that hide nothing: no zeros, no ones, gains and variances positive.
 
-    Matrices have rows of norm about 1.5: deep stacks neither fade nor explode. Of the buffers only constant ones (fresh batch statistics) are
-    drawn; others may be tables or flags.
+    Matrices have rows of norm about 1.5: deep stacks neither fade nor explode. Of the buffers only
+    constant ones (fresh batch statistics) are drawn; others may be tables or flags.
     """
     drawn: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
@@ -226,7 +226,7 @@ def _scale(y: Tensor) -> float:
 
 
 def _spread(y: Tensor) -> float:
-    """Standard deviation over the batch, on average; over all elements where there is one example."""
+    """Average standard deviation over the batch; over all elements if there is one example."""
     y = torch.where(_finite(y), y, 0)
     if y.ndim and y.shape[0] > 1:
         return float(y.std(0).mean())

@@ -1,1 +1,1 @@
-"""From one run of a model to its symmetries: a trace, rules for its operations, spaces and kinds."""
+"""From one run of a model to its symmetries: a log, rules for its operations, spaces, kinds."""

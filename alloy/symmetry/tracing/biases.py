@@ -1,4 +1,4 @@
-"""Which layers can take over the bias of a norm: W (n + b) + c is W n + (W b + c).
+"""Layers that can take over the bias of a norm: W (n + b) + c is W n + (W b + c).
 
 That holds where nothing but matrix products with a bias of their own read the norm, and these read
 nothing else. Sums, zeros padded on, and other norms do not commute with the move.
@@ -7,7 +7,7 @@ nothing else. Sums, zeros padded on, and other norms do not commute with the mov
 from collections.abc import Iterator, Mapping
 
 from alloy.symmetry.tracing.engine import Engine
-from alloy.symmetry.tracing.trace import Call, Value
+from alloy.symmetry.tracing.recording.log import Call, Value
 
 _TURNS = {"t", "transpose", "clone", "contiguous", "_to_copy", "detach", "alias"}
 """Operations on a weight after which its dims are still its dims."""
@@ -20,7 +20,7 @@ Moves = Mapping[str, tuple[tuple[str, str], ...] | str]
 
 
 def bias_moves(engine: Engine) -> Moves:
-    """Where the bias of each LayerNorm can go."""
+    """List where the bias of each LayerNorm can go."""
     names = {v.id: name for name, v in reversed(engine.log.weights.items())}
     weight_of = {number: number for number in names}  # a weight and its transposed views
     norm_of: dict[int, int] = {}  # value -> the norm's bias that it carries
@@ -68,7 +68,7 @@ def bias_moves(engine: Engine) -> Moves:
 
 
 def _is_layer(call: Call, weight_of: Mapping[int, int], names: Mapping[int, str]) -> bool:
-    """Whether a call is x @ W + c for weights W and c."""
+    """Check whether a call is x @ W + c for weights W and c."""
     if call.name != "addmm" or (call.inputs["beta"], call.inputs["alpha"]) != (1, 1):
         return False
     bias = call.inputs["self"]

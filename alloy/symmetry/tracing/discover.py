@@ -25,12 +25,14 @@ from alloy.symmetry.tracing.biases import bias_moves
 from alloy.symmetry.tracing.engine import Engine, Requests, live_calls
 from alloy.symmetry.tracing.kinds import Kinds
 from alloy.symmetry.tracing.reads import roles
+from alloy.symmetry.tracing.recording.log import Log
+from alloy.symmetry.tracing.recording.observe import Observe, observe_outputs
+from alloy.symmetry.tracing.recording.trace import Inputs, trace
 from alloy.symmetry.tracing.rotary import with_rotations
 from alloy.symmetry.tracing.rules import RULES
 from alloy.symmetry.tracing.structure import acyclic, atoms_in_weights, dependencies, term_of
 from alloy.symmetry.tracing.terms import Node, find, pin
 from alloy.symmetry.tracing.terms import leaves as node_leaves
-from alloy.symmetry.tracing.trace import Inputs, Log, Observe, observe_outputs, trace
 
 _MOST_PASSES = 6
 
@@ -91,7 +93,7 @@ def spec_of(log: Log) -> SymmetrySpec:
     turned = {
         atom for atom in free if kinds.facts[atom].strides
     }  # only what permutes carries others
-    depends = {atom: found - turned for atom, found in dependencies(engine, free).items()}
+    depends = {atom: parents - turned for atom, parents in dependencies(engine, free).items()}
     parents = acyclic(depends, rank)
     used = {p for atom in free for p in parents[atom]}
     names = _names(engine, {atom for atom in on_weights if atom in free or atom in used})
@@ -143,8 +145,8 @@ def spec_of(log: Log) -> SymmetrySpec:
 def _warnings(engine: Engine) -> Iterator[str]:
     for operation, failure in engine.faults.items():
         yield (
-            f"the rule for {operation} failed ({failure}): all that it touches is pinned. This is a "
-            "fault of Alloy's, please report it"
+            f"the rule for {operation} failed ({failure}): all that it touches is pinned. "
+            "This is a fault of Alloy's, please report it"
         )
 
 
@@ -157,8 +159,8 @@ def _pin_pairs(kinds: Kinds, atom: int, leaf: Node) -> bool:
 
 
 def _variances(kinds: Kinds, groups: dict[int, Kind]) -> dict[tuple[str, int, int], list[int]]:
-    """How each place of a space on a weight follows it: (weight, dim, atom) -> variances in order."""
-    found: dict[tuple[str, int, int], list[int]] = {}
+    """Variances of the places of a space on each weight: (weight, dim, atom) -> in their order."""
+    variances: dict[tuple[str, int, int], list[int]] = {}
     for atom, kind in groups.items():
         flipped = kinds.sign_solution(atom) if kind == "signed permutation" else set()
         start = None
@@ -170,8 +172,8 @@ def _variances(kinds: Kinds, groups: dict[int, Kind]) -> dict[tuple[str, int, in
                 _, bit = kinds.linear.find(variable)
                 start = bit if start is None else start
                 variance = 1 if bit == start else -1
-            found.setdefault((name, dim, atom), []).append(variance)
-    return found
+            variances.setdefault((name, dim, atom), []).append(variance)
+    return variances
 
 
 def _axes(

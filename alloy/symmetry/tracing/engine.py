@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from alloy.symmetry.tracing.links import Link, Order, Same, Slot
+from alloy.symmetry.tracing.recording.log import Call, Log, Value, written
 from alloy.symmetry.tracing.terms import (
     Node,
     TermError,
@@ -30,7 +31,6 @@ from alloy.symmetry.tracing.terms import (
     regroup,
     unify,
 )
-from alloy.symmetry.tracing.trace import Call, Log, Value, written
 
 
 class Mix(NamedTuple):
@@ -56,12 +56,12 @@ class RuleDoesNotApply(Exception):  # noqa: N818 - no error: the operation is pi
 
 
 RAISE_FAULTS: ContextVar[bool] = ContextVar("RAISE_FAULTS", default=False)
-"""Whether an error inside a rule is raised (in tests) or reported, and its operation pinned."""
+"""Raise errors inside rules (in tests), instead of pinning the operation with a warning."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What an operation says about the dims of its tensors.
+    """Statement of an operation about the dims of its tensors.
 
     With `keeps_indices` it neither computes with the numbers of index tensors nor loses what they
     count along.
@@ -137,7 +137,7 @@ class Engine:
         return Rule(Engine.give_up)
 
     def _default_links(self, call: Call, first: int) -> None:
-        """Where a rule said nothing, an operation allows reordering only."""
+        """Allow only reordering where a rule stated nothing."""
         if call.name in SHAPE_ONLY:
             return
         linked = {(v.id, d) for link in self.links[first:] for v, d in link.slots}
@@ -345,7 +345,7 @@ def live_calls(log: Log) -> list[Call]:
 
 
 def merged(dims: Sequence[Node]) -> Node:
-    """The units of an output's dim that several inputs share: unified, and uniform only if all are."""
+    """Unify what several inputs say of an output's dim; the result is uniform only if all are."""
     real = [d for d in dims if not is_uniform(d)]
     if not real:
         return find(dims[0])

@@ -1,15 +1,16 @@
-"""How large the group of each space is, from how operations treat its units beyond reordering them.
+"""Kinds: the largest group that the traced operations allow on the units of each space.
 
 Every place of a space on a tensor is a variable (`places.py`). Links relate variables:
 
 - *linear*: sums and copies keep a matrix M acting on the units, a contraction pairs M with its
-  inverse transpose (union-find with a parity), a norm asks that M keep lengths (orthogonal), anything
-  else forbids all but permutations. LayerNorm's centring and norms' gains forbid it too, until they
-  are folded away (`fold.py`).
-- *signs*: a product multiplies signs, an odd function passes them on, any other function wants none.
-  That is a linear system over two elements; a solution other than zero is a sign symmetry.
+  inverse transpose (union-find with a parity), a norm asks that M keep lengths (orthogonal),
+  anything else forbids all but permutations. LayerNorm's centring and norms' gains forbid it too,
+  until they are folded away (`fold.py`).
+- *signs*: a product multiplies signs, an odd function passes them on, any other function wants
+  none. That is a linear system over two elements; a solution other than zero is a sign symmetry.
 
-Units that a rotary embedding turns in pairs allow a matrix only if it commutes with every such turn.
+Units that a rotary embedding turns in pairs allow a matrix only if it commutes with every such
+turn.
 """
 
 from collections import defaultdict
@@ -39,13 +40,13 @@ from alloy.symmetry.tracing.links import (
     View,
 )
 from alloy.symmetry.tracing.places import Atom, Places
+from alloy.symmetry.tracing.recording.log import Value
 from alloy.symmetry.tracing.terms import LEAF, Node, is_uniform
-from alloy.symmetry.tracing.trace import Value
 
 
 @dataclass
 class GainUse:
-    """Where units are scaled by a weight: out = gain * in (+ bias), after centring if `centres`."""
+    """A scaling of units by a weight: out = gain * in (+ bias), after centring if `centres`."""
 
     before: Variable
     after: Variable
@@ -57,7 +58,7 @@ class GainUse:
 
 @dataclass
 class Facts:
-    """What is known of one space's group."""
+    """Properties of one space that decide its group."""
 
     forbidden: bool = False  # some operation allows permutations only
     metric: bool = False
@@ -295,11 +296,11 @@ class Kinds:
         return "signed permutation" if self.sign_solution(atom) else "permutation"
 
     def pair_stride(self, atom: Atom) -> int:
-        """How far apart the units of a rotary pair are; 0 where there are no pairs."""
+        """Distance between the units of a rotary pair; 0 where there are no pairs."""
         return next(iter(self.facts[atom].strides), 0)
 
     def no_rotation(self, atom: Atom) -> str | None:
-        """Why the units of a rotary embedding may not move: pairs have frequencies of their own."""
+        """Name the reason why the units of a rotary embedding must stay, if there is one."""
         facts = self.facts[atom]
         if not facts.strides:
             return None
@@ -312,7 +313,7 @@ class Kinds:
         return None
 
     def _two_orders(self, atom: Atom) -> bool:
-        """Whether units that a rotary embedding reordered never meet units in their first order."""
+        """Check that units which a rotation reordered never meet units in their first order."""
         facts = self.facts[atom]
         first = {self.station.root(v) for *_, v in self.weight_variables(atom)}
         second = {self.station.root(out) for _, out in facts.reordered}
@@ -372,7 +373,7 @@ def gain_like(engine: Engine) -> dict[int, tuple[int, float]]:
 
 
 def _is_stretched(engine: Engine, value: Value) -> bool:
-    """Whether a value is stretched over further dims: then it no longer is a vector."""
+    """Check whether a value is stretched over further dims and so is no vector any more."""
     return any(
         n > 1 and is_uniform(d) for n, d in zip(value.shape, engine.dims[value.id], strict=True)
     )

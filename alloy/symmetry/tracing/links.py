@@ -1,4 +1,4 @@
-"""How operations treat units beyond reordering them: one dataclass for each relation.
+"""Relations that operations state between units: one dataclass for each.
 
 A relation speaks of dims of tensors. What follows for the group of a space is worked out in
 `kinds.py`, when all terms are final; which axes read a space, in `reads.py`.
@@ -7,7 +7,7 @@ A relation speaks of dims of tensors. What follows for the group of a space is w
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from alloy.symmetry.tracing.trace import Value
+from alloy.symmetry.tracing.recording.log import Value
 
 Slot = tuple[Value, int]
 """A dim of a tensor."""
@@ -145,7 +145,7 @@ class RootMeanSquare(Link):
 
 @dataclass(frozen=True)
 class Standardised(Link):
-    """The source less its mean, over its deviation, times a gain and plus a bias if there are any."""
+    """The source less its mean over its deviation, times a gain plus a bias if there are any."""
 
     source: Slot
     target: Slot

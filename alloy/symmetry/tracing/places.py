@@ -82,7 +82,7 @@ class Places:
                     places[atom] += 1
 
     def within(self, node: Node, start: int, end: int) -> list[int] | None:
-        """Which places of a dim lie in a slice of it; None where the slice cuts through one."""
+        """List the places of a dim in a slice of it; None where the slice cuts through one."""
         node = find(node)
         count = len(self.atoms_in(node))
         if start <= 0 and end >= node.size:
@@ -124,7 +124,7 @@ class Places:
         return inside
 
     def surviving(self, node: Node, index: Node, start: int, end: int) -> list[int] | None:
-        """Which places of a dim are left when another dim is sliced."""
+        """List the places of a dim that are left when another dim is sliced."""
         node = find(node)
         left: list[int] = []
         place = 0

@@ -1,8 +1,8 @@
-"""Which axes of weights read a space, and which write it.
+"""Roles of axes: which of a space's axes read it, and which write it.
 
-A weight reads along the dims that are contracted with something that depends on the input; along all
-others, and wherever it is added, multiplied or looked up, it writes. A tied embedding does both. For a
-permutation it is all the same; for a map that loses units (zip, transport) it is not.
+A weight reads along the dims that are contracted with something that depends on the input; along
+all others, and wherever it is added, multiplied or looked up, it writes. A tied embedding does
+both. For a permutation it is all the same; for a map that loses units (zip, transport) it is not.
 """
 
 import copy
@@ -14,8 +14,8 @@ from alloy.symmetry.tracing.engine import Engine
 from alloy.symmetry.tracing.kinds import Kinds
 from alloy.symmetry.tracing.links import Dual, Slot
 from alloy.symmetry.tracing.places import Atom
+from alloy.symmetry.tracing.recording.log import Call
 from alloy.symmetry.tracing.terms import Node
-from alloy.symmetry.tracing.trace import Call
 
 
 def roles(
@@ -57,12 +57,12 @@ def roles(
 
 def _weights_alone(engine: Engine) -> set[int]:
     """Ids of values that no input of the model has touched."""
-    found = {value.id for value in engine.log.weights.values()}
+    constant = {value.id for value in engine.log.weights.values()}
     for call in engine.calls:
         tensors = list(call.tensors())
-        if tensors and all(value.id in found for value in tensors):
-            found.update(value.id for value in call.outputs)
-    return found
+        if tensors and all(value.id in constant for value in tensors):
+            constant.update(value.id for value in call.outputs)
+    return constant
 
 
 def _contracted(call: Call) -> Iterator[Slot]:

@@ -1,14 +1,15 @@
 """Find rotary position embeddings among the operations of a log, whatever code computes them.
 
-A rotary embedding (arXiv:2104.09864) takes the coordinates of a vector in pairs, as complex numbers,
-and multiplies each by a phase that depends on the position: z_j becomes (C_j + i S_j) z_j. What it
-leaves free is what commutes with every phase: a rotation and a scale of each pair, a I + b J.
+A rotary embedding (arXiv:2104.09864) takes the coordinates of a vector in pairs, as complex
+numbers, and multiplies each by a phase that depends on the position: z_j becomes (C_j + i S_j) z_j.
+What it leaves free is what commutes with every phase: a rotation and a scale of each pair, a I + b
+J.
 
 Slices, negations, concatenations, products with tables and sums are evaluated symbolically, from a
-tensor to its rotated version: each coordinate of the result is a polynomial in the coordinates of the
-source and the entries of the tables. Where these are the rows a, -b and b, a of a complex product in
-every pair, the operations become one, "rotary", with a rule of its own. Where they are not, nothing is
-replaced, and the ordinary rules pin what they must.
+tensor to its rotated version: each coordinate of the result is a polynomial in the coordinates of
+the source and the entries of the tables. Where these are the rows a, -b and b, a of a complex
+product in every pair, the operations become one, "rotary", with a rule of its own. Where they are
+not, nothing is replaced, and the ordinary rules pin what they must.
 """
 
 import math
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from alloy.symmetry.tracing.trace import Call, Log, Value
+from alloy.symmetry.tracing.recording.log import Call, Log, Value
 
 Symbol = int
 Form = dict[tuple[int, tuple[Symbol, ...]], int]
@@ -42,20 +43,24 @@ class NotLinearError(Exception):
 def with_rotations(calls: Sequence[Call], log: Log) -> list[Call]:
     """The calls, those of each rotary embedding replaced by one named "rotary".
 
-    Its inputs: `self`, the `tables`, how many dims each table lacks in front (`shifts`), and how far
-    apart the two coordinates of a pair are before and after it (`strides`).
+    Its inputs: `self`, the `tables`, how many dims each table lacks in front (`shifts`), and how
+    far apart the two coordinates of a pair are before and after it (`strides`).
     """
     finder = _Finder(calls, log)
     dropped: set[int] = set()
-    found: dict[int, Call] = {}
+    substitutes: dict[int, Call] = {}
     for number, call in enumerate(calls):
         if call.name in _ENDS and call.outputs[0].id in finder.moving:
             region = finder.region(number)
             if region is not None:
-                numbers, found[number] = region
+                numbers, substitutes[number] = region
                 dropped |= numbers
                 del finder.producer[call.outputs[0].id]  # a boundary for what comes later
-    return [found.get(i, call) for i, call in enumerate(calls) if i not in dropped or i in found]
+    return [
+        substitutes.get(i, call)
+        for i, call in enumerate(calls)
+        if i not in dropped or i in substitutes
+    ]
 
 
 class _Finder:
@@ -75,11 +80,11 @@ class _Finder:
                 self.producer[value.id] = number
 
     def region(self, end: int) -> tuple[set[int], Call] | None:
-        """The calls that rotate a tensor into the output of call `end`, and what stands for them."""
+        """Replace the calls that rotate a tensor into the output of call `end`, if they do."""
         out = self.calls[end].outputs[0]
         frontier = {out.id: out}
         inside: set[int] = set()
-        found: tuple[set[int], Call] | None = None
+        largest: tuple[set[int], Call] | None = None
         # From the result back to ever larger regions: the largest also sees units reordered first.
         while len(inside) < _MOST_CALLS:
             latest = max(frontier, key=lambda v: self.producer.get(v, -1))
@@ -87,21 +92,21 @@ class _Finder:
             if len(frontier) == 1 and inside and source.shape == out.shape:
                 call = self._rotation(source, out, sorted(inside))
                 if call is not None and self._closed(inside, out):
-                    found = (set(inside), call)
+                    largest = (set(inside), call)
             number = self.producer.get(latest)
             if number is None or self.calls[number].name not in _LINEAR:
-                return found
+                return largest
             inside.add(number)
             for value in self.calls[number].outputs:
                 frontier.pop(value.id, None)
             before = [v for v in self.calls[number].tensors() if v.id in self.moving]
             if not before or (self.calls[number].name == "mul" and len(before) > 1):
-                return found
+                return largest
             frontier |= {v.id: v for v in before}
-        return found
+        return largest
 
     def _closed(self, inside: set[int], out: Value) -> bool:
-        """Whether nothing but the result leaves the region, and nothing in it is written to."""
+        """Check that only the result leaves the region, and nothing in it is written to."""
         inner = [v for n in inside for v in self.calls[n].outputs if v.id != out.id]
         return all(
             v.id not in self.kept
@@ -152,7 +157,7 @@ def _moving(calls: Sequence[Call], log: Log) -> set[int]:
 
 
 def _turns_pairs(rows: np.ndarray, before: int, after: int) -> bool:
-    """Whether the map is a I + b J from every pair to the pair of its number, b somewhere not zero."""
+    """Say whether the map is a I + b J from each pair to its image, with b somewhere not zero."""
     turns = False
     for (j, k), (u, v) in zip(_pairs(len(rows), before), _pairs(len(rows), after), strict=True):
         upper, lower = _by_coordinate(rows[u]), _by_coordinate(rows[v])
@@ -269,15 +274,10 @@ def _mul(region: _Region, call: Call, x: Value, number: int) -> list[np.ndarray]
     region.complex.add(call.outputs[0].id)
     real, imaginary = (region.table_keys.part(keys, part) for part in ("real", "imaginary"))
     re, im = form[..., 0], form[..., 1]
-    return [
-        np.stack(
-            [
-                _elementwise(lambda p, q, c, s: _plus(_times(p, c), _times(q, s), -1), re, im, real, imaginary),
-                _elementwise(lambda p, q, c, s: _plus(_times(p, s), _times(q, c)), re, im, real, imaginary),
-            ],
-            axis=-1,
-        )
-    ]  # fmt: skip
+    products = (re, im, real, imaginary)
+    minus = _elementwise(lambda p, q, c, s: _plus(_times(p, c), _times(q, s), -1), *products)
+    plus = _elementwise(lambda p, q, c, s: _plus(_times(p, s), _times(q, c)), *products)
+    return [np.stack([minus, plus], axis=-1)]
 
 
 def _slice(region: _Region, call: Call, x: Value, number: int) -> list[np.ndarray]:
@@ -351,10 +351,10 @@ _LINEAR: dict[str, Callable[[_Region, Call, Value, int], list[np.ndarray]]] = {
 
 
 class _Tables:
-    """Which entries of tables are equal: entries with one key are equal wherever they are read.
+    """Equality of the entries of tables: entries with one key are equal wherever they are read.
 
-    The key of an entry names the whole slice of a tensor at these places of its trailing dims, as the
-    operations and places that it was made of.
+    The key of an entry names the whole slice of a tensor at these places of its trailing dims, as
+    the operations and places that it was made of.
     """
 
     def __init__(self, finder: _Finder) -> None:
@@ -392,7 +392,7 @@ class _Tables:
         return keys.reshape(shape)
 
     def _columns(self, value: Value, lead: int) -> np.ndarray:
-        """Keys of a table whose numbers are known: equal numbers at all places in front, equal keys."""
+        """Give columns of a table whose numbers are known equal keys if all their numbers are."""
         shape = value.shape[lead:]
         columns = self.finder.buffers[value.id].detach().double().reshape(-1, math.prod(shape))
         kinds = torch.unique(columns, dim=1, return_inverse=True)[1].tolist()
@@ -401,7 +401,7 @@ class _Tables:
         return keys.reshape(shape)
 
     def _tag(self, tag: tuple, keys: np.ndarray) -> np.ndarray:
-        """The same places of another tensor: what happened in front of the trailing dims is named."""
+        """Rename keys after an operation that acts in front of the trailing dims."""
         return _elementwise(lambda key: self._intern((*tag, key)), keys)
 
     def _made(self, number: int, out: Value, lead: int) -> np.ndarray | None:
@@ -493,7 +493,7 @@ class _Tables:
 
 
 def _same_front(before: Sequence[int], after: Sequence[int], lead: int) -> int | None:
-    """Where a view's source splits so that its front is the front of the result up to `lead`."""
+    """Find where to split a view's source so that its front is the result's up to `lead`."""
     goal = math.prod(after[:lead])
     starts: Iterable[int] = range(len(before) + 1)
     return next((s for s in starts if math.prod(before[:s]) == goal), None)

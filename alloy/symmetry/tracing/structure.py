@@ -51,7 +51,7 @@ def _replace(node: Node, old: Node, new: Node) -> Node:
 
 
 def neighbours(dims: Sequence[Node]) -> Iterator[tuple[Atom, set[Atom]]]:
-    """For each place of each leaf in a tensor: the leaves that index it, those met twice left out."""
+    """List, for each place of each leaf in a tensor, the leaves that index it exactly once."""
     for variant in unfold_families(dims):
         tops = [[f for f in flatten_product([d]) if f.form == "leaf"] for d in variant]
         for d, node in enumerate(variant):
@@ -113,13 +113,13 @@ def dependencies(engine: Engine, atoms: Mapping[Atom, Node]) -> dict[Atom, set[A
 
 def atoms_in_weights(engine: Engine) -> dict[Atom, Node]:
     """Every leaf of size > 1 that lies on a weight in use, in the order of the state dict."""
-    found: dict[Atom, Node] = {}
+    atoms: dict[Atom, Node] = {}
     for value in engine.log.weights.values():
         for node in engine.dims.get(value.id, ()):
             for leaf in leaves(node):
                 if leaf.size > 1:
-                    found.setdefault(id(leaf), leaf)
-    return found
+                    atoms.setdefault(id(leaf), leaf)
+    return atoms
 
 
 def acyclic(depends: Mapping[Atom, set[Atom]], rank: Mapping[Atom, int]) -> dict[Atom, list[Atom]]:

@@ -4,8 +4,8 @@ A node stands for the units of a dim. It starts as a leaf, and is refined in pla
 occurs, as operations show more of it: a view splits it into a product (outermost factor first), a
 slice into a sum. `unify` states that two dims have the same units, `pin` that their order is fixed.
 
-Two special nodes. A *uniform* dim repeats one value (an expanded dim, a tensor of zeros): whatever it
-meets may be transformed, so it constrains nothing. A *family* is a dim whose units depend on the
+Two special nodes. A *uniform* dim repeats one value (an expanded dim, a tensor of zeros): whatever
+it meets may be transformed, so it constrains nothing. A *family* is a dim whose units depend on the
 position along another dim of the same tensor, its index: after `view(.., 3, n)` of a fused
 query-key-value matrix, the last dim is the family of the three matrices' own units.
 
@@ -20,7 +20,7 @@ LEAF, PRODUCT, SUM, FAMILY = "leaf", "product", "sum", "family"
 
 
 class TermError(RuntimeError):
-    """Two dims of different sizes were said to be the same: a rule is wrong, never the user."""
+    """Two dims of different sizes were stated to be the same: a rule is wrong, never the user."""
 
 
 class Node:
@@ -84,7 +84,7 @@ def direct_sum(parts: Sequence[Node]) -> Node:
 
 
 def family(index: Node, widths: Sequence[int], members: Sequence[Node]) -> Node:
-    """The dim whose units are those of `members[i]` along the next `widths[i]` places of the index."""
+    """The dim that has the units of `members[i]` along the next `widths[i]` places of the index."""
     if len(members) == 1 or all(find(member) is find(members[0]) for member in members):
         return find(members[0])
     node = Node(members[0].size)
@@ -125,7 +125,7 @@ def leaves(node: Node) -> Iterator[Node]:
 
 
 def is_uniform(node: Node) -> bool:
-    """Whether one value repeats along the dim. (A sum of uniform parts may change at its bounds.)"""
+    """Say whether one value repeats along the dim (a sum of uniform parts may change between)."""
     node = find(node)
     return node.uniform or (node.form == PRODUCT and all(is_uniform(part) for part in node.parts))
 
@@ -160,7 +160,7 @@ def unify(a: Node, b: Node) -> None:
     if a is b:
         return
     if a.size != b.size:
-        raise TermError(f"dims of {a.size} and {b.size} units were said to be the same")
+        raise TermError(f"dims of {a.size} and {b.size} units were stated to be the same")
     if a.size == 1 or is_uniform(a) or is_uniform(b):
         return
     if FAMILY in (a.form, b.form):
@@ -189,7 +189,7 @@ def _link_leaf(leaf: Node, other: Node) -> None:
 
 
 def _walk(a: Node, b: Node, flatten, divide) -> None:
-    """Unify two products or two sums from the left, dividing the larger piece where they disagree."""
+    """Unify two products or two sums from the left, dividing the larger piece at each step."""
     left, right = flatten([a])[::-1], flatten([b])[::-1]
     while left and right:
         x, y = find(left.pop()), find(right.pop())
@@ -263,7 +263,7 @@ def collapse(node: Node) -> None:
 
 
 def split(node: Node, outer: int) -> tuple[Node, Node] | None:
-    """Refine a dim in place into `outer` groups of units; None if its structure does not allow it."""
+    """Refine a dim in place into `outer` groups of units; None if its structure forbids it."""
     node = find(node)
     if node.size % outer:
         return None
@@ -329,7 +329,7 @@ def regroup(nodes: Sequence[Node], sizes: Sequence[int]) -> list[Node] | None:
 
 
 def cut(node: Node, start: int, end: int) -> Node | None:
-    """The units [start, end) of a dim, refined in place; None if its structure does not allow it."""
+    """The units [start, end) of a dim, refined in place; None if its structure forbids it."""
     node = find(node)
     if start == 0 and end == node.size:
         return node
@@ -384,7 +384,7 @@ def _cut(node: Node, size: int) -> tuple[Node, Node] | None:
 
 
 def narrow(node: Node, index: Node, start: int, end: int, sliced: Node) -> Node:
-    """What becomes of a dim when another dim of its tensor, `index`, is sliced to [start, end).
+    """Narrow a dim as another dim of its tensor, `index`, is sliced to [start, end).
 
     `sliced` is what the slice left of the index.
     """

@@ -1,7 +1,7 @@
 """The spaces of every architecture are those of theory, and the model itself confirms them.
 
-Theory counts spaces by size. N is hidden = intermediate = sequence = vocabulary = labels, H is heads =
-head width; all models have two layers.
+Theory counts spaces by size. N is hidden = intermediate = sequence = vocabulary = labels, H is
+heads = head width; all models have two layers.
 """
 
 import importlib.util
@@ -27,8 +27,8 @@ ATTENTION = [H, H, H]  # heads; width of queries and keys, and of values, within
 BLOCK = [*ATTENTION, N]  # and the neurons of the MLP
 DECODER_BLOCK = [*ATTENTION, *BLOCK]  # self- and cross-attention
 ENCODER = [N, *BLOCK, *BLOCK]  # the residual stream first
-# 2 key heads, 2 query heads for each, values of width H; queries and keys are rotary of width H for each
-# key head, and pinned where a norm with a gain stands in front of the rotation.
+# 2 key heads, 2 query heads for each, values of width H; queries and keys are rotary of width H
+# for each key head, and pinned where a norm with a gain stands in front of the rotation.
 NORMED = [2, 2, H]
 GROUPED = [*NORMED, H]
 LLAMA = [N, *2 * [*GROUPED, N]]
@@ -50,14 +50,14 @@ THEORY = {
     "gpt2": ENCODER,
     "opt": ENCODER,
     "clip": [*ENCODER, *ENCODER, N],  # the space in which image and text are compared
-    # SigLIP compares the text head with the vision pooling head: an attention of its own and an MLP.
+    # SigLIP compares the text head with the vision pooling head: an attention and an MLP.
     "siglip": [*ENCODER, *ENCODER, N, *BLOCK],
     # Three towers; poolers and transforms of the heads; the contrastive space.
     "flava": [*ENCODER, *ENCODER, *ENCODER, N, N, N, N],
     "vilt": [*ENCODER, N, 2 * N],  # pooler, classifier
     "blip": [*ENCODER, N, *2 * DECODER_BLOCK],
     "whisper": [N, *ENCODER, N, *2 * DECODER_BLOCK],  # conv1
-    # The grouped positional convolution cuts the residual stream to 4 groups of 4; two convolutions.
+    # The grouped positional convolution cuts the residual to 4 groups of 4; two convolutions.
     "wav2vec2": [4, 4, N, N, *2 * BLOCK],
     "hubert": [4, 4, N, N, *2 * BLOCK],
     "llama": LLAMA,
@@ -237,7 +237,7 @@ def test_folding_keeps_the_function_and_makes_the_residual_stream_orthogonal(nam
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "vit"])
 def test_unfolding_is_the_inverse_of_folding(name):
-    """With the gains from before, every weight comes back; of LayerNorms' streams, but for the mean."""
+    """With the old gains every weight comes back; streams of LayerNorms lose their mean."""
     model, inputs = build(name)
     spec = alloy.find_symmetries(model, inputs)
     buffers = set(dict(model.named_buffers()))
@@ -260,7 +260,7 @@ def test_unfolding_is_the_inverse_of_folding(name):
 
 
 def test_the_biases_of_norms_move_into_the_layers_that_read_them_and_back():
-    """Exact: gains are one, biases zero, the function is the same; unfolding restores every weight."""
+    """Exact: gains one, biases zero, the function the same; unfolding restores every weight."""
     model, inputs = build("vit")
     weights = random_weights(model.state_dict(keep_vars=True), (), torch.Generator().manual_seed(1))
     model = model.double()
@@ -365,7 +365,7 @@ def test_a_matrix_behind_a_norm_that_writes_a_stream_makes_room_for_its_gain(nam
 
 
 def test_kinds_follow_from_the_operations():
-    """Signs where RMSNorm and gates allow them, matrices within heads, rotary pins queries and keys."""
+    """Signs where RMSNorm and gates allow them, matrices within heads, rotary pairs turn."""
     model, inputs = build("llama")
     kinds = {s.name: s.kind for s in alloy.find_symmetries(model, inputs).spaces.values()}
     layer = "model.layers.0"
@@ -475,7 +475,7 @@ def test_what_other_inputs_reach_is_found_by_joining_examples():
     "sharing", ["none", "custom_attention", "custom_ffn", "custom_norms", "all"]
 )
 def test_the_modality_transformer_in_every_sharing(sharing):
-    """Both passes and all heads: a stream; attentions and MLPs of every expert; heads; embeddings."""
+    """Both passes, all heads: a stream; attentions and MLPs of each expert; heads; embeddings."""
     from alloy.modality import ModalityConfig, ModalityModel
 
     config = ModalityConfig(

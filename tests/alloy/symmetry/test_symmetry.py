@@ -15,8 +15,8 @@ from alloy.symmetry import SymmetrySpec, observe_outputs, require_equal
 from alloy.symmetry.spec import Leaf
 from alloy.symmetry.tracing.discover import spec_of
 from alloy.symmetry.tracing.engine import RAISE_FAULTS, Rule
+from alloy.symmetry.tracing.recording.trace import trace
 from alloy.symmetry.tracing.rules import RULES
-from alloy.symmetry.tracing.trace import trace
 from alloy.symmetry.validate import Prober
 
 _spec = importlib.util.spec_from_file_location("zoo", Path(__file__).with_name("zoo.py"))
@@ -221,8 +221,8 @@ def _write_through_a_view(h):
 def test_whatever_happens_between_two_layers_no_false_symmetry_is_claimed(name):
     """Every spec validates; the number of spaces is that of theory, 0 where order matters.
 
-    Less is claimed than is true of "flip" (pairs might change places together), "in place" and "numpy"
-    (the units that are not touched might).
+    Less is claimed than is true of "flip" (pairs might change places together), "in place" and
+    "numpy" (the units that are not touched might).
     """
     between, spaces = HOSTILE[name]
     torch.manual_seed(0)

@@ -33,7 +33,7 @@ from alloy.symmetry.transforms import (
 
 
 def make_spec(kind="permutation", pair_stride=0):
-    """Grouped-query attention by hand: kv heads, query heads in each, widths; an expert axis of its own."""
+    """Grouped-query attention by hand: kv heads, query heads in each, widths; an expert axis."""
     kv, per, width, stream = (
         Leaf(3, "kv"),
         Leaf(2, "per"),
@@ -171,7 +171,7 @@ def test_specs_that_differ_name_the_first_difference():
 @pytest.mark.parametrize("pair_stride", [1, 2])
 @pytest.mark.parametrize("kind", ["rotary", "orthogonal rotary"])
 def test_rotary_transforms_are_those_that_commute_with_every_turn_of_the_pairs(kind, pair_stride):
-    """A random element commutes with random phases; lengths are kept by the orthogonal kind alone."""
+    """A random element commutes with random phases; the orthogonal kind alone keeps lengths."""
     spec = make_spec(kind, pair_stride)
     generator = torch.Generator().manual_seed(0)
     angles = torch.rand(2, generator=generator, dtype=torch.float64)
@@ -185,7 +185,7 @@ def test_rotary_transforms_are_those_that_commute_with_every_turn_of_the_pairs(k
 
 
 def test_a_limit_without_rotations_fixes_rotary_spaces():
-    """with_kind: units of rotary pairs never change places; rotations survive the orthogonal limit."""
+    """Units of rotary pairs never change places; rotations survive the orthogonal limit."""
     spec = make_spec("rotary", 2)
     assert with_kind(spec, "general linear") == spec
     assert with_kind(spec, "orthogonal").spaces["width"].kind == "orthogonal rotary"

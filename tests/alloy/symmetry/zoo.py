@@ -1,7 +1,7 @@
 """Tiny models of many architectures, with ambiguous sizes on purpose.
 
-Hidden = intermediate = sequence = vocabulary = labels = N, heads = head width = H, so that no axis is
-told from another by its size.
+Hidden = intermediate = sequence = vocabulary = labels = N, heads = head width = H, so that no axis
+is told from another by its size.
 """
 
 from collections.abc import Callable

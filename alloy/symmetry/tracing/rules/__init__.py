@@ -1,9 +1,9 @@
-"""What each operation says about the dims of its tensors: one small function for each kind.
+"""Rules: the statement of each operation about the dims of its tensors, a function a kind.
 
-Rules state equalities (`unify`, through `merged` and `set`), cuts and splits (`slice`, `view`), what
-an operation fixes (`pin_dims`), and how it treats units (`link`, `mix`). Names are those of ATen's
-schemas. An operation without a rule pins everything it touches and is reported: incomplete, never
-wrong.
+Rules state equalities (`unify`, through `merged` and `set`), cuts and splits (`slice`, `view`),
+what an operation fixes (`pin_dims`), and how it treats units (`link`, `mix`). Names are those of
+ATen's schemas. An operation without a rule pins everything it touches and is reported: incomplete,
+never wrong.
 """
 
 from alloy.symmetry.tracing.rules import (

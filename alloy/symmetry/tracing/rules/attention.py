@@ -2,10 +2,10 @@
 
 from alloy.symmetry.tracing.engine import Engine, merged
 from alloy.symmetry.tracing.links import Rotation
+from alloy.symmetry.tracing.recording.log import Call
 from alloy.symmetry.tracing.rules.contractions import contract
 from alloy.symmetry.tracing.rules.registry import listed_dims, rule
 from alloy.symmetry.tracing.terms import Node, pin, regroup, unify
-from alloy.symmetry.tracing.trace import Call
 
 
 @rule(

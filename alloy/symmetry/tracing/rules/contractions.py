@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 from alloy.symmetry.tracing.engine import Contraction, Engine, merged
 from alloy.symmetry.tracing.links import Dual, Order, Over, Total
+from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.registry import rule, varies
 from alloy.symmetry.tracing.terms import Node, is_uniform, pin, product, regroup, unify
-from alloy.symmetry.tracing.trace import Call, Value
 
 
 def contract(

@@ -1,10 +1,10 @@
 """Operations that choose by index: indices drawn from a dim may choose along the same units."""
 
 from alloy.symmetry.tracing.engine import Engine, RuleDoesNotApply, merged
+from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.pointwise import pointwise
 from alloy.symmetry.tracing.rules.registry import rule, take_piece, varies
 from alloy.symmetry.tracing.terms import Node, find, is_uniform, pin, unify
-from alloy.symmetry.tracing.trace import Call, Value
 
 
 def _count_along(engine: Engine, indices: Value, value: Value, dim: int, node: Node) -> None:
@@ -67,7 +67,7 @@ def equal(engine: Engine, call: Call) -> None:
 
 
 def _indexed_dims(indices: list[Value | None], x: Value) -> dict[int, tuple[Value, int]]:
-    """First dim that an index covers -> the index, and how many dims it covers (a mask: its rank)."""
+    """Map the first dim that an index covers to the index and its span (a mask's: its rank)."""
     covered = {}
     dim = 0
     for item in indices:
@@ -115,7 +115,7 @@ def index(engine: Engine, call: Call) -> None:
 
 
 def _index_place(used: list[int]) -> int:
-    """Where the dims of the indices go: in place if these are adjacent, else in front."""
+    """Place of the indices' dims in the result: as before if adjacent, else in front."""
     return used[0] if used == list(range(used[0], used[0] + len(used))) else 0
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 from alloy.symmetry.tracing.engine import Engine
 from alloy.symmetry.tracing.links import RootMeanSquare, Standardised
+from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.registry import rule
 from alloy.symmetry.tracing.terms import Node, pin, split, unify
-from alloy.symmetry.tracing.trace import Call, Value
 
 
 def _gains(engine: Engine, weights: Iterable[Value | None], x: Value, dims: Sequence[int]) -> None:

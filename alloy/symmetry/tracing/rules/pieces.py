@@ -2,9 +2,9 @@
 
 from alloy.symmetry.tracing.engine import Engine, merged
 from alloy.symmetry.tracing.links import Order, Piece
+from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.registry import pass_dims, rule, take_piece, varies
 from alloy.symmetry.tracing.terms import Node, cut, direct_sum, split
-from alloy.symmetry.tracing.trace import Call, Value
 
 
 @rule("slice", keeps_indices=True)
@@ -104,7 +104,7 @@ def glu(engine: Engine, call: Call) -> None:
 
 @rule("constant_pad_nd")
 def constant_pad(engine: Engine, call: Call) -> None:
-    """What is padded on is uniform; a negative pad is a slice."""
+    """Padding is uniform; a negative pad is a slice."""
     source, out, pad = call.inputs["self"], call.outputs[0], call.inputs["pad"]
     dims = list(engine.get(source))
     for i in range(len(pad) // 2):

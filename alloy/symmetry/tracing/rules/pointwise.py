@@ -5,9 +5,9 @@ import math
 from alloy.errors import SymmetryError
 from alloy.symmetry.tracing.engine import Engine, merged
 from alloy.symmetry.tracing.links import Even, Odd, Over, Same, Times
+from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.registry import rule, varies
 from alloy.symmetry.tracing.terms import Node
-from alloy.symmetry.tracing.trace import Call, Value
 
 LINEAR = {"add", "sub", "rsub", "neg", "clone", "alias", "detach", "lift_fresh", "copy", "_to_copy"}
 LINEAR |= {"where", "masked_fill", "contiguous", "positive", "_conj", "lift", "real"}
@@ -29,11 +29,11 @@ EVEN = {"abs", "cos", "cosh"}
 
 
 @rule(
-    "lift copy masked_fill where dropout hardswish hardtanh pointwise gelu silu relu leaky_relu elu threshold softplus mish hardsigmoid "
-    "nan_to_num clamp clamp_min clamp_max celu prelu _prelu_kernel rrelu relu6 floor_divide bucketize "
-    "isin polar complex _conj real imag angle resolve_conj resolve_neg addcmul addcdiv lerp "
-    "bitwise_and bitwise_or bitwise_xor bitwise_not fmod remainder log_sigmoid_forward "
-    "fake_quantize_per_tensor_affine"
+    "lift copy masked_fill where dropout hardswish hardtanh pointwise gelu silu relu leaky_relu "
+    "elu threshold softplus mish hardsigmoid nan_to_num clamp clamp_min clamp_max celu prelu "
+    "_prelu_kernel rrelu relu6 floor_divide bucketize isin polar complex _conj real imag angle "
+    "resolve_conj resolve_neg addcmul addcdiv lerp bitwise_and bitwise_or bitwise_xor bitwise_not "
+    "fmod remainder log_sigmoid_forward fake_quantize_per_tensor_affine"
 )
 def pointwise(engine: Engine, call: Call) -> None:
     values = list(call.tensors())
@@ -61,7 +61,7 @@ def copied(engine: Engine, call: Call) -> None:
 def _pointwise_link(
     engine: Engine, call: Call, aligned: list[tuple[Value, int]], out: tuple[Value, int]
 ) -> None:
-    """How a pointwise operation treats the units of one dim of its output."""
+    """Link the units of one dim of a pointwise operation's output to its operands."""
     name = call.name.rstrip("_")
     operands = [v for key, v in call.inputs.items() if key not in ("condition", "mask")]
     tensors = [v for v in operands if isinstance(v, Value)]
@@ -103,8 +103,8 @@ def empty(engine: Engine, call: Call) -> None:
     out = call.outputs[0]
     if out.storage not in engine.mutated and math.prod(out.shape):
         raise SymmetryError(
-            f"a tensor in {call.module} is filled by a custom kernel that tracing cannot see: choose "
-            "a plain implementation ('eager' or 'sdpa' attention) for that module"
+            f"a tensor in {call.module} is filled by a custom kernel that tracing cannot see: "
+            "choose a plain implementation ('eager' or 'sdpa' attention) for that module"
         )
     engine.set(out, [Node(n) for n in out.shape])
 

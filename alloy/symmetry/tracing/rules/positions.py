@@ -1,9 +1,9 @@
 """Operations that depend on the place along a dim: windows, shifts, resampling, transforms."""
 
 from alloy.symmetry.tracing.engine import Engine, RuleDoesNotApply, merged
+from alloy.symmetry.tracing.recording.log import Call
 from alloy.symmetry.tracing.rules.registry import listed_dims, pass_dims, rule
 from alloy.symmetry.tracing.terms import Node, direct_sum, pin, product, split
-from alloy.symmetry.tracing.trace import Call
 
 
 @rule("roll flip")
@@ -22,8 +22,8 @@ def triangle(engine: Engine, call: Call) -> None:
 @rule(
     "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d max_pool1d "
     "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool1d "
-    "adaptive_max_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
-    "_upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "adaptive_max_pool2d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+    "upsample_linear1d _upsample_nearest_exact1d _upsample_nearest_exact2d "
     "upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa "
     "_upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d "
     "replication_pad2d replication_pad3d"

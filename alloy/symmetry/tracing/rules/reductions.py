@@ -2,14 +2,14 @@
 
 from alloy.symmetry.tracing.engine import Engine
 from alloy.symmetry.tracing.links import Total
+from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.pointwise import pointwise
 from alloy.symmetry.tracing.rules.registry import listed_dims, pass_dims, rule
 from alloy.symmetry.tracing.terms import Node
-from alloy.symmetry.tracing.trace import Call, Value
 
 INDEX_OUTPUT = {"argmax": 0, "argmin": 0, "argsort": 0}
 INDEX_OUTPUT |= dict.fromkeys(("max", "min", "median", "mode", "sort", "topk", "kthvalue"), 1)
-"""Which output of an operation holds positions along the reduced dim."""
+"""Number of the output that holds positions along the reduced dim."""
 
 REDUCTIONS = (
     "sum mean amax amin prod var std any all logsumexp norm linalg_vector_norm max min median "

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 from alloy.symmetry.tracing.engine import Engine, Rule
 from alloy.symmetry.tracing.links import Beside, Piece
+from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.terms import Node, is_uniform
-from alloy.symmetry.tracing.trace import Call, Value
 
 RULES: dict[str, Rule] = {}
 """ATen name of an operation -> its rule."""
@@ -34,7 +34,7 @@ def listed_dims(dims: int | Sequence[int] | None, rank: int) -> list[int]:
 
 
 def varies(engine: Engine, value: Value, dim: int) -> bool:
-    """Whether values may differ along a dim."""
+    """Check whether values may differ along a dim."""
     return value.shape[dim] > 1 and not is_uniform(engine.get(value)[dim])
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from alloy.symmetry.tracing.engine import Engine, RuleDoesNotApply
 from alloy.symmetry.tracing.links import View
+from alloy.symmetry.tracing.recording.log import Call
 from alloy.symmetry.tracing.rules.registry import listed_dims, pass_indices, rule
 from alloy.symmetry.tracing.terms import Node, product
-from alloy.symmetry.tracing.trace import Call
 
 
 @rule(

@@ -1,0 +1,1 @@
+"""From a model to a log: run it once, and write down what every operation did."""

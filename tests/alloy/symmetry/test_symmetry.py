@@ -186,6 +186,8 @@ HOSTILE = {
     "concatenated constants": (lambda h: h + torch.cat([torch.zeros(3), torch.ones(5)]), 2),
     "sort": (lambda h: h.sort(-1).values, 1),
     "argmax as a number": (lambda h: h * (1 + h.argmax(-1, keepdim=True)), 0),
+    "argmax copied": (lambda h: h * h.argmax(-1, keepdim=True).float(), 0),
+    "lookup by copied indices": (lambda h: h * _places(h.argmax(-1).clone()), 0),
     "first unit apart": (lambda h: h * h[:, :1], 1),
     "in place": (lambda h: h.clone().index_fill_(1, torch.tensor([0]), 0.0), 0),
     "written through a view": (lambda h: _write_through_a_view(h), 2),
@@ -209,6 +211,10 @@ HOSTILE = {
     "rounded": (lambda h: (8 * h).int().float(), 1),
     "data attribute": (lambda h: h.data * torch.arange(8.0), 0),
 }
+
+
+def _places(indices):
+    return torch.arange(8.0)[indices][:, None]
 
 
 def _write_through_a_view(h):

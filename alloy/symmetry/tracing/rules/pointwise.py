@@ -6,7 +6,7 @@ from alloy.errors import SymmetryError
 from alloy.symmetry.tracing.engine import Engine, merged
 from alloy.symmetry.tracing.links import Even, Odd, Over, Same, Times
 from alloy.symmetry.tracing.recording.log import Call, Value
-from alloy.symmetry.tracing.rules.registry import rule, varies
+from alloy.symmetry.tracing.rules.registry import pass_indices, rule, varies
 from alloy.symmetry.tracing.terms import Node
 
 LINEAR = {"add", "sub", "rsub", "neg", "clone", "alias", "detach", "lift_fresh", "copy", "_to_copy"}
@@ -55,7 +55,9 @@ def pointwise(engine: Engine, call: Call) -> None:
 
 @rule("clone alias detach lift_fresh _to_copy contiguous", keeps_indices=True)
 def copied(engine: Engine, call: Call) -> None:
+    """A copy, in another type perhaps: indices stay indices (as floats, too)."""
     pointwise(engine, call)
+    pass_indices(engine, call)
 
 
 def _pointwise_link(

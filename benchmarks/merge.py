@@ -290,7 +290,7 @@ def alloy_request(folder: Path, method: str, models: Sequence[str]) -> dict:
 
 def alloy_command(folder: Path) -> list[str]:
     sources = [str(folder / m) for m in MODELS]
-    return [sys.executable, "-m", "tasks.merge_weights", "linear", str(folder / "out"), *sources]
+    return [sys.executable, "-m", "alloy", "merge", "linear", str(folder / "out"), *sources]
 
 
 SLOW = ("task_arithmetic", "slerp", "ties", "dare_ties")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from alloy.checkpoint import load_weights
 from alloy.measures.distances import Distances, ModelDistances, distance
 from tasks import tables
-from tasks.distance import load_weights
 from tasks.params import WeightsEvaluateParams, WeightsMergeParams, load
 from tasks.storage import write_file, write_folder, write_json
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from alloy.checkpoint import plan_merge, run_plan
+from alloy.checkpoint import MergeRequest, plan_merge, run_plan
 from alloy.errors import nearest
 from tasks import merge_experts, merge_models
 from tasks.command import run_stage
@@ -29,7 +29,7 @@ def merge_weights(recipe: str) -> None:
             raise ParamsError(f"params/{recipe}.yaml: merge: {name!r}: {nearest(name, known)}")
     # Streamed beside the old result, which stands until the new one is whole.
     fresh = models / "merged.new.incomplete"
-    plan = plan_merge(
+    request = MergeRequest(
         params.method,
         {name: models / "checkpoints" / name for name in params.sources},
         fresh,
@@ -38,8 +38,9 @@ def merge_weights(recipe: str) -> None:
         statistics=params.statistics,
         dtype=params.dtype,
         tokenizer=params.tokenizer,
-        **params.options,
+        options=params.options,
     )
+    plan = plan_merge(request)
     with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, desc="merge") as bar:
         report = run_plan(
             plan,

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from alloy.checkpoint.format import Checkpoint, Entry, open_checkpoint
     from alloy.checkpoint.plan import MergePlan, plan_merge
+    from alloy.checkpoint.request import MergeRequest
     from alloy.checkpoint.run import MergeReport, merge_checkpoints, run_plan
     from alloy.checkpoint.statistics import save_statistics
+    from alloy.checkpoint.tensors import load_weights
     from alloy.errors import CheckpointError
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "Entry",
     "MergePlan",
     "MergeReport",
+    "MergeRequest",
+    "load_weights",
     "merge_checkpoints",
     "open_checkpoint",
     "plan_merge",
@@ -32,10 +36,12 @@ _HOMES = {
     "open_checkpoint": "alloy.checkpoint.format",
     "MergePlan": "alloy.checkpoint.plan",
     "plan_merge": "alloy.checkpoint.plan",
+    "MergeRequest": "alloy.checkpoint.request",
     "MergeReport": "alloy.checkpoint.run",
     "merge_checkpoints": "alloy.checkpoint.run",
     "run_plan": "alloy.checkpoint.run",
     "save_statistics": "alloy.checkpoint.statistics",
+    "load_weights": "alloy.checkpoint.tensors",
     "CheckpointError": "alloy.errors",
 }
 

@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint.card import model_card, record
-from alloy.checkpoint.execute import Shard, Step, chunk_bytes_for, execute
+from alloy.checkpoint.checks.places import INCOMPLETE
+from alloy.checkpoint.checks.sources import Paths
+from alloy.checkpoint.checks.tensors import PlannedTensor
+from alloy.checkpoint.engine.execute import chunk_bytes_for, execute
+from alloy.checkpoint.engine.steps import Shard, Step
+from alloy.checkpoint.engine.work import Copy, Function, Held, Tensors, merged_whole, work_for
 from alloy.checkpoint.format import INDEX
 from alloy.checkpoint.hash import sha256
-from alloy.checkpoint.plan import INCOMPLETE, RECORD, MergePlan, Paths, PlannedTensor, plan_merge
-from alloy.checkpoint.work import Copy, Function, Held, Tensors, merged_whole, work_for
+from alloy.checkpoint.plan import MergePlan, plan_merge
+from alloy.checkpoint.request import MergeRequest
 from alloy.errors import CheckpointError, MergeError
 
+RECORD = "alloy_merge.json"
+"""The result's own account of how it was made, beside its card."""
 _JOURNAL = "journal.jsonl"
 
 
@@ -48,7 +55,7 @@ def merge_checkpoints(
     coefficients: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     statistics: Mapping[str, str | Path] | Sequence[str | Path] | None = None,
     dtype: str | None = None,
-    shard_bytes: int | None = None,
+    shard_bytes: int | str | None = None,
     tokenizer: str = "same",
     copy: Mapping[str, str] | None = None,
     drop: Sequence[str] = (),
@@ -97,8 +104,11 @@ def merge_checkpoints(
             Inf in an input or in the result, and integer tensors that differ, when they are met.
     """
     plan = plan_merge(
-        method, sources, output, base=base, coefficients=coefficients, statistics=statistics, dtype=dtype,
-        shard_bytes=shard_bytes, tokenizer=tokenizer, copy=copy, drop=drop, allow=allow, **options,
+        MergeRequest(
+            method, sources, output, base=base, coefficients=coefficients, statistics=statistics,
+            dtype=dtype, shard_bytes=shard_bytes, tokenizer=tokenizer, copy=copy or {}, drop=drop,
+            allow=allow, options=options,
+        )
     )  # fmt: skip
     return run_plan(
         plan,
@@ -126,14 +136,29 @@ def run_plan(
     if threads is not None and threads < 1:
         raise MergeError(f"threads={threads}: give at least 1, or leave it out for all cores")
     threads = threads or _num_cores()
-    chunk_bytes = chunk_bytes or chunk_bytes_for(threads)
     folder = plan.output.with_name(plan.output.name + INCOMPLETE)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         try:
-            files, resumed = _write_result(
-                plan, folder, threads, chunk_bytes, hash_sources, command, title, on_bytes, compiled
-            )
+            journal = _Journal(folder, plan.digest, _files_of(plan))
+            shards = _shards(plan, compiled)
+            with _single_threaded_torch(shards):
+                execute(
+                    [shard for shard in shards if shard.file not in journal.finished],
+                    folder,
+                    threads=threads,
+                    chunk_bytes=chunk_bytes or chunk_bytes_for(threads),
+                    on_shard=journal.add,
+                    on_bytes=on_bytes,
+                )
+            files = {shard.file: journal.finished[shard.file] for shard in shards}
+            files |= _write_beside(plan, folder, shards)
+            account = record(plan, files, hash_sources=hash_sources, command=command)
+            _write(folder / RECORD, (json.dumps(account, indent=2) + "\n").encode())
+            card = model_card(plan, account, title or plan.output.name)
+            _write(folder / "README.md", card.encode())
+            journal.remove()
+            _put_in_place(folder, plan.output)
         except (MergeError, CheckpointError):
             _remove_ours(folder)  # trying again changes nothing; an interrupted run stays
             folder.rmdir()
@@ -144,7 +169,7 @@ def run_plan(
         len(plan.tensors),
         plan.num_bytes,
         time.perf_counter() - start,
-        resumed,
+        journal.resumed,
         plan.notes,
     )
 
@@ -154,39 +179,6 @@ def _num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _write_result(
-    plan: MergePlan,
-    folder: Path,
-    threads: int,
-    chunk_bytes: int,
-    hash_sources: bool,
-    command: str | None,
-    title: str | None,
-    on_bytes: Callable[[int], None],
-    compiled: bool,
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Write everything into the folder and put it in place; the files' hashes, and which were there before."""
-    journal = _Journal(folder, plan.digest, _files_of(plan))
-    shards = _shards(plan, compiled)
-    with _single_threaded_torch(shards):
-        execute(
-            [shard for shard in shards if shard.file not in journal.finished],
-            folder,
-            threads=threads,
-            chunk_bytes=chunk_bytes,
-            on_shard=journal.add,
-            on_bytes=on_bytes,
-        )
-    files = {shard.file: journal.finished[shard.file] for shard in shards}
-    files |= _write_beside(plan, folder, shards)
-    account = record(plan, files, hash_sources=hash_sources, command=command)
-    _write(folder / RECORD, (json.dumps(account, indent=2) + "\n").encode())
-    _write(folder / "README.md", model_card(plan, account, title or plan.output.name).encode())
-    journal.remove()
-    _put_in_place(folder, plan.output)
-    return files, journal.resumed
 
 
 def _shards(plan: MergePlan, compiled: bool) -> list[Shard]:

@@ -12,17 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alloy.checkpoint.format import Checkpoint, Entry, few, open_checkpoint
+from alloy.checkpoint.format import Checkpoint, few, open_checkpoint
+from alloy.checkpoint.tensors import load_tensor
 from alloy.errors import MergeError
-
-_TORCH = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-}
 
 
 @dataclass(frozen=True)
@@ -76,13 +68,13 @@ class Measurements:
                 return None
             return [
                 Gram(
-                    _load(c.entries[f"{name}/sum"]),
-                    int(_load(c.entries[f"{name}/count"])),
-                    int(_load(c.entries[f"{name}/dim"])),
+                    load_tensor(c.entries[f"{name}/sum"]),
+                    int(load_tensor(c.entries[f"{name}/count"])),
+                    int(load_tensor(c.entries[f"{name}/dim"])),
                 )
                 for c in self.files_of.values()
             ]
-        return [_load(c.entries[name]) for c in self.files_of.values()]
+        return [load_tensor(c.entries[name]) for c in self.files_of.values()]
 
 
 def save_statistics(
@@ -143,7 +135,7 @@ def _stored_name(name: str, weight: Any, checkpoint: Checkpoint) -> str:
     if name in checkpoint.entries:
         return name
     alike = [e for e in checkpoint.entries.values() if e.shape == tuple(weight.shape)]
-    equal = [e.name for e in alike if torch.equal(_load(e).to(weight.dtype), weight.cpu())]
+    equal = [e.name for e in alike if torch.equal(load_tensor(e).to(weight.dtype), weight.cpu())]
     if len(equal) != 1:
         what = f"equals {few(equal)}" if equal else "equals no stored tensor"
         raise MergeError(f"{checkpoint.path}: {name} of the model {what}; rename its statistics")
@@ -161,7 +153,7 @@ def _gram_problems(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) 
                 "/dim (which dim of the weight meets the inputs: 1 of nn.Linear, 0 of Conv1D)"
             )
             continue
-        shape, dim = shapes.get(weight, ()), int(_load(checkpoint.entries[f"{weight}/dim"]))
+        shape, dim = shapes.get(weight, ()), int(load_tensor(checkpoint.entries[f"{weight}/dim"]))
         size = checkpoint.entries[f"{weight}/sum"].shape
         if dim not in (0, 1):
             result.append(f"{checkpoint.path}: {weight}/dim is {dim}; it is 0 or 1")
@@ -171,12 +163,3 @@ def _gram_problems(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) 
                 f"dim {dim}, needs {[shape[dim]] * 2}"
             )
     return result
-
-
-def _load(entry: Entry):
-    import torch
-
-    with entry.file.open("rb") as file:
-        file.seek(entry.start)
-        data = bytearray(file.read(entry.num_bytes))
-    return torch.frombuffer(data, dtype=getattr(torch, _TORCH[entry.dtype])).reshape(entry.shape)

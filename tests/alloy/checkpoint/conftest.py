@@ -121,11 +121,11 @@ def config() -> dict:
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
-from alloy.checkpoint import plan_merge, run_plan
+from alloy.checkpoint import MergeRequest, plan_merge, run_plan
 
 output, *sources = map(Path, sys.argv[1:])
 journal = output.with_name(output.name + ".incomplete") / "journal.jsonl"
-plan = plan_merge("linear", sources, output)
+plan = plan_merge(MergeRequest("linear", sources, output))
 first = len(next(iter(plan.layout.values())))
 written = []
 

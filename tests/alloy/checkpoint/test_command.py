@@ -1,12 +1,24 @@
-"""`python -m tasks.merge_weights`: every argument arrives, what is wrong ends with its message."""
+"""`alloy merge` and `alloy plan`: every argument arrives, errors speak of options."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import alloy
-from tasks.merge_weights import main
+from alloy.cli.app import app
+from alloy.cli.wording import in_options
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit status, what it printed and what it said of an error; a traceback fails the test."""
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
 
 
 @pytest.fixture
@@ -14,17 +26,18 @@ def folders(write, weights):
     return {name: str(write(name, weights(i))) for i, name in enumerate(("seed", "a", "b"))}
 
 
-def test_arguments_reach_the_merge(folders, tmp_path, load, weights, capsys):
-    """Names, base, coefficients by pattern, options, dtype, size of shards, copies and drops are all in the record."""
+def test_arguments_reach_the_merge(folders, tmp_path, load, weights, monkeypatch):
+    """All of them are in the record, with the command itself."""
     out = tmp_path / "out"
-    main(
-        [
-            "ties", str(out), f"x={folders['a']}", f"y={folders['b']}", "--base", folders["seed"],
-            "--coefficients-of", "model.layers.*=0.25,0.75", "--coefficients-of", "*=1,1",
-            "--set", "density=0.5", "--set", "election=count", "--set", "normalize=false",
-            "--dtype", "float32", "--shard-bytes", "300KB", "--copy", "lm_head*=y", "--drop", "model.scale",
-        ]
-    )  # fmt: skip
+    arguments = [
+        "merge", "ties", str(out), f"x={folders['a']}", f"y={folders['b']}", "--base", folders["seed"],
+        "--coefficients", "model.layers.*=0.25,0.75", "--coefficients", "*=1,1",
+        "--set", "density=0.5", "--set", "election=count", "--set", "normalize=false",
+        "--dtype", "float32", "--shard-bytes", "300KB", "--copy", "lm_head*=y", "--drop", "model.scale",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["alloy", *arguments])
+    status, shown, said = run(*arguments)
+    assert status == 0, said
     account = json.loads((out / "alloy_merge.json").read_text())
     assert account["options"] == {
         "density": 0.5,
@@ -37,35 +50,33 @@ def test_arguments_reach_the_merge(folders, tmp_path, load, weights, capsys):
     assert account["settings"] == {
         "dtype": "float32", "shard_bytes": 300_000, "copy": {"lm_head*": "y"}, "drop": ["model.scale"],
     }  # fmt: skip
-    assert account["command"].startswith("python -m tasks.merge_weights ties")
+    assert account["command"].startswith("alloy merge ties")
     assert len(list(out.glob("*.safetensors"))) == 2
     merged = load(out)
     assert merged.keys() == weights(0).keys() - {"model.scale"}
     assert torch.equal(merged["lm_head.weight"], weights(2)["lm_head.weight"].float())
-    assert f"wrote {out}: 7 tensors" in capsys.readouterr().out
+    assert f"wrote {out}: 7 tensors" in shown
 
 
-def test_dry_run_prints_the_plan(folders, tmp_path, capsys):
-    main(["linear", str(tmp_path / "out"), folders["a"], folders["b"], "--dry-run"])
-    printed = capsys.readouterr().out
+def test_plan_prints_and_writes_nothing(folders, tmp_path):
+    _, printed, _ = run("plan", "linear", tmp_path / "out", folders["a"], folders["b"])
     assert "model.layers.10.mlp.up.weight" in printed
     assert "0.5, 0.5" in printed
     assert not (tmp_path / "out").exists()
 
 
 def test_options_by_pattern_are_planned_and_merged_tensor_by_tensor(
-    folders, tmp_path, load, weights, capsys
+    folders, tmp_path, load, weights
 ):
     """The plan shows each tensor's value; the result is the merge in memory with the same options."""
     arguments = [
         "modality_arithmetic", str(tmp_path / "out"), folders["a"], folders["b"], "--base", folders["seed"],
         "--set", 'scale={"model.layers.*": 0.25, "*": 0.75}',
     ]  # fmt: skip
-    main([*arguments, "--dry-run"])
-    lines = capsys.readouterr().out.splitlines()
+    lines = run("plan", *arguments)[1].splitlines()
     for name, value in (("model.layers.0.norm.weight", 0.25), ("lm_head.weight", 0.75)):
         assert any(line.startswith(name) and f"scale={value}" in line for line in lines), name
-    main(arguments)
+    assert run("merge", *arguments)[0] == 0
     expected = alloy.merge(
         "modality_arithmetic",
         [weights(1), weights(2)],
@@ -81,19 +92,91 @@ def test_options_by_pattern_are_planned_and_merged_tensor_by_tensor(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "density=2"], r"option density=2.* is outside \[0, 1\]"),
-        (["--set", "density"], "--set density: write NAME=VALUE"),
-        (
-            ["--shard-bytes", "5 elephants"],
-            "--shard-bytes 5 elephants: write a number and one of KB",
-        ),
-        (["--coefficients", "1", "1", "--coefficients-of", "*=1,1"], "end the patterns with"),
-        (["--tokenizer", "onion"], "did you mean 'union'"),
+        (["--set", "density=2"], "--set density=2.0 is outside [0, 1]"),
+        (["--set", "density"], "--set density: write OPTION=VALUE"),
+        (["--set", "method=linear"], "has no option 'method'"),
+        (["--shard-bytes", "5 elephants"], "--shard-bytes '5 elephants': write a number and one"),
+        (["--shard-bytes", "0"], "--shard-bytes 0: give a positive number"),
+        (["--coefficients", "1", "--coefficients", "*=1,1"], "numbers alone or by pattern"),
+        (["--coefficients", "1;1"], "--coefficients 1;1: write numbers with commas"),
+        (["--tokenizer", "onion"], "--tokenizer onion: did you mean 'union'"),
+        (["--dtype", "float8"], "--dtype float8: did you mean 'float"),
+        (["--copy", "lm_head*=nobody"], "--copy 'lm_head*=nobody' is no source"),
+        (["--threads", "0"], "--threads 0: give at least 1"),
     ],
 )
 def test_what_is_wrong_ends_with_its_message(folders, tmp_path, arguments, message):
-    """The command exits with the message, no traceback, and writes nothing."""
-    command = ["ties", str(tmp_path / "out"), folders["a"], folders["b"], "--base", folders["seed"]]
-    with pytest.raises(SystemExit, match=message):
-        main([*command, *arguments])
-    assert not (tmp_path / "out").exists()
+    """Status 1 and one sentence of the command line's words; nothing is written."""
+    command = ["ties", tmp_path / "out", folders["a"], folders["b"], "--base", folders["seed"]]
+    status, _, said = run("merge", *command, *arguments)
+    assert status == 1
+    assert message in said
+    assert said.startswith("alloy merge: ")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_numbers_behind_coefficients_are_no_sources(folders, tmp_path):
+    """Whoever writes them with spaces is told how they are written."""
+    named = [f"x={folders['a']}", f"y={folders['b']}"]
+    options = ["--base", folders["seed"], "--coefficients", "0.6", "0.4"]
+    status, _, said = run("merge", "ties", tmp_path / "out", *named, *options)
+    assert status == 1
+    assert "coefficients are one argument: --coefficients C,0.4" in said
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path, write, weights):
+    """What exists is a path; NAME=PATH is what does not."""
+    folders = [write(f"lr={i}", weights(i)) for i in (1, 2)]
+    status, _, said = run("merge", "linear", tmp_path / "out", *folders)
+    assert status == 0, said
+    one = [f"x={folders[0]}", folders[1]]
+    status, _, said = run("merge", "linear", tmp_path / "other", *one)
+    assert status == 1
+    assert "name all or none" in said
+
+
+@pytest.mark.parametrize(
+    ("python", "options"),
+    [
+        ("take tokenizer='union' (all)", "take --tokenizer union (all)"),
+        ("take tokenizer='base' or 'union' (every", "take --tokenizer base or union (every"),
+        ("or say allow=['rope_theta'] to", "or say --allow rope_theta to"),
+        ("drop=['a.*', 'b']", "--drop 'a.*' --drop b"),
+        ("copy={'h*': 'a'}, to", "--copy 'h*=a', to"),
+        ("needs base=, the weights", "needs --base, the weights"),
+        ("needs statistics=, for", "needs --statistics, for"),
+        ("ask for dtype='float32'", "ask for --dtype float32"),
+        ("with tie_word_embeddings=false", "with tie_word_embeddings=false"),
+        ("option election='cuont': did", "--set election=cuont: did"),
+    ],
+)
+def test_python_arguments_become_options(python, options):
+    assert in_options(python) == options
+
+
+def test_help_shows_an_example_and_completion():
+    """`alloy --help` lists the commands; each command's help has an example."""
+    status, shown, _ = run("--help")
+    assert status == 0
+    for name in ("merge", "plan", "symmetry", "distance"):
+        assert re.search(rf"^\W*{name} +\S", shown, re.MULTILINE)
+        status, shown_one, _ = run(name, "--help")
+        assert status == 0
+        assert "Example" in shown_one
+        assert f"alloy {name} " in shown_one
+    assert "--install-completion" in shown
+    assert run("--version")[1] == f"alloy {alloy.__version__}\n"
+    assert run("merg")[0] == 2
+
+
+def test_python_m_alloy_is_the_command(folders, tmp_path):
+    """Without Typer it says how to get it; with it, it merges."""
+    hidden = "import sys; sys.modules['typer'] = None; import runpy; runpy.run_module('alloy', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "alloy: the command needs Typer: pip install 'alloy-merge[cli]'\n"
+    command = ["-m", "alloy", "merge", "linear", tmp_path / "out", folders["a"], folders["b"]]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    account = json.loads((tmp_path / "out" / "alloy_merge.json").read_text())
+    assert account["command"].startswith("alloy merge linear ")

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-import alloy.checkpoint.kernels as kernels
-from alloy.checkpoint import plan_merge, run_plan
-from alloy.checkpoint.execute import _chunk_elements
+import alloy.checkpoint.engine.kernels as kernels
+from alloy.checkpoint import MergeRequest, plan_merge, run_plan
+from alloy.checkpoint.engine.execute import _chunk_elements
+from alloy.checkpoint.engine.work import Function
 from alloy.checkpoint.run import _step
-from alloy.checkpoint.work import Function
 from alloy.merging import MERGE_METHODS
 from alloy.merging.randomness import keep, stream_key
 
@@ -103,14 +103,15 @@ def test_compiled_loops_give_the_bits_of_the_torch_functions(
     base = folders[0] if MERGE_METHODS[method].base == "required" else None
     outputs = []
     for compiled in (True, False):
-        plan = plan_merge(
+        request = MergeRequest(
             method,
             folders[1:],
             tmp_path / f"out{compiled}",
             base=base,
             coefficients=coefficients,
-            **options,
+            options=options,
         )
+        plan = plan_merge(request)
         run_plan(plan, compiled=compiled, threads=1)
         outputs.append(load(plan.output))
     for name, tensor in outputs[1].items():
@@ -137,9 +138,9 @@ def test_compiled_mixtures_differ_from_torch_in_the_order_of_a_sum_only(
     folders = [write(name, weights(i)) for i, name in enumerate(("seed", "a", "b"))]
     outputs = []
     for compiled in (True, False):
-        plan = plan_merge(
-            method, folders[1:], tmp_path / f"out{compiled}", base=folders[0] if with_base else None
-        )
+        base = folders[0] if with_base else None
+        output = tmp_path / f"out{compiled}"
+        plan = plan_merge(MergeRequest(method, folders[1:], output, base=base))
         run_plan(plan, compiled=compiled, threads=1)
         outputs.append(load(plan.output))
     differing = sum(int((outputs[0][n] != t).sum()) for n, t in outputs[1].items())
@@ -151,12 +152,13 @@ def test_compiled_mixtures_differ_from_torch_in_the_order_of_a_sum_only(
 def test_what_has_a_compiled_loop_uses_it(sources, base, tmp_path):
     """The methods above do not fall back to torch."""
     for method in ("linear", "slerp", "ties", "dare_ties", "breadcrumbs", "task_arithmetic"):
-        plan = plan_merge(
+        request = MergeRequest(
             method,
             sources[: MERGE_METHODS[method].max_models],
             tmp_path / "out",
             base=base if MERGE_METHODS[method].base == "required" else None,
         )
+        plan = plan_merge(request)
         for tensor in plan.tensors:
             assert not isinstance(_step(plan, tensor, True).work(), Function), (method, tensor.name)
 
@@ -164,7 +166,7 @@ def test_what_has_a_compiled_loop_uses_it(sources, base, tmp_path):
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 12, 200_000, 1 << 20])
 def test_a_mixtures_chunks_hold_whole_reductions(chunk_bytes, sources, tmp_path):
     """Inner products are summed by the same blocks wherever a tensor is cut, each by one worker."""
-    plan = plan_merge("slerp", sources[:2], tmp_path / "out")
+    plan = plan_merge(MergeRequest("slerp", sources[:2], tmp_path / "out"))
     for tensor in plan.tensors:
         if tensor.num_elements:
             step = _step(plan, tensor, compiled=True)
@@ -177,7 +179,8 @@ def test_float32_thresholds_are_exact(write, load, tmp_path):
     signs = torch.randint(0, 2, (200_000,), generator=torch.Generator().manual_seed(1)) * 2 - 1
     zero = write("seed", {"w": torch.zeros(200_000)}, config=None)
     one = write("a", {"w": magnitudes * signs * 1e-6}, config=None)
-    plan = plan_merge("ties", [one], tmp_path / "out", base=zero, density=0.123)
+    request = MergeRequest("ties", [one], tmp_path / "out", base=zero, options={"density": 0.123})
+    plan = plan_merge(request)
     run_plan(plan, threads=2)
     merged = load(plan.output)["w"]
     assert int((merged != 0).sum()) == int(0.123 * 200_000)
@@ -191,7 +194,9 @@ def test_random_masks_are_kept_at_the_asked_rate(write, load, tmp_path):
     one = write("a", {"w": torch.ones(n)}, config=None)
     kept = []
     for i, chunk_bytes in enumerate((1 << 16, 99_996, 1 << 20)):  # 24,999 entries: cuts are odd
-        plan = plan_merge("dare_linear", [one], tmp_path / f"out{i}", base=zero, density=density)
+        options = {"density": density}
+        output = tmp_path / f"out{i}"
+        plan = plan_merge(MergeRequest("dare_linear", [one], output, base=zero, options=options))
         run_plan(plan, chunk_bytes=chunk_bytes)
         kept.append(load(plan.output)["w"] != 0)
     assert torch.equal(kept[0], kept[1])

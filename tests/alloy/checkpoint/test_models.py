@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import alloy
-from alloy.checkpoint import plan_merge
+from alloy.checkpoint import MergeRequest, plan_merge
 
 TEXT = {
     "vocab_size": 64,
@@ -323,7 +323,10 @@ def test_embeddings_are_skipped_by_name_and_told_of_by_shape(tmp_path):
         )
     folders = [tmp_path / "a", tmp_path / "b"]
     for options, told in (({}, False), ({"skip": ("*wpe*",)}, True)):
-        plan = plan_merge("wudi", folders, tmp_path / "out", base=tmp_path / "seed", **options)
+        request = MergeRequest(
+            "wudi", folders, tmp_path / "out", base=tmp_path / "seed", options=options
+        )
+        plan = plan_merge(request)
         assert any("wte.weight has a row per token" in note for note in plan.notes) == told
 
 

@@ -1,21 +1,15 @@
-"""Carry out a plan: workers read and compute chunks at once; hashing, writing and flushing follow behind.
+"""Workers read and compute chunks at once; hashing, writing and flushing follow behind.
 
-Every output tensor is cut into pieces. Workers take them in the order of the output file, several files
-at a time. SHA-256 wants bytes in order: finished pieces wait for their turn, and whichever worker
-completes the next one hashes all that are due and queues them for the disk. The order of computation
-never shows in the result.
-
-Large files bypass the page cache where the system can: what was written is not read again soon, and
-dirty pages beyond what memory takes would evict the sources and make time grow faster than size.
+Every output tensor is cut into pieces. Workers take them in the order of the output file, several
+files at a time. SHA-256 wants bytes in order: finished pieces wait for their turn, and whichever
+worker completes the next one hashes all that are due and queues them for the disk. The order of
+computation never shows in the result.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import math
-import mmap
 import os
 import threading
 from collections import deque
@@ -23,102 +17,29 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from alloy.checkpoint.format import ITEM_BYTES, Entry, encode_header, read_into
-from alloy.checkpoint.kernels import KINDS, mix
+from alloy.checkpoint.engine.steps import Rows, Shard, Step, Work, read_mapped
+from alloy.checkpoint.engine.writing import BLOCK_BYTES, GrowingFile
+from alloy.checkpoint.format import ITEM_BYTES, Entry, read_into
 
 _CHUNK_BYTES = 1 << 20
 _SMALLEST_CHUNK_BYTES = 1 << 16
 _BUFFER_BYTES = 96 << 20
 _CHUNKS_PER_WORKER = 7  # four of inputs, one of output, two that wait to be hashed
 LARGE_BYTES = 32 << 20
-"""Inputs beyond this, which only a method that needs whole tensors asks for, are held by one worker at a time."""
+"""Inputs beyond this, which only methods of whole tensors ask for, are held by one worker at a time."""
 _STAGE_BYTES = 2 << 20
 """What a file's writes gather before they go to the disk; two of these per file that grows."""
 _STAGES_BYTES = 16 << 20
-DIRECT_BYTES = 16 << 20
-"""Files from this size on bypass the page cache."""
-_DIRECT_ALIGNMENT = 4096
 _PREFETCH_CHUNKS = 8
-_SYNC_FILE_RANGE_WRITE = 2
-
-Rows = np.ndarray | Sequence[np.ndarray]
-"""One row of bytes per input; an array [inputs, bytes] where all have one dtype."""
-RowMap = np.ndarray
-"""For each row of the output, the row of a source's tensor; -1 where the source has none."""
-
-
-class Work(Protocol):
-    """How one output tensor is computed. `rows` holds one row of bytes per input."""
-
-    num_measures: int
-    """How often the whole tensor is looked at before the first chunk is computed."""
-    chunked: bool
-    """The tensor may be cut, at any multiple of `alignment` elements."""
-    alignment: int
-
-    def measure(self, round_: int, rows: Rows, start: int) -> None:
-        """Look at the elements from `start` on; called from several threads."""
-        ...
-
-    def prepare(self, round_: int) -> None:
-        """Called once, when everything was measured in this round."""
-        ...
-
-    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
-        """Write the elements from `start` on to `out`, as bytes."""
-        ...
-
-
-@dataclass(frozen=True)
-class Step:
-    """One output tensor: what it is made from and how."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    inputs: tuple[Entry, ...]
-    work: partial[Any]  # makes a Work
-    row_maps: tuple[RowMap, ...] | None = None
-    """For a tensor with one row per token, where the sources' vocabularies differ."""
-    prefer_first: bool = False
-    """The first input is the base: it speaks for the inputs that lack a row."""
-
-    @property
-    def num_elements(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_elements * ITEM_BYTES[self.dtype]
-
-    def input_bytes(self, piece: _Piece) -> int:
-        return sum((piece.stop - piece.start) * ITEM_BYTES[e.dtype] for e in self.inputs)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file."""
-
-    file: str
-    steps: tuple[Step, ...]
-
-    @property
-    def header(self) -> bytes:
-        return encode_header((step.name, step.dtype, step.shape) for step in self.steps)
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.header) + sum(step.num_bytes for step in self.steps)
 
 
 def chunk_bytes_for(threads: int) -> int:
-    """Bytes of a model's chunk: a few of them stay in the cache, and all buffers together in `_BUFFER_BYTES`."""
+    """Bytes of a model's chunk: a few stay in the cache, all buffers within `_BUFFER_BYTES`."""
     share = _BUFFER_BYTES // (_CHUNKS_PER_WORKER * threads)
     return max(
         _SMALLEST_CHUNK_BYTES,
@@ -142,9 +63,16 @@ def execute(
         on_bytes: called with the number of bytes just computed, from the workers.
 
     Raises:
-        whatever a step raises; no file is complete then that `on_shard` was not told of.
+        whatever a step raises; a file that is complete then was reported to `on_shard`.
     """
-    schedule = _Schedule(shards, folder, threads, chunk_bytes, on_shard, on_bytes)
+    schedule = _Schedule(
+        shards,
+        folder,
+        threads=threads,
+        chunk_bytes=chunk_bytes,
+        on_shard=on_shard,
+        on_bytes=on_bytes,
+    )
     workers = [
         threading.Thread(target=schedule.run, args=(i,), name=f"merge-{i}", daemon=True)
         for i in range(threads)
@@ -200,77 +128,6 @@ class _Piece(NamedTuple):
         return self.round < self.task.work.num_measures and len(self.task.spans) > 1
 
 
-class _File:
-    """A file that grows in order: bytes are gathered in one stage while the other goes to the disk."""
-
-    def __init__(self, path: Path, num_bytes: int, stage_bytes: int, writer: ThreadPoolExecutor):
-        self._writer = writer
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._direct = _open_direct(path) if num_bytes >= DIRECT_BYTES else -1
-        _reserve(self._descriptor, num_bytes)
-        self._stages = [_page_aligned(stage_bytes) for _ in range(2)]
-        self._filled = self._offset = 0  # of the stage that is gathered, and where it belongs
-        self._writing: Future | None = None
-
-    def append(self, data: np.ndarray) -> None:
-        while len(data):
-            stage = self._stages[0]
-            count = min(len(data), len(stage) - self._filled)
-            stage[self._filled : self._filled + count] = data[:count]
-            self._filled += count
-            data = data[count:]
-            if self._filled == len(stage):
-                self._put()
-
-    def _put(self) -> None:
-        """Send the stage to the disk; the other one is free when its own write is done."""
-        self._wait()
-        self._writing = self._writer.submit(
-            self._write, self._stages[0][: self._filled].data, self._offset
-        )
-        self._stages.reverse()
-        self._offset += self._filled
-        self._filled = 0
-
-    def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
-
-    def _write(self, view: memoryview, offset: int) -> None:
-        start, num_bytes = offset, len(view)
-        aligned = num_bytes // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT if self._direct >= 0 else 0
-        while aligned > offset - start:
-            try:
-                count = os.pwrite(self._direct, view[: aligned - (offset - start)], offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                break  # a file system that promises direct writes and refuses them
-            view, offset = view[count:], offset + count
-        while view:
-            count = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[count:], offset + count
-        if not aligned:
-            _start_flush(self._descriptor, start, num_bytes)
-
-    def finish(self) -> None:
-        """Put everything on the disk."""
-        if self._filled:
-            self._put()
-        self._wait()
-        self._stages = []
-        os.fsync(self._descriptor)
-        self.close()
-
-    def close(self) -> None:
-        for descriptor in (self._descriptor, self._direct):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._descriptor = self._direct = -1
-        self._stages = []
-
-
 class _Output:
     """A file of the result: its pieces are computed in any order, hashed and written in theirs."""
 
@@ -282,11 +139,11 @@ class _Output:
         self._pending: dict[int, np.ndarray] = {}
         self._next, self._hashing = 0, False
         self._sha256 = hashlib.sha256()
-        self._file = _File(folder / shard.file, shard.num_bytes, stage_bytes, writer)
+        self._file = GrowingFile(folder / shard.file, shard.num_bytes, stage_bytes, writer)
         self._append(np.frombuffer(shard.header, np.uint8))
 
     def deposit(self, index: int, data: np.ndarray, release: Callable[[np.ndarray], None]) -> bool:
-        """Hash this piece when its turn comes, then give its buffer back; True when the file is done."""
+        """Hash this piece when its turn comes, then give its buffer back; True when all is done."""
         with self._lock:
             self._pending[index] = data
             if self._hashing:
@@ -331,7 +188,16 @@ class _Output:
 class _Schedule:
     """Hands out pieces: each lane is one output file in order, each worker prefers its own lane."""
 
-    def __init__(self, shards, folder, threads, chunk_bytes, on_shard, on_bytes):
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        folder: Path,
+        *,
+        threads: int,
+        chunk_bytes: int,
+        on_shard: Callable[[str, str], None],
+        on_bytes: Callable[[int], None],
+    ):
         self._folder, self._threads, self._chunk_bytes = folder, threads, chunk_bytes
         self._on_shard, self._on_bytes = on_shard, on_bytes
         self._condition = threading.Condition()
@@ -347,8 +213,8 @@ class _Schedule:
         self._tokens = threading.Semaphore(len(self._buffers))
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="merge-flush")
         self._writer = ThreadPoolExecutor(len(self._lanes), thread_name_prefix="merge-write")
-        share = _STAGES_BYTES // (2 * len(self._lanes)) // _DIRECT_ALIGNMENT * _DIRECT_ALIGNMENT
-        self._stage_bytes = max(_DIRECT_ALIGNMENT, min(_STAGE_BYTES, share))
+        share = _STAGES_BYTES // (2 * len(self._lanes)) // BLOCK_BYTES * BLOCK_BYTES
+        self._stage_bytes = max(BLOCK_BYTES, min(_STAGE_BYTES, share))
         self._flushes: list[Future] = []
 
     def run(self, worker: int) -> None:
@@ -446,7 +312,11 @@ class _Schedule:
 
     def _do(self, piece: _Piece, buffer: np.ndarray) -> np.ndarray:
         task, step, work = piece.task, piece.task.step, piece.task.work
-        with self._large if step.input_bytes(piece) > LARGE_BYTES else nullcontext():
+        with (
+            self._large
+            if step.input_bytes(piece.stop - piece.start) > LARGE_BYTES
+            else nullcontext()
+        ):
             buffer, rows = self._read(piece, buffer)
             if piece.measures:
                 work.measure(piece.round, rows, piece.start)
@@ -526,43 +396,6 @@ class _Schedule:
         self._flushes.append(self._flusher.submit(flush))
 
 
-def read_mapped(step: Step, descriptors: Sequence[int], start: int, stop: int) -> np.ndarray:
-    """The inputs' rows in the order of the output's vocabulary, as [inputs, bytes].
-
-    A row that an input lacks is the base's (input 0) if the first input has it, else the mean of those that do.
-    """
-    assert step.row_maps is not None, "only vocabulary tensors are mapped"
-    first = step.inputs[0]
-    width = first.num_elements // first.shape[0] * ITEM_BYTES[first.dtype]
-    begin, end = (i * ITEM_BYTES[first.dtype] // width for i in (start, stop))
-    rows = np.empty((len(step.inputs), end - begin, width), np.uint8)
-    missing = np.zeros((len(step.inputs), end - begin), bool)
-    for i, (entry, descriptor, row_map) in enumerate(
-        zip(step.inputs, descriptors, step.row_maps, strict=True)
-    ):
-        wanted = row_map[begin:end]
-        missing[i] = wanted < 0
-        breaks = np.flatnonzero((np.diff(wanted) != 1) | (wanted[:-1] < 0)) + 1
-        for run in np.split(np.arange(end - begin), breaks):
-            if wanted[run[0]] >= 0:
-                target = rows[i, run[0] : run[-1] + 1].reshape(-1).data
-                read_into(descriptor, target, entry.start + int(wanted[run[0]]) * width, entry.file)
-    for column in np.flatnonzero(missing.any(0)):
-        _fill(rows[:, column], missing[:, column], step.prefer_first, KINDS[first.dtype])
-    return rows.reshape(len(step.inputs), -1)
-
-
-def _fill(rows: np.ndarray, missing: np.ndarray, prefer_first: bool, kind: int) -> None:
-    """Give the inputs that lack a row the first input's, or the mean of those that have it."""
-    donors = np.flatnonzero(~missing)
-    if prefer_first and not missing[0]:
-        donors = donors[:1]
-    share = np.full(len(donors), 1 / len(donors), np.float32)
-    filled = np.empty(rows.shape[1], np.uint8)
-    mix(np.ascontiguousarray(rows[donors]), kind, share, False, filled, kind)
-    rows[missing] = filled
-
-
 def _chunk_elements(step: Step, work: Work, chunk_bytes: int) -> int:
     """Elements per chunk: `chunk_bytes` of the widest dtype, less when there are many inputs."""
     widest = max(ITEM_BYTES[dtype] for dtype in (step.dtype, *(e.dtype for e in step.inputs)))
@@ -579,38 +412,3 @@ def _prefetch(descriptor: int, entry: Entry, start: int, num_bytes: int) -> None
     stop = min(start + (1 + _PREFETCH_CHUNKS) * num_bytes, entry.num_bytes)
     if first < stop and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, entry.start + first, stop - first, os.POSIX_FADV_WILLNEED)
-
-
-def _page_aligned(num_bytes: int) -> np.ndarray:
-    """Memory that begins at a page, as direct writes ask."""
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, np.uint8)
-
-
-def _open_direct(path: Path) -> int:
-    """A descriptor whose writes bypass the page cache, or -1 where the system has none."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_DIRECT)
-    except (OSError, AttributeError):
-        return -1
-
-
-def _reserve(descriptor: int, num_bytes: int) -> None:
-    """Give the file its size; OSError at once where the disk has no room for it."""
-    try:
-        os.posix_fallocate(descriptor, 0, num_bytes)
-    except (OSError, AttributeError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        os.ftruncate(descriptor, num_bytes)  # a system that cannot reserve
-
-
-def _start_flush(descriptor: int, offset: int, num_bytes: int) -> None:
-    """Let the kernel begin to write, so that the final fsync finds little left to do."""
-    if _sync_file_range is not None:
-        _sync_file_range(
-            descriptor, ctypes.c_int64(offset), ctypes.c_int64(num_bytes), _SYNC_FILE_RANGE_WRITE
-        )
-
-
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)

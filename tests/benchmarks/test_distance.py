@@ -1,4 +1,4 @@
-"""The command that holds distances against outcomes over a sweep of merges."""
+"""The study that holds distances against outcomes over a sweep of merges."""
 
 import json
 import math
@@ -13,9 +13,10 @@ from scipy import stats
 import alloy
 from alloy.modality import ModalityConfig, ModalityModel
 from alloy.modality.observe import expert_spec
-from tasks import distance as command
+from benchmarks.distance import __main__ as command
+from benchmarks.distance import study
+from benchmarks.distance.permuted import reordered
 from tasks.collect import agnostic_symmetries
-from tasks.distance_sweep import reordered
 from tasks.params import ParamsError
 
 
@@ -23,7 +24,7 @@ def test_correlations_and_intervals_are_scipys():
     generator = np.random.default_rng(0)
     x = generator.normal(size=12)
     y = -x + generator.normal(size=12)
-    pearson, spearman = command.correlate(x, y)
+    pearson, spearman = study.correlate(x, y)
     expected = stats.pearsonr(x, y)
     low, high = expected.confidence_interval(0.95)
     assert math.isclose(pearson.value, expected.statistic)
@@ -42,15 +43,15 @@ def test_the_intervals_cover_the_truth_as_often_as_they_say(kind):
     covered = 0
     for _ in range(2000):
         x, noise = generator.normal(size=(2, 15))
-        interval = command.correlate(x, r * x + math.sqrt(1 - r * r) * noise)[kind]
+        interval = study.correlate(x, r * x + math.sqrt(1 - r * r) * noise)[kind]
         covered += interval.low <= truth <= interval.high
     assert 0.93 < covered / 2000 < 0.97
 
 
 def test_small_and_constant_samples_say_so():
-    short, _ = command.correlate(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0]))
+    short, _ = study.correlate(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0]))
     assert (short.value, short.low) == (pytest.approx(0.5), None)
-    constant, _ = command.correlate(np.ones(5), np.arange(5.0))
+    constant, _ = study.correlate(np.ones(5), np.arange(5.0))
     assert constant.value is None
 
 
@@ -81,10 +82,11 @@ def sweep_file(tmp_path, noise=0.0):
 def save_to(folder, tensor):
     folder.mkdir()
     half = len(tensor) // 2
+    files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for i, part in enumerate((tensor[:half], tensor[half:])):
-        save_file(
-            {f"part{i}": part.contiguous()}, folder / f"model-0000{i + 1}-of-00002.safetensors"
-        )
+        save_file({f"part{i}": part.contiguous()}, folder / files[i])
+    index = {"weight_map": {f"part{i}": file for i, file in enumerate(files)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def test_a_sweep_of_checkpoints_shows_a_planted_correlation(tmp_path, monkeypatch, capsys):
@@ -114,7 +116,7 @@ def report(folder, arm_distances, arm_scores):
         }
         for arm, value in arm_distances.items()
         for pair, shift in (("v-l", -0.1), ("v-vl", 0.1))
-        for m in command.MEASURES
+        for m in study.MEASURES
     ]
     scores = [
         {
@@ -179,7 +181,7 @@ def test_what_is_no_sweep_is_refused(tmp_path):
         command.main(tmp_path)
     path = sweep_file(tmp_path)
     (tmp_path / "a3" / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"second lacks|first lacks"):
+    with pytest.raises(ValueError, match=r"missing, model\.safetensors\.index\.json names it"):
         command.main(path)
 
 

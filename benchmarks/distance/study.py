@@ -1,34 +1,6 @@
-"""distance: does the distance between weights foretell how well they merge?
+"""Correlations of distances with outcomes over a sweep of merges, and where the sweep comes from."""
 
-arXiv:2304.14933 claims so; this command tests it on a sweep of merges. For every distance and
-outcome it gives Pearson's and Spearman's correlation over the merges of the sweep, each with a 95 %
-confidence interval and the number of merges. A good indicator correlates negatively with scores.
-
-    python -m tasks.distance SWEEP
-
-SWEEP is either a folder that holds the reports of several runs (each with plots/scores.json and
-plots/distances.json, as `evaluate` writes them; distances are averaged over the pairs of experts,
-arms are also compared each with itself across runs), or a YAML file that lists merges of any
-checkpoints:
-
-    keep: 0.2              # see alloy.distance
-    zeros: exclude
-    truncation: tensor
-    merges:
-      - name: a-b
-        checkpoints: [models/a, models/b]      # folders with *.safetensors; distances are averaged over pairs
-        base: models/seed                      # null: distances of weights; otherwise of task vectors
-        outcomes: {accuracy: 61.2}
-
-or a YAML file that asks for merges of a modality recipe whose units were reordered, as params/distance.yaml
-(`tasks.distance_sweep`), which are made, measured and merged now.
-
-Writes the table to the terminal and to reports/distance/<SWEEP>.json.
-"""
-
-import argparse
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -39,17 +11,15 @@ from statistics import NormalDist, fmean
 import numpy as np
 import yaml
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 from scipy import stats
-from torch import Tensor
 
+from alloy.checkpoint import load_weights
 from alloy.measures.distances import Distances, distance
-from tasks.params import DistanceParams, ParamsError, PermutedSweepParams
-from tasks.storage import read_json, write_json
+from benchmarks.distance.settings import DistanceParams, PermutedSweepParams
+from tasks.params import ParamsError
+from tasks.storage import read_json
 
-REPORTS = Path("reports")
 CONFIDENCE = 0.95
 MEASURES = tuple(field.name for field in fields(Distances))
 ALL = "all merges"
@@ -93,7 +63,7 @@ def correlations(merges: Sequence[Merge]) -> list[Correlation]:
         groups.setdefault(merge.group, []).append(merge)
     if len(groups) == 2:
         del groups[merges[0].group]  # one group is all
-    found = []
+    result = []
     for group, members in groups.items():
         if len(members) < 2:
             continue
@@ -103,8 +73,8 @@ def correlations(merges: Sequence[Merge]) -> list[Correlation]:
             for measure in MEASURES:
                 x = np.array([merge.distances[measure] for merge in points])
                 pearson, spearman = correlate(x, y)
-                found.append(Correlation(group, measure, outcome, len(points), pearson, spearman))
-    return found
+                result.append(Correlation(group, measure, outcome, len(points), pearson, spearman))
+    return result
 
 
 def correlate(x: np.ndarray, y: np.ndarray) -> tuple[Interval, Interval]:
@@ -173,7 +143,7 @@ def from_file(path: Path) -> list[Merge]:
     try:
         given = yaml.safe_load(path.read_text())
         if isinstance(given, dict) and "recipe" in given:
-            from tasks.distance_sweep import permuted_merges
+            from benchmarks.distance.permuted import permuted_merges
 
             sweep = PermutedSweepParams.model_validate(given)
             return [
@@ -205,17 +175,9 @@ def from_file(path: Path) -> list[Merge]:
     return merges
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ParamsError(f"{folder} has no *.safetensors")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def table(found: Iterable[Correlation]) -> Table:
+def table(rows: Iterable[Correlation]) -> Table:
     result = Table("merges", "outcome", "distance", "n", "Pearson r", "Spearman rho")
-    for row in found:
+    for row in rows:
         cells = (_cell(row.pearson), _cell(row.spearman))
         result.add_row(row.group, row.outcome, row.measure, str(row.num_merges), *cells)
     return result
@@ -227,38 +189,3 @@ def _cell(interval: Interval) -> str:
     if interval.low is None:
         return f"{interval.value:+.2f} (interval needs n > 3)"
     return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
-
-
-def main(sweep: Path) -> Path:
-    """Measure, print and write; the path of what was written."""
-    if not sweep.exists():
-        raise ParamsError(
-            f"{sweep} does not exist; give a folder of reports or a YAML file of merges"
-        )
-    merges = from_reports(sweep) if sweep.is_dir() else from_file(sweep)
-    if len(merges) < 2:
-        raise ParamsError(f"{sweep}: a correlation needs at least 2 merges, found {len(merges)}")
-    found = correlations(merges)
-    Console().print(table(found))
-    output = REPORTS / "distance" / f"{sweep.resolve().stem}.json"
-    write_json(
-        output,
-        {
-            "confidence": CONFIDENCE,
-            "merges": [asdict(merge) for merge in merges],
-            "correlations": [asdict(row) for row in found],
-        },
-    )
-    print(f"{len(merges)} merges, {len(found)} correlations: {output}")
-    return output
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("sweep", type=Path, help="a folder of reports, or a YAML file of merges")
-    try:
-        main(parser.parse_args().sweep)
-    except (ValueError, OSError) as error:
-        sys.exit(f"tasks.distance: {error}")

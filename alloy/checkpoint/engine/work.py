@@ -15,16 +15,13 @@ from typing import Any
 
 import numpy as np
 
-import alloy.checkpoint.kernels as kernels
-from alloy.checkpoint.execute import Rows
+import alloy.checkpoint.engine.kernels as kernels
+from alloy.checkpoint.engine.steps import Rows
 from alloy.checkpoint.format import ITEM_BYTES, Entry
+from alloy.checkpoint.tensors import TORCH_DTYPES
 from alloy.errors import MergeError
 from alloy.merging import MergeMethod, MergeSettings
 
-_TORCH_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 _ELECTIONS = ("mass", "weighted mass", "count")
 _KEEP_NOTHING = (0xFFFFFFFF, 0)
 _KEEP_EVERYTHING = (0, 0xFFFFFFFF)
@@ -287,7 +284,7 @@ class Function(_Work):
         from alloy.merging import merge_tensor
 
         tensors = self.tensors
-        dtypes = [getattr(torch, _TORCH_DTYPES[entry.dtype]) for entry in tensors.inputs]
+        dtypes = [getattr(torch, TORCH_DTYPES[entry.dtype]) for entry in tensors.inputs]
         values = [
             torch.from_numpy(row).view(dtype) for row, dtype in zip(rows, dtypes, strict=True)
         ]
@@ -308,7 +305,7 @@ class Function(_Work):
             base=values[0] if self.base else None,
             statistics=None if self.statistics is None else self.statistics(tensors.name),
             offset=start,
-            dtype=getattr(torch, _TORCH_DTYPES[tensors.dtype]),
+            dtype=getattr(torch, TORCH_DTYPES[tensors.dtype]),
         )
         out[:] = merged.contiguous().flatten().view(torch.uint8).numpy()
 
@@ -327,7 +324,7 @@ def merged_whole(
     models = [sources(i) for i in range(len(tensors[0].inputs))] if tensors else []
     first = models.pop(0) if base and models else None
     merged = merge_whole(settings, [t.name for t in tensors], models, first, data)
-    dtypes = {t.name: getattr(torch, _TORCH_DTYPES[t.dtype]) for t in tensors}
+    dtypes = {t.name: getattr(torch, TORCH_DTYPES[t.dtype]) for t in tensors}
     return {name: tensor.to(dtypes[name]).contiguous() for name, tensor in merged.items()}
 
 
@@ -336,10 +333,10 @@ def _mapped(entry: Entry) -> Any:
     import torch
 
     if not entry.num_bytes:
-        return torch.empty(entry.shape, dtype=getattr(torch, _TORCH_DTYPES[entry.dtype]))
+        return torch.empty(entry.shape, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
     pages = np.memmap(entry.file, np.uint8, "c", entry.start, (entry.num_bytes,))
     flat = torch.from_numpy(pages).clone() if entry.start % 8 else torch.from_numpy(pages)
-    return flat.view(getattr(torch, _TORCH_DTYPES[entry.dtype])).reshape(entry.shape)
+    return flat.view(getattr(torch, TORCH_DTYPES[entry.dtype])).reshape(entry.shape)
 
 
 def work_for(
@@ -409,8 +406,8 @@ def _convert(tensors: Tensors, rows: Rows, start: int, out: np.ndarray) -> None:
         return
     import torch
 
-    dtype = getattr(torch, _TORCH_DTYPES[tensors.inputs[0].dtype])
-    value = torch.from_numpy(rows[0]).view(dtype).to(getattr(torch, _TORCH_DTYPES[tensors.dtype]))
+    dtype = getattr(torch, TORCH_DTYPES[tensors.inputs[0].dtype])
+    value = torch.from_numpy(rows[0]).view(dtype).to(getattr(torch, TORCH_DTYPES[tensors.dtype]))
     if not bool(value.isfinite().all()):
         raise tensors.blame(rows, start)
     out[:] = value.view(torch.uint8).numpy()

@@ -1,63 +1,119 @@
-"""Print the symmetries of a model, and write them as JSON: `python -m tasks.symmetry PATH_OR_CONFIG`.
+"""`alloy symmetry`: the symmetries of a model, as a table and as JSON.
 
-PATH_OR_CONFIG is a checkpoint's folder, or a folder or file with a config.json: the weights are not
-needed. Example inputs are made from the config. The JSON goes to `<name>.symmetry.json` here, or to
-the path given second.
+The weights are not needed: a configuration gives the architecture, and example inputs follow from it.
 """
 
+import inspect
 import json
-import sys
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoConfig, PreTrainedModel
+import typer
 
-import alloy
-from alloy.errors import SymmetryError
-from alloy.symmetry import Space, SymmetrySpec
-from tasks.storage import write_file
+from alloy.cli.wording import refusals
+from alloy.errors import SymmetryError, nearest
 
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from transformers import PreTrainedModel
+
+    from alloy.symmetry import Space, SymmetrySpec
+
+EXAMPLE = """**Example**: spaces of a checkpoint, or of a config.json alone
+
+    alloy symmetry models/bert --output bert.symmetry.json"""
 _PINNED_ROWS = 12
 
 
-def load(path: Path) -> PreTrainedModel:
+def symmetry(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH_OR_CONFIG",
+            help="A checkpoint's folder, or a folder or file with a config.json.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Also write the spec as JSON, for alloy.SymmetrySpec."),
+    ] = None,
+) -> None:
+    """Show which units of a model may be reordered, flipped or turned without changing what it computes."""
+    from rich.console import Console
+
+    import alloy
+
+    with refusals("symmetry"):
+        architecture = load(model)
+        spec = alloy.find_symmetries(architecture, example_inputs(architecture))
+        show(spec, Console())
+        if output is not None:
+            _write_whole(output, spec.to_json() + "\n")
+            typer.echo(f"wrote {output}: {len(spec.spaces)} spaces over {len(spec.layout)} weights")
+
+
+def load(path: Path) -> "PreTrainedModel":
     """A model of this configuration without weights. Raises SymmetryError if there is none."""
-    folder = path.parent if path.is_file() else path
-    file = folder / "config.json" if path.is_dir() else path
+    file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise SymmetryError(
             f"{path}: no config.json there; give a checkpoint's folder or its config.json"
         )
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
     import alloy.modality  # registers the modality transformer
 
-    data = json.loads(file.read_text())
-    config = AutoConfig.for_model(data.pop("model_type"), **data)
+    data = _config(file)
+    kind = data.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        known = transformers.CONFIG_MAPPING.keys()
+        hint = nearest(kind, known).partition("choose one of")[0] if isinstance(kind, str) else ""
+        raise SymmetryError(
+            f"{file}: model_type is {kind!r}, which transformers {transformers.__version__} does not "
+            f"know; {hint or 'give a configuration of transformers'}"
+        )
+    config = AutoConfig.for_model(kind, **data)
     names = config.architectures or []
-    known = [n for n in names if hasattr(transformers, n) or hasattr(alloy.modality, n)]
-    if not known:
+    classes = [
+        found
+        for name in names
+        for owner in (transformers, alloy.modality)
+        if (found := getattr(owner, name, None)) is not None
+    ]
+    if not classes:
         raise SymmetryError(
             f"{file}: architectures is {names}; it must name a class of transformers"
         )
-    owner = transformers if hasattr(transformers, known[0]) else alloy.modality
     config.dtype = torch.float32
     with torch.device("meta"):
-        return getattr(owner, known[0])(config).eval()
+        return classes[0](config).eval()
 
 
-def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise SymmetryError(f"{file}: not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise SymmetryError(f"{file}: a configuration is a JSON object, this is {data!r:.40}")
+    return data
+
+
+def example_inputs(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
     """A batch of two for the inputs that the model's forward requires, from the sizes in its config."""
-    import inspect
+    import torch
 
     accepted = inspect.signature(model.forward).parameters
     configs = [model.config, *_sub_configs(model.config)]
 
     def size(*names: str, default: int) -> int:
-        found = (getattr(c, n, None) for c in configs for n in names)
-        return next((int(x[0] if isinstance(x, list | tuple) else x) for x in found if x), default)
+        values = (getattr(c, n, None) for c in configs for n in names)
+        return next((int(x[0] if isinstance(x, list | tuple) else x) for x in values if x), default)
 
     generator = torch.Generator().manual_seed(0)
     length = min(16, size("max_position_embeddings", "n_positions", default=16))
@@ -87,20 +143,23 @@ def _sub_configs(config: Any) -> list[Any]:
     return [c for name in getattr(config, "sub_configs", {}) if (c := getattr(config, name, None))]
 
 
-def where(space: Space) -> str:
+def _where(space: "Space") -> str:
     """The first axes of a space, and how many more there are."""
     shown = [str(axis) for axis in space.axes[:3]]
     more = len(space.axes) - len(shown)
     return "\n".join([*shown, *([f"and {more} more"] if more else [])])
 
 
-def kind(space: Space) -> str:
+def _kind(space: "Space") -> str:
     if not space.pair_stride:
         return space.kind
     return f"{space.kind}\npairs {space.pair_stride} apart"
 
 
-def show(spec: SymmetrySpec, console: Console) -> None:
+def show(spec: "SymmetrySpec", console: "Console") -> None:
+    """Print the spaces, and what is pinned and why."""
+    from rich.table import Table
+
     numbers = {name: str(i) for i, name in enumerate([*spec.spaces, *spec.fixed])}
     table = Table(title=f"{len(spec.spaces)} spaces", show_lines=True)
     for column in ("#", "size", "kind", "after folding norms", "per unit of", "where it lies"):
@@ -109,7 +168,7 @@ def show(spec: SymmetrySpec, console: Console) -> None:
         parents = ", ".join(numbers[p] for p in space.depends_on)
         folded = space.folded_kind if space.folded_kind != space.kind else ""
         table.add_row(
-            numbers[space.name], str(space.size), kind(space), folded, parents, where(space)
+            numbers[space.name], str(space.size), _kind(space), folded, parents, _where(space)
         )
     console.print(table)
     reasons: dict[str, list[str]] = {}
@@ -136,22 +195,11 @@ def show(spec: SymmetrySpec, console: Console) -> None:
         console.print(f"no rule for {operation} (in {module}): what it touches is pinned")
 
 
-def main(arguments: list[str]) -> None:
-    if not 1 <= len(arguments) <= 2:
-        raise SystemExit("usage: python -m tasks.symmetry PATH_OR_CONFIG [OUTPUT.json]")
-    path = Path(arguments[0])
-    folder = path.parent if path.is_file() else path
-    output = Path(arguments[1] if len(arguments) == 2 else f"{folder.resolve().name}.symmetry.json")
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is whole or absent."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
     try:
-        model = load(path)
-        spec = alloy.find_symmetries(model, example_inputs(model))
-    except SymmetryError as error:
-        raise SystemExit(f"error: {error}") from error
-    show(spec, Console())
-    with write_file(output) as partial:
-        partial.write_text(spec.to_json() + "\n")
-    print(f"wrote {output}: {len(spec.spaces)} spaces over {len(spec.layout)} weights")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+        partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

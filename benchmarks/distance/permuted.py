@@ -1,9 +1,10 @@
 """A sweep of merges whose experts compute the same and lie apart by as much as one likes.
 
-Units and heads of an expert may be reordered without changing what it computes (docs/symmetry.md). Each merge of
-the sweep reorders a random share of them in the language and the cross-modal experts of a modality checkpoint,
-so that the distance of the experts varies while their abilities stay; whatever the merged model loses is due to
-the distance. Scores are on validation data, without training.
+Units and heads of an expert may be reordered without changing what it computes (docs/symmetry.md).
+Each merge of the sweep reorders a random share of them in the language and the cross-modal experts
+of a modality checkpoint, so that the distance of the experts varies while their abilities stay;
+whatever the merged model loses is due to the distance. Scores are on validation data, without
+training.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,11 +25,12 @@ from alloy.modality import ModalityModel, agnostic_config, shared_weights, split
 from alloy.modality.observe import REFERENCE, expert_spec
 from alloy.symmetry import SymmetrySpec
 from alloy.symmetry.transforms import Transform, identity
+from benchmarks.distance.settings import PermutedSweepParams
 from tasks.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
 from tasks.collect import load_spec, load_statistics
 from tasks.merge_experts import merge_experts
 from tasks.models import load_model
-from tasks.params import MergeParams, ParamsError, PermutedSweepParams, load
+from tasks.params import MergeParams, ParamsError, load
 
 MODELS = Path("models")
 Experts = Mapping[str, Mapping[str, Tensor]]
@@ -37,7 +39,7 @@ Experts = Mapping[str, Mapping[str, Tensor]]
 def permuted_merges(
     params: PermutedSweepParams,
 ) -> Iterator[tuple[str, str, dict[str, float], dict[str, float]]]:
-    """For every merge its name, its arm, the mean distances of the experts' pairs, and its scores in per cent."""
+    """Name, arm, mean distances of the experts' pairs and scores in per cent of every merge."""
     arms = load(params.recipe, "merge", MergeParams).arms
     data = {name: load_split(params.recipe, name, "validation") for name in TRAINING_FREE}
     for name in params.arms:
@@ -96,7 +98,7 @@ def _score(benchmark: str, model: ModalityModel, examples: Mapping[str, Tensor])
 
 def _apart(experts: Experts, params: PermutedSweepParams) -> dict[str, float]:
     """Each distance, averaged over the pairs of experts; of the matrices that both have."""
-    found: dict[str, list[float]] = {}
+    values_of: dict[str, list[float]] = {}
     for one, other in combinations((m for m in experts if experts[m]), 2):
         a, b = experts[one], experts[other]
         names = [n for n in a if n in b and a[n].dim() == 2]
@@ -108,5 +110,5 @@ def _apart(experts: Experts, params: PermutedSweepParams) -> dict[str, float]:
             truncation=params.truncation,
         )
         for measure, value in vars(apart.overall).items():
-            found.setdefault(measure, []).append(value)
-    return {measure: fmean(values) for measure, values in found.items()}
+            values_of.setdefault(measure, []).append(value)
+    return {measure: fmean(values) for measure, values in values_of.items()}

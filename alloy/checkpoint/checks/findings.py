@@ -1,0 +1,47 @@
+"""What the checks of a merge say, gathered: everything wrong is reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from alloy.errors import CheckpointError, MergeError
+
+T = TypeVar("T")
+
+
+@dataclass
+class Findings:
+    """Problems, which stop a merge, and notes, which go into its plan and its record."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def problem(self, text: str) -> None:
+        self.problems.append(text)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def extend(self, problems: Iterable[str] = (), notes: Iterable[str] = ()) -> None:
+        self.problems += problems
+        self.notes += notes
+
+    def attempt(self, function: Callable[..., T], *arguments: object) -> T | None:
+        """The function's result, or None and a problem where it refuses a file."""
+        try:
+            return function(*arguments)
+        except CheckpointError as error:
+            self.problem(str(error))
+            return None
+
+    def stop(self) -> None:
+        """Raise MergeError with every problem, if there is one."""
+        if self.problems:
+            lines = "\n".join(f"  - {problem}" for problem in self.problems)
+            raise MergeError(
+                self.problems[0]
+                if len(self.problems) == 1
+                else f"{len(self.problems)} problems:\n{lines}"
+            )

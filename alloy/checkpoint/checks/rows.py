@@ -1,0 +1,93 @@
+"""Which tensors have one row per token, and which row of each source belongs to which token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from alloy.checkpoint.checks.findings import Findings
+from alloy.checkpoint.checks.sources import BASE, Sources
+from alloy.checkpoint.config import flatten, vocabulary_size
+from alloy.checkpoint.format import Entry, few
+from alloy.checkpoint.tokenizer import (
+    Tokenizer,
+    Vocabulary,
+    combine_vocabularies,
+    difference,
+    read_tokenizer,
+)
+
+
+def common_vocabulary(findings: Findings, sources: Sources, policy: str) -> Vocabulary | None:
+    """The vocabulary of the result, or None where all sources number their tokens alike."""
+    folders, reference = sources.folders, sources.reference
+    read = {name: findings.attempt(read_tokenizer, folder) for name, folder in folders.items()}
+    tokenizers: dict[str, Tokenizer] = {name: t for name, t in read.items() if t is not None}
+    sizes = {name: vocabulary_size(c.config) for name, c in sources.checkpoints.items()}
+    owner = BASE if policy == "base" and BASE in tokenizers else reference
+    if owner not in tokenizers:
+        owner = next(iter(tokenizers), owner)
+    differences = [
+        text
+        for name, other in tokenizers.items()
+        if name != owner and (text := difference(owner, tokenizers[owner], name, other)) is not None
+    ]
+    known_sizes = {name: size for name, size in sizes.items() if size is not None}
+    lacking = [name for name, size in sizes.items() if name not in tokenizers or size is None]
+    if not differences:
+        if len(set(known_sizes.values())) > 1:
+            if policy == "same" or lacking:
+                findings.problem(
+                    f"vocab_size differs: {known_sizes}; take tokenizer='base' or 'union' (every "
+                    "source then needs its tokenizer.json)"
+                )
+                return None
+        else:
+            if unread := [n for n in folders if n not in tokenizers and tokenizers]:
+                findings.note(f"{few(unread)} has no tokenizer: its tokens were not compared")
+            if policy != "same":
+                findings.note(
+                    f"tokenizer={policy!r} changes nothing: the vocabularies are the same"
+                )
+            return None
+    elif policy == "same":
+        for text in differences:
+            findings.problem(
+                f"{text}; merging rows of different tokens makes no sense: take tokenizer='union' "
+                f"(all tokens) or tokenizer='base' (those of "
+                f"{BASE if BASE in tokenizers else reference!r})"
+            )
+        return None
+    if lacking:
+        findings.problem(
+            f"tokenizer={policy!r} needs tokenizer.json and vocab_size of every source; "
+            f"{few(lacking)} lacks one"
+        )
+        return None
+    ordered = {owner: tokenizers[owner], **tokenizers}
+    return findings.attempt(combine_vocabularies, policy, owner, ordered, known_sizes)
+
+
+def is_embedding(name: str) -> bool:
+    return any(word in name for word in ("embed", "wte", "shared")) and not is_head(name)
+
+
+def is_head(name: str) -> bool:
+    return any(word in name for word in ("head", "predictions", "embed_out"))
+
+
+def has_row_per_token(
+    name: str, entries: Mapping[str, Entry], configs: Mapping[str, Mapping | None]
+) -> bool:
+    """Whether a tensor's rows are tokens: there are as many, and no other dimension of the model is that large."""
+    sizes = {source: vocabulary_size(configs[source]) for source in entries}
+    if not all(
+        entry.shape and entry.shape[0] == sizes[source] for source, entry in entries.items()
+    ):
+        return False
+    others = {
+        value
+        for source in entries
+        for key, value in flatten(configs[source] or {})
+        if not key.endswith("vocab_size") and value == sizes[source]
+    }
+    return not others or is_embedding(name) or is_head(name)

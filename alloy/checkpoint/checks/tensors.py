@@ -1,0 +1,239 @@
+"""Which tensor of the result is made from what: every tensor of every source is accounted for.
+
+It is merged, copied, left out by name, or a problem. Tied weights count once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+from alloy.checkpoint.checks.findings import Findings
+from alloy.checkpoint.checks.rows import has_row_per_token, is_embedding, is_head
+from alloy.checkpoint.checks.sources import Sources
+from alloy.checkpoint.config import vocabulary_size
+from alloy.checkpoint.format import DTYPE_NAMES, ITEM_BYTES, MERGEABLE, Entry, few
+from alloy.checkpoint.tokenizer import Vocabulary
+from alloy.errors import nearest
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the result: what it is made from and how."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    how: str
+    """The method's name, "copy", or "agree" (all sources hold the same bytes)."""
+    sources: tuple[str, ...]
+    inputs: tuple[Entry, ...]
+    coefficients: tuple[float, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Those that were given by pattern, with this tensor's values."""
+    mapped: bool = False
+    """Rows are looked up by token, because the vocabularies differ."""
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the user wants of the tensors beyond merging them."""
+
+    copy: Mapping[str, str]
+    """Glob pattern to the source whose tensors are taken as they are; the first that matches."""
+    drop: Sequence[str]
+    dtype: str | None
+
+    def dropped(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.drop)
+
+    def owner(self, name: str) -> str | None:
+        return next((s for p, s in self.copy.items() if fnmatchcase(name, p)), None)
+
+    def stored(self, entry: Entry) -> str:
+        """The dtype of the result for what is stored so."""
+        if self.dtype is None or entry.dtype not in MERGEABLE:
+            return entry.dtype
+        return DTYPE_NAMES[self.dtype]
+
+
+def plan_tensors(
+    findings: Findings, sources: Sources, vocabulary: Vocabulary | None, selection: Selection
+) -> tuple[PlannedTensor, ...]:
+    """Every tensor of the result; every tensor of every source is in one of them, or a problem."""
+    entries = without_tied_copies(findings, sources)
+    reference = sources.reference
+    names = list(dict.fromkeys([*entries[reference], *(n for e in entries.values() for n in e)]))
+    _check_selection(findings, selection, names, sources)
+    if findings.problems:
+        return ()
+    result: list[PlannedTensor] = []
+    lacking: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        if selection.dropped(name):
+            continue
+        stored = {source: entries[source][name] for source in entries if name in entries[source]}
+        owner = selection.owner(name)
+        if owner is not None:
+            planned = _copied(findings, name, owner, stored, sources, vocabulary, selection)
+        elif missing := tuple(source for source in entries if source not in stored):
+            lacking.setdefault(missing, []).append(name)
+            continue
+        else:
+            planned = _merged(findings, name, stored, sources, vocabulary, selection)
+        if planned is not None:
+            result.append(planned)
+    for missing, absent in lacking.items():
+        holders = [source for source in entries if source not in missing]
+        findings.problem(
+            f"{len(absent)} tensor{'s' * (len(absent) > 1)} missing in {few(missing)} that "
+            f"{few(holders)} {'has' if len(holders) == 1 else 'have'}: {few(absent)}; are these "
+            f"one architecture? To keep them as they are say copy={{{absent[0]!r}: {holders[0]!r}}}, "
+            f"to leave them out drop=[{absent[0]!r}] (patterns work)"
+        )
+    if not result and not findings.problems:
+        findings.problem("drop leaves no tensor")
+    return tuple(result)
+
+
+def without_tied_copies(findings: Findings, sources: Sources) -> dict[str, dict[str, Entry]]:
+    """Every source's tensors, tied ones once.
+
+    A head that its config ties to the embeddings is no tensor of its own.
+    """
+    result = {}
+    for source, checkpoint in sources.checkpoints.items():
+        entries = result[source] = dict(checkpoint.entries)
+        size = vocabulary_size(checkpoint.config)
+        if not (checkpoint.config and checkpoint.config.get("tie_word_embeddings") and size):
+            continue
+        rows = [e for e in entries.values() if len(e.shape) == 2 and e.shape[0] == size]
+        embeddings = [e for e in rows if is_embedding(e.name)]
+        for head in (e for e in rows if is_head(e.name)):
+            alike = [e for e in embeddings if (e.shape, e.dtype) == (head.shape, head.dtype)]
+            tied = next((e for e in alike if _same_bytes(head, e)), None)
+            if tied is not None:
+                del entries[head.name]
+                findings.note(
+                    f"{source!r} stores {head.name} beside {tied.name}, tied: stored once"
+                )
+            elif embeddings:
+                findings.problem(
+                    f"tied weights untied: config.json of {source!r} ties its embeddings, but "
+                    f"{head.name} and {embeddings[0].name} differ; save it with "
+                    "tie_word_embeddings=false or tie them"
+                )
+    return result
+
+
+def _same_bytes(a: Entry, b: Entry) -> bool:
+    with a.file.open("rb") as left, b.file.open("rb") as right:
+        left.seek(a.start)
+        right.seek(b.start)
+        remaining = a.num_bytes
+        while remaining:
+            size = min(remaining, 1 << 20)
+            if left.read(size) != right.read(size):
+                return False
+            remaining -= size
+    return True
+
+
+def _check_selection(
+    findings: Findings, selection: Selection, names: Sequence[str], sources: Sources
+) -> None:
+    """Every pattern matches a tensor, every source that is copied from exists."""
+    for what, patterns in (("copy", selection.copy), ("drop", selection.drop)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                findings.problem(
+                    f"{what} pattern {pattern!r} matches no tensor: {nearest(pattern, names)}"
+                )
+    for pattern, source in selection.copy.items():
+        if source not in sources.checkpoints:
+            findings.problem(
+                f"copy[{pattern!r}]={source!r} is no source: {nearest(source, sources.checkpoints)}"
+            )
+
+
+def _copied(
+    findings: Findings,
+    name: str,
+    owner: str,
+    stored: Mapping[str, Entry],
+    sources: Sources,
+    vocabulary: Vocabulary | None,
+    selection: Selection,
+) -> PlannedTensor | None:
+    """A tensor taken as it is from one source."""
+    if owner not in stored:
+        findings.problem(f"copy says {name!r} comes from {owner!r}, which lacks it")
+        return None
+    entry = stored[owner]
+    if vocabulary is not None and has_row_per_token(name, {owner: entry}, sources.configs):
+        findings.problem(
+            f"copy says {name!r} comes from {owner!r}, whose rows are not the common vocabulary's; "
+            "merge it"
+        )
+    return PlannedTensor(name, selection.stored(entry), entry.shape, "copy", (owner,), (entry,))
+
+
+def _merged(
+    findings: Findings,
+    name: str,
+    stored: Mapping[str, Entry],
+    sources: Sources,
+    vocabulary: Vocabulary | None,
+    selection: Selection,
+) -> PlannedTensor | None:
+    """A tensor that every source has."""
+    first = stored[sources.reference]
+    mapped = vocabulary is not None and has_row_per_token(name, stored, sources.configs)
+    shape = (vocabulary.size, *first.shape[1:]) if mapped and vocabulary else first.shape
+    if len({e.shape[1:] if mapped else e.shape for e in stored.values()}) > 1:
+        shapes = {source: list(entry.shape) for source, entry in stored.items()}
+        findings.problem(
+            f"shapes of {name!r} differ: {shapes}; align the widths first, or say "
+            f"copy={{{name!r}: {sources.reference!r}}}"
+        )
+        return None
+    dtypes = {source: entry.dtype for source, entry in stored.items()}
+    mergeable = all(d in MERGEABLE for d in dtypes.values())
+    if len(set(dtypes.values())) > 1 and not (mergeable and selection.dtype):
+        remedy = "say which the result shall have, dtype='float32'"
+        findings.problem(
+            f"dtypes of {name!r} differ: {dtypes}; {remedy if mergeable else 'save them alike'}"
+        )
+        return None
+    if any(d.startswith(("F8", "C64")) for d in dtypes.values()):
+        findings.problem(
+            f"{name!r} is {first.dtype}: quantised or complex weights cannot be merged; "
+            "dequantise them first"
+        )
+        return None
+    if mapped and (len(set(dtypes.values())) > 1 or first.dtype not in ("BF16", "F16", "F32")):
+        findings.problem(
+            f"{name!r} is {sorted(set(dtypes.values()))}: vocabularies are matched in one dtype of "
+            "BF16, F16, F32"
+        )
+        return None
+    return PlannedTensor(
+        name,
+        selection.stored(first),
+        shape,
+        "merge" if mergeable else "agree",
+        tuple(stored),
+        tuple(stored.values()),
+        mapped=mapped,
+    )

@@ -1,0 +1,123 @@
+"""What is to be done: a step makes one tensor, a shard is the file that holds several.
+
+Where vocabularies differ, the rows of a step's inputs are looked up by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+
+from alloy.checkpoint.engine.kernels import KINDS, mix
+from alloy.checkpoint.format import ITEM_BYTES, Entry, encode_header, read_into
+
+Rows = np.ndarray | Sequence[np.ndarray]
+"""One row of bytes per input; an array [inputs, bytes] where all have one dtype."""
+RowMap = np.ndarray
+"""For each row of the output, the row of a source's tensor; -1 where the source has none."""
+
+
+class Work(Protocol):
+    """How one output tensor is computed. `rows` holds one row of bytes per input."""
+
+    num_measures: int
+    """How often the whole tensor is looked at before the first chunk is computed."""
+    chunked: bool
+    """The tensor may be cut, at any multiple of `alignment` elements."""
+    alignment: int
+
+    def measure(self, round_: int, rows: Rows, start: int) -> None:
+        """Look at the elements from `start` on; called from several threads."""
+        ...
+
+    def prepare(self, round_: int) -> None:
+        """Called once, when everything was measured in this round."""
+        ...
+
+    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
+        """Write the elements from `start` on to `out`, as bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One output tensor: what it is made from and how."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    inputs: tuple[Entry, ...]
+    work: partial[Any]  # makes a Work
+    row_maps: tuple[RowMap, ...] | None = None
+    """For a tensor with one row per token, where the sources' vocabularies differ."""
+    prefer_first: bool = False
+    """The first input is the base: it stands in for inputs that lack a row."""
+
+    @property
+    def num_elements(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * ITEM_BYTES[self.dtype]
+
+    def input_bytes(self, num_elements: int) -> int:
+        """What so many elements of every input take."""
+        return sum(num_elements * ITEM_BYTES[e.dtype] for e in self.inputs)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file."""
+
+    file: str
+    steps: tuple[Step, ...]
+
+    @property
+    def header(self) -> bytes:
+        return encode_header((step.name, step.dtype, step.shape) for step in self.steps)
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.header) + sum(step.num_bytes for step in self.steps)
+
+
+def read_mapped(step: Step, descriptors: Sequence[int], start: int, stop: int) -> np.ndarray:
+    """The inputs' rows in the order of the output's vocabulary, as [inputs, bytes].
+
+    A row that an input lacks is the base's (input 0) if that has it, else the mean of those that do.
+    """
+    assert step.row_maps is not None, "only vocabulary tensors are mapped"
+    first = step.inputs[0]
+    width = first.num_elements // first.shape[0] * ITEM_BYTES[first.dtype]
+    begin, end = (i * ITEM_BYTES[first.dtype] // width for i in (start, stop))
+    rows = np.empty((len(step.inputs), end - begin, width), np.uint8)
+    missing = np.zeros((len(step.inputs), end - begin), bool)
+    for i, (entry, descriptor, row_map) in enumerate(
+        zip(step.inputs, descriptors, step.row_maps, strict=True)
+    ):
+        wanted = row_map[begin:end]
+        missing[i] = wanted < 0
+        breaks = np.flatnonzero((np.diff(wanted) != 1) | (wanted[:-1] < 0)) + 1
+        for run in np.split(np.arange(end - begin), breaks):
+            if wanted[run[0]] >= 0:
+                target = rows[i, run[0] : run[-1] + 1].reshape(-1).data
+                read_into(descriptor, target, entry.start + int(wanted[run[0]]) * width, entry.file)
+    for column in np.flatnonzero(missing.any(0)):
+        _fill(rows[:, column], missing[:, column], step.prefer_first, KINDS[first.dtype])
+    return rows.reshape(len(step.inputs), -1)
+
+
+def _fill(rows: np.ndarray, missing: np.ndarray, prefer_first: bool, kind: int) -> None:
+    """Give the inputs that lack a row the first input's, or the mean of those that have it."""
+    donors = np.flatnonzero(~missing)
+    if prefer_first and not missing[0]:
+        donors = donors[:1]
+    share = np.full(len(donors), 1 / len(donors), np.float32)
+    filled = np.empty(rows.shape[1], np.uint8)
+    mix(np.ascontiguousarray(rows[donors]), kind, share, False, filled, kind)
+    rows[missing] = filled

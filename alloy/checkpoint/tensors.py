@@ -1,0 +1,44 @@
+"""Tensors of a checkpoint in memory, for those who need whole weights rather than a stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alloy.checkpoint.format import Entry, open_checkpoint
+from alloy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+TORCH_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64",
+}  # fmt: skip
+"""The name in torch of every dtype of the format."""
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by name.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
+    return {name: load_tensor(entry) for name, entry in open_checkpoint(path).entries.items()}
+
+
+def load_tensor(entry: Entry) -> torch.Tensor:
+    """One stored tensor, in memory of its own."""
+    import torch
+
+    data = bytearray(entry.num_bytes)
+    with entry.file.open("rb") as file:
+        file.seek(entry.start)
+        if file.readinto(data) != entry.num_bytes:
+            raise CheckpointError(f"{entry.file}: ended while {entry.name} was read; it changed")
+    dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
+    if not data:
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)

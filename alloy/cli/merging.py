@@ -1,0 +1,300 @@
+"""`alloy merge` and `alloy plan`: merge checkpoints on disk, or show what a merge would do."""
+
+import json
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from alloy.checkpoint import MergeRequest, plan_merge, run_plan
+from alloy.cli.wording import in_options, refusals
+from alloy.errors import MergeError
+from alloy.merging import MERGE_METHODS
+
+MERGE_EXAMPLE = """**Example**: two fine-tunes and the checkpoint they started from
+
+    alloy merge ties merged a=models/a b=models/b --base models/seed --coefficients 0.6,0.4 --set density=0.3
+
+An interrupted merge goes on where it stopped when the same command is given again."""
+PLAN_EXAMPLE = """**Example**: which tensor is made from what, before anything is written
+
+    alloy plan linear merged models/a models/b --coefficients '*.mlp.*=0.7,0.3' --coefficients '*=0.5,0.5'"""
+
+
+def _methods(incomplete: str) -> list[str]:
+    return [name for name in sorted(MERGE_METHODS) if name.startswith(incomplete)]
+
+
+def _of(*values: str) -> Callable[[str], list[str]]:
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+Method = Annotated[
+    str,
+    typer.Argument(
+        help=f"How to merge: {', '.join(sorted(MERGE_METHODS))}. docs/methods.md has each with its paper.",
+        autocompletion=_methods,
+        show_default=False,
+    ),
+]
+Output = Annotated[
+    Path, typer.Argument(help="A folder that does not exist or is empty.", show_default=False)
+]
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[NAME=]SOURCE...",
+        help="The checkpoints, in order: folders with config.json and safetensors, or safetensors files. "
+        "The first one's names, order, sharding, config and tokenizer are the result's.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        help="The checkpoint that the sources were trained from, for methods with task vectors."
+    ),
+]
+Coefficients = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="C,C,... | PATTERN=C,C,...",
+        help="One number for each source; or by glob pattern of tensor names, several times: the first "
+        "pattern that matches decides.",
+    ),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="OPTION=VALUE",
+        help='An option of the method; by pattern of tensor names: density={"*attn*": 0.3, "*": 0.5}.',
+    ),
+]
+Statistics = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=FILE", help="Grams or Fisher diagonals of a source."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the result: float32, float16, bfloat16, float64; by default the sources'.",
+        autocompletion=_of("float32", "float16", "bfloat16", "float64"),
+    ),
+]
+ShardBytes = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="The most that a file holds, as 5GB.")
+]
+TokenizerPolicy = Annotated[
+    str,
+    typer.Option(
+        "--tokenizer",
+        help="Where vocabularies differ: same (refuse), base (the base's tokens), union (all tokens).",
+        autocompletion=_of("same", "base", "union"),
+    ),
+]
+Copy = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN=NAME", help="Tensors taken as they are from one source."),
+]
+Drop = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Tensors that the result shall lack.")
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY", help="Config keys that may differ: the first source's are taken."),
+]
+
+
+def merge(
+    method: Method,
+    output: Output,
+    sources: Sources,
+    base: Base = None,
+    coefficients: Coefficients = None,
+    options: Options = None,
+    statistics: Statistics = None,
+    dtype: Dtype = None,
+    shard_bytes: ShardBytes = None,
+    tokenizer: TokenizerPolicy = "same",
+    copy: Copy = None,
+    drop: Drop = None,
+    allow: Allow = None,
+    threads: Annotated[int | None, typer.Option(help="Workers; by default all cores.")] = None,
+    hash_sources: Annotated[
+        bool, typer.Option("--hash-sources", help="Record the SHA-256 of every source file.")
+    ] = False,
+) -> None:
+    """Merge checkpoints on disk, larger than memory, into one that loads.
+
+    Everything is checked before a tensor is read; the output appears whole or not at all.
+    """
+    with refusals("merge"):
+        plan = plan_merge(
+            _request(
+                method, output, sources, base, coefficients, options, statistics, dtype,
+                shard_bytes, tokenizer, copy, drop, allow,
+            )
+        )  # fmt: skip
+        lock = threading.Lock()
+        bar = tqdm(
+            total=plan.num_bytes, unit="B", unit_scale=True, desc="merge", disable=None, leave=False
+        )
+
+        def advance(num_bytes: int) -> None:
+            with lock:
+                bar.update(num_bytes)
+
+        with bar:
+            report = run_plan(
+                plan,
+                threads=threads,
+                hash_sources=hash_sources,
+                command=shlex.join(["alloy", *sys.argv[1:]]),
+                on_bytes=advance,
+            )
+    for note in report.notes:
+        typer.echo(f"note: {in_options(note)}")
+    if report.resumed:
+        typer.echo(f"went on after {', '.join(report.resumed)}")
+    typer.echo(
+        f"wrote {report.output}: {report.num_tensors} tensors, {report.num_bytes:,} bytes "
+        f"in {report.seconds:.1f} s"
+    )
+
+
+def plan(
+    method: Method,
+    output: Output,
+    sources: Sources,
+    base: Base = None,
+    coefficients: Coefficients = None,
+    options: Options = None,
+    statistics: Statistics = None,
+    dtype: Dtype = None,
+    shard_bytes: ShardBytes = None,
+    tokenizer: TokenizerPolicy = "same",
+    copy: Copy = None,
+    drop: Drop = None,
+    allow: Allow = None,
+) -> None:
+    """Check a merge and show what it would do: each tensor, its sources, settings and bytes.
+
+    Reads headers and configs alone, and writes nothing.
+    """
+    with refusals("plan"):
+        planned = plan_merge(
+            _request(
+                method, output, sources, base, coefficients, options, statistics, dtype,
+                shard_bytes, tokenizer, copy, drop, allow,
+            )
+        )  # fmt: skip
+    typer.echo(replace(planned, notes=tuple(map(in_options, planned.notes))))
+
+
+def _request(
+    method: str,
+    output: Path,
+    sources: Sequence[str],
+    base: Path | None,
+    coefficients: Sequence[str] | None,
+    options: Sequence[str] | None,
+    statistics: Sequence[str] | None,
+    dtype: str | None,
+    shard_bytes: str | None,
+    tokenizer: str,
+    copy: Sequence[str] | None,
+    drop: Sequence[str] | None,
+    allow: Sequence[str] | None,
+) -> MergeRequest:
+    """The settings of a merge as the library takes them."""
+    return MergeRequest(
+        method,
+        _sources(sources),
+        output,
+        base=base,
+        coefficients=_coefficients(coefficients or ()),
+        statistics=_pairs(statistics or (), "--statistics", "NAME=FILE", Path) or None,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        tokenizer=tokenizer,
+        copy=_pairs(copy or (), "--copy", "PATTERN=NAME", str),
+        drop=drop or (),
+        allow=allow or (),
+        options=_pairs(options or (), "--set", "OPTION=VALUE", _value),
+    )
+
+
+def _sources(given: Sequence[str]) -> list[str] | dict[str, str]:
+    """Paths in order, or by name if they have names. A path that exists may hold an equals sign."""
+    named = [text for text in given if "=" in text and not Path(text).exists()]
+    if not named:
+        return list(given)
+    if unnamed := [text for text in given if text not in named]:
+        hint = ""
+        if all(_is_number(text) for text in unnamed):
+            hint = f"; coefficients are one argument: --coefficients C,{','.join(unnamed)}"
+        raise MergeError(f"{unnamed[0]} has no name, {named[0]} has one: name all or none{hint}")
+    pairs = _pairs(given, "source", "NAME=PATH", str)
+    if len(pairs) != len(given):
+        raise MergeError(f"sources {' '.join(given)}: two have one name")
+    return pairs
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _coefficients(given: Sequence[str]) -> list[float] | dict[str, list[float]] | None:
+    """Numbers, or rows of numbers by pattern."""
+    if not given:
+        return None
+    by_pattern = [text for text in given if "=" in text]
+    if by_pattern and len(by_pattern) != len(given):
+        raise MergeError(
+            f"--coefficients {' '.join(given)}: numbers alone or by pattern, not both; "
+            "end the patterns with '*=...' instead"
+        )
+    if by_pattern:
+        return _pairs(given, "--coefficients", "PATTERN=C,C,...", _numbers)
+    return [number for text in given for number in _numbers(text)]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise MergeError(
+            f"--coefficients {text}: write numbers with commas between them, 0.6,0.4"
+        ) from None
+
+
+def _pairs(
+    given: Sequence[str], option: str, form: str, convert: Callable[[str], Any]
+) -> dict[str, Any]:
+    """`KEY=VALUE` arguments as a mapping."""
+    pairs: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise MergeError(f"{option} {text}: write {form}")
+        pairs[key] = convert(value)
+    return pairs
+
+
+def _value(text: str) -> Any:
+    """A number, a boolean or a list as JSON writes it; anything else is text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,1 @@
+"""Does the distance between weights foretell how well they merge?"""

@@ -1,7 +1,7 @@
 """Merge transformers that were trained apart: tensors in, tensors out.
 
-Packages are nouns (`alloy.symmetry`, `alloy.merging`), functions are verbs (`alloy.merge`, `alloy.align`).
-The names below are loaded when they are first used, so `import alloy` costs nothing.
+Packages are nouns (`alloy.symmetry`, `alloy.merging`), functions are verbs (`alloy.merge`,
+`alloy.align`). The names below are loaded when they are first used, so `import alloy` costs nothing.
 """
 
 from importlib import import_module
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         unfold_norms,
         validate,
     )
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Alignment",
@@ -83,10 +85,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("alloy-merge")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import optuna
+from types import ModuleType
 
 from alloy.errors import MergeError
 
@@ -61,9 +60,11 @@ def search(
         start: proposals to try first: the average, or the best of an earlier search.
 
     Raises:
-        MergeError: an empty range, no trials, no or repeated patterns, a start that does not fit.
+        MergeError: an empty range, no trials, no or repeated patterns, a start that does not fit,
+            or Optuna is not installed.
     """
     _check(num_models, num_trials, patterns, low, high, convex, start)
+    optuna = _optuna()
     study = optuna.create_study(
         direction="maximize" if maximize else "minimize",
         sampler=optuna.samplers.TPESampler(seed=seed),
@@ -85,13 +86,20 @@ def search(
         value = value if not math.isnan(value) else (-math.inf if maximize else math.inf)
         # Optuna refuses infinities: a trial that went wrong is told as failed
         failed = not math.isfinite(value)
-        study.tell(trial, None if failed else value, state=_FAILED if failed else None)
+        state = optuna.trial.TrialState.FAIL if failed else None
+        study.tell(trial, None if failed else value, state=state)
         trials.append(Trial(coefficients, value))
     best = (max if maximize else min)(trials, key=lambda t: t.score)
     return SearchResult(best, tuple(trials))
 
 
-_FAILED = optuna.trial.TrialState.FAIL
+def _optuna() -> ModuleType:
+    """Optuna, which the library does without until somebody searches."""
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise MergeError("a search of coefficients needs Optuna: pip install optuna") from error
+    return optuna
 
 
 def _check(

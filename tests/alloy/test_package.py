@@ -1,0 +1,117 @@
+"""The distribution: one package, light to import, whole without the pipeline's tools."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import alloy
+
+REPOSITORY = Path(__file__).parents[2]
+TWELVE_LINES = """
+import alloy, torch
+from safetensors.torch import save_file
+from torch.nn import Linear, ReLU, Sequential
+torch.manual_seed(0)
+a = Sequential(Linear(4, 16), ReLU(), Linear(16, 3)).eval()
+spec = alloy.find_symmetries(a, {"input": torch.randn(8, 4)})
+planted = alloy.random_transforms(spec, torch.Generator().manual_seed(1))
+b = alloy.transport(a.state_dict(), spec, planted)
+aligning = alloy.align(a.state_dict(), b, spec, space="weight")
+merged = alloy.merge("linear", [a.state_dict(), alloy.transport(b, spec, aligning)])
+save_file(merged, "model.safetensors")
+"""
+
+
+def test_importing_the_library_costs_nothing() -> None:
+    """`import alloy` loads neither torch nor numpy; every public name is listed."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import alloy"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.split("\n")}
+    assert not loaded & {"torch", "numpy", "transformers", "numba", "typer"}
+    assert set(alloy.__all__) <= set(dir(alloy))
+    assert all(getattr(alloy, name) is not None for name in alloy.__all__)
+
+
+def test_a_search_without_optuna_says_what_to_install(monkeypatch) -> None:
+    """Optuna is no dependency of the library."""
+    from alloy.merging.search import search
+
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(alloy.AlloyError, match="needs Optuna: pip install optuna"):
+        search(lambda _: 0.0, num_models=2, num_trials=1)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A copy of what the wheel is built from, so that building leaves the checkout alone."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("alloy", "tasks", "flows"):
+        shutil.copytree(
+            REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(REPOSITORY / name, folder)
+    return folder
+
+
+def run(*command: object, cwd: Path) -> str:
+    """What a command says, outside this checkout; what it says is the message if it fails."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_the_wheel_holds_the_library_alone(sources, tmp_path) -> None:
+    """No tasks, no flows; the marker of types, the console script, the licence and the version."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    run(*pip, "--wheel-dir", tmp_path, sources, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    info = f"alloy_merge-{alloy.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} == {"alloy", info}
+    assert {"alloy/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
+
+
+@pytest.mark.slow
+def test_a_clean_environment_traces_aligns_merges_and_saves(sources, tmp_path) -> None:
+    """`pip install .` and a dozen lines of Python; none of the pipeline's tools comes along."""
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", sources, cwd=tmp_path)
+    said = run(python, "-W", "error", "-c", TWELVE_LINES + SHOWN, cwd=tmp_path)
+    assert float(said.split()[-1]) < 1e-5
+    packages = ("prefect", "dvc", "mlflow", "boto3", "tasks", "flows", "optuna")
+    code = "import importlib.util, sys; print([n for n in sys.argv[1:] if importlib.util.find_spec(n)])"
+    assert run(python, "-c", code, *packages, cwd=tmp_path) == "[]\n"
+    missing = subprocess.run(
+        [tmp_path / "venv" / "bin" / "alloy", "merge"], capture_output=True, text=True
+    )
+    installed = run(python, "-m", "pip", "list", cwd=tmp_path)
+    if "typer" not in installed:  # a dependency of other packages at times
+        assert missing.returncode == 1
+        assert missing.stderr == "alloy: the command needs Typer: pip install 'alloy-merge[cli]'\n"
+
+
+SHOWN = """
+from safetensors.torch import load_file
+loaded = load_file("model.safetensors")
+print(max(float((loaded[n] - w).abs().max()) for n, w in a.state_dict().items()))
+"""

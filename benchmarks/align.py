@@ -1,12 +1,13 @@
-"""How long alignment takes: two ViTs of width 192, ViT-B, zip, and growth with width and depth.
+"""Time of alignment: two ViTs of width 192, ViT-B, zip, and growth with width and depth.
 
     python -m benchmarks.align            about 3 minutes on one core, 3 GB
     python -m benchmarks.align --quick    without ViT-B and the widest, half a minute
 
-Models have random weights, statistics come from random images: what has no structure takes most sweeps.
-CPU seconds of a process with one thread, medians of `--rounds`. Statistics are collected once, and not
-counted: `alloy.collect` has its own benchmark. MuDSC's own code took 71 CPU s for the statistics and 30
-for matching and merging the first pair, and 9.9 to zip one space of 768 units (docs/alignment.md).
+Models have random weights and statistics come from random images, because matching takes the most
+sweeps where there is no structure. Times are CPU seconds of a process with one thread, medians of
+`--rounds`. Collecting the statistics is not counted: `alloy.collect` has its own benchmark. MuDSC's
+own code took 71 CPU s for the statistics, 30 for matching and merging the first pair, and 9.9 to
+zip one space of 768 units (docs/alignment.md).
 """
 
 from __future__ import annotations
@@ -57,20 +58,20 @@ class Pair:
 
     def cost(self, preset: str, rounds: int) -> dict[str, float]:
         """CPU seconds of matching and of merging."""
-        found = []
-        match = cpu_seconds(lambda: found.append(self.align(preset)), rounds)
-        merge = cpu_seconds(lambda: found[-1].merge(self.weights), rounds)
+        alignments = []
+        match = cpu_seconds(lambda: alignments.append(self.align(preset)), rounds)
+        merge = cpu_seconds(lambda: alignments[-1].merge(self.weights), rounds)
         return {"match": match, "merge": merge}
 
 
 def cpu_seconds(call: Callable[[], object], rounds: int) -> float:
-    """The median over rounds; compiled code is compiled before."""
-    times = []
+    """Time a call: the median over rounds."""
+    seconds = []
     for _ in range(rounds):
         start = time.process_time()
         call()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
 
 
 def zipping(width: int, rounds: int) -> float:
@@ -87,32 +88,32 @@ def measure(rounds: int, *, quick: bool) -> dict:
     zipping(16, 1)  # compiles
     pair = Pair(2048, 6, **PAIR)
     pair.align("dual")  # compiles
-    found: dict = {"presets": {}, "zip": {}, "width": {}, "depth": {}}
+    times: dict = {"presets": {}, "zip": {}, "width": {}, "depth": {}}
     for preset in ("git_rebasin", "activation_matching", "mudsc", "dual"):
-        found["presets"][preset] = pair.cost(preset, rounds)
-        print(preset, found["presets"][preset])
-    found["presets"]["orthogonal"] = pair.cost("orthogonal", 1)
-    print("orthogonal", found["presets"]["orthogonal"])
+        times["presets"][preset] = pair.cost(preset, rounds)
+        print(preset, times["presets"][preset])
+    times["presets"]["orthogonal"] = pair.cost("orthogonal", 1)
+    print("orthogonal", times["presets"]["orthogonal"])
     for width in (192, 768) if quick else (192, 768, 3072):
-        found["zip"][width] = zipping(width, rounds)
-    print("zip", found["zip"])
+        times["zip"][width] = zipping(width, rounds)
+    print("zip", times["zip"])
     for width in (96, 192, 384) if quick else (96, 192, 384, 768):
         sizes = {"hidden_size": width, "num_attention_heads": width // 32}
         grown = Pair(256, 2, intermediate_size=4 * width, **sizes)
-        found["width"][width] = grown.cost("dual", 1)["match"]
+        times["width"][width] = grown.cost("dual", 1)["match"]
     for num_layers in (1, 2, 4, 8, 16):
         grown = Pair(256, num_layers, **{**PAIR, "intermediate_size": 384})
-        found["depth"][num_layers] = grown.cost("dual", 1)["match"]
-    print("growth", found["width"], found["depth"])
+        times["depth"][num_layers] = grown.cost("dual", 1)["match"]
+    print("growth", times["width"], times["depth"])
     if not quick:
         base = Pair(64, 12, image_size=64, patch_size=16, **BASE)
-        found["ViT-B"] = {preset: base.cost(preset, 1) for preset in ("mudsc", "dual")}
-        print("ViT-B", found["ViT-B"])
-    return found
+        times["ViT-B"] = {preset: base.cost(preset, 1) for preset in ("mudsc", "dual")}
+        print("ViT-B", times["ViT-B"])
+    return times
 
 
-def report(found: dict, arguments: str) -> str:
-    presets = found["presets"]
+def report(times: dict, arguments: str) -> str:
+    presets = times["presets"]
     rows = [
         f"| {name} | {cost['match']:.2f} | {cost['merge']:.3f} |" for name, cost in presets.items()
     ]
@@ -122,7 +123,8 @@ def report(found: dict, arguments: str) -> str:
         "",
         f"`python -m benchmarks.align{arguments}`, {time.strftime('%Y-%m-%d')}. {machine()}",
         "",
-        "CPU seconds. Two ViTs of width 192, 6 blocks, 3 heads, MLP 768, 17 tokens, 2,048 images, random weights.",
+        "CPU seconds. Two ViTs of width 192, 6 blocks, 3 heads, MLP 768, 17 tokens, 2,048 images, "
+        "random weights.",
         "",
         "| preset | matching, to convergence | merging |",
         "|---|---|---|",
@@ -130,36 +132,37 @@ def report(found: dict, arguments: str) -> str:
         "",
         "| goal | measured |",
         "|---|---|",
-        f"| matching and merging in dual space under 1 s (MuDSC's own code: 29.9) | mudsc {both['mudsc']:.2f}, "
-        f"dual {both['dual']:.2f} |",
+        f"| matching and merging in dual space under 1 s (MuDSC's own code: 29.9) | "
+        f"mudsc {both['mudsc']:.2f}, dual {both['dual']:.2f} |",
         *(
-            f"| zip of one space of {width:,} units{goal} | {found['zip'][width]:.3f} |"
+            f"| zip of one space of {width:,} units{goal} | {times['zip'][width]:.3f} |"
             for width, goal in (
                 (192, ""),
                 (768, " under 0.2 s (original: 9.9)"),
                 (3072, " under 10 s"),
             )
-            if width in found["zip"]
+            if width in times["zip"]
         ),
         *(
-            f"| ViT-B to ViT-B, {preset}, under 60 s beside the forwards | {sum(cost.values()):.1f} |"
-            for preset, cost in found.get("ViT-B", {}).items()
+            f"| ViT-B to ViT-B, {preset}, under 60 s beside the forwards | "
+            f"{sum(cost.values()):.1f} |"
+            for preset, cost in times.get("ViT-B", {}).items()
         ),
         "",
         f"Growth of `dual` ([plot]({FIGURE.name})):",
         "",
         "| width (2 blocks, MLP 4x) | CPU s |",
         "|---|---|",
-        *(f"| {width} | {seconds:.2f} |" for width, seconds in found["width"].items()),
+        *(f"| {width} | {seconds:.2f} |" for width, seconds in times["width"].items()),
         "",
         "| blocks (width 192, MLP 384) | CPU s |",
         "|---|---|",
-        *(f"| {depth} | {seconds:.2f} |" for depth, seconds in found["depth"].items()),
+        *(f"| {depth} | {seconds:.2f} |" for depth, seconds in times["depth"].items()),
     ]
     return "\n".join(lines) + "\n"
 
 
-def plot(found: dict, path: Path) -> None:
+def plot(times: dict, path: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -167,7 +170,7 @@ def plot(found: dict, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
     for axis, (name, power) in zip(axes, (("width", 3), ("depth", 1)), strict=True):
-        sizes, seconds = list(found[name]), list(found[name].values())
+        sizes, seconds = list(times[name]), list(times[name].values())
         axis.loglog(sizes, seconds, "o-", label="dual")
         guide = [seconds[-1] * (size / sizes[-1]) ** power for size in sizes]
         axis.loglog(sizes, guide, ":", color="gray", label=f"{name}^{power}")
@@ -192,7 +195,8 @@ def machine() -> str:
     )
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "numba", "scipy"))
-    return f"{model}, 1 thread, Python {platform.python_version()}, {packages}; load at the end {load}."
+    python = f"Python {platform.python_version()}"
+    return f"{model}, 1 thread, {python}, {packages}; load at the end {load}."
 
 
 def main() -> None:
@@ -202,14 +206,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="no ViT-B, no width above 384")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(given.rounds, quick=given.quick)
-    text = report(found, " --quick" if given.quick else "")
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(text)
-    plot(found, given.output.with_suffix(".png"))
-    print(json.dumps(found), text, sep="\n")
+    times = measure(arguments.rounds, quick=arguments.quick)
+    text = report(times, " --quick" if arguments.quick else "")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(text)
+    plot(times, arguments.output.with_suffix(".png"))
+    print(json.dumps(times), text, sep="\n")
 
 
 if __name__ == "__main__":

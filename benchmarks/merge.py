@@ -1,17 +1,19 @@
-"""How fast and how small the merge engine is, against copying, reading, and mergekit.
+"""Time and memory of the merge engine, against copying, reading, and mergekit.
 
     python -m benchmarks.merge            about 12 minutes on two cores, at most 17 GB of disk
     python -m benchmarks.merge --quick    about 1 minute, 1 GB
-    python -m benchmarks.merge --folder F round ties@mergekit 8GB    these parts alone; the report is of all so far
+    python -m benchmarks.merge --folder F round ties@mergekit 8GB
+                                          these parts alone; the report is of all parts so far
 
-Writes three Llama checkpoints of 551 M bfloat16 parameters in 5 shards and their base, then in every round runs each
-command in turn, so that a ratio compares neighbours in time. Commands are whole processes; "in process" is a
-call of `alloy.merge_checkpoints` in a process that has merged before. All files are in the page cache. Everything
-Alloy writes is hashed and on the disk when the clock stops; the others leave that to the kernel, except `floor, on
-the disk`, which ends with a sync.
+It writes three Llama checkpoints of 551 M bfloat16 parameters in 5 shards, and their base. Every
+round then runs each command in turn, so that a ratio compares neighbours in time. Commands are
+whole processes; "in process" is a call of `alloy.merge_checkpoints` in a process that has merged
+before. All files are in the page cache. Everything that Alloy writes is hashed and on the disk when
+the clock stops; the others leave that to the kernel, except `floor, on the disk`, which ends with a
+sync.
 
-Parts are `round`, `METHOD@mergekit` for mergekit's slow methods, and sizes as `8GB`; no part takes 3 minutes. What
-they measured is kept in the folder's runs.json.
+Parts are `round`, `METHOD@mergekit` for mergekit's slow methods, and sizes such as `8GB`; no part
+takes 3 minutes. Their measurements are kept in the folder's runs.json.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ from alloy.checkpoint.format import INDEX, encode_header
 
 RESULTS = Path("benchmarks/results/merge.md")
 BASE, MODELS = "base", ("a", "b", "c")
-_BLOCK = 1 << 23  # elements of noise, reused at shifting offsets
-_SAMPLE_SECONDS = 0.02
+BLOCK = 1 << 23
+"""Elements of noise: drawn once, shared by all tensors at shifting offsets."""
+SAMPLE_SECONDS = 0.02
+"""Time between two looks at a process's memory; a peak that is shorter may be missed."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,9 @@ class Run:
 
 
 def write_checkpoint(folder: Path, size: Size, *, seed: int, num_shards: int) -> Path:
-    """A checkpoint of noise: seed 0 is the base, the others are it plus a task vector a tenth as large."""
+    """Write noise as a checkpoint: seed 0 is the base, others add task vectors a tenth as large."""
     folder.mkdir(parents=True)
-    noise = np.random.default_rng(0).standard_normal(_BLOCK + 4096, dtype=np.float32) * 0.02
+    noise = np.random.default_rng(0).standard_normal(BLOCK + 4096, dtype=np.float32) * 0.02
     if seed:
         noise += np.random.default_rng(seed).standard_normal(len(noise), dtype=np.float32) * 0.002
     values = ((noise.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
@@ -127,7 +131,7 @@ def write_checkpoint(folder: Path, size: Size, *, seed: int, num_shards: int) ->
             for j, (_, shape) in enumerate(part):
                 remaining = prod(shape)
                 while remaining:
-                    count = min(remaining, _BLOCK)
+                    count = min(remaining, BLOCK)
                     out.write(values[j % 4096 :][:count].data)
                     remaining -= count
         weight_map |= dict.fromkeys((name for name, _ in part), file)
@@ -137,7 +141,7 @@ def write_checkpoint(folder: Path, size: Size, *, seed: int, num_shards: int) ->
 
 
 class Bench:
-    """Runs commands in turn and remembers what each took, in which round: in the folder, if it stays."""
+    """Runs commands in turn and keeps each one's cost by round, in the folder's runs.json."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -192,13 +196,13 @@ class Bench:
         return max(getattr(run, field) for run in self.runs[name].values())
 
     def ratio(self, name: str, other: str) -> float:
-        """The median over rounds of one's time over the other's in the same round."""
+        """Divide one command's time by the other's in the same round: the median over rounds."""
         mine, theirs = self.runs[name], self.runs[other]
         return statistics.median(mine[i].wall / theirs[i].wall for i in mine if i in theirs)
 
 
 class Worker:
-    """A process that merges when told to, so that imports and compilation are done."""
+    """A process that merges on request, so that imports and compilation are done before."""
 
     def __init__(self, environment: dict[str, str]):
         self.process = subprocess.Popen(
@@ -224,7 +228,7 @@ class Worker:
 
 
 def serve() -> None:
-    """The worker's side."""
+    """Merge what standard input asks for, one request a line: the worker's side."""
     import alloy
 
     for line in sys.stdin:
@@ -237,11 +241,11 @@ def serve() -> None:
 
 @contextmanager
 def _memory_peak(pid: int) -> Generator[list[float]]:
-    """The most memory (anonymous, and in all) that a process was seen to hold, MB."""
+    """Watch a process and yield its peak memory in MB: anonymous, and in all."""
     seen, stop = [0.0, 0.0], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(_SAMPLE_SECONDS):
+        while not stop.wait(SAMPLE_SECONDS):
             try:
                 status = Path(f"/proc/{pid}/status").read_text()
             except OSError:
@@ -261,7 +265,7 @@ def _memory_peak(pid: int) -> Generator[list[float]]:
 
 
 def mergekit_command(folder: Path, method: str, models: Sequence[str]) -> list[str]:
-    """mergekit-yaml with its default settings; equal weights, density 0.5."""
+    """Command of mergekit-yaml with its default settings; equal weights, density 0.5."""
     parameters = {"weight": 1 / len(models)}
     if method in ("ties", "dare_ties"):
         parameters["density"] = 0.5
@@ -316,7 +320,7 @@ def floors(checkpoint: Path, others: Sequence[Path], out: Path) -> dict[str, lis
 
 
 def inputs(bench: Bench, size: Size) -> None:
-    """The base and the models, unless an earlier part wrote them."""
+    """Write the base and the models, unless an earlier part did."""
     for seed, model in enumerate((BASE, *MODELS)):
         if not (bench.folder / model).is_dir():
             partial = bench.folder / "partial"
@@ -325,7 +329,7 @@ def inputs(bench: Bench, size: Size) -> None:
 
 
 def compare(bench: Bench) -> None:
-    """One round: every command in turn, mergekit's slow methods apart."""
+    """Run one round: every command in turn, but for mergekit's slow methods."""
     folder = bench.folder
     worker = Worker(bench.environment)
     for method, models in METHODS.items():  # compile, and fill the page cache
@@ -349,7 +353,7 @@ def _references(bench: Bench) -> None:
 
 
 def compare_slow(bench: Bench, method: str) -> None:
-    """One of mergekit's slow methods, beside the references."""
+    """Run one of mergekit's slow methods, beside the references."""
     bench.round += 1
     _references(bench)
     command = mergekit_command(bench.folder, method, METHODS[method])
@@ -357,7 +361,7 @@ def compare_slow(bench: Bench, method: str) -> None:
 
 
 def scaling(bench: Bench, size: str, repeats: int) -> None:
-    """A linear merge of three at one size, and its floors.
+    """Run a linear merge of three at one size, and its floors.
 
     One checkpoint stands for all three sources: they are read as often, and the disk holds a third.
     """
@@ -378,11 +382,12 @@ def scaling(bench: Bench, size: str, repeats: int) -> None:
 
 
 def sized(gigabytes: float) -> Size:
-    """A Llama whose bfloat16 checkpoint has this size: as many layers as fit, the rest vocabulary."""
-    wanted, bare = gigabytes * 1e9 / 2, Size(1536, 4096, 0, 4000)
+    """Size a Llama for a bfloat16 checkpoint of so many GB: layers first, then vocabulary."""
+    num_parameters, bare = gigabytes * 1e9 / 2, Size(1536, 4096, 0, 4000)
     per_layer = replace(bare, layers=1).num_parameters - bare.num_parameters
-    layers = max(1, int((wanted - bare.num_parameters) / per_layer))
-    return replace(bare, layers=layers, vocabulary=int((wanted - layers * per_layer) / (2 * 1536)))
+    layers = max(1, int((num_parameters - bare.num_parameters) / per_layer))
+    vocabulary = int((num_parameters - layers * per_layer) / (2 * bare.hidden))
+    return replace(bare, layers=layers, vocabulary=vocabulary)
 
 
 def gigabytes(size: str) -> float:
@@ -396,8 +401,9 @@ def report(bench: Bench, size: Size, arguments: str) -> str:
         "",
         f"`python -m benchmarks.merge{arguments}`, {time.strftime('%Y-%m-%d')}. {_machine()}",
         "",
-        f"Three Llama checkpoints of {parameters} bfloat16 parameters in 5 shards (and their base), warm page cache, ext4 or "
-        "what the machine has. `floor` reads three checkpoints and writes one. Ratios are medians of the ratios within a round.",
+        f"Three Llama checkpoints of {parameters} bfloat16 parameters in 5 shards (and their "
+        "base), warm page cache, ext4 or what the machine has. `floor` reads three checkpoints "
+        "and writes one. Ratios are medians of the ratios within a round.",
         "",
         "| command | runs | wall s | CPU s | peak RSS MB | anonymous MB | / cp | / floor |",
         "|---|---|---|---|---|---|---|---|",
@@ -413,10 +419,11 @@ def report(bench: Bench, size: Size, arguments: str) -> str:
     sizes = sorted({n.partition(": ")[0] for n in bench.runs if "GB: " in n}, key=gigabytes)
     lines += [
         "",
-        "Time against size: linear, three sources, in process. Size is that of one checkpoint: at 8 GB, 24 GB are read and 8 GB "
-        "written, hashed and put on the disk.",
+        "Time against size: linear, three sources, in process. Size is that of one checkpoint: at "
+        "8 GB, 24 GB are read and 8 GB written, hashed and put on the disk.",
         "",
-        "| GB of one checkpoint | runs | wall s | s per GB | CPU s per GB | floor s per GB | floor on the disk s per GB | anonymous MB |",
+        "| GB of one checkpoint | runs | wall s | s per GB | CPU s per GB | floor s per GB | "
+        "floor on the disk s per GB | anonymous MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for size_ in sizes:
@@ -451,10 +458,12 @@ def _goals(bench: Bench) -> list[str]:
         "| goal | measured |",
         "|---|---|",
         f"| linear in process at most 2.5x the floor | {bench.ratio(linear, 'floor'):.2f}x |",
-        f"| linear command at most 1/5 of mergekit's | 1/{1 / bench.ratio(command, 'mergekit linear'):.1f} |",
+        f"| linear command at most 1/5 of mergekit's | "
+        f"1/{1 / bench.ratio(command, 'mergekit linear'):.1f} |",
         f"| TIES at most 2x (linear + a selection pass) | {votes('ties')} |",
         f"| DARE-TIES at most 2x (linear + a selection pass) | {votes('dare_ties')}, no pass |",
-        f"| anonymous memory at most 256 MB | {bench.most(linear, 'anonymous_mb'):.0f} MB, of which most is what the imports take |",
+        f"| anonymous memory at most 256 MB | {bench.most(linear, 'anonymous_mb'):.0f} MB, "
+        "most of it taken by the imports |",
     ]
 
 
@@ -471,8 +480,9 @@ def _machine() -> str:
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "numba", "mergekit"))
     return (
-        f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, Linux {platform.release()}, "
-        f"Python {platform.python_version()}, {packages}; load at the end {load}."
+        f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, "
+        f"Linux {platform.release()}, Python {platform.python_version()}, {packages}; "
+        f"load at the end {load}."
     )
 
 
@@ -486,14 +496,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keeps inputs and measurements; else temporary")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
+    arguments = parser.parse_args()
+    if arguments.worker:
         serve()
         return
-    size = QUICK if given.quick else FULL
-    with _folder(given.folder) as folder:
+    size = QUICK if arguments.quick else FULL
+    with _folder(arguments.folder) as folder:
         bench = Bench(folder)
-        for part in given.parts or all_parts(given.quick, given.rounds):
+        for part in arguments.parts or all_parts(arguments.quick, arguments.rounds):
             run(bench, part, size)
             print(
                 part,
@@ -503,17 +513,17 @@ def main() -> None:
                     if bench.round in v
                 },
             )
-        text = report(bench, size, " --quick" if given.quick else "")
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(text)
+        text = report(bench, size, " --quick" if arguments.quick else "")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(text)
     print(text)
 
 
 @contextmanager
-def _folder(given: Path | None) -> Generator[Path]:
-    if given is not None:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given.resolve()
+def _folder(folder: Path | None) -> Generator[Path]:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder.resolve()
         return
     with tempfile.TemporaryDirectory(prefix="alloy-merge-") as name:
         yield Path(name)
@@ -537,7 +547,8 @@ def run(bench: Bench, part: str, size: Size) -> None:
         scaling(bench, part, repeats=3)
     else:
         sys.exit(
-            f"no part {part!r}: round, a size as 8GB, or {', '.join(f'{m}@mergekit' for m in SLOW)}"
+            f"part {part!r} is unknown: choose round, a size such as 8GB, or "
+            f"{', '.join(f'{m}@mergekit' for m in SLOW)}"
         )
 
 

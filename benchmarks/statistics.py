@@ -1,10 +1,11 @@
-"""What statistics cost beside the forward passes that they are taken from.
+"""Cost of statistics, compared with the forward passes that they are taken from.
 
     python -m benchmarks.statistics            two minutes on two cores
     python -m benchmarks.statistics --quick    the small size alone
 
-Two vision transformers run over the same images, first bare, then observed, in every round; a ratio
-compares the two in one round. Models and images are random: the cost does not depend on what they hold.
+Two vision transformers run over the same images in every round, first bare, then observed, and a
+ratio compares the two within a round. Models and images are random, because the cost does not
+depend on their values.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def timed(run: Callable[[], object]) -> Time:
 
 
 def measure(size: Size, rounds: int) -> dict[str, list[Time]]:
-    """By mode the times of every round; "bare" are the forwards of both models alone."""
+    """Time every mode in every round; "bare" is the forward passes of both models alone."""
     models = {name: size.model(seed) for seed, name in enumerate("ab")}
     batches = size.batches()
     spec = alloy.find_symmetries(models["a"], {"pixel_values": batches[0]["pixel_values"][:1]})
@@ -115,18 +116,19 @@ def measure(size: Size, rounds: int) -> dict[str, list[Time]]:
 
 def table(size: Size, times: dict[str, list[Time]]) -> list[str]:
     lines = [
-        f"## {size.name}: {size.samples} images, {size.tokens} tokens each, batches of {size.batch}",
+        f"## {size.name}: {size.samples} images, {size.tokens} tokens each, "
+        f"batches of {size.batch}",
         "",
         "| pass | CPU s | wall s | of the bare forwards, CPU | wall |",
         "|---|---|---|---|---|",
     ]
-    for name, found in times.items():
+    for name, own in times.items():
         ratios = [
-            [getattr(t, kind) / getattr(b, kind) for t, b in zip(found, times["bare"], strict=True)]
+            [getattr(t, kind) / getattr(b, kind) for t, b in zip(own, times["bare"], strict=True)]
             for kind in ("cpu", "wall")
         ]
         shares = [f"{statistics.median(r):.2f}x ({min(r):.2f} to {max(r):.2f})" for r in ratios]
-        seconds = [statistics.median(getattr(t, kind) for t in found) for kind in ("cpu", "wall")]
+        seconds = [statistics.median(getattr(t, kind) for t in own) for kind in ("cpu", "wall")]
         lines.append(
             f"| {name} | {seconds[0]:.2f} | {seconds[1]:.2f} | {shares[0]} | {shares[1]} |"
         )
@@ -141,9 +143,9 @@ def main() -> None:
     lines = [
         "# Cost of statistics",
         "",
-        "Two vision transformers side by side; each pass in turn in every round. permute: cross-moments of all spaces "
-        "by `alloy.collect`, units as written; zip: also the moments within each model; RegMean: permute and "
-        "the float64 Grams of all linear inputs.",
+        "Two vision transformers side by side; each pass in turn in every round. permute: "
+        "cross-moments of all spaces by `alloy.collect`, units as written; zip: also the moments "
+        "within each model; RegMean: permute and the float64 Grams of all linear inputs.",
         "",
         f"`python -m benchmarks.statistics`, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, {platform.processor() or platform.machine()}; medians of "

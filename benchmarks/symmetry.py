@@ -1,8 +1,13 @@
-"""How long discovery and transport take: `python -m benchmarks.symmetry`.
+"""Time of discovery and transport: `python -m benchmarks.symmetry`.
 
-Discovery runs on full-size configurations without weights, in a process of its own each, so that peak
-memory is that of one model. Goals: 1 s BERT-base and ViT-B, 2 s FLAVA and Llama-7B, 5 s a 70B Llama;
-under 1 GB. Transport of BERT-base: under 0.3 s and 3 times the time of copying its weights.
+Discovery runs on full-size configurations without weights, each in a process of its own, so that
+peak memory is that of one model. Goals: under 1 GB, and
+
+    1 s    BERT-base, ViT-B
+    2 s    FLAVA, Llama-7B
+    5 s    a 70B Llama
+
+Transport of BERT-base: under 0.3 s, and at most 3 times the time of copying its weights.
 """
 
 import argparse
@@ -22,11 +27,12 @@ GOALS_SECONDS = {"bert-base": 1.0, "vit-b": 1.0, "flava": 2.0, "llama-7b": 2.0, 
 GOAL_MEGABYTES = 1024
 GOAL_TRANSPORT_SECONDS = 0.3
 GOAL_TRANSPORT_COPIES = 3.0
-_REPEATS = 7
+REPEATS = 7
+"""Runs of which the shortest counts: other processes only ever slow a run down."""
 
 
 def build(name: str) -> tuple[torch.nn.Module, dict]:
-    """A model without weights, and example inputs."""
+    """Build a model without weights, and example inputs."""
     ids = torch.randint(5, 1000, (2, 16))
     image = torch.rand(2, 3, 224, 224)
     llama_70b = hf.LlamaConfig(
@@ -69,7 +75,7 @@ def discovery(name: str) -> dict[str, float]:
 def best(function: Callable[[], object]) -> float:
     """The shortest of several runs, seconds."""
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(REPEATS):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
@@ -102,19 +108,20 @@ def main() -> None:
     for name, goal in GOALS_SECONDS.items():
         command = [sys.executable, "-m", "benchmarks.symmetry", name]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = json.loads(run.stdout.strip().splitlines()[-1])
-        met = found["seconds"] <= goal and found["megabytes"] <= GOAL_MEGABYTES
+        cost = json.loads(run.stdout.strip().splitlines()[-1])
+        met = cost["seconds"] <= goal and cost["megabytes"] <= GOAL_MEGABYTES
         missed += [] if met else [name]
         print(
-            f"{name:10} {found['seconds']:5.2f} s (goal {goal:.0f}) {found['megabytes']:5.0f} MB "
-            f"{found['spaces']:4d} spaces  {'ok' if met else 'MISSED'}"
+            f"{name:10} {cost['seconds']:5.2f} s (goal {goal:.0f}) {cost['megabytes']:5.0f} MB "
+            f"{cost['spaces']:4d} spaces  {'ok' if met else 'MISSED'}"
         )
-    found = transport()
-    met = found["seconds"] <= GOAL_TRANSPORT_SECONDS and found["copies"] <= GOAL_TRANSPORT_COPIES
+    cost = transport()
+    met = cost["seconds"] <= GOAL_TRANSPORT_SECONDS and cost["copies"] <= GOAL_TRANSPORT_COPIES
     missed += [] if met else ["transport"]
     print(
-        f"transport of BERT-base {found['seconds']:.3f} s (goal {GOAL_TRANSPORT_SECONDS}), "
-        f"{found['copies']:.2f} copies (goal {GOAL_TRANSPORT_COPIES:.0f})  {'ok' if met else 'MISSED'}"
+        f"transport of BERT-base {cost['seconds']:.3f} s (goal {GOAL_TRANSPORT_SECONDS}), "
+        f"{cost['copies']:.2f} copies (goal {GOAL_TRANSPORT_COPIES:.0f})  "
+        f"{'ok' if met else 'MISSED'}"
     )
     if missed:
         raise SystemExit(f"goals missed: {', '.join(missed)}")

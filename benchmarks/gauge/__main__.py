@@ -1,8 +1,8 @@
-"""What the gauge of least error buys without training, and where it stops (docs/gauge.md).
+"""The study of the gauge: what it buys without training, and where it stops (docs/gauge.md).
 
-    dvc repro benchmarks/gauge/dvc.yaml           # everything, what is stale of it: about 210 CPU minutes
-    python -m benchmarks.gauge train d96_m1_s0    # one model of params/gauge.yaml, into models/gauge/
-    python -m benchmarks.gauge measure d96_m1_s0  # its merges; also of specific_unseeded, specific, wide144
+    dvc repro benchmarks/gauge/dvc.yaml           # all that is stale: up to 210 CPU minutes
+    python -m benchmarks.gauge train d96_m1_s0    # one model of params/gauge.yaml
+    python -m benchmarks.gauge measure d96_m1_s0  # its merges; also of specific, wide144 ...
     python -m benchmarks.gauge ablate             # what may turn, calibration, starts
     python -m benchmarks.gauge multitask          # the multitask recipe's ViTs and BERTs
     python -m benchmarks.gauge finetune           # the recipe's fine-tuning afterwards
@@ -10,9 +10,10 @@
     python -m benchmarks.gauge figures            # docs/figures/gauge*.svg
     python -m benchmarks.gauge table              # benchmarks/results/gauge.md
 
-Each writes benchmarks/results/gauge/<stage>.json. A draw is a set of training scenes and captions without
-labels; every choice is made on the validation split, on which all scores are but those after fine-tuning.
-Needs `data/modality` and `data/multitask` (`python -m tasks.prepare RECIPE`), which `dvc repro` makes.
+Models go to models/gauge/, measurements to benchmarks/results/gauge/<stage>.json. A draw is a set
+of training scenes and captions without labels. Every choice is made on the validation split, and
+all scores are of that split, except those after fine-tuning. The study needs `data/modality` and
+`data/multitask` (`python -m tasks.prepare RECIPE`), which `dvc repro` makes.
 """
 
 import argparse
@@ -85,13 +86,13 @@ def main() -> None:
         commands.add_parser(name).add_argument("model")
     for name in OF_ALL:
         commands.add_parser(name)
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     try:
-        if asked.command in OF_A_MODEL:
-            OF_A_MODEL[asked.command](asked.model)
+        if arguments.command in OF_A_MODEL:
+            OF_A_MODEL[arguments.command](arguments.model)
         else:
-            OF_ALL[asked.command]()
+            OF_ALL[arguments.command]()
     except (ValueError, OSError) as error:
         sys.exit(f"benchmarks.gauge: {error}")
 

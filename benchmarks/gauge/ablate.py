@@ -1,4 +1,4 @@
-"""The gauge with sequential least squares, with one part of it left out or more of another."""
+"""Ablations of the gauge with sequential least squares: one thing changed at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +15,7 @@ Made = Callable[[], tuple[ModalityModel, dict]]
 
 
 def ablate(name: str, draws: int, examples: list[int]) -> Iterator[dict[str, Any]]:
-    """Every ablation on every draw, of one parent."""
+    """Measure every ablation of one parent on every draw."""
     for draw in range(draws):
         for arm, start in {
             "no hidden words in the calibration": merges.start_of(name, draw, masked_share=0.0),
@@ -47,14 +47,14 @@ def _arms(start: Start) -> dict[str, Made]:
         return merges.sequential(moved, **settings), merges.diagnostics(gauge)
 
     def searched_alike() -> tuple[ModalityModel, dict]:
-        there, found = merges.search(merges.start_from(start.model, start.batches, None))
+        there, report = merges.search(merges.start_from(start.model, start.batches, None))
         there = merges.start_from(there.model, start.batches, start.answers)
-        return merges.sequential(there), merges.diagnostics(found)
+        return merges.sequential(there), merges.diagnostics(report)
 
     def without_vl() -> tuple[ModalityModel, dict]:
         grams = {modality: start.grams[modality] for modality in PAIR}
-        there, found = merges.search(replace(start, grams=grams))
-        return merges.sequential(there, joint_experts=PAIR), merges.diagnostics(found)
+        there, report = merges.search(replace(start, grams=grams))
+        return merges.sequential(there, joint_experts=PAIR), merges.diagnostics(report)
 
     return {
         "as it is": merged,

@@ -1,4 +1,4 @@
-"""CPU seconds of one step of the search and of sequential least squares, random models of several sizes."""
+"""CPU seconds of the search's steps and of sequential least squares, by size of the model."""
 
 import time
 from collections.abc import Iterator
@@ -14,11 +14,13 @@ from alloy.modality.streams import in_gauge
 from benchmarks.gauge.params import EXPANSION, HEAD_UNITS
 
 SIZES = ((48, 4), (96, 4), (96, 8), (192, 4), (384, 4))
-STEPS = 4  # that are timed
+"""Width and number of blocks; one doubles while the other stays."""
+STEPS = 4
+"""Steps that are timed, after a first one that also matches heads and neurons."""
 
 
 def cost() -> Iterator[dict[str, Any]]:
-    """One row for each size; seconds of one core, of 64 examples."""
+    """Measure each size with random weights and 64 examples: one row, seconds of one core."""
     for hidden, layers in SIZES:
         model = in_gauge(_model(hidden, layers))
         batch = {

@@ -15,11 +15,12 @@ from benchmarks.gauge.params import study
 FOLDER = Path("docs/figures")
 SHOWN, SEEDED = "specific_unseeded", "specific"
 LAYER = "blocks.3.ffn.fc1.weight"
-LEAST = 15.0  # per cent: of a parent that can do less, shares are noise
+LEAST = 15.0
+"""Per cent that a parent must score: shares of a lower score are noise."""
 
 
 def figures() -> None:
-    """Subspace occupation before and after, and what is kept of the parent against how full its streams are."""
+    """Draw how streams are occupied before and after, and what is kept as they fill up."""
     start = merges.start_of(SHOWN, 0)
     moved, gauge = merges.search(start)
     _save(occupation(start.grams, moved.grams, gauge), "gauge.svg")
@@ -32,7 +33,7 @@ def _save(figure: Figure, name: str) -> None:
 
 
 def occupation(before: Grams, after: Grams, gauge: Gauge) -> Figure:
-    """The energy of each expert's inputs along the axes that hold the vl expert's, largest first."""
+    """Plot the energy of each expert's inputs along the principal axes of the vl expert's."""
     figure = Figure(figsize=(8, 2.8), layout="tight")
     panels = figure.subplots(1, 2, sharey=True)
     (stream,) = gauge.streams
@@ -53,8 +54,11 @@ def occupation(before: Grams, after: Grams, gauge: Gauge) -> Figure:
 
 
 def points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each parent its demand on the stream, and the share of its scores that merges keep (mean of draws)."""
-    found = []
+    """Collect each parent's demand on the stream and the share of its scores that merges keep.
+
+    Shares are means over draws, in per cent.
+    """
+    result = []
     for name in dict.fromkeys(row["parent"] for row in rows):
         own = [row for row in rows if row["parent"] == name]
         parent = next(row["scores"] for row in own if row["arm"] == PARENT)
@@ -67,25 +71,25 @@ def points(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     point[f"{arm}: {metric}"] = statistics.mean(kept)
         first = next(row for row in own if row["arm"] == METHOD)
         point |= {key: first[key] for key in ("width", "demand", "joint_demand")}
-        point["felt_joint_demand"] = first["felt_joint_demand"]
+        point["weighted_joint_demand"] = first["weighted_joint_demand"]
         point["seconds"] = round(first["search_seconds"] + first["cpu_seconds"])
-        found.append(point)
-    return found
+        result.append(point)
+    return result
 
 
 def _again(name: str) -> list[str]:
     return [other for other, made in study().retrained.items() if made.arm == name]
 
 
-def slack(found: list[dict[str, Any]]) -> Figure:
-    """The share of the parent's scores that is kept, against what its experts ask of the joint blocks' stream.
+def slack(measured: list[dict[str, Any]]) -> Figure:
+    """Plot the share of the parent's scores that is kept against how full the joint stream is.
 
     A line joins the released parent without a common seed and the same function in wider streams.
     """
     figure = Figure(figsize=(8, 3.4), layout="tight")
     panels = figure.subplots(1, 2, sharey=True)
     for axis, metric in zip(panels, ("retrieval", "masked_words"), strict=True):
-        able = [point for point in found if point[metric] >= LEAST]
+        able = [point for point in measured if point[metric] >= LEAST]
         for arm, colour in ((METHOD, "tab:blue"), (NO_GAUGE, "tab:grey")):
             for label, marker, parents in (
                 ("the recipe's, in wider streams", "o-", [SHOWN, *study().widened]),

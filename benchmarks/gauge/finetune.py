@@ -1,4 +1,4 @@
-"""The recipe's fine-tuning of merges of a parent without a common seed, and of the parent itself, more than once."""
+"""Fine-tuning, by the recipe's settings, of a parent without a common seed and its merges."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +17,10 @@ SPLITS = ("validation", "test")
 
 
 def measure(name: str, runs: int) -> Iterator[dict[str, Any]]:
-    """Scores on the five benchmarks; each run has calibration data and an order of examples of its own."""
+    """Score every arm on the five benchmarks.
+
+    Each run has its own calibration data and its own order of examples.
+    """
     params = load(study().recipe, "finetune", FinetuneParams)
     for run in range(runs):
         for arm, model in _arms(name, run):
@@ -46,10 +49,9 @@ def _arms(name: str, run: int) -> Iterator[tuple[str, ModalityModel]]:
 
 
 def _scores(model: ModalityModel, split: str) -> dict[str, float]:
-    found = {}
+    scores = {}
     for name in FINETUNED:
         benchmark, data = BENCHMARKS[name], load_split(study().recipe, name, split)
-        found[name] = round(
-            benchmark.score(benchmark.outputs(model, data), data)[benchmark.metric].value, 2
-        )
-    return found
+        score = benchmark.score(benchmark.outputs(model, data), data)[benchmark.metric]
+        scores[name] = round(score.value, 2)
+    return scores

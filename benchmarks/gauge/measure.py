@@ -15,13 +15,13 @@ Arm = Callable[[], ModalityModel]
 
 
 def measure(name: str, draws: int, *, every_arm: bool) -> Iterator[dict[str, Any]]:
-    """Rows of one parent; without `every_arm` only what the plot of slack against gain needs."""
+    """Measure one parent; without `every_arm` only what the plot of slack against gain needs."""
     parent = merges.load_parent(name)
     yield merges.row({"parent": name, "arm": PARENT}, lambda: (parent, {}))
     for draw in range(draws):
         start = merges.start_of(name, draw)
         plain = merges.start_from(start.model, start.batches, None)
-        usage = {**_demand("", plain), **_demand("felt_", start)}
+        usage = {**_demand("", plain), **_demand("weighted_", start)}
         yield from _searched(name, draw, start, every_arm, METHOD, usage)
         for arm, made in {
             NO_GAUGE: lambda start=start: merges.sequential(start),
@@ -44,7 +44,7 @@ def measure(name: str, draws: int, *, every_arm: bool) -> Iterator[dict[str, Any
 def _searched(
     name: str, draw: int, start: Start, every_arm: bool, arm: str, usage: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """What the search found, merged layer by layer, and (unless that is all) in closed form."""
+    """Search, merge layer by layer and, with `every_arm`, also in closed form."""
     began = time.process_time()
     moved, gauge = merges.search(start)
     seconds = {"search_seconds": round(time.process_time() - began, 1)}
@@ -57,7 +57,10 @@ def _searched(
 
 
 def _demand(prefix: str, start: Start) -> dict[str, float]:
-    """Over the layers that read a stream: dims that hold 99 % of each expert's energy, their sum by the width."""
+    """Divide the dims that hold 99 % of each expert's energy, summed, by the stream's width.
+
+    Means over all layers that read a stream, and over those of the joint blocks.
+    """
     demands, joint = [], []
     names = [n for n in start.grams["l"] if n.endswith(("qkv.weight", "fc1.weight"))]
     for name in names:
@@ -73,6 +76,6 @@ def _demand(prefix: str, start: Start) -> dict[str, float]:
 
 
 def dims_99(gram_DD: Tensor) -> int:
-    """Dims that hold 99 % of the energy of a second moment."""
+    """Count the dims that hold 99 % of the energy of a second moment."""
     energy = torch.linalg.eigvalsh(gram_DD).flip(0).clamp(min=0).cumsum(0)
     return int((energy < 0.99 * energy[-1]).sum()) + 1

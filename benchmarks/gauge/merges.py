@@ -1,4 +1,4 @@
-"""What every part of the study shares: calibration data, the search, the merges and their scores."""
+"""Shared by every part of the study: calibration data, the search, the merges, their scores."""
 
 import json
 import time
@@ -32,10 +32,16 @@ from tasks.storage import write_file
 
 RESULTS = Path("benchmarks/results/gauge")
 RELEASED = Path("released/modality")
-PARENT = "unmerged parent"  # the arms that more than one part of the study names
+
+# Arms that more than one part of the study names.
+PARENT = "unmerged parent"
 METHOD, UNWEIGHED = "gauge + sequential for the answers", "gauge + sequential"
 NO_GAUGE, PLAIN = "sequential for the answers", "sequential"
 WIDENED = "specific_unseeded"
+"""The released checkpoint of which the study makes wider ones."""
+
+SEEDS_APART = 1000
+"""Distance between the seeds of two draws, far beyond those of the recipes."""
 
 Batches = list[dict[str, Tensor]]
 Grams = Mapping[str, Mapping[str, Gram]]
@@ -43,7 +49,7 @@ Grams = Mapping[str, Mapping[str, Gram]]
 
 @dataclass(frozen=True)
 class Start:
-    """A folded parent, calibration data, how much the parent's answers depend on what, and Grams weighed so."""
+    """A folded parent and its calibration data, with the sensitivities and Grams on these."""
 
     model: ModalityModel
     batches: Batches
@@ -53,7 +59,7 @@ class Start:
 
 
 def load_parent(name: str) -> ModalityModel:
-    """A released checkpoint, a model of the study, or one whose streams are wider."""
+    """Load a released checkpoint, a model of the study, or one whose streams are wider."""
     if (width := study().widened.get(name)) is not None:
         return widen(load_parent(WIDENED), width)
     folder = RELEASED / name
@@ -61,24 +67,24 @@ def load_parent(name: str) -> ModalityModel:
 
 
 def start_of(name: str, draw: int, *, answers: Answers | None = "heads", **changes: Any) -> Start:
-    """A parent and a draw of calibration data; `changes` are of the params' `calibration`."""
+    """Fold a parent and draw calibration data; `changes` are of the params' `calibration`."""
     settings = study().calibration.model_copy(update=changes)
     return start_from(in_gauge(load_parent(name)), calibration(draw, settings), answers)
 
 
 def start_from(model: ModalityModel, batches: Batches, answers: Answers | None) -> Start:
-    """Without `answers` every unit of every token counts alike."""
+    """Measure sensitivities and Grams; without `answers` every unit of every token counts alike."""
     sensitivities = None if answers is None else sensitivities_of(model, batches, answers)
     grams = affine_grams(model, batches, sensitivities)
     return Start(model, batches, answers, sensitivities, grams)
 
 
 def calibration(draw: int, settings: Calibration) -> Batches:
-    """A draw's scenes and captions, some of them with hidden words; draw 0 is the recipe's own."""
+    """Draw scenes and captions, some of them with hidden words; draw 0 is the recipe's own."""
     params = load(study().recipe, "prepare", PrepareParams)
     drawn = params.model_copy(
         update={
-            "seed": params.seed + 1000 * draw,
+            "seed": params.seed + SEEDS_APART * draw,
             "calibration_examples": settings.examples,
         }
     )
@@ -94,25 +100,26 @@ def calibration(draw: int, settings: Calibration) -> Batches:
 
 
 def search(start: Start, **settings: Any) -> tuple[Start, Gauge]:
-    """The parent in the gauge of least error, and what the search says of it."""
-    given = study().search.model_dump() | settings
+    """Move a parent into the gauge of least error; also return the search's report."""
+    chosen = study().search.model_dump() | settings
     if "starts" not in settings:
-        given["initial"] = {"inner alignment": inner_alignment(start.model, start.batches)}
-    transforms, gauge = find_gauge(start.model, start.grams, **given)
+        chosen["initial"] = {"inner alignment": inner_alignment(start.model, start.batches)}
+    transforms, gauge = find_gauge(start.model, start.grams, **chosen)
     moved = in_gauge(start.model, transforms)
     return start_from(moved, start.batches, start.answers), gauge
 
 
 def closed_form(start: Start) -> ModalityModel:
-    """RegMean with biases: W* of every layer, the ridge towards the average."""
+    """Merge by RegMean with biases: W* of every layer, the ridge towards the average."""
     model = start.model
     experts = split_experts(model.state_dict(), model.config)
     names = list(start.grams)
     spec = towers(model)["l"].spec
     still = [identity(spec)] * len(names)
     merged = average_of_experts(model, names)
-    found = merge_layers([experts[m] for m in names], spec, [start.grams[m] for m in names], still)
-    merged.load_state_dict({**merged.state_dict(), **found})
+    grams = [start.grams[m] for m in names]
+    layers = merge_layers([experts[m] for m in names], spec, grams, still)
+    merged.load_state_dict({**merged.state_dict(), **layers})
     return merged
 
 
@@ -125,17 +132,17 @@ def average(start: Start) -> ModalityModel:
 
 
 def scores(model: ModalityModel) -> dict[str, float]:
-    """The benchmarks that need no fine-tuning, validation split."""
-    found = {}
+    """Score a model on the validation split of the benchmarks that need no fine-tuning."""
+    result = {}
     for name in TRAINING_FREE:
         benchmark, data = BENCHMARKS[name], load_split(study().recipe, name, "validation")
         score = benchmark.score(benchmark.outputs(model, data), data)[benchmark.metric]
-        found[name] = round(score.value, 2)
-    return found
+        result[name] = round(score.value, 2)
+    return result
 
 
 def diagnostics(gauge: Gauge) -> dict[str, Any]:
-    """What needs no labels: J, and how much of the stream is used."""
+    """Describe a search without labels: J, and how much of the stream is used."""
     (stream,) = gauge.streams
     return {
         "error": [round(gauge.error_before, 3), round(gauge.error_after, 3)],
@@ -149,23 +156,26 @@ def diagnostics(gauge: Gauge) -> dict[str, Any]:
 
 
 def row(key: Mapping[str, Any], make: Callable[[], tuple[ModalityModel, dict]]) -> dict[str, Any]:
-    """One merge: what identifies it, its scores, its CPU seconds (grams and search not counted twice), facts."""
+    """Make and score one merge.
+
+    CPU seconds are those of `make` alone: Grams and search are counted where they are computed.
+    """
     began = time.process_time()
     model, facts = make()
     seconds = round(time.process_time() - began, 1)
-    found = {**key, "scores": scores(model), "cpu_seconds": seconds, **facts}
-    print(json.dumps(found), flush=True)
-    return found
+    result = {**key, "scores": scores(model), "cpu_seconds": seconds, **facts}
+    print(json.dumps(result), flush=True)
+    return result
 
 
 def write(stage: str, rows: list[dict[str, Any]]) -> None:
-    """The rows of one stage, whole."""
+    """Write the rows of one stage, whole or not at all."""
     with write_file(RESULTS / f"{stage}.json") as partial:
         partial.write_text("[\n" + ",\n".join(f" {json.dumps(r)}" for r in rows) + "\n]\n")
     print(f"gauge: wrote {RESULTS / stage}.json, {len(rows)} rows")
 
 
 def read(pattern: str) -> list[dict[str, Any]]:
-    """The rows of all stages whose names match."""
+    """Read the rows of all stages whose names match."""
     files = sorted(RESULTS.glob(f"{pattern}.json"))
-    return [found for file in files for found in json.loads(file.read_text())]
+    return [row for file in files for row in json.loads(file.read_text())]

@@ -1,8 +1,9 @@
-"""The gauge between classifiers of different tasks and one modality: the multitask recipe's ViTs and BERTs.
+"""The gauge between classifiers of one modality: ViTs and BERTs of the multitask recipe.
 
-Here the embeddings, too, are merged, and both models see the same inputs in them, which no gauge can lay side by
-side: only in the layers behind do tasks read different directions. Each parent counts in an example as much as it
-is sure of it (`tasks.accuracy.confidence`), in Grams and in least squares alike, so nothing needs labels.
+The embeddings are merged here, too. In them both models see the same inputs, which no gauge can lay
+side by side; tasks read different directions only in the layers behind. A parent counts in each
+example as much as it is sure of it (`tasks.accuracy.confidence`), in Grams and in least squares
+alike, so no labels are needed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +31,12 @@ from tasks.yardsticks import Labelled, asked
 
 RECIPE = "multitask"
 RELEASED, DATA = Path("released") / RECIPE, Path("data") / RECIPE
-TABLES = ("cls_token", "position_embeddings")  # of a ViT: parameters that are added as they are
-RIDGE = 1e-2  # of the recipe's arm `ours`
+TABLES = ("cls_token", "position_embeddings")
+"""Parameters of a ViT that are added as they are."""
+RIDGE = 1e-2
+"""Ridge of the recipe's arm `ours`."""
+STEPS = 40
+"""Steps of the search, fewer than for the modality transformer."""
 
 Weights = dict[str, Tensor]
 Batches = list[dict[str, Tensor]]
@@ -39,7 +44,7 @@ Batches = list[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two parents, folded where their norms allow it, and how sure each is of the calibration data."""
+    """Two parents, folded where their norms allow it, and their shares in the calibration data."""
 
     model: nn.Module
     raw: dict[str, Weights]
@@ -53,7 +58,7 @@ class Pair:
 
 
 def measure(sets: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Joint accuracy on validation data of every arm, for every seed of the sets."""
+    """Measure every arm's joint accuracy on validation data, for every seed of the sets."""
     recipe = models_recipe(RECIPE)
     for name in sets:
         for seed, members in recipe.collect.sets[name].members.items():
@@ -82,8 +87,8 @@ def _score(model: nn.Module, weights: Weights, yardstick: Labelled) -> float:
 
 
 def load_pair(recipe: ModelsRecipe, name: str, members: Sequence[str]) -> Pair:
-    found = recipe.collect.sets[name]
-    inputs = load_file(DATA / "calibration" / f"{found.calibration}.safetensors")
+    chosen = recipe.collect.sets[name]
+    inputs = load_file(DATA / "calibration" / f"{chosen.calibration}.safetensors")
     size = recipe.collect.batch_size
     num = len(next(iter(inputs.values())))
     batches = [{k: v[i : i + size] for k, v in inputs.items()} for i in range(0, num, size)]
@@ -101,7 +106,7 @@ def load_pair(recipe: ModelsRecipe, name: str, members: Sequence[str]) -> Pair:
         folded = folds[members[0]][1]
     except SymmetryError as error:
         kept = str(error)
-    classes = load_file(DATA / "benchmarks" / str(found.benchmark) / "classes.safetensors")
+    classes = load_file(DATA / "benchmarks" / str(chosen.benchmark) / "classes.safetensors")
     logits = [
         accuracy.logits(torch.cat([answers(m, batch).rows for batch in batches]), classes)
         for m in models.values()
@@ -154,7 +159,7 @@ def _search(pair: Pair, grams: Sequence[Mapping[str, Gram]], aligned) -> Gauge:
         turned = _aligned(pair, "orthogonal").transforms[other]
         initial["orthogonal"] = [identity(pair.folded), turned]
     models = list(pair.weights.values())
-    return search_gauge(models, pair.folded, grams, initial=initial, steps=40, max_rounds=1)
+    return search_gauge(models, pair.folded, grams, initial=initial, steps=STEPS, max_rounds=1)
 
 
 def _closed_form(
@@ -163,11 +168,14 @@ def _closed_form(
     grams: Sequence[Mapping[str, Gram]],
     transforms: Sequence,
 ) -> Weights:
-    """W* of all that reads something, the mean of the norms; `moved` are the models under the transforms."""
+    """Merge into W* of all layers and the mean of the norms.
+
+    `moved` are the models under the transforms.
+    """
     models = list(pair.weights.values())
-    found = merge_layers(models, pair.folded, grams, transforms)
+    layers = merge_layers(models, pair.folded, grams, transforms)
     mean = _mean(moved)
-    return {**mean, **{name: tensor.to(mean[name]) for name, tensor in found.items()}}
+    return {**mean, **{name: tensor.to(mean[name]) for name, tensor in layers.items()}}
 
 
 def _mean(models: Mapping[str, Weights]) -> Weights:
@@ -188,7 +196,7 @@ def _fitted(pair: Pair, merged: Weights, parents: Mapping[str, Weights]) -> Weig
 
 @torch.no_grad()
 def observed(pair: Pair, member: int, weights: Weights) -> dict[str, Gram]:
-    """Grams of what every layer, patch embedding and table of a parent reads, by its share in each example."""
+    """Sum Grams of a parent's layers and tables, weighted by its share in each example."""
     pair.model.load_state_dict(weights)
     grams: dict[str, Gram] = {}
     shares_N = pair.shares_PN[member]

@@ -6,13 +6,16 @@ from pydantic import Field, StringConstraints
 
 from tasks.params import PretrainParams, Section, TrainingPlan, TransformerParams, load_file
 
-HEAD_UNITS, EXPANSION = 24, 4
+HEAD_UNITS = 24
+"""Units of a head, as in the released models."""
+EXPANSION = 4
+"""Neurons of a feed-forward network for each unit of the stream, as in the released models."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^\w+$")]  # it names files
 
 
 class Calibration(Section):
-    """What the parents see: training scenes and captions, without labels."""
+    """Calibration data: training scenes and captions, without labels."""
 
     examples: int = Field(gt=0)
     batch_size: int = Field(gt=0)
@@ -20,14 +23,14 @@ class Calibration(Section):
 
 
 class Search(Section):
-    """Of the gauge (`alloy.search_gauge`)."""
+    """Settings of the search (`alloy.search_gauge`)."""
 
     steps: int = Field(gt=0)
     max_rounds: int = Field(gt=0)
 
 
 class Pretraining(Section):
-    """What all models of the study share."""
+    """Settings that all models of the study share."""
 
     batch_size: int = Field(gt=0)
     mask_probability: float = Field(gt=0, lt=1)
@@ -53,7 +56,7 @@ class Retrained(Section):
 
 
 class Measure(Section):
-    """How many draws of the calibration data each parent's merges are measured on."""
+    """Number of draws of the calibration data on which each parent's merges are measured."""
 
     released: dict[Name, int]  # by checkpoint; every arm
     draws: int = Field(gt=0)  # of the models of the study, the gauge alone
@@ -96,7 +99,7 @@ class GaugeStudyParams(Section):
     finetune: Finetune
 
     def pretrain(self, name: str) -> tuple[str, PretrainParams]:
-        """The arm and the params of one model's pre-training."""
+        """Choose the arm and the params of one model's pre-training."""
         if again := self.retrained.get(name):
             made = load_file("pretrain", PretrainParams)
             return again.arm, made.model_copy(update={"seed": again.seed})

@@ -22,9 +22,10 @@ def table() -> None:
         [
             "# The gauge of least error",
             "",
-            "`dvc repro benchmarks/gauge/dvc.yaml` made this file, from benchmarks/results/gauge/*.json. Scores are",
-            "of the validation split but where test is named; cells are means over draws of the calibration data,",
-            "seeds or runs, ± half their range. docs/gauge.md says what it means.",
+            "`dvc repro benchmarks/gauge/dvc.yaml` made this file from",
+            "benchmarks/results/gauge/*.json. Scores are of the validation split unless test is",
+            "named. Cells are means over draws of the calibration data, seeds or runs, ± half",
+            "their range. docs/gauge.md interprets them.",
             *_merges(),
             *_study(),
             *_ablations(),
@@ -49,7 +50,8 @@ def _merges() -> Iterable[str]:
         if not own:
             continue
         yield from ("", f"## {title}: every merge, {len(seeds)} seeds of pre-training")
-        yield "Mean over seeds (each the mean over its draws), ± half the seeds' range; then the share of the parent's score."
+        yield "Mean over seeds (each the mean over its draws), ± half the seeds' range; then the"
+        yield "share of the parent's score."
         yield ""
         yield from _markdown(
             ["arm", *TRAINING_FREE, "kept: R@1, words, statements", "CPU s of the merge"],
@@ -66,19 +68,19 @@ def _merges() -> Iterable[str]:
                 ([arm, len(same), *_scores(same)] for arm, same in _by(here, "arm")),
             )
             for arm in (METHOD, UNWEIGHED):
-                found = [row for row in here if row["arm"] == arm and "error" in row]
-                if found:
-                    yield from _facts(found[0])
+                searched = [row for row in here if row["arm"] == arm and "error" in row]
+                if searched:
+                    yield from _facts(searched[0])
 
 
 def seeds_of(name: str) -> list[str]:
-    """A released checkpoint, and the same pre-trained with other seeds."""
+    """Name a released checkpoint, and those pre-trained like it with other seeds."""
     again = study().retrained
     return [name, *(other for other, made in again.items() if made.arm == name)]
 
 
 def _means(rows: Rows, arm: str, metric: str) -> dict[str, float]:
-    """By parent."""
+    """Average an arm's scores by parent."""
     same = [row for row in rows if row["arm"] == arm]
     return {
         parent: statistics.mean(row["scores"][metric] for row in own)
@@ -108,26 +110,30 @@ def _facts(row: dict[str, Any]) -> Iterable[str]:
     before, after = row["error"]
     yield ""
     yield (
-        f"{row['arm']}: J {before:.3g} → {after:.3g} (start: {row['start']}; after a few steps {row['errors_of_starts']}); "
-        f"99 % of the energy in {row['dims']} of {row['width']} dims, pooled {row['pooled'][0]} → "
-        f"{row['pooled'][1]}; overlap {row['overlap'][0]} → {row['overlap'][1]}."
+        f"{row['arm']}: J {before:.3g} → {after:.3g} "
+        f"(start: {row['start']}; after a few steps {row['errors_of_starts']}); "
+        f"99 % of the energy in {row['dims']} of {row['width']} dims, "
+        f"pooled {row['pooled'][0]} → {row['pooled'][1]}; "
+        f"overlap {row['overlap'][0]} → {row['overlap'][1]}."
     )
 
 
 def _study() -> Iterable[str]:
-    found = points(merges.read("measure_*"))
-    if not found:
+    parents = points(merges.read("measure_*"))
+    if not parents:
         return
     yield from ("", "## What is kept of the parent, against how full its streams are")
-    yield "Demand: dims that hold 99 % of each expert's energy, their sum by the width, in the joint blocks (in all)."
-    yield "CPU seconds are those of the search, of the Grams in the gauge found, and of sequential least squares."
+    yield "Demand: the dims that hold 99 % of each expert's energy, summed and divided by the"
+    yield "width, in the joint blocks (in all); weighted: by the sensitivities of the answers."
+    yield "CPU seconds are those of the search, of the Grams in its gauge, and of sequential least"
+    yield "squares."
     yield ""
     arms = (METHOD, NO_GAUGE, PLAIN)
     yield from _markdown(
         [
             "parent",
             "demand",
-            "of what the answers feel",
+            "weighted",
             "parent R@1, words",
             *(f"{arm}: R@1, words kept" for arm in arms),
             "CPU s",
@@ -136,7 +142,7 @@ def _study() -> Iterable[str]:
             [
                 point["parent"],
                 f"{point['joint_demand']:.2f} ({point['demand']:.2f})",
-                f"{point['felt_joint_demand']:.2f}",
+                f"{point['weighted_joint_demand']:.2f}",
                 ", ".join(f"{point[m]:.1f}" for m in ("retrieval", "masked_words")),
                 *(
                     f"{point[f'{arm}: retrieval']:.0f} %, {point[f'{arm}: masked_words']:.0f} %"
@@ -146,7 +152,7 @@ def _study() -> Iterable[str]:
                 ),
                 point["seconds"],
             ]
-            for point in sorted(found, key=lambda point: point["joint_demand"])
+            for point in sorted(parents, key=lambda point: point["joint_demand"])
         ),
     )
 
@@ -219,7 +225,7 @@ def _cost() -> Iterable[str]:
 
 
 def _by(rows: Rows, key: str) -> list[tuple[str, Rows]]:
-    """Rows of equal value, in the order in which the values come."""
+    """Group rows by value, in the order in which the values come."""
     return [
         (value, [r for r in rows if r[key] == value])
         for value in dict.fromkeys(r[key] for r in rows)

@@ -1,4 +1,4 @@
-"""Pre-train one model of the study, or go on from its last step checkpoint: `models/gauge/<name>/`."""
+"""Pre-training of one model of the study, from its last step checkpoint if there is one."""
 
 from pathlib import Path
 
@@ -9,11 +9,12 @@ from tasks.pretrain import FROM_SEED, pretrain
 from tasks.storage import write_folder, write_json
 
 MADE = Path("models/gauge")
-WORK = Path(".alloy/gauge")  # step checkpoints
+WORK = Path(".alloy/gauge")
+"""Where step checkpoints are kept, so that a run that was stopped goes on."""
 
 
 def train(name: str) -> None:
-    """Pre-train a model; one whose experts come from a seed after that seed."""
+    """Pre-train a model into `models/gauge/<name>`, after the seed of its experts if it has one."""
     params = study()
     bank = scenes.load_bank(load(params.recipe, "prepare", PrepareParams).scenes)
     arm, made = params.pretrain(name)

@@ -1,10 +1,12 @@
-"""The same function in a wider stream: parents that differ in nothing but the slack of their streams.
+"""The same function in a wider stream: parents that differ in the slack of their streams alone.
 
-A folded model's stream sums to zero, so zeros behind it change a LayerNorm by one factor, which the layers that
-read it take back. The feed-forward networks keep their neurons; attention, as wide as the stream, gets heads that
-do nothing. Two parts are equal up to a little only, so the widened parent is measured itself: the norm of the
-text embeddings leaves a mean, and that of the masked-word head counts some units twice unless the width is a
-multiple of the old one.
+A folded model's stream sums to zero. Zeros behind it therefore change a LayerNorm by one factor,
+which the layers that read it take back. The feed-forward networks keep their neurons; attention, as
+wide as the stream, gets heads that do nothing.
+
+Two parts are only nearly equal, so the widened parent is measured itself: the norm of the text
+embeddings leaves a mean, and that of the masked-word head counts some units twice unless the width
+is a multiple of the old one.
 
 Shapes: D old width, W new width, R rows of a reader.
 """
@@ -22,10 +24,10 @@ HEAD = "masked_word_head"
 
 
 def widen(source: ModalityModel, width: int) -> ModalityModel:
-    """The folded model with streams of `width`, without the heads that pre-training does not train.
+    """Widen a folded model's streams, without the heads that pre-training does not train.
 
     Raises:
-        ValueError: a width that is smaller than the model's, or no multiple of its units per head.
+        ValueError: the width is smaller than the model's, or no multiple of its units per head.
     """
     folded = in_gauge(source)
     config = copy.deepcopy(folded.config)
@@ -91,13 +93,13 @@ def _centred(tensor: Tensor, dim: int) -> Tensor:
 
 
 def _read(reader_RD: Tensor, shrink: float, width: int) -> Tensor:
-    """A reader of the final norm, whose bias is 1: its rows' sums are what the old bias gave them."""
+    """Widen a reader of the final norm, whose bias is 1: its rows keep their sums."""
     total_R1 = reader_RD.sum(1, keepdim=True)
     return _padded(shrink * _centred(reader_RD, 1), 1, width) + total_R1 / width
 
 
 def _of_words(name: str, tensor: Tensor, D: int, width: int) -> Tensor:
-    """Units of the masked-word head are repeated, for a norm stands behind its activation."""
+    """Repeat units of the masked-word head, because a norm stands behind its activation."""
     repeated = torch.arange(width) % D
     if name == f"{HEAD}.decoder.weight":
         return tensor[:, repeated] / repeated.bincount()[repeated]

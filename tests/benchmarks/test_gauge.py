@@ -1,4 +1,4 @@
-"""The study of the gauge: its own pipeline, which no recipe ever runs, and params that build its models."""
+"""The study of the gauge: a pipeline that no recipe runs, and params that build its models."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_recipe_reads_what_the_study_writes_and_everything_is_measured() -> None:
-    """A recipe's stages never train a model of the study; every parent of the params has its stage."""
+    """Recipes never train a model of the study; every parent of the params has its stage."""
     with Repo() as repo:
         graph = repo.index.graph  # edges lead from a reader to what it reads
         own = {s for s in graph if str(s.path_in_repo) == STUDY}
@@ -76,7 +76,7 @@ def test_params_build_the_models_of_the_study(
 
 def test_what_is_kept_is_a_share_of_the_parents_own_score() -> None:
     facts = {"cpu_seconds": 9, "search_seconds": 5, "width": 96}
-    facts |= {"demand": 1.5, "joint_demand": 2.0, "felt_joint_demand": 1.0}
+    facts |= {"demand": 1.5, "joint_demand": 2.0, "weighted_joint_demand": 1.0}
     scores = [(PARENT, 80, 50), (METHOD, 60, 40), (NO_GAUGE, 40, 30), (PLAIN, 20, 5)]
     rows = [
         {"parent": "p", "arm": arm, "scores": {"retrieval": r, "masked_words": w}} | facts

@@ -6,6 +6,7 @@ enlarges the group. docs/symmetry.md explains the idea.
 """
 
 from alloy.symmetry.fold import add_norm_matrices, fold_norms, unfold_norms
+from alloy.symmetry.names import display_names
 from alloy.symmetry.spec import (
     Axis,
     Fold,
@@ -53,6 +54,7 @@ __all__ = [
     "add_norm_matrices",
     "compose",
     "differences",
+    "display_names",
     "find_symmetries",
     "fold_norms",
     "identity",

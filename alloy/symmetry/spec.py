@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import ModuleType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -82,9 +83,9 @@ class Space:
     pair_stride: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SymmetrySpec:
-    """The symmetries of one model: pure data with a JSON round trip.
+    """The symmetries of one model: pure data with a JSON round trip. `print` shows a table.
 
     `layout` gives each weight of the state dict (aliases of tied weights included) one term per
     dim. `fixed` names dims that cannot move, but per whose units other spaces are transformed
@@ -113,6 +114,12 @@ class SymmetrySpec:
     reading: frozenset[str] = frozenset()
     both: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<SymmetrySpec: {_text().summary(self)}>"
+
+    def __str__(self) -> str:
+        return _text().table(self)
 
     @cached_property
     def order(self) -> tuple[str, ...]:
@@ -157,6 +164,13 @@ class SymmetrySpec:
     @staticmethod
     def from_json(text: str) -> "SymmetrySpec":
         return _spec_from_data(json.loads(text))
+
+
+def _text() -> ModuleType:
+    """The module that turns specs into text, which builds on this one."""
+    from alloy.symmetry import table
+
+    return table
 
 
 @dataclass(frozen=True)

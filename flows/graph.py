@@ -10,7 +10,7 @@ from dvc.lock import LockError
 from dvc.repo import Repo
 
 from alloy.errors import nearest
-from tasks.params import ParamsError
+from tasks.recipe.section import ParamsError
 
 
 class WorkspaceBusyError(RuntimeError):

@@ -21,7 +21,11 @@ from prefect.states import Completed, Failed, State
 
 from flows.graph import WorkspaceBusyError, select, stale_stages
 from flows.workspace import dvc, only_run, run_streaming
-from tasks import params, tables
+from tasks.recipe.load import load
+from tasks.recipe.models import ModelsRecipe
+from tasks.recipe.plan import check
+from tasks.recipe.section import ParamsError
+from tasks.reports import tables
 
 # The stages that meet a network: they alone are tried again, after so many seconds.
 RETRIED_AFTER = {"fetch": [2.0, 10.0], "register": [2.0, 10.0]}
@@ -112,7 +116,7 @@ def pipeline(
 
 def plan(recipe: str, *, to: str | None = None, only: str | None = None) -> list[str]:
     """The stages that are asked for; `ParamsError` when the recipe or a stage cannot be what is meant."""
-    params.check(recipe)
+    check(recipe)
     return select(recipe, to=to, only=only)
 
 
@@ -120,7 +124,10 @@ def forced(recipe: str, refresh: bool) -> list[str]:
     """What is looked at anew although nothing here changed: sources, and folders of calibration data."""
     if not refresh:
         return []
-    read_outside = ["fetch", "prepare"] if params.kind(recipe) == "models" else ["fetch"]
+    read_outside = ["fetch"]
+    loaded = load(recipe)
+    if isinstance(loaded, ModelsRecipe) and loaded.is_calibrated:
+        read_outside.append("prepare")
     return [f"{stage}@{recipe}" for stage in read_outside]
 
 
@@ -136,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGHUP, signal.default_int_handler)  # a closed terminal is a Ctrl-C
     try:
         return _run(asked)
-    except (params.ParamsError, WorkspaceBusyError) as error:
+    except (ParamsError, WorkspaceBusyError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
     python -m flows.pretrain            # all four: at most an hour on two CPU cores
 
 It is apart from the recipe's graph: `make merge` starts from the released checkpoints and never trains them.
-The arms run side by side inside one task, `python -m tasks.pretrain`; the flow shows their progress.
+The arms run side by side inside one task, `python -m tasks.experts.pretrain`; the flow shows their progress.
 """
 
 import sys
@@ -13,13 +13,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
 from flows.workspace import only_run, run_streaming
-from tasks.pretrain import SHARING
+from tasks.experts.pretrain import SHARING
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def train(arms: list[str], lock: int) -> State:
     """Train the arms; each line they write is a line of the Prefect log."""
-    command = [sys.executable, "-m", "tasks.pretrain", *arms]
+    command = [sys.executable, "-m", "tasks.experts.pretrain", *arms]
     status = run_streaming(command, get_run_logger().info, lock=lock)
     if status != 0:
         return Failed(message=f"pre-training failed (exit status {status}); its output says why")

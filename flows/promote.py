@@ -20,11 +20,13 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
-from tasks import params, promotion, tracking
-from tasks.params import Gates, RegisterParams
-from tasks.promotion import Decision
-from tasks.register import CHALLENGER
-from tasks.tracking import Version
+from tasks.recipe.load import load
+from tasks.recipe.section import ParamsError
+from tasks.recipe.shared import Gates
+from tasks.registry import promotion, tracking
+from tasks.registry.promotion import Decision
+from tasks.registry.register import CHALLENGER
+from tasks.registry.tracking import Version
 
 CHAMPION = "champion"
 CHAMPIONS = "alloy.champions"  # tag of the registered model: the versions so far, the newest last
@@ -120,7 +122,7 @@ def rollback(recipe: str = "modality", reason: str = "asked for") -> State:
 
 
 def _name(recipe: str) -> str:
-    return params.load(recipe, "register", RegisterParams).name
+    return load(recipe).registration.name
 
 
 def _result(gates: Gates, version: Version) -> promotion.Result:
@@ -150,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _name(asked.recipe)
         promotion.load_gates(asked.recipe)
         tracking.connect()
-    except (params.ParamsError, tracking.TrackingError) as error:
+    except (ParamsError, tracking.TrackingError) as error:
         print(error, file=sys.stderr)
         return 2
     if asked.rollback:

@@ -15,7 +15,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flows import SERVER, answers
-from tasks import params
+from tasks.recipe.plan import check
+from tasks.recipe.section import ParamsError
 
 HOST = "127.0.0.1"
 POOL = "alloy"
@@ -32,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)  # as Ctrl-C
     try:
-        params.check(asked.recipe)
+        check(asked.recipe)
         serve(asked.recipe, asked.port)
-    except (params.ParamsError, ServeError) as error:
+    except (ParamsError, ServeError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -24,8 +24,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from alloy.errors import nearest
 from flows.graph import select
 from flows.workspace import dvc, run_streaming
-from tasks import params
-from tasks.params import ParamsError
+from tasks.recipe.load import read
+from tasks.recipe.plan import check
+from tasks.recipe.section import ParamsError
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -81,7 +82,7 @@ def combinations(recipe: str, settings: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _refuse_unknown(recipe: str, key: str) -> None:
-    level: object = params.read(recipe)
+    level: object = read(recipe)
     for depth, part in enumerate(parts := key.split(".")):
         if not isinstance(level, dict) or part not in level:
             known = list(level) if isinstance(level, dict) else []
@@ -93,7 +94,7 @@ def _refuse_unknown(recipe: str, key: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     try:
-        params.check(asked.recipe)
+        check(asked.recipe)
         combinations(asked.recipe, asked.settings)
         select(asked.recipe, to=asked.to)
     except ParamsError as error:

@@ -1,49 +1,53 @@
-"""What every stage's command line shares: `python -m tasks.<stage> RECIPE`."""
+"""The command line that all stages share: `python -m tasks.<stage> RECIPE`.
+
+The one dispatch: a stage is `main(recipe)` of its family's module, or of the one that serves both families.
+"""
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
 
-from tasks.params import KINDS, PARAMS, kind, recipes
-from tasks.storage import write_folder, write_json
+from tasks.recipe.load import Recipe, load, recipes
+from tasks.recipe.section import ParamsError
 
-# What the stages write that a recipe may do without.
-OPTIONAL_OUTPUTS = {
-    "prepare": ["data/{recipe}"],
-    "collect": ["models/{recipe}/statistics"],
-    "align": ["models/{recipe}/transforms"],
-    "finetune": ["models/{recipe}/finetuned", "models/{recipe}/finetuned_arms"],
-    "register": ["models/{recipe}/registered.json"],
+SHARED = {
+    "fetch": "tasks.sources.fetch",
+    "choose": "tasks.choose",
+    "register": "tasks.registry.register",
+    "ship": "tasks.sources.ship",
 }
+"""The stages that do the same for both families of recipes."""
 
 
-def run_stage(
-    main: Callable[..., None], description: str | None, switches: Mapping[str, str] | None = None
-) -> None:
-    """Parse `RECIPE`, run the stage; what a user can get wrong ends with its message, not a traceback.
+def home(stage: str, kind: str) -> str:
+    """The module whose `main(recipe)` is a stage of one kind of recipe."""
+    return SHARED.get(stage, f"tasks.{kind}.{stage}")
+
+
+def run_stage(description: str | None, switches: Mapping[str, str] | None = None) -> None:
+    """Parse `RECIPE`, load it once, run the stage; what a user can get wrong ends with its message.
 
     `switches` are `--names` with their help; none of them changes a stage's result (params do).
-    A stage that the recipe's kind has no section for writes its outputs empty, so that the graph holds.
     """
-    stage = _module_name()
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "a stage is run as python -m tasks.<stage>"
+    stage = spec.name.rpartition(".")[2]
     parser = argparse.ArgumentParser(
         prog=f"python -m tasks.{stage}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example: python -m tasks.{stage} modality",
     )
-    known = recipes() if (PARAMS / "recipes.yaml").is_file() else []
-    parser.add_argument("recipe", help=f"a recipe of params/recipes.yaml: {', '.join(known)}")
+    parser.add_argument("recipe", help=f"a recipe of params/recipes.yaml: {_known()}")
     for name, text in (switches or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     options = vars(parser.parse_args())
-    recipe = options["recipe"]
     try:
-        if stage in OPTIONAL_OUTPUTS and stage not in KINDS[kind(recipe)]:
-            leave_out(stage, recipe)
-        else:
-            main(**options)
+        recipe = load(options.pop("recipe"))
+        _module(stage, recipe).main(recipe, **options)
     except ConnectionError as error:
         # Nothing is wrong with what was asked: flows try such a stage again.
         print(f"{stage}: {error}", file=sys.stderr)
@@ -52,20 +56,17 @@ def run_stage(
         sys.exit(f"{stage}: {error}")
 
 
-def leave_out(stage: str, recipe: str) -> None:
-    """Write empty outputs with a note; the manifest of no data lists no files."""
-    note = f"recipe {recipe!r} is of kind {kind(recipe)!r}, which has no stage {stage!r}"
-    nothing = {"files": {}, "note": note}
-    for output in (Path(pattern.format(recipe=recipe)) for pattern in OPTIONAL_OUTPUTS[stage]):
-        if output.suffix == ".json":
-            write_json(output, nothing)
-            continue
-        with write_folder(output) as folder:
-            write_json(folder / "manifest.json", nothing)
-    print(f"{stage}: {note}")
+def _known() -> str:
+    try:
+        return ", ".join(recipes())
+    except ParamsError:
+        return "none can be read"
 
 
-def _module_name() -> str:
-    spec = sys.modules["__main__"].__spec__
-    assert spec is not None, "a stage is run as python -m tasks.<stage>"
-    return spec.name.rpartition(".")[2]
+def _module(stage: str, recipe: Recipe) -> ModuleType:
+    if stage not in SHARED and getattr(recipe, stage, None) is None:
+        raise ParamsError(
+            f"{recipe.where} has no section {stage!r}, so there is nothing to {stage}: add one, or "
+            "run another stage"
+        )
+    return import_module(home(stage, recipe.kind))

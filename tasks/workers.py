@@ -30,7 +30,9 @@ def side_by_side(
     others, and its exception is raised here. A worker whose parent is gone ends at its next report.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tasks.training", "tasks.models"])  # imported once for all jobs
+    context.set_forkserver_preload(
+        ["tasks.training.loop", "tasks.evaluation.loading"]
+    )  # imported once for all jobs
     workers: dict[Connection, tuple[str, multiprocessing.process.BaseProcess]] = {}
     waiting = dict(jobs)
     try:

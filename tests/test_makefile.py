@@ -86,7 +86,7 @@ def test_an_unchanged_environment_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_the_device_reaches_the_stages(tmp_path: Path) -> None:
-    """DEVICE= is what `tasks.models` reads as ALLOY_DEVICE."""
+    """DEVICE= is what `tasks.evaluation.loading` reads as ALLOY_DEVICE."""
     shutil.copy(REPOSITORY / "Makefile", tmp_path)
     with (tmp_path / "Makefile").open("a") as file:
         file.write("show:\n\t@echo device=$$ALLOY_DEVICE\n")

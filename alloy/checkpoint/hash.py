@@ -26,6 +26,6 @@ def known_sha256(path: Path) -> str | None:
 
 
 def manifest(folder: Path) -> dict:
-    """What `tasks.fetch` wrote about a checkpoint: source, revision, files; empty if nothing."""
+    """What `tasks.sources.fetch` wrote about a checkpoint: source, revision, files; empty if nothing."""
     path = folder / "manifest.json"
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -34,7 +34,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.distance.study import CONFIDENCE, correlations, from_file, from_reports, table
-from tasks.params import ParamsError
+from tasks.recipe.section import ParamsError
 from tasks.storage import write_json
 
 REPORTS = Path("reports")

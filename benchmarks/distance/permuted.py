@@ -26,11 +26,12 @@ from alloy.modality.observe import REFERENCE, expert_spec
 from alloy.symmetry import SymmetrySpec
 from alloy.symmetry.transforms import Transform, identity
 from benchmarks.distance.settings import PermutedSweepParams
-from tasks.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
-from tasks.collect import load_spec, load_statistics
-from tasks.merge_experts import merge_experts
-from tasks.models import load_model
-from tasks.params import MergeParams, ParamsError, load
+from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
+from tasks.experts.merge import merge_experts
+from tasks.experts.shared.loading import load_model
+from tasks.experts.shared.statistics import load_spec, load_statistics
+from tasks.recipe.load import load_experts
+from tasks.recipe.section import ParamsError
 
 MODELS = Path("models")
 Experts = Mapping[str, Mapping[str, Tensor]]
@@ -40,7 +41,7 @@ def permuted_merges(
     params: PermutedSweepParams,
 ) -> Iterator[tuple[str, str, dict[str, float], dict[str, float]]]:
     """Name, arm, mean distances of the experts' pairs and scores in per cent of every merge."""
-    arms = load(params.recipe, "merge", MergeParams).arms
+    arms = load_experts(params.recipe).merge.arms
     data = {name: load_split(params.recipe, name, "validation") for name in TRAINING_FREE}
     for name in params.arms:
         if name not in arms:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.params import Section
+from tasks.recipe.section import Section
 
 
 class SweptMerge(Section):

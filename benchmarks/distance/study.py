@@ -17,7 +17,7 @@ from scipy import stats
 from alloy.checkpoint import load_weights
 from alloy.measures.distances import Distances, distance
 from benchmarks.distance.settings import DistanceParams, PermutedSweepParams
-from tasks.params import ParamsError
+from tasks.recipe.section import ParamsError
 from tasks.storage import read_json
 
 CONFIDENCE = 0.95

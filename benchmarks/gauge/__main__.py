@@ -32,7 +32,7 @@ from benchmarks.gauge.multitask import measure as multitask
 from benchmarks.gauge.params import study
 from benchmarks.gauge.table import table
 from benchmarks.gauge.train import train
-from tasks.params import ParamsError
+from tasks.recipe.section import ParamsError
 
 
 def _measure(name: str) -> None:

@@ -8,10 +8,10 @@ from benchmarks.gauge import merges
 from benchmarks.gauge.merges import METHOD, PARENT
 from benchmarks.gauge.params import study
 from benchmarks.gauge.train import MADE, WORK
-from tasks.benchmarks import BENCHMARKS, FINETUNED, load_split
-from tasks.finetune import Job, finetune
-from tasks.models import load_model
-from tasks.params import FinetuneParams, load
+from tasks.experts.finetune import Job, finetune
+from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, load_split
+from tasks.experts.shared.loading import load_model
+from tasks.recipe.load import load_experts
 
 SPLITS = ("validation", "test")
 
@@ -21,7 +21,8 @@ def measure(name: str, runs: int) -> Iterator[dict[str, Any]]:
 
     Each run has its own calibration data and its own order of examples.
     """
-    params = load(study().recipe, "finetune", FinetuneParams)
+    params = load_experts(study().recipe).finetune
+    assert params is not None
     for run in range(runs):
         for arm, model in _arms(name, run):
             slug = f"{arm.replace(' ', '_')}_{run}"

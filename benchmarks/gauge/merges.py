@@ -22,12 +22,12 @@ from alloy.symmetry import identity
 from benchmarks.gauge.params import Calibration, study
 from benchmarks.gauge.train import MADE
 from benchmarks.gauge.widen import widen
-from tasks import scenes
-from tasks.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
-from tasks.gauge import hide_words
-from tasks.models import load_model
-from tasks.params import PrepareParams, load
-from tasks.prepare import calibration_examples
+from tasks.data import scenes
+from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
+from tasks.experts.prepare import calibration_examples
+from tasks.experts.shared.loading import load_model
+from tasks.experts.shared.streams import hide_words
+from tasks.recipe.load import load_experts
 from tasks.storage import write_file
 
 RESULTS = Path("benchmarks/results/gauge")
@@ -81,7 +81,7 @@ def start_from(model: ModalityModel, batches: Batches, answers: Answers | None) 
 
 def calibration(draw: int, settings: Calibration) -> Batches:
     """Draw scenes and captions, some of them with hidden words; draw 0 is the recipe's own."""
-    params = load(study().recipe, "prepare", PrepareParams)
+    params = load_experts(study().recipe).prepare
     drawn = params.model_copy(
         update={
             "seed": params.seed + SEEDS_APART * draw,

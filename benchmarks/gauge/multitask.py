@@ -2,7 +2,7 @@
 
 The embeddings are merged here, too. In them both models see the same inputs, which no gauge can lay
 side by side; tasks read different directions only in the layers behind. A parent counts in each
-example as much as it is sure of it (`tasks.accuracy.confidence`), in Grams and in least squares
+example as much as it is sure of it (`tasks.evaluation.accuracy.confidence`), in Grams and in least squares
 alike, so no labels are needed.
 """
 
@@ -23,11 +23,12 @@ from alloy.refit import repair
 from alloy.refit.least_squares import Layer
 from alloy.statistics.moments import Gram, kept_tokens
 from alloy.symmetry import SymmetrySpec, fold_norms, identity, transport
-from tasks import accuracy
-from tasks.models import load_any
-from tasks.outputs import answers
-from tasks.params import ModelsRecipe, models_recipe
-from tasks.yardsticks import Labelled, asked
+from tasks.evaluation import accuracy
+from tasks.evaluation.loading import load_any
+from tasks.evaluation.outputs import answers
+from tasks.models.measures.yardsticks import Labelled, asked
+from tasks.recipe.load import load_models
+from tasks.recipe.models import ModelsRecipe
 
 RECIPE = "multitask"
 RELEASED, DATA = Path("released") / RECIPE, Path("data") / RECIPE
@@ -59,9 +60,9 @@ class Pair:
 
 def measure(sets: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Measure every arm's joint accuracy on validation data, for every seed of the sets."""
-    recipe = models_recipe(RECIPE)
+    recipe = load_models(RECIPE)
     for name in sets:
-        for seed, members in recipe.collect.sets[name].members.items():
+        for seed, members in recipe.sets[name].members.items():
             pair = load_pair(recipe, name, members)
             yardstick = _yardstick(recipe, name)
             for arm, weights, facts in _arms(pair):
@@ -73,7 +74,7 @@ def measure(sets: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _yardstick(recipe: ModelsRecipe, name: str) -> Labelled:
-    benchmark = recipe.collect.sets[name].benchmark
+    benchmark = recipe.sets[name].benchmark
     assert benchmark is not None
     folder = DATA / "benchmarks" / benchmark
     classes = load_file(folder / "classes.safetensors")
@@ -87,9 +88,9 @@ def _score(model: nn.Module, weights: Weights, yardstick: Labelled) -> float:
 
 
 def load_pair(recipe: ModelsRecipe, name: str, members: Sequence[str]) -> Pair:
-    chosen = recipe.collect.sets[name]
+    chosen = recipe.sets[name]
     inputs = load_file(DATA / "calibration" / f"{chosen.calibration}.safetensors")
-    size = recipe.collect.batch_size
+    size = recipe.calibrated[1].batch_size
     num = len(next(iter(inputs.values())))
     batches = [{k: v[i : i + size] for k, v in inputs.items()} for i in range(0, num, size)]
     models = {member: load_any(RELEASED / member) for member in members}

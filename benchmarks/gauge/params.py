@@ -4,7 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from tasks.params import PretrainParams, Section, TrainingPlan, TransformerParams, load_file
+from tasks.recipe.load import load_file
+from tasks.recipe.pretraining import PretrainParams, TransformerParams
+from tasks.recipe.section import Section
+from tasks.recipe.training import TrainingPlan
 
 HEAD_UNITS = 24
 """Units of a head, as in the released models."""

@@ -9,7 +9,7 @@ from benchmarks.gauge import merges
 from benchmarks.gauge.figures import points
 from benchmarks.gauge.merges import METHOD, NO_GAUGE, PARENT, PLAIN, UNWEIGHED
 from benchmarks.gauge.params import study
-from tasks.benchmarks import FINETUNED, TRAINING_FREE
+from tasks.experts.measures.benchmarks import FINETUNED, TRAINING_FREE
 from tasks.storage import write_file
 
 TABLE = Path("benchmarks/results/gauge.md")

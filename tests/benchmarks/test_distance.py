@@ -16,8 +16,8 @@ from alloy.modality.observe import expert_spec
 from benchmarks.distance import __main__ as command
 from benchmarks.distance import study
 from benchmarks.distance.permuted import reordered
-from tasks.collect import agnostic_symmetries
-from tasks.params import ParamsError
+from tasks.experts.collect import agnostic_symmetries
+from tasks.recipe.section import ParamsError
 
 
 def test_correlations_and_intervals_are_scipys():

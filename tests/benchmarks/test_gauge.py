@@ -14,7 +14,9 @@ from benchmarks.gauge.merges import METHOD, NO_GAUGE, PARENT, PLAIN
 from benchmarks.gauge.params import GaugeStudyParams, study
 from benchmarks.gauge.table import _kept, _spread
 from benchmarks.gauge.widen import widen
-from tasks.params import ParamsError, PretrainParams, load_file
+from tasks.recipe.load import load_file
+from tasks.recipe.pretraining import PretrainParams
+from tasks.recipe.section import ParamsError
 
 REPOSITORY = Path(__file__).parents[2]
 STUDY = "benchmarks/gauge/dvc.yaml"
@@ -69,7 +71,7 @@ def test_params_build_the_models_of_the_study(
     text = Path("params/gauge.yaml").read_text().replace("masked_share", "maskd_share")
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "gauge.yaml").write_text(text)
-    monkeypatch.setattr("tasks.params.PARAMS", tmp_path / "params")
+    monkeypatch.setattr("tasks.recipe.params.PARAMS", tmp_path / "params")
     with pytest.raises(ParamsError, match="unknown key 'maskd_share': did you mean 'masked_share'"):
         load_file("gauge", GaugeStudyParams)
 

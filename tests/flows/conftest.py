@@ -23,8 +23,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from alloy.modality import ModalityConfig, ModalityModel, copy_to_experts
 from flows.pipeline import main
-from tasks.params import PrepareParams, PretrainParams, load, load_file
-from tasks.pretrain import model_config
+from tasks.experts.pretrain import model_config
+from tasks.recipe.experts import PrepareParams
+from tasks.recipe.load import load, load_file
+from tasks.recipe.pretraining import PretrainParams
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]

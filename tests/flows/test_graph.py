@@ -10,14 +10,15 @@ import yaml
 
 import alloy
 from flows.graph import select, stages
-from tasks.params import ParamsError, recipes
+from tasks.recipe.load import recipes
+from tasks.recipe.section import ParamsError
 
 REPOSITORY = Path(__file__).parents[2]
 STAGES = ["fetch", "prepare", "collect", "align", "merge", "finetune", "evaluate", "register"]
 
 # Modules whose change never changes what a stage writes: settings are tracked as params, the others parse the
 # command line and report to MLflow.
-WITHOUT_EFFECT = {"tasks.params", "tasks.command", "tasks.tracking"}
+WITHOUT_EFFECT = {"tasks.recipe.params", "tasks.command", "tasks.registry.tracking"}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.promote import promote, rollback
-from tasks import tracking
+from tasks.registry import tracking
 
 NAME = "toy-model"
 DATA = {"data/vqa/test.safetensors": "digest"}
@@ -38,7 +38,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: st
 
 
 def register(score: float, tags: dict[str, str] = DATA) -> None:
-    """Leave what `tasks.register` leaves, without a model."""
+    """Leave what `tasks.registry.register` leaves, without a model."""
     with tracking.run("toy", "result", tags) as log:
         log.metrics({"test/finetuned/vqa/accuracy": score})
         log.metrics({"test/finetuned/vqa/accuracy_standard_error": 1.0})

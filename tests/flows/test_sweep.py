@@ -7,7 +7,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.sweep import combinations, main
-from tasks.params import ParamsError
+from tasks.recipe.section import ParamsError
 from tests.flows.conftest import Workspace, snapshot
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks import sources, tracking, transfer
+from tasks.registry import tracking
+from tasks.sources import resolve as sources
+from tasks.sources import transfer
 from tests import servers
 
 

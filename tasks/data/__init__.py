@@ -1,0 +1,1 @@
+"""Data sets that the shipped recipes compose of what packages carry."""

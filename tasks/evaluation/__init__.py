@@ -1,0 +1,1 @@
+"""Models in use: loaded from disk, what they answer, how accurate they are."""

@@ -1,0 +1,88 @@
+"""Load a checkpoint whole or not at all, on the device that was asked for."""
+
+import json
+import os
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from alloy.errors import CheckpointError
+
+OURS = {"modality": "alloy.modality"}  # model_type: the package that teaches transformers of it
+
+disable_progress_bar()  # a bar for each model that a stage reads in milliseconds
+
+
+def device() -> torch.device:
+    """ALLOY_DEVICE (`make merge DEVICE=cuda`), else a GPU if there is one, else the CPU."""
+    asked = os.environ.get("ALLOY_DEVICE", "")
+    if not asked:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(asked)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"DEVICE={asked!r} cannot be used here ({error}); try cpu") from error
+    return chosen
+
+
+def load_any(folder: Path) -> PreTrainedModel:
+    """The checkpoint's model, whatever its architecture, in evaluation mode, float32, on `device()`.
+
+    Raises:
+        CheckpointError: no checkpoint there, or weights that the model lacks or does not know.
+    """
+    return load_whole(model_class(folder), folder)
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """A checkpoint's config; CheckpointError where there is none."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint")
+    package_of(folder)
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def package_of(folder: Path) -> ModuleType:
+    """The package that has the checkpoint's classes: transformers, or one of ours, which registers them."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/config.json is not JSON: {error}") from error
+    name = config.get("model_type") if isinstance(config, dict) else None
+    return import_module(OURS[name]) if name in OURS else transformers
+
+
+def model_class(folder: Path) -> type[PreTrainedModel]:
+    """The class that a checkpoint was saved from; its config names it."""
+    names = load_config(folder).architectures or []
+    for name in names:
+        if isinstance(architecture := getattr(package_of(folder), name, None), type):
+            return architecture
+    raise CheckpointError(
+        f"{folder}/config.json: architectures is {names}; it must name a class of transformers"
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer, None where it has none."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_whole(architecture: Any, folder: Path) -> Any:
+    """A checkpoint's model in evaluation mode, float32, on `device()`; CheckpointError if it does not fit."""
+    model, info = architecture.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        raise CheckpointError(f"{folder} does not fit its own config.json: {wrong}")
+    return model.eval().to(device())

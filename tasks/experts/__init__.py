@@ -1,0 +1,1 @@
+"""What the stages do for the experts of one modality transformer."""

@@ -1,0 +1,54 @@
+"""collect: run the calibration data through the parents and keep what merging and aligning need.
+
+Writes one folder a checkpoint: `grams.safetensors` (second moments of every linear layer's inputs) and
+`moments.safetensors` (cross-moments of the experts' units), both sums over the calibration data, and
+`spec.json`, the symmetries that say which units there are.
+"""
+
+import torch
+
+import alloy
+from alloy.modality import ModalityConfig, ModalityModel, agnostic_config
+from alloy.modality.observe import collect_experts
+from alloy.symmetry import SymmetrySpec
+from tasks.evaluation.loading import device
+from tasks.experts.shared.loading import load_model
+from tasks.experts.shared.statistics import CALIBRATION, batches, save_statistics
+from tasks.recipe.experts import ExpertsRecipe
+from tasks.storage import write_folder
+
+
+def agnostic_symmetries(config: ModalityConfig) -> SymmetrySpec:
+    """The symmetries of the modality-agnostic model, in whose names experts are kept."""
+    shared = agnostic_config(config)
+    inputs = {
+        "pixel_values": torch.randn(2, shared.num_channels, shared.image_size, shared.image_size),
+        "input_ids": torch.randint(1, shared.vocab_size, (2, shared.max_position_embeddings)),
+    }
+    return alloy.find_symmetries(ModalityModel(shared).eval(), inputs)
+
+
+def main(recipe: ExpertsRecipe) -> None:
+    params, workspace = recipe.collect, recipe.workspace
+    with write_folder(workspace.statistics) as folder:
+        for name in params.checkpoints:
+            model = load_model(workspace.checkpoints / name)
+            examples = batches(
+                workspace.data / CALIBRATION,
+                params.calibration_examples,
+                params.batch_size,
+            )
+            with torch.autocast(
+                device().type, dtype=torch.bfloat16, enabled=device().type == "cuda"
+            ):
+                spec = agnostic_symmetries(model.config)
+                statistics = collect_experts(model, examples, spec)
+            (folder / name).mkdir()
+            (folder / name / "spec.json").write_text(spec.to_json())
+            save_statistics(statistics, folder / name)
+            num_layers = sum(map(len, statistics.grams.values()))
+            print(
+                f"collect: {name}: Grams of {num_layers} layers over "
+                f"{params.calibration_examples} image-text pairs"
+            )
+    print(f"collect: wrote {workspace.statistics}")

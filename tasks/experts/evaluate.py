@@ -1,0 +1,247 @@
+"""evaluate: measure every model of a recipe on every benchmark, and write the report.
+
+Training-free: the checkpoints (parents and baselines), the merged models, ensembles of checkpoints, on
+benchmarks that need no head beyond the pre-trained ones. After fine-tuning: what finetune wrote, on the
+benchmarks it learned. Choices are made on the validation split; the test split is for reporting.
+
+Writes to `reports/<recipe>/`: metrics.json (split -> model -> benchmark -> metric, per cent, with its
+standard error), plots/, report.html, table.md.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from alloy.measures.distances import distance
+from alloy.modality import ModalityModel, split_experts
+from tasks.experts import report
+from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, TRAINING_FREE, load_split
+from tasks.experts.results import DistanceRow, Kind, Results, ScoreRow, SourceRow, first_answers
+from tasks.experts.shared.alignment import aligned
+from tasks.experts.shared.loading import load_model
+from tasks.recipe.experts import ExpertsRecipe
+from tasks.recipe.section import ParamsError
+from tasks.reports import tables
+from tasks.storage import read_json, sha256
+
+SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: one model, several whose outputs are averaged, or one per benchmark."""
+
+    name: str  # its key in metrics.json
+    title: str
+    kind: Kind
+    finetuned: bool
+    folders: Mapping[str, tuple[Path, ...]]  # by benchmark
+
+
+def subjects(recipe: ExpertsRecipe) -> list[Subject]:
+    """Everything to measure, in the order of the tables."""
+    params, merge, workspace = recipe.evaluate, recipe.merge, recipe.workspace
+    arms = {"merged": workspace.merged} | {
+        name: workspace.arms / name for name in merge.arms if name != merge.result
+    }
+
+    def training_free(name: str, title: str, kind: Kind, *folders: Path) -> Subject:
+        return Subject(name, title, kind, False, dict.fromkeys(TRAINING_FREE, folders))
+
+    planned = [
+        training_free(name, title, "checkpoint", workspace.checkpoints / name)
+        for name, title in params.checkpoints.items()
+    ]
+    for name, folder in arms.items():
+        arm = merge.result if name == "merged" else name
+        unseeded = merge.arms[arm].checkpoint == merge.arms[params.naive].checkpoint
+        kind = "naive" if unseeded else "merged"
+        planned.append(training_free(name, f"merged: {arm}", kind, folder))
+    planned += [
+        training_free(
+            name,
+            f"{name} of {len(parents)} checkpoints",
+            "ensemble",
+            *(workspace.checkpoints / parent for parent in parents),
+        )
+        for name, parents in params.ensembles.items()
+    ]
+    return planned + list(_finetuned(recipe, {subject.name: subject for subject in planned}))
+
+
+def _finetuned(recipe: ExpertsRecipe, before: Mapping[str, Subject]) -> Iterator[Subject]:
+    """finetune's models on what each learned: one model for all, or a folder per benchmark."""
+    if recipe.finetune is None:
+        return
+    workspace = recipe.workspace
+    arms = {"merged": workspace.finetuned}
+    arms |= {name: workspace.finetuned_arms / name for name in recipe.finetune.arms}
+    for arm, folder in arms.items():
+        if arm not in before:
+            raise ParamsError(
+                f"{recipe.where}: evaluate.checkpoints: {arm!r} is fine-tuned, but not named here"
+            )
+        folders = {
+            benchmark: (facts.parent,)
+            for facts in sorted(folder.rglob("finetuning.json"))
+            for benchmark in read_json(facts)["benchmarks"]
+        }
+        name = "finetuned" if arm == "merged" else f"finetuned_{arm}"
+        learned = {name: folders[name] for name in FINETUNED if name in folders}
+        yield Subject(name, before[arm].title, before[arm].kind, True, learned)
+
+
+def measure(
+    subject: Subject, models: Mapping[Path, ModalityModel], data: Mapping, batch_size: int
+) -> tuple[list[ScoreRow], dict[str, Tensor]]:
+    """Score one subject on both splits of its benchmarks; its answers to the first test examples."""
+    rows, said = [], {}
+    for name, folders in subject.folders.items():
+        benchmark = BENCHMARKS[name]
+        for split in SPLITS:
+            examples = data[name, split]
+            outputs = _mean([benchmark.outputs(models[f], examples, batch_size) for f in folders])
+            for metric, score in benchmark.score(outputs, examples).items():
+                rows.append(
+                    ScoreRow(
+                        split=split,
+                        finetuned=subject.finetuned,
+                        kind=subject.kind,
+                        model=subject.name,
+                        title=subject.title,
+                        benchmark=name,
+                        metric=metric,
+                        value=round(score.value, 3),
+                        standard_error=round(score.error, 3),
+                    )
+                )
+            if split == "test":
+                said[name] = first_answers(name, outputs)
+    return rows, said
+
+
+def guesses(planned: list[Subject], data: Mapping[str, Mapping[str, Tensor]]) -> Iterator[ScoreRow]:
+    """What always saying the commonest answer scores on each test split that was measured."""
+    for finetuned, name in dict.fromkeys(
+        (s.finetuned, name) for s in planned for name in s.folders
+    ):
+        yield ScoreRow(
+            split="test",
+            finetuned=finetuned,
+            kind="guess",
+            model="guess",
+            title="commonest answer",
+            benchmark=name,
+            metric=BENCHMARKS[name].metric,
+            value=round(BENCHMARKS[name].guess(data[name]), 3),
+            standard_error=0.0,
+        )
+
+
+def _mean(outputs: list[Tensor]) -> Tensor:
+    return torch.stack(outputs).mean(dim=0) if len(outputs) > 1 else outputs[0]
+
+
+def distances(recipe: ExpertsRecipe) -> list[DistanceRow]:
+    """How far apart the experts that each arm merges are: the matrices of v and l, v and vl, l and vl."""
+    rows, merge, workspace = [], recipe.merge, recipe.workspace
+    measured: dict[tuple[str, bool], list[tuple[str, dict[str, float]]]] = {}
+    for arm_name, arm in merge.arms.items():
+        key = arm.checkpoint, arm.align
+        if key not in measured:
+            source = load_model(workspace.checkpoints / arm.checkpoint).cpu()
+            experts = split_experts(source.state_dict(), source.config)
+            if arm.align:
+                experts, _ = aligned(experts, arm.checkpoint, workspace)
+            measured[key] = list(_pair_distances(experts, recipe.evaluate.tssd_keep))
+        for pair, found in measured[key]:
+            name = "merged" if arm_name == merge.result else arm_name
+            rows += [
+                DistanceRow(
+                    model=name,
+                    checkpoint=arm.checkpoint,
+                    aligned=arm.align,
+                    experts=pair,
+                    measure=measure_name,
+                    value=round(value, 6),
+                )
+                for measure_name, value in found.items()
+            ]
+    return rows
+
+
+def _pair_distances(
+    experts: Mapping[str, Mapping[str, Tensor]], keep: float
+) -> Iterator[tuple[str, dict[str, float]]]:
+    for one, other in combinations(experts, 2):
+        common = [n for n in experts[one] if n in experts[other] and experts[one][n].dim() == 2]
+        found = distance(
+            {n: experts[one][n] for n in common}, {n: experts[other][n] for n in common}, keep=keep
+        )
+        yield f"{one}-{other}", vars(found.overall)
+
+
+def sources(recipe: ExpertsRecipe, planned: list[Subject]) -> Iterator[SourceRow]:
+    """Every model and the data: name, where it came from, SHA-256 of the weights or the manifest."""
+    parents = dict.fromkeys(f for subject in planned for fs in subject.folders.values() for f in fs)
+    for folder in parents:
+        name = folder.relative_to(recipe.workspace.models).as_posix()
+        if folder.parent.name == "checkpoints":
+            manifest = read_json(folder / "manifest.json")
+            origin = f"{manifest['source']} @ {manifest['revision']}"
+        elif "finetuned" in name:
+            origin = "finetune"
+        else:
+            arms = recipe.merge.arms
+            arm = arms[recipe.merge.result if name == "merged" else folder.name]
+            origin = f"{arm.checkpoint}: {arm.method}{', aligned' if arm.align else ''}"
+        yield SourceRow(name, origin, sha256(folder / "model.safetensors"))
+    yield SourceRow("data", "prepare", sha256(recipe.workspace.data_manifest))
+
+
+def evaluate(recipe: ExpertsRecipe) -> Results:
+    """Measure everything, in as many threads as there are cores, one core each.
+
+    A model runs on one thread whatever the number of cores, so that the numbers do not depend on it.
+    """
+    params, planned = recipe.evaluate, subjects(recipe)
+    benchmarks = dict.fromkeys(name for subject in planned for name in subject.folders)
+    data = {(b, s): load_split(recipe.name, b, s) for b in benchmarks for s in SPLITS}
+    needed = {f for subject in planned for folders in subject.folders.values() for f in folders}
+    models = {folder: load_model(folder) for folder in sorted(needed)}
+    torch.set_num_threads(1)
+    rows: list[ScoreRow] = []
+    said: dict[str, dict[str, Tensor]] = {}
+    num_threads = len(os.sched_getaffinity(0))
+    with Progress(transient=True) as progress, ThreadPoolExecutor(num_threads) as pool:
+        bar = progress.add_task("evaluate", total=len(planned))
+        jobs = [pool.submit(measure, s, models, data, params.batch_size) for s in planned]
+        for subject, job in zip(planned, jobs, strict=True):
+            found, said[subject.name] = job.result()
+            rows += found
+            progress.advance(bar)
+    test_data = {name: data[name, "test"] for name in benchmarks}
+    return Results(
+        recipe=recipe.name,
+        scores=rows + list(guesses(planned, test_data)),
+        distances=distances(recipe),
+        answers=said,
+        examples=test_data,
+        sources=list(sources(recipe, planned)),
+        packages=read_json(recipe.workspace.data_manifest)["packages"],
+        naive=params.naive,
+        baseline=params.baseline,
+    )
+
+
+def main(recipe: ExpertsRecipe) -> None:
+    results = evaluate(recipe)
+    report.write(results)
+    tables.show(recipe.name)

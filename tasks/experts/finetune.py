@@ -1,0 +1,247 @@
+"""finetune: train the merged model, and the arms to compare with, briefly on the benchmarks.
+
+`models/<recipe>/merged/` becomes `models/<recipe>/finetuned/`; each arm that the params name, one of
+merge's or a checkpoint, becomes `models/<recipe>/finetuned_arms/<arm>/`. All learn alike: the same
+batches, rates and steps, and heads that pre-training did not train start the same. Each ends with the weights
+that scored best on validation data. An interrupted run goes on from its last step checkpoint.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alloy.errors import nearest
+from alloy.modality import ModalityModel
+from alloy.modality.objectives import distillation_losses
+from tasks.evaluation.loading import device
+from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, load_split, take
+from tasks.experts.shared.loading import load_model
+from tasks.recipe.experts import ExpertsRecipe, FinetuneParams
+from tasks.recipe.section import ParamsError
+from tasks.registry import tracking
+from tasks.storage import folder_digest, read_json, write_folder, write_json
+from tasks.training.loop import step_generator, train
+from tasks.workers import side_by_side
+from tasks.workspace import STATE, Workspace
+
+WORK = STATE / "finetune"  # step checkpoints
+RESULT = "merged"
+FACTS = "finetuning.json"
+Data = Mapping[str, Mapping[str, Tensor]]
+
+
+class Job(NamedTuple):
+    """One training of a model on some benchmarks."""
+
+    recipe: str
+    source: Path
+    teacher: Path | None  # the checkpoint whose outputs the model learns, if any
+    benchmarks: tuple[str, ...]
+    params: FinetuneParams
+    work: Path  # `steps/` to go on from, `done/` the result
+
+
+def losses(
+    model: ModalityModel,
+    teacher: ModalityModel | None,
+    train_data: Data,
+    params: FinetuneParams,
+    step: int,
+) -> dict[str, Tensor]:
+    """The losses of one step: a batch of each benchmark, its task's loss and the distance to the teacher."""
+    generator = step_generator(params.seed, step)
+    found = {}
+    for name, data in train_data.items():
+        benchmark = BENCHMARKS[name]
+        batch = benchmark.sample(data, params.batch_sizes[name], generator)
+        batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+        if params.task_weight:
+            found[name] = params.task_weight * benchmark.loss(benchmark.logits(model, batch), batch)
+        if teacher is not None and "input_ids" in batch:
+            pairs = {**batch, "pixel_values": _one_image(batch["pixel_values"])}
+            distances = distillation_losses(model, teacher, pairs)
+            total = torch.stack(list(distances.values())).sum()
+            found[f"{name}_distillation"] = params.distillation.weight * total
+    return found
+
+
+def _one_image(pixel_values: Tensor) -> Tensor:
+    """Of examples with two images the first."""
+    return pixel_values[:, 0] if pixel_values.dim() == 5 else pixel_values
+
+
+def finetune(job: Job, report: Callable[..., None]) -> None:
+    """Train one model and write it to `job.work/done`, unless it is there already.
+
+    Reports ("say", line) and ("curves", values, step).
+    """
+    done = job.work / "done"
+    digest = identity(job)
+    if (done / FACTS).exists() and read_json(done / FACTS)["identity"] == digest:
+        report("say", "was fine-tuned before the interruption")
+        return
+    model = load_model(job.source)
+    teacher = None if job.teacher is None else load_model(job.teacher)
+    train_data = {name: load_split(job.recipe, name, "train") for name in job.benchmarks}
+    progress = train(
+        model,
+        lambda step: losses(model, teacher, train_data, job.params, step),
+        job.params.training,
+        folder=job.work / "steps",
+        identity=digest,
+        curves=lambda values, step: report("curves", dict(values), step),
+        say=lambda line: report("say", line),
+        validate=validation(model, job),
+        stopping=job.params.stopping,
+    )
+    with write_folder(done) as partial:
+        model.save_pretrained(partial)
+        for file in sorted(job.source.glob("*token*.json")):
+            shutil.copy(file, partial)
+        facts = {
+            "identity": digest,
+            "source": str(job.source),
+            "source_sha256": folder_digest(job.source),
+            "teacher": None if job.teacher is None else str(job.teacher),
+            "benchmarks": list(job.benchmarks),
+            "steps": progress.next_step,
+            "best_step": progress.best_step,
+            "validation_score": progress.best_score,
+        }
+        write_json(partial / FACTS, facts)
+        (partial / "README.md").write_text(card(job.recipe, facts))
+    report(
+        "say", f"best at step {progress.best_step}: {progress.best_score:.2f} on validation data"
+    )
+
+
+def validation(model: ModalityModel, job: Job) -> Callable[[], dict[str, float]]:
+    """Scores the model on the first examples of each benchmark's validation split."""
+    some = slice(job.params.stopping.validation_examples)
+    held_out = {
+        name: take(load_split(job.recipe, name, "validation"), some) for name in job.benchmarks
+    }
+
+    def validate() -> dict[str, float]:
+        scores = {}
+        for name, data in held_out.items():
+            benchmark = BENCHMARKS[name]
+            scores[name] = benchmark.score(benchmark.outputs(model, data), data)[benchmark.metric]
+        return {name: score.value for name, score in scores.items()}
+
+    return validate
+
+
+def identity(job: Job) -> str:
+    """A digest of all that determines what the job gives, the code apart."""
+    data = Workspace(job.recipe).data
+    parts = [
+        job.params.model_dump(),
+        job.benchmarks,
+        folder_digest(job.source),
+        None if job.teacher is None else folder_digest(job.teacher),
+        {name: folder_digest(data / name) for name in job.benchmarks},
+        device().type,
+        torch.__version__,
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def card(recipe: str, facts: Mapping) -> str:
+    return f"""---
+library_name: transformers
+tags: [merge, alloy]
+license: apache-2.0
+---
+# {facts["source"]}, fine-tuned
+
+`{facts["source"]}` (SHA-256 of its files `{facts["source_sha256"]}`) after {facts["best_step"]} steps on
+{", ".join(facts["benchmarks"])}; made by `python -m tasks.finetune {recipe}`. Its mean score on validation
+data was {facts["validation_score"]:.2f}. Load it with `import alloy.modality; AutoModel.from_pretrained(folder)`.
+"""
+
+
+def plan(recipe: ExpertsRecipe) -> dict[str, Job]:
+    """The trainings by name: `<arm>`, or `<arm>/<benchmark>` when each benchmark has its own model.
+
+    Raises ParamsError for an arm or a benchmark that is not there.
+    """
+    assert recipe.finetune is not None
+    params, where = recipe.finetune, f"{recipe.where}: finetune"
+    for name in params.batch_sizes:
+        if name not in FINETUNED:
+            raise ParamsError(f"{where}.batch_sizes: {name!r}: {nearest(name, list(FINETUNED))}")
+    every = tuple(params.batch_sizes)
+    jobs = {}
+    for arm in (RESULT, *params.arms):
+        source, teacher = _source(arm, recipe)
+        for benchmarks in [every] if params.joint else [(name,) for name in every]:
+            name = arm if params.joint else f"{arm}/{benchmarks[0]}"
+            jobs[name] = Job(
+                recipe.name,
+                source,
+                teacher if params.distillation.weight else None,
+                benchmarks,
+                params,
+                recipe.workspace.work("finetune") / name,
+            )
+    return jobs
+
+
+def _source(arm: str, recipe: ExpertsRecipe) -> tuple[Path, Path | None]:
+    """An arm's folder, and the checkpoint that it was merged from: none for a checkpoint itself."""
+    workspace, arms = recipe.workspace, recipe.merge.arms
+    if arm == RESULT:
+        parent = arms[recipe.merge.result].checkpoint
+        return workspace.merged, workspace.checkpoints / parent
+    if arm in arms:
+        return workspace.arms / arm, workspace.checkpoints / arms[arm].checkpoint
+    return workspace.checkpoints / arm, None
+
+
+def main(recipe: ExpertsRecipe) -> None:
+    jobs = plan(recipe)
+    with ExitStack() as stack:
+        logs = {name: stack.enter_context(_open_run(name, job)) for name, job in jobs.items()}
+
+        def receive(name: str, kind: str, *values) -> None:
+            if kind == "curves":
+                logs[name].metrics(*values)
+            else:
+                print(f"finetune: {name}: {values[0]}", flush=True)
+
+        side_by_side(finetune, {name: (job,) for name, job in jobs.items()}, receive)
+    _publish(recipe.workspace, jobs)
+
+
+@contextmanager
+def _open_run(name: str, job: Job) -> Generator[tracking.Log]:
+    """The job's MLflow run: that of the interrupted training, if it is the same training."""
+    file, digest = job.work / "run.json", identity(job)
+    before = read_json(file) if file.exists() else {}
+    resume = before.get("run_id") if before.get("identity") == digest else None
+    tags = {"stage": "finetune"}
+    with tracking.run(job.recipe, f"finetune {name}", tags, resume=resume) as log:
+        write_json(file, {"identity": digest, "run_id": log.run_id})
+        yield log
+
+
+def _publish(workspace: Workspace, jobs: Mapping[str, Job]) -> None:
+    """Put what the jobs made in its place, each output whole."""
+    with (
+        write_folder(workspace.finetuned_arms) as arms,
+        write_folder(workspace.finetuned) as finetuned,
+    ):
+        for name, job in jobs.items():
+            arm, *benchmark = name.split("/")
+            folder = finetuned if arm == RESULT else arms / arm
+            shutil.copytree(job.work / "done", folder.joinpath(*benchmark), dirs_exist_ok=True)
+    shutil.rmtree(workspace.work("finetune"))
+    print(f"finetune: wrote {workspace.finetuned} and {workspace.finetuned_arms}")

@@ -1,0 +1,255 @@
+"""The benchmarks of the modality recipe: what a model is asked, its loss, its metric with standard error.
+
+`prepare` writes each benchmark's splits; fine-tuning and evaluation use them through `BENCHMARKS`:
+
+    benchmark = BENCHMARKS["vqa"]
+    train = load_split("modality", "vqa", "train")              # tensors by name, N examples each
+    batch = benchmark.sample(train, 32, generator)              # for one training step
+    loss = benchmark.loss(benchmark.logits(model, batch), batch)
+    scores = benchmark.score(benchmark.outputs(model, test), test)
+    scores[benchmark.metric]                                    # Score(value=61.3, error=1.1), per cent
+
+`logits` is differentiable and what distillation compares: [n, classes], for segmentation
+[n, C, L, L], for retrieval the scaled similarities of every image to every text of the batch [n, n].
+`outputs` is the same for a whole split, in batches, without gradients; averaging the outputs of
+several models gives their ensemble. Only the benchmarks of `FINETUNED` have a training split; those of
+`TRAINING_FREE` need no head beyond the pre-trained ones.
+
+Shapes: N examples, n of a batch, T tokens, C classes, L labels a side, B resamples.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from alloy.modality.modeling import ModalityModel
+from tasks.evaluation.score import Score, mean_score
+from tasks.workspace import Workspace
+
+Split = Mapping[str, Tensor]
+NUM_RESAMPLES = 200
+
+
+def load_split(recipe: str, benchmark: str, split: str) -> dict[str, Tensor]:
+    """One split of a benchmark as `prepare` wrote it."""
+    return load_file(Workspace(recipe).data / benchmark / f"{split}.safetensors")
+
+
+def num_examples(data: Split) -> int:
+    return len(data["pixel_values"])
+
+
+def take(data: Split, index: Tensor | slice) -> dict[str, Tensor]:
+    return {name: tensor[index] for name, tensor in data.items()}
+
+
+def batches(data: Split, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, num_examples(data), batch_size):
+        batch = take(data, slice(start, start + batch_size))
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A data set, its loss and its metric; subclasses say what the model is asked."""
+
+    name: str
+    title: str
+    metric: str
+    kinds: tuple[str, ...] = ()  # the names of the kinds of examples that `data["kinds"]` numbers
+
+    def sample(self, data: Split, num: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """`num` random examples, with replacement between calls and without within one."""
+        return take(data, torch.randperm(num_examples(data), generator=generator)[:num])
+
+    def logits(self, model: ModalityModel, batch: Split) -> Tensor:
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, batch: Split) -> Tensor:
+        """Cross-entropy with the batch's labels."""
+        return F.cross_entropy(logits, batch["labels"].long())
+
+    @torch.no_grad()
+    def outputs(self, model: ModalityModel, data: Split, batch_size: int = 250) -> Tensor:
+        """`logits` of every example of a split, on the CPU."""
+        parts = [
+            self.logits(model, b).float().cpu() for b in batches(data, batch_size, model.device)
+        ]
+        return torch.cat(parts)
+
+    def guess(self, data: Split) -> float:
+        """The metric, in per cent, of saying the commonest answer to every example of a kind."""
+        kinds = data.get("kinds", torch.zeros_like(data["labels"]))
+        commonest = sum(data["labels"][kinds == kind].bincount().max() for kind in kinds.unique())
+        return 100 * float(commonest) / num_examples(data)
+
+    def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
+        """The metrics by name; `self.metric` is the one that tables show."""
+        hits = outputs.argmax(dim=1) == data["labels"]
+        scores = {"accuracy": mean_score(hits)}
+        for kind, label in enumerate(self.kinds):
+            scores[f"accuracy_{label}"] = mean_score(hits[data["kinds"] == kind])
+        return scores
+
+
+@dataclass(frozen=True)
+class VisualQuestions(Benchmark):
+    """Open questions about an image: "what is left-of cat", "where is cat"."""
+
+    def logits(self, model: ModalityModel, batch: Split) -> Tensor:
+        return model.answer_logits(_joint(model, batch))
+
+
+@dataclass(frozen=True)
+class Statements(Benchmark):
+    """Is a short text true of an image? Answered by the pre-trained statement head."""
+
+    def logits(self, model: ModalityModel, batch: Split) -> Tensor:
+        return model.statement_logits(_joint(model, batch))
+
+
+@dataclass(frozen=True)
+class MaskedWords(Benchmark):
+    """Which word of the caption is hidden? One masked concept a caption; `labels` is its token."""
+
+    def logits(self, model: ModalityModel, batch: Split) -> Tensor:
+        states = _joint(model, batch)
+        hidden = states[torch.arange(len(states), device=states.device), batch["masked_token"]]
+        return model.masked_word_logits(hidden)
+
+
+@dataclass(frozen=True)
+class PairReasoning(Benchmark):
+    """Is a statement true of two images: "there is cat in both"? `pixel_values` is [N, 2, 3, S, S]."""
+
+    def logits(self, model: ModalityModel, batch: Split) -> Tensor:
+        text = _text(batch)
+        left, right = (
+            model.encode_joint(images, *text) for images in batch["pixel_values"].unbind(1)
+        )
+        return model.pair_logits(left, right)
+
+
+@dataclass(frozen=True)
+class Retrieval(Benchmark):
+    """Find an image's caption among all captions, and a caption's image among all images.
+
+    The metric is recall at 1, the mean of both directions. Examples of a `group` are hard negatives
+    of each other; `sample` keeps them together.
+    """
+
+    group: int = 1
+
+    def sample(self, data: Split, num: int, generator: torch.Generator) -> dict[str, Tensor]:
+        num_groups = num_examples(data) // self.group
+        chosen = torch.randperm(num_groups, generator=generator)[: max(1, num // self.group)]
+        index = chosen[:, None] * self.group + torch.arange(self.group)
+        return take(data, index.flatten())
+
+    def logits(self, model: ModalityModel, batch: Split) -> Tensor:
+        image, text = _embeddings(model, batch)
+        return model.logit_scale.exp() * image @ text.T
+
+    def loss(self, logits: Tensor, batch: Split) -> Tensor:
+        """Symmetric cross-entropy within the batch."""
+        targets = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+    @torch.no_grad()
+    def outputs(self, model: ModalityModel, data: Split, batch_size: int = 250) -> Tensor:
+        parts = [_embeddings(model, b) for b in batches(data, batch_size, model.device)]
+        image, text = (torch.cat(side).float().cpu() for side in zip(*parts, strict=True))
+        return image @ text.T
+
+    def guess(self, data: Split) -> float:
+        return 100 / num_examples(data)
+
+    def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
+        """Recalls; an image's right caption must beat all others strictly, so ties do not count."""
+        right = outputs.diagonal()
+        captions_ahead = (outputs >= right[:, None]).sum(1) - 1
+        images_ahead = (outputs >= right[None, :]).sum(0) - 1
+        scores = {}
+        for k in (1, 5):
+            text, image = (captions_ahead < k).double(), (images_ahead < k).double()
+            scores[f"recall_at_{k}"] = mean_score((text + image) / 2)
+            scores[f"text_recall_at_{k}"] = mean_score(text)
+            scores[f"image_recall_at_{k}"] = mean_score(image)
+        return scores
+
+
+@dataclass(frozen=True)
+class Segmentation(Benchmark):
+    """A label per square of the image, `labels` [N, L, L]; the metric is the mean IoU of all classes."""
+
+    def logits(self, model: ModalityModel, batch: Split) -> Tensor:
+        return model.segment_logits(model.image_states(batch["pixel_values"]))
+
+    def guess(self, data: Split) -> float:
+        labels = data["labels"].long()
+        background = F.one_hot(torch.zeros_like(labels), int(labels.max()) + 1).movedim(-1, 1)
+        return self.score(background, data)[self.metric].value
+
+    def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
+        labels, num_classes = data["labels"].long(), outputs.shape[1]
+        predicted = outputs.argmax(dim=1)
+        wanted, found = (F.one_hot(x.flatten(1), num_classes).double() for x in (labels, predicted))
+        overlap = (wanted * found).sum(1)  # squares by image and class, [N, C]
+        union = wanted.sum(1) + found.sum(1) - overlap
+        return {
+            "mean_iou": Score(
+                100 * _mean_iou(overlap.sum(0), union.sum(0)).item(),
+                100 * _bootstrap_error(overlap, union),
+            ),
+            "accuracy": mean_score((predicted == labels).double().mean((1, 2))),
+        }
+
+
+def _text(batch: Split) -> tuple[Tensor, Tensor]:
+    """Ids and mask without the columns in which every text of the batch is padding."""
+    longest = int(batch["attention_mask"].sum(1).max())
+    return batch["input_ids"][:, :longest], batch["attention_mask"][:, :longest]
+
+
+def _joint(model: ModalityModel, batch: Split) -> Tensor:
+    return model.encode_joint(batch["pixel_values"], *_text(batch))
+
+
+def _embeddings(model: ModalityModel, batch: Split) -> tuple[Tensor, Tensor]:
+    return model.encode_image(batch["pixel_values"]), model.encode_text(*_text(batch))
+
+
+def _mean_iou(overlap: Tensor, union: Tensor) -> Tensor:
+    """The mean over the classes (last dim) that occur in labels or predictions."""
+    present = union > 0
+    return (overlap / union.clamp(min=1)).sum(-1) / present.sum(-1)
+
+
+def _bootstrap_error(overlap_NC: Tensor, union_NC: Tensor) -> float:
+    """Standard deviation of the mean IoU over resamples of the images."""
+    num = len(overlap_NC)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(num, (NUM_RESAMPLES, num), generator=generator)
+    times_BN = F.one_hot(drawn, num).sum(1).double()
+    return _mean_iou(times_BN @ overlap_NC, times_BN @ union_NC).std().item()
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        VisualQuestions("vqa", "VQA", "accuracy", ("position", "relation", "where")),
+        Retrieval("retrieval", "Retrieval", "recall_at_1"),
+        Retrieval("retrieval_hard", "Hard retrieval", "recall_at_1", group=4),
+        PairReasoning("pair_reasoning", "Pairs", "accuracy", ("both", "one", "first")),
+        Segmentation("segmentation", "Segmentation", "mean_iou"),
+        MaskedWords("masked_words", "Masked words", "accuracy"),
+        Statements("statements", "Statements", "accuracy", ("presence", "position")),
+    )
+}
+FINETUNED = ("vqa", "retrieval", "retrieval_hard", "pair_reasoning", "segmentation")
+TRAINING_FREE = ("retrieval", "retrieval_hard", "masked_words", "statements")
+METRIC_TITLES = {"accuracy": "accuracy", "recall_at_1": "R@1", "mean_iou": "mIoU"}

@@ -1,0 +1,145 @@
+"""Write a recipe's calibration data and the splits of its benchmarks.
+
+python -m tasks.prepare RECIPE            # data/RECIPE/, see docs/architecture.md
+python -m tasks.prepare --show RECIPE     # a sheet of examples instead: reports/RECIPE/examples.png
+"""
+
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alloy.errors import nearest
+from tasks.data import scenes
+from tasks.data.examples import EXAMPLES, GROUPED, Arrays, coloured, describe, retrieval, words
+from tasks.data.scenes import SEGMENTATION_CLASSES, SPLITS, Bank, SceneGenerator, load_bank
+from tasks.recipe.experts import ExpertsRecipe, PrepareParams
+from tasks.recipe.section import ParamsError
+from tasks.storage import read_json, sha256, write_file, write_folder, write_json
+from tasks.workspace import CELLS
+
+EXAMPLES_SHOWN = 7
+
+
+def split_examples(
+    bank: Bank, params: PrepareParams, benchmark: str, split: str
+) -> dict[str, Tensor]:
+    """The examples of one split of one benchmark: a function of the params alone."""
+    num = getattr(params.benchmarks[benchmark], split)
+    rng = np.random.default_rng(
+        [params.seed, 1 + list(EXAMPLES).index(benchmark), SPLITS.index(split)]
+    )
+    return as_tensors(EXAMPLES[benchmark](SceneGenerator(bank, split, params.seed), num, rng))
+
+
+def calibration_examples(bank: Bank, params: PrepareParams) -> dict[str, Tensor]:
+    """Training scenes and captions, without labels."""
+    rng = np.random.default_rng([params.seed, 0, 0])
+    generator = SceneGenerator(bank, "train", params.seed)
+    return as_tensors(retrieval(generator, params.calibration_examples, rng))
+
+
+def as_tensors(arrays: Arrays) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+
+
+def _params(recipe: ExpertsRecipe) -> PrepareParams:
+    params, where = recipe.prepare, f"{recipe.where}: prepare.benchmarks"
+    for benchmark, sizes in params.benchmarks.items():
+        if benchmark not in EXAMPLES:
+            raise ParamsError(
+                f"{where}: {benchmark!r} is unknown: {nearest(benchmark, list(EXAMPLES))}"
+            )
+        group = GROUPED.get(benchmark, 1)
+        for split in SPLITS:
+            if (num := getattr(sizes, split)) % group:
+                raise ParamsError(
+                    f"{where}.{benchmark}.{split}: {num} is no multiple of {group}, the size of a "
+                    f"group of hard negatives; {num // group * group} would do"
+                )
+    return params
+
+
+def prepare(recipe: ExpertsRecipe) -> Path:
+    """Write `data/<recipe>/`, whole or not at all; returns the folder.
+
+    Raises:
+        ParamsError: a benchmark that does not exist.
+    """
+    params = _params(recipe)
+    bank = load_bank(params.scenes, CELLS)
+    with write_folder(recipe.workspace.data) as folder:
+        save_file(calibration_examples(bank, params), folder / "calibration.safetensors")
+        for benchmark, sizes in params.benchmarks.items():
+            (folder / benchmark).mkdir()
+            for split in SPLITS:
+                if getattr(sizes, split):
+                    examples = split_examples(bank, params, benchmark, split)
+                    save_file(examples, folder / benchmark / f"{split}.safetensors")
+        write_json(folder / "manifest.json", _manifest(folder, params, bank))
+    return recipe.workspace.data
+
+
+def draw_examples(recipe: ExpertsRecipe) -> Path:
+    """Draw some test examples of every benchmark on one sheet, `reports/<recipe>/examples.png`."""
+    from matplotlib.figure import Figure  # slow to import, and only this needs it
+
+    params = _params(recipe)
+    bank = load_bank(params.scenes)
+    rows = list(params.benchmarks)
+    figure = Figure(figsize=(17, 2.6 * len(rows)), layout="tight")
+    axes = figure.subplots(len(rows), EXAMPLES_SHOWN, squeeze=False)
+    for row, benchmark in enumerate(rows):
+        examples = split_examples(bank, params, benchmark, "test")
+        for column, axis in enumerate(axes[row]):
+            axis.axis("off")
+            if column < len(examples["pixel_values"]):
+                pixels, text = _picture(benchmark, {k: v[column] for k, v in examples.items()})
+                axis.imshow(pixels)
+                axis.set_title(fill(text, 30), fontsize=8)
+        label = {"rotation": 90, "ha": "right", "va": "center"}
+        axes[row, 0].text(-0.1, 0.5, benchmark, transform=axes[row, 0].transAxes, **label)
+    sheet = recipe.workspace.reports / "examples.png"
+    with write_file(sheet) as partial:
+        figure.savefig(partial, dpi=90, format="png")
+    return sheet
+
+
+def _picture(benchmark: str, example: dict[str, Tensor]) -> tuple[np.ndarray, str]:
+    """Pixels [h, w, 3] and the words of one example."""
+    pixels = example["pixel_values"]
+    side_by_side = torch.cat(list(pixels), dim=2) if pixels.dim() == 4 else pixels
+    image = side_by_side.permute(1, 2, 0).numpy()
+    if benchmark == "segmentation":
+        labels = example["labels"].numpy()
+        block = image.shape[0] // len(labels)
+        colours = coloured(labels).repeat(block, axis=0).repeat(block, axis=1)
+        shown = ", ".join(SEGMENTATION_CLASSES[c] for c in np.unique(labels))
+        return np.concatenate([image, colours], axis=1), shown
+    text = words(example["input_ids"].tolist())
+    if "labels" not in example:
+        return image, text
+    return image, f"{text}: {describe(benchmark, int(example['labels']))}"
+
+
+def _manifest(folder: Path, params: PrepareParams, bank: Bank) -> dict[str, object]:
+    paths = sorted(path for path in folder.rglob("*.safetensors"))
+    return {
+        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in paths},
+        "cells": bank.sha256,
+        "packages": scenes.source_versions(),
+        "prepare": params.model_dump(),
+    }
+
+
+def main(recipe: ExpertsRecipe, show: bool = False) -> None:
+    if show:
+        print(f"wrote {draw_examples(recipe)}")
+        return
+    folder = prepare(recipe)
+    files = read_json(folder / "manifest.json")["files"]
+    size = sum((folder / name).stat().st_size for name in files) / 2**20
+    print(f"wrote {folder}: {len(files)} files, {size:.0f} MiB")

@@ -1,0 +1,288 @@
+"""Pre-train the four checkpoints that the modality recipe starts from; they are released with it.
+
+    python -m tasks.experts.pretrain                        # all; or the names of some
+    python -m tasks.experts.pretrain seed specific
+
+The *seed* is a modality-agnostic model after the first part of the schedule. From it two runs go on
+with the same data, rates and optimizer moments to the schedule's end: *agnostic* as it is (so it is one
+uninterrupted run, the baseline), and *specific*, whose experts start as copies of the seed's blocks.
+*specific_unseeded* runs the whole schedule with experts that were initialised apart. All runs take
+equally many steps on the same batches and decay the same parameters. They run side by side, one thread
+each; an interrupted run goes on from its last step checkpoint.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alloy.errors import nearest
+from alloy.modality import (
+    FRESH_HEADS,
+    ModalityConfig,
+    ModalityModel,
+    agnostic_config,
+    copy_to_experts,
+)
+from alloy.modality.configuration import Sharing
+from alloy.modality.objectives import pretraining_losses
+from tasks.data import scenes
+from tasks.recipe.load import load_experts, load_file
+from tasks.recipe.pretraining import PretrainParams, TransformerParams
+from tasks.recipe.section import ParamsError
+from tasks.registry import tracking
+from tasks.storage import read_json, sha256, write_folder, write_json
+from tasks.training.loop import PROGRESS, Progress, State, load_state, step_generator, train
+from tasks.workers import Report, side_by_side
+
+RELEASED = Path("released/modality")
+WORK = Path(".alloy/pretrain")  # step checkpoints
+FACTS = "pretraining.json"
+SHARING: Mapping[str, Sharing] = {
+    "seed": "all",
+    "agnostic": "all",
+    "specific": "none",
+    "specific_unseeded": "none",
+}
+FROM_SEED = ("agnostic", "specific")
+CHAINS = (("seed", *FROM_SEED), ("specific_unseeded",))  # each one after the other
+
+
+def model_config(
+    params: TransformerParams, scene: scenes.SceneParams, sharing: Sharing
+) -> ModalityConfig:
+    """The model for these scenes, their words, answers and classes."""
+    return ModalityConfig(
+        sharing=sharing,
+        **params.model_dump(),
+        image_size=2 * scene.cell_pixels,
+        vocab_size=len(scenes.VOCABULARY),
+        max_position_embeddings=scenes.MAX_TOKENS,
+        pad_token_id=scenes.PAD,
+        num_answers=len(scenes.ANSWERS),
+        num_segment_classes=len(scenes.SEGMENTATION_CLASSES),
+        segment_cells=params.patch_size // scene.label_pixels,
+        attn_implementation="eager",  # faster than sdpa on a CPU for sequences this short
+    )
+
+
+def initial_state(arm: str, config: ModalityConfig, seed: int, seed_folder: Path) -> State:
+    """Where a run begins: fresh weights, or the seed's weights and moments, copied to experts."""
+    if arm not in FROM_SEED:
+        return State(_fresh_weights(config, seed), {})
+    state = load_state(seed_folder)
+    moments = _by_moment(state.moments)
+    return State(
+        copy_to_experts(state.weights, config),
+        {
+            f"{moment}/{name}": tensor
+            for moment, tensors in moments.items()
+            for name, tensor in copy_to_experts(tensors, config).items()
+        },
+        Progress(next_step=state.progress.next_step),
+    )
+
+
+def _fresh_weights(config: ModalityConfig, seed: int) -> dict[str, Tensor]:
+    """Random weights; the heads that only fine-tuning trains are the same in every run."""
+    torch.manual_seed(seed)
+    weights = dict(ModalityModel(config).state_dict())
+    torch.manual_seed(seed)
+    agnostic = ModalityModel(agnostic_config(config)).state_dict()
+    return weights | {n: t for n, t in agnostic.items() if n.startswith(FRESH_HEADS)}
+
+
+def _by_moment(moments: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in moments.items():
+        moment, parameter = name.split("/", 1)
+        grouped.setdefault(moment, {})[parameter] = tensor
+    return grouped
+
+
+def identity(arm: str, params: PretrainParams, bank: scenes.Bank) -> str:
+    """A digest of all that determines an arm's weights, the code apart."""
+    parts = [arm, params.model_dump(), bank.sha256, torch.__version__]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def pretrain(
+    arm: str, params: PretrainParams, bank: scenes.Bank, work: Path, report: Report
+) -> tuple[ModalityModel, Progress]:
+    """Train one arm, reporting (arm, "say", line) and (arm, "curves", values, step).
+
+    Its step checkpoints, and the seed's, are in `work`.
+    """
+    config = model_config(params.model, bank.params, SHARING[arm])
+    model = ModalityModel(config)
+    generator = scenes.SceneGenerator(bank, "train", params.seed)
+
+    def losses_at(step: int) -> dict[str, Tensor]:
+        return pretraining_losses(
+            model,
+            generator.batch(params.batch_size, step),
+            mask_token_id=scenes.TOKEN["[MASK]"],
+            mask_probability=params.mask_probability,
+            generator=step_generator(params.seed, step),
+        )
+
+    progress = train(
+        model,
+        losses_at,
+        params.training,
+        folder=work / arm,
+        identity=identity(arm, params, bank),
+        curves=lambda values, step: report(arm, "curves", dict(values), step),
+        say=lambda line: report(arm, "say", line),
+        start=initial_state(arm, config, params.seed, work / "seed"),
+        stop_step=params.seed_steps if arm == "seed" else None,
+    )
+    return model, progress
+
+
+def release(
+    arm: str,
+    model: ModalityModel,
+    progress: Progress,
+    params: PretrainParams,
+    bank: scenes.Bank,
+    target: Path,
+) -> None:
+    """Write the checkpoint, its tokenizer, how it was made, and its card."""
+    with write_folder(target) as partial:
+        model.save_pretrained(partial)
+        scenes.tokenizer().save_pretrained(partial)
+        facts = {
+            "arm": arm,
+            "identity": identity(arm, params, bank),
+            "command": f"python -m tasks.experts.pretrain {arm}",
+            "first_step": params.seed_steps if arm in FROM_SEED else 0,
+            "last_step": progress.next_step,
+            "losses": progress.losses,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "model_sha256": sha256(partial / "model.safetensors"),
+            "cells_sha256": bank.sha256,
+            "versions": {**scenes.source_versions(), "torch": torch.__version__},
+            "params": params.model_dump(),
+            "scenes": bank.params.model_dump(),
+        }
+        write_json(partial / FACTS, facts)
+        (partial / "README.md").write_text(card(facts))
+
+
+DESCRIPTIONS = {
+    "seed": "The common seed: modality-agnostic, the first part of the schedule.",
+    "agnostic": "The baseline: the seed's run, continued modality-agnostic to the schedule's end.",
+    "specific": "Vision, language and joint experts, copied from the seed and trained apart.",
+    "specific_unseeded": "Vision, language and joint experts, initialised apart: no common seed.",
+}
+
+
+def card(facts: Mapping) -> str:
+    """The model card: what it is, how it was made, what it was made from."""
+    losses = "\n".join(f"| {name} | {value:.4f} |" for name, value in facts["losses"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return f"""---
+license: apache-2.0
+library_name: transformers
+tags: [model-merging, multimodal]
+---
+# modality/{facts["arm"]}
+
+{DESCRIPTIONS[facts["arm"]]}
+A modality transformer (arXiv:2304.14933 in miniature) with {facts["parameters"]:,} parameters for
+scenes of 48x48 pixels and texts of at most nine words. Not a model for the real world.
+
+    from alloy.modality import ModalityModel
+    model = ModalityModel.from_pretrained("released/modality/{facts["arm"]}")
+
+## How it was made
+`{facts["command"]}` with `params/pretrain.yaml` (a copy is in `pretraining.json`): steps
+{facts["first_step"]} to {facts["last_step"]} of a schedule of {facts["params"]["training"]["num_steps"]},
+{facts["params"]["batch_size"]} scenes a step, image-text contrast, masked words and statements; scenes
+are composed on the fly from the train cells of `tasks/data/scenes.py`.
+
+| loss in the last batch | |
+|---|---|
+{losses}
+
+- model.safetensors: SHA-256 `{facts["model_sha256"]}`
+- cells it was trained on: SHA-256 `{facts["cells_sha256"]}`
+- made with {versions}
+
+## Licences of the data
+Drawings: OpenMoji, CC BY-SA 4.0. Digits: MNIST, CC BY-SA 3.0. The NOTICE file names them.
+"""
+
+
+def run_chain(arms: Sequence[str], params: PretrainParams, report: Report) -> None:
+    """Pre-train and release the arms one after the other, but for those that are there already."""
+    bank = scenes.load_bank(load_experts(params.recipe).prepare.scenes)
+    stale = [arm for arm in arms if not _is_made(RELEASED / arm / FACTS, arm, params, bank)]
+    if set(stale) & set(FROM_SEED) and "seed" not in stale and not _has_state(params, bank):
+        stale = ["seed", *stale]
+    for arm in arms:
+        if arm not in stale:
+            report(arm, "say", f"{RELEASED / arm} is what these params give: nothing to do")
+    for arm in stale:
+        model, progress = pretrain(arm, params, bank, WORK, report)
+        release(arm, model, progress, params, bank, RELEASED / arm)
+        size = sum(path.stat().st_size for path in (RELEASED / arm).iterdir())
+        report(arm, "say", f"wrote {RELEASED / arm}, {size / 1e6:.1f} MB")
+
+
+def _is_made(facts: Path, arm: str, params: PretrainParams, bank: scenes.Bank) -> bool:
+    return facts.exists() and read_json(facts)["identity"] == identity(arm, params, bank)
+
+
+def _has_state(params: PretrainParams, bank: scenes.Bank) -> bool:
+    """Whether the seed's optimizer moments, which are not released, are still here."""
+    facts = WORK / "seed" / PROGRESS
+    made = _is_made(facts, "seed", params, bank)
+    return made and read_json(facts)["next_step"] == params.seed_steps
+
+
+def main(arms: Sequence[str]) -> None:
+    for arm in arms:
+        if arm not in SHARING:
+            raise ParamsError(f"{arm!r} is no checkpoint: {nearest(arm, list(SHARING))}")
+    params = load_file("pretrain", PretrainParams)
+    scenes.load_bank(load_experts(params.recipe).prepare.scenes)  # built once, for all
+    chains = [[arm for arm in chain if arm in arms] for chain in CHAINS]
+    with ExitStack() as stack:
+        logs: dict[str, tracking.Log] = {}
+
+        def receive(_: str, arm: str, kind: str, *values) -> None:
+            if kind == "say":
+                print(f"{arm}: {values[0]}", flush=True)
+                return
+            if arm not in logs:
+                run = tracking.run("pretraining", arm, {"stage": "pretrain"})
+                logs[arm] = stack.enter_context(run)
+            logs[arm].metrics(*values)
+
+        jobs = {" ".join(chain): (chain, params) for chain in chains if chain}
+        side_by_side(run_chain, jobs, receive)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tasks.experts.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(SHARING)}")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main(_parser().parse_args().arms or list(SHARING))
+    except (ValueError, OSError, tracking.TrackingError) as error:
+        sys.exit(f"tasks.experts.pretrain: {error}")

@@ -1,0 +1,92 @@
+"""What evaluation found, as data: rows of scores and distances, and answers to the first test examples."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from tasks.experts.measures.benchmarks import BENCHMARKS
+
+NUM_ANSWERS = 6  # test examples whose answers the report shows: the first ones, not chosen
+NUM_RETRIEVED = 3
+
+Kind = Literal["checkpoint", "merged", "naive", "ensemble", "guess"]
+"""What a model is: `naive` is merged, of experts without a common seed; `guess` is the commonest answer."""
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One metric of one model on one split of one benchmark, in per cent."""
+
+    split: str
+    finetuned: bool
+    kind: Kind
+    model: str  # its key in metrics.json
+    title: str
+    benchmark: str
+    metric: str
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class DistanceRow:
+    """How far apart two experts are that one arm merges."""
+
+    model: str
+    checkpoint: str
+    aligned: bool
+    experts: str  # "v-l", "v-vl", "l-vl"
+    measure: str
+    value: float
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """Where something that evaluation read came from, and the SHA-256 of its bytes."""
+
+    name: str
+    origin: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Results:
+    recipe: str
+    scores: list[ScoreRow]
+    distances: list[DistanceRow]
+    answers: Mapping[str, Mapping[str, Tensor]]  # by model and benchmark
+    examples: Mapping[str, Mapping[str, Tensor]]  # the test split by benchmark
+    sources: list[SourceRow]
+    packages: Mapping[str, str]  # that carried the data, with versions
+    naive: str  # the model whose fine-tuned scores gains are measured against
+    baseline: str
+
+
+def shown_rows(scores: Iterable[ScoreRow], *, finetuned: bool) -> list[ScoreRow]:
+    """What tables and charts show: the main metric of each benchmark on test data."""
+    return [
+        row
+        for row in scores
+        if row.split == "test"
+        and row.finetuned == finetuned
+        and row.metric == BENCHMARKS[row.benchmark].metric
+    ]
+
+
+def main_scores(scores: Sequence[ScoreRow]) -> dict[tuple[str, str], ScoreRow]:
+    """The shown rows by model and benchmark."""
+    rows = shown_rows(scores, finetuned=False) + shown_rows(scores, finetuned=True)
+    return {(row.model, row.benchmark): row for row in rows}
+
+
+def first_answers(benchmark: str, outputs: Tensor) -> Tensor:
+    """What a model says of the first test examples.
+
+    Retrieval: the best images for each caption, [NUM_ANSWERS, NUM_RETRIEVED]; segmentation: label
+    maps [NUM_ANSWERS, L, L]; otherwise the answers' numbers [NUM_ANSWERS].
+    """
+    if benchmark.startswith("retrieval"):
+        return outputs[:, :NUM_ANSWERS].topk(NUM_RETRIEVED, dim=0).indices.T
+    return outputs[:NUM_ANSWERS].argmax(dim=1)

@@ -1,0 +1,83 @@
+"""Modality recipes: the experts in the gauge in which merging them costs least (`alloy.gauge`)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alloy.gauge import Gauge
+from alloy.modality import ModalityModel
+from alloy.modality.objectives import mask_words
+from alloy.modality.passes import HIDDEN, Answers
+from alloy.modality.sensitivity import Sensitivities, affine_grams, sensitivities_of
+from alloy.modality.stream_search import find_gauge, inner_alignment
+from alloy.modality.streams import in_gauge
+from tasks.data import scenes
+from tasks.experts.shared.statistics import CALIBRATION, batches
+from tasks.recipe.experts import ExpertsRecipe, GaugeParams
+
+MASK_PROBABILITY = 0.4  # of a word, as the released checkpoints were pre-trained
+
+
+def calibration(recipe: ExpertsRecipe, masked_share: float = 0.0) -> list[dict[str, Tensor]]:
+    """The calibration data that collect reads, in its batches.
+
+    A share of the texts get hidden words, which the masked-word head must not forget to cope with.
+    """
+    params, file = recipe.collect, recipe.workspace.data / CALIBRATION
+    generator = torch.Generator().manual_seed(0)
+    return [
+        hide_words(batch, masked_share, generator)
+        for batch in batches(file, params.calibration_examples, params.batch_size)
+    ]
+
+
+def hide_words(
+    batch: dict[str, Tensor], share: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The batch with hidden words in a random share of its texts, and a mask that says where."""
+    ids = batch["input_ids"]
+    mask = scenes.TOKEN["[MASK]"]
+    hidden, _ = mask_words(ids, batch["attention_mask"], mask, MASK_PROBABILITY, generator)
+    chosen = torch.randperm(len(ids), generator=generator)[: round(share * len(ids))]
+    if share == 0:
+        return batch
+    made = ids.index_copy(0, chosen, hidden[chosen])
+    return {**batch, "input_ids": made, HIDDEN: made == mask}
+
+
+def answer_sensitivities(
+    model: ModalityModel, data: list[dict[str, Tensor]], answers: Answers | None
+) -> Sensitivities | None:
+    """Measure how much the answers depend on the model's layers; None: all count alike."""
+    return None if answers is None else sensitivities_of(model, data, answers)
+
+
+def move(
+    source: ModalityModel,
+    params: GaugeParams,
+    data: list[dict[str, Tensor]],
+    answers: Answers | None,
+) -> tuple[ModalityModel, dict[str, Any]]:
+    """The same function with its experts in the gauge found, and what the search says of it."""
+    folded = in_gauge(source)
+    transforms, gauge = find_gauge(
+        folded,
+        affine_grams(folded, data, answer_sensitivities(folded, data, answers)),
+        turn_streams=params.streams,
+        initial={"inner alignment": inner_alignment(folded, data)},
+        steps=params.steps,
+        max_rounds=params.max_rounds,
+    )
+    return in_gauge(folded, transforms), describe(gauge)
+
+
+def describe(gauge: Gauge) -> dict[str, Any]:
+    """The label-free diagnostics of a search (docs/gauge.md says how to read them)."""
+    return {
+        "error_before": gauge.error_before,
+        "error_after": gauge.error_after,
+        "start": gauge.start,
+        "errors_of_starts": dict(gauge.errors),
+        "streams": [use._asdict() for use in gauge.streams],
+    }

@@ -1,0 +1,1 @@
+"""What the stages do for sets of checkpoints of any architecture."""

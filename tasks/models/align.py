@@ -1,0 +1,143 @@
+"""align, for recipes of kind "models": bring the units of the models of each set together, in every way named.
+
+Writes, for each set and seed, `<alignment>.safetensors` (all that applies it) and `report.json`: each space's
+similarity before and after, and for alignments that keep every model's function by how much they changed its
+outputs on calibration examples, in float64.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+import alloy
+from alloy.alignment.result import Alignment
+from alloy.errors import AlignmentError
+from alloy.symmetry import observe_outputs
+from tasks.models.measures.scores import merge_score
+from tasks.models.shared.jobs import (
+    Job,
+    Report,
+    first_examples,
+    jobs,
+    load_any,
+    run_jobs,
+    save_tensors,
+)
+from tasks.models.shared.statistics import load_statistics
+from tasks.recipe.models import ModelsAlignment, ModelsRecipe
+from tasks.storage import write_folder, write_json
+
+TOLERANCE = 1e-5  # of an output's spread: what an exact alignment may change; norms of Llama compute in float32 (2e-6)
+
+
+def main(recipe: ModelsRecipe) -> None:
+    planned = {job.name: job for job in jobs(recipe) if recipe.alignments(job.set)}
+    out = recipe.workspace.transforms
+    with write_folder(out) as folder:
+        num = {name: len(recipe.alignments(job.set)) for name, job in planned.items()}
+        arguments = {name: (job, job.within(folder)) for name, job in planned.items()}
+        run_jobs("align", align_all, arguments, num)
+    print(f"align: wrote {out}: {sum(num.values())} alignments of {len(planned)} sets of models")
+
+
+def align_all(job: Job, folder: Path, report: Report) -> None:
+    """All alignments of one set and seed."""
+    folder.mkdir(parents=True)
+    weights, specs, statistics = job.weights(), job.specs(), load_statistics(job)
+    functions, found = Functions(job, weights), {}
+    for name, params in job.recipe.alignments(job.set).items():
+        settings = dict(params.settings)
+        if params.score is not None:
+            settings["score"] = merge_score(job, params.score)
+        try:
+            alignment = alloy.align_models(
+                weights, specs, statistics, preset=params.preset, **settings
+            )
+        except AlignmentError as error:
+            raise AlignmentError(
+                f"set {job.set!r}: align.alignments.{name}: {error}; an alignment that some sets cannot "
+                "have names the others in `sets`"
+            ) from error
+        change = functions.largest_change(alignment) if alignment.exact else None
+        save_tensors(alignment.to_tensors(), folder / f"{name}.safetensors")
+        found[name] = _facts(params, alignment, change)
+        report("step")
+        report("say", f"{job.name}: {name}: {_summary(alignment, change)}")
+    write_json(folder / "report.json", found)
+
+
+def _facts(
+    params: ModelsAlignment, alignment: Alignment, change: float | None
+) -> dict[str, object]:
+    return {
+        "preset": params.preset,
+        "settings": params.settings,
+        "score": params.score,
+        "exact": alignment.exact,
+        "change": change,
+        "warnings": list(alignment.warnings),
+        "models": {
+            model: [row._asdict() for row in rows] for model, rows in alignment.report.items()
+        },
+    }
+
+
+def _summary(alignment: Alignment, change: float | None) -> str:
+    rows = [row for found in alignment.report.values() for row in found]
+    moved, units = sum(row.num_moved for row in rows), sum(row.num_units for row in rows)
+    kept = "not exact" if change is None else f"outputs change by {change:.0e}"
+    return f"{moved} of {units} units moved, {kept}"
+
+
+class Functions:
+    """What the models of a job compute on a few calibration examples, in float64."""
+
+    def __init__(self, job: Job, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.set, self.folders = job.set, job.folders
+        self.examples = first_examples(job.calibration)
+        self.weights = {name: {n: _double(t) for n, t in w.items()} for name, w in weights.items()}
+
+    @cached_property
+    def models(self) -> dict[str, nn.Module]:
+        return {name: load_any(folder).cpu().double() for name, folder in self.folders.items()}
+
+    @cached_property
+    def before(self) -> dict[str, list[Tensor]]:
+        return {name: self.outputs(name, found) for name, found in self.weights.items()}
+
+    def outputs(self, name: str, weights: Mapping[str, Tensor]) -> list[Tensor]:
+        return outputs(self.models[name], weights, self.examples)
+
+    def largest_change(self, alignment: Alignment) -> float:
+        """By how much an exact alignment changes any model's outputs, of their spread.
+
+        Raises AlignmentError where that is more than TOLERANCE: then the alignment is not what it says.
+        """
+        worst = 0.0
+        for name, moved in alignment.apply(self.weights).items():
+            for ours, theirs in zip(self.before[name], self.outputs(name, moved), strict=True):
+                spread = ours.std().clamp(min=1e-30)
+                worst = max(worst, float((ours - theirs).abs().max() / spread))
+            if not worst <= TOLERANCE:
+                raise AlignmentError(
+                    f"set {self.set!r}: {alignment.preset} changes the outputs of {name} by {worst:.1e} of "
+                    f"their spread, {TOLERANCE:.0e} is allowed: report this, with the model"
+                )
+        return worst
+
+
+@torch.no_grad()
+def outputs(
+    model: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """What a model with other weights gives out, where its outputs count."""
+    model.load_state_dict(weights)
+    return observe_outputs(model(**tree_map(_double, dict(inputs))))
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

@@ -1,0 +1,279 @@
+"""evaluate, for recipes of kind "models": parents, ensemble and every arm of every set and seed, side by side.
+
+With labels, accuracy on the validation and test splits; without, a loss and the agreement with the parents on
+calibration data (`tasks.models.measures.yardsticks`). For the alignments that `evaluate.curves` names, the straight path between
+the reference and each other member and its barrier, and the plane through both parents and their merge. For
+every alignment, how far apart the members are. Writes `reports/<recipe>/` (`tasks.models.report`).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from alloy.alignment.result import Alignment
+from alloy.measures import landscape
+from alloy.measures.distances import distance
+from alloy.refit import repair
+from tasks.evaluation.loading import load_any
+from tasks.models import distances as streamed
+from tasks.models import report as report_models
+from tasks.models.measures.yardsticks import Yardstick, asked, yardsticks
+from tasks.models.shared.alignment import load_alignment
+from tasks.models.shared.jobs import Job, Report, batches, first_examples, jobs, run_jobs
+from tasks.recipe.models import ModelsRecipe
+from tasks.reports import tables
+
+NORM_EXAMPLES = 256  # of the calibration data, for batch norms along paths and on planes
+CURVE_SPLITS = (
+    "validation",
+    "calibration",
+)  # where paths and planes are looked at: not on test data
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One metric of one model of one set and seed; accuracies and agreements in per cent."""
+
+    split: str
+    set: str
+    seed: int
+    model: str  # an arm, parent_0, parent_1, ..., or ensemble
+    kind: str  # arm, parent or ensemble
+    metric: str
+    value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class PathRow:
+    """One metric of the model at t of the straight path from the reference (0) to another member (1)."""
+
+    set: str
+    seed: int
+    alignment: str
+    other: int  # which member
+    t: float
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class BarrierRow:
+    """The largest rise of a loss above the straight line between the path's ends, or fall of an accuracy."""
+
+    set: str
+    seed: int
+    alignment: str
+    other: int
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class PlaneRow:
+    """One metric at a point of the plane through the parents and their merge, in units of weight distance."""
+
+    set: str
+    seed: int
+    alignment: str
+    other: int
+    point: str  # reference, other, merge, or empty: of the grid
+    x: float
+    y: float
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class DistanceRow:
+    """How far apart two members are under an alignment, over all weights or in one layer."""
+
+    set: str
+    seed: int
+    alignment: str
+    pair: str
+    layer: str  # empty: over all weights
+    measure: str
+    value: float
+
+
+def main(recipe: ModelsRecipe) -> None:
+    if not recipe.is_calibrated:
+        streamed.main(recipe)
+        return
+    planned = {job.name: job for job in jobs(recipe)}
+    found = run_jobs(
+        "evaluate",
+        evaluate,
+        {name: (job,) for name, job in planned.items()},
+        {name: num_steps(job) for name, job in planned.items()},
+    )
+    rows: dict[str, list] = {}
+    for job in planned:
+        for name, of_job in found[job].items():
+            rows.setdefault(name, []).extend(of_job)
+    report_models.write(recipe, rows)
+    tables.show(recipe.name)
+
+
+def num_steps(job: Job) -> int:
+    """How often `evaluate` reports a step: for each model, and for each alignment."""
+    recipe = job.recipe
+    return 1 + len(job.members) + len(recipe.arms(job.set)) + len(recipe.alignments(job.set))
+
+
+def evaluate(job: Job, report: Report) -> None:
+    """All rows of one set and seed."""
+    params = job.recipe.evaluate
+    parents = list(job.models().values())
+    asks = [asked(parent) for parent in parents]
+    measures = yardsticks(job, asks, params.batch_size)
+    rows: dict[str, list] = {"scores": []}
+    subjects = {f"parent_{i}": ("parent", [ask]) for i, ask in enumerate(asks)}
+    subjects["ensemble"] = ("ensemble", asks)
+    for name, (kind, candidates) in subjects.items():
+        rows["scores"] += scores(job, name, kind, measures, candidates)
+        report("step")
+    for name in job.recipe.arms(job.set):
+        folder = job.within(job.workspace.arms) / name
+        models = [load_any(place) for place in arm_folders(job, folder)]
+        rows["scores"] += scores(job, name, "arm", measures, [asked(model) for model in models])
+        report("step")
+    weights = job.weights()
+    split = next(name for name in CURVE_SPLITS if name in measures)
+    for name in job.recipe.alignments(job.set):
+        alignment = load_alignment(job, name)
+        aligned = alignment.apply(weights)
+        rows.setdefault("distances", []).extend(distances(job, name, aligned, params.tssd_keep))
+        if name in params.curves:
+            curves = Curves(job, name, alignment, measures[split])
+            for key, value in curves.rows(parents[0], weights, aligned).items():
+                rows.setdefault(key, []).extend(value)
+        report("step")
+    report("result", rows)
+
+
+def arm_folders(job: Job, folder: Path) -> list[Path]:
+    """The checkpoint of an arm, or those of its members where they keep layers of their own."""
+    if (folder / "config.json").is_file():
+        return [folder]
+    return [folder / name for name in job.members]
+
+
+def scores(
+    job: Job, model: str, kind: str, measures: Mapping[str, Yardstick], candidates: list
+) -> Iterator[ScoreRow]:
+    for split, measure in measures.items():
+        for metric, score in measure.score(candidates).items():
+            value, error = round(score.value, 6), round(score.error, 6)
+            yield ScoreRow(split, job.set, job.seed, model, kind, metric, value, error)
+
+
+def distances(
+    job: Job, name: str, aligned: Mapping[str, Mapping[str, Tensor]], keep: float
+) -> Iterator[DistanceRow]:
+    """Between every two members in the alignment's units; tensors without floating point do not count."""
+    floating = {
+        member: {n: t.float() for n, t in found.items() if t.is_floating_point()}
+        for member, found in aligned.items()
+    }
+    for first, second in combinations(floating, 2):
+        found = distance(floating[first], floating[second], keep=keep)
+        for layer, values in {"": found.overall, **found.layers}.items():
+            for measure, value in asdict(values).items():
+                pair = f"{first} - {second}"
+                yield DistanceRow(job.set, job.seed, name, pair, layer, measure, round(value, 6))
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Loss and accuracy between the reference and the other members, under one alignment."""
+
+    job: Job
+    name: str
+    alignment: Alignment
+    measure: Yardstick
+
+    @cached_property
+    def norm_batches(self) -> list[dict[str, Tensor]]:
+        """The calibration examples that batch norms are estimated on, at every point alike."""
+        examples = first_examples(self.job.calibration, NORM_EXAMPLES)
+        return list(batches(examples, self.job.recipe.evaluate.batch_size))
+
+    def rows(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, Mapping[str, Tensor]],
+        aligned: Mapping[str, Mapping[str, Tensor]],
+    ) -> dict[str, list]:
+        params = self.job.recipe.evaluate
+        found: dict[str, list] = {"paths": [], "barriers": [], "planes": []}
+        reference = self.alignment.reference
+        first_seed = self.job.seed == min(self.job.entry.members)
+        for i, member in enumerate(self.job.members):
+            if member == reference:
+                continue
+            if params.path_points:
+                path = list(self.path(model, i, aligned[reference], aligned[member]))
+                found["paths"] += path
+                found["barriers"] += self.barriers(i, path)
+            same_shape = all(
+                t.shape == weights[member][n].shape for n, t in weights[reference].items()
+            )
+            if params.plane_points and first_seed and same_shape:
+                found["planes"] += self.plane(model, i, weights, aligned)
+        return found
+
+    def path(
+        self, model: nn.Module, other: int, start: Mapping[str, Tensor], end: Mapping[str, Tensor]
+    ) -> Iterator[PathRow]:
+        ts = torch.linspace(0, 1, self.job.recipe.evaluate.path_points).tolist()
+        for t, weights in landscape.path(start, end, ts):
+            for metric, value in self.values(model, weights).items():
+                yield PathRow(self.job.set, self.job.seed, self.name, other, t, metric, value)
+
+    def barriers(self, other: int, path: list[PathRow]) -> Iterator[BarrierRow]:
+        for metric in dict.fromkeys(row.metric for row in path):
+            points = [(row.t, row.value) for row in path if row.metric == metric]
+            sign = 1.0 if metric.endswith("loss") else -1.0
+            value = landscape.barrier([t for t, _ in points], [sign * v for _, v in points])
+            yield BarrierRow(
+                self.job.set, self.job.seed, self.name, other, metric, round(float(value), 6)
+            )
+
+    def plane(
+        self,
+        model: nn.Module,
+        other: int,
+        weights: Mapping[str, Mapping[str, Tensor]],
+        aligned: Mapping[str, Mapping[str, Tensor]],
+    ) -> Iterator[PlaneRow]:
+        """Through the reference, the other member as it was given, and the mean of both aligned."""
+        reference, member = self.alignment.reference, self.job.members[other]
+        ours, theirs = aligned[reference], aligned[member]
+        mean = {n: (t + theirs[n]) / 2 if t.is_floating_point() else t for n, t in ours.items()}
+        try:
+            plane = landscape.plane(weights[reference], weights[member], mean)
+        except ValueError:  # nothing was moved: the three lie on one line, and the path shows it
+            return
+        key = (self.job.set, self.job.seed, self.name, other)
+        for point, (x, y) in zip(("reference", "other", "merge"), plane.coordinates, strict=True):
+            yield PlaneRow(*key, point, float(x), float(y), "", 0.0)
+        xs, ys = plane.grid(self.job.recipe.evaluate.plane_points, 0.25)
+        for y in ys:
+            for x in xs:
+                for metric, value in self.values(model, plane.weights(x, y)).items():
+                    yield PlaneRow(*key, "", float(x), float(y), metric, value)
+
+    def values(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        if any(name.endswith("running_mean") for name in weights):
+            # The mean of two models' batch statistics is that of neither.
+            weights = repair.reestimate_norms(model, weights, self.norm_batches)
+        model.load_state_dict(weights)
+        found = self.measure.score([asked(model)])
+        return {metric: round(score.value, 6) for metric, score in found.items()}

@@ -1,0 +1,1 @@
+"""How what models answer is measured, with labels and without."""

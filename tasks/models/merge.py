@@ -1,0 +1,321 @@
+"""merge, for recipes of kind "models": make every arm of every set and seed, `models/<recipe>/arms/`.
+
+The members are moved as align found best and merged by any method of `alloy.merge`; the repairs of an arm run
+on calibration data. Each arm is a checkpoint that `from_pretrained` loads, with a model card. Where only
+a part of the layers is shared (partial zip), it is one checkpoint a member. The arm that `merge.result` names is
+`models/<recipe>/merged/` as well.
+"""
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import alloy
+from alloy.alignment.grams import transport_grams
+from alloy.alignment.result import Alignment
+from alloy.errors import MergeError
+from alloy.merging import MERGE_METHODS, oriented
+from alloy.refit import repair
+from alloy.statistics.points import transposed_weights
+from tasks.evaluation import accuracy
+from tasks.evaluation.loading import load_any, load_config
+from tasks.evaluation.outputs import answers
+from tasks.models import stream
+from tasks.models.shared.alignment import load_alignment
+from tasks.models.shared.jobs import Job, Report, jobs, load_weights, run_jobs
+from tasks.models.shared.statistics import load_statistics
+from tasks.recipe.models import ModelsArm, ModelsRecipe
+from tasks.storage import read_json, write_folder, write_json
+
+LEFT_BEHIND = ("config.json", "manifest.json", "alloy_merge.json", "README.md")  # of the reference
+COUNTER = "num_batches_tracked"  # of a batch norm: no weight, and nothing reads it afterwards
+
+Weights = dict[str, Tensor]
+
+
+def main(recipe: ModelsRecipe) -> None:
+    if not recipe.is_calibrated:
+        stream.main(recipe)
+        return
+    planned = {job.name: job for job in jobs(recipe) if recipe.arms(job.set)}
+    with write_folder(recipe.workspace.arms) as folder:
+        num = {name: len(recipe.arms(job.set)) for name, job in planned.items()}
+        arguments = {name: (job, job.within(folder)) for name, job in planned.items()}
+        run_jobs("merge", merge_all, arguments, num)
+    print(
+        f"merge: wrote {recipe.workspace.arms}: {sum(num.values())} merged models "
+        f"of {len(planned)} sets"
+    )
+
+
+def merge_all(job: Job, folder: Path, report: Report) -> None:
+    """All arms of one set and seed."""
+    weights = job.weights()
+    for name, arm in job.recipe.arms(job.set).items():
+        alignment = load_alignment(job, arm.aligned_by)
+        try:
+            merged, repairs = merge_arm(job, arm, alignment, weights)
+        except ValueError as error:
+            raise ValueError(f"set {job.set!r}: merge.arms.{name}: {error}") from error
+        for member, tensors in merged.items():
+            place = folder / name if len(merged) == 1 else folder / name / member
+            save(job, tensors, member, place, record(job, name, arm, alignment, repairs))
+        report("step")
+        what = "one model" if len(merged) == 1 else f"{len(merged)} models that share layers"
+        report("say", f"{job.name}: {name}: {what}")
+
+
+def merge_arm(
+    job: Job, arm: ModelsArm, alignment: Alignment, weights: Mapping[str, Weights]
+) -> tuple[dict[str, Weights], dict[str, Any]]:
+    """The merged model under the reference's name, or all members where they keep layers of their own.
+
+    Also what its repairs measured. Raises ValueError for an arm that cannot be made.
+    """
+    aligned = {name: dict(found) for name, found in alignment.apply(weights).items()}
+    for found in aligned.values():
+        found.update({n: t for n, t in aligned[alignment.reference].items() if n.endswith(COUNTER)})
+    shared = alignment.shared
+    own = aligned[alignment.reference]
+    kept = {n: t for n, t in own.items() if any(fnmatchcase(n, p) for p in job.entry.kept)}
+    names = [n for n in own if n not in kept and (shared is None or n in shared)]
+    base = None
+    if arm.base is not None:
+        found = load_weights(job.workspace.checkpoints / arm.base)
+        base = {name: found[name] for name in names}
+    options = dict(arm.options)
+    if "transposed" in MERGE_METHODS[arm.method].options:
+        options = oriented(options, transposed_weights(job.skeleton) & set(names))
+    merged = alloy.merge(
+        arm.method,
+        [{name: found[name] for name in names} for found in aligned.values()],
+        base=base,
+        coefficients=arm.coefficients,
+        statistics=grams_of(job, arm, alignment, names),
+        **options,
+    )
+    if shared is None:
+        whole, repairs = repaired(job, arm, alignment, {**merged, **kept}, aligned)
+        return {member: {**weights, **kept} for member, weights in whole.items()}, repairs
+    if arm.repair != type(arm.repair)():
+        raise ValueError(
+            "repair needs one merged model; this alignment shares a part of the layers"
+        )
+    return {name: {**found, **merged} for name, found in aligned.items()}, {}
+
+
+def grams_of(
+    job: Job, arm: ModelsArm, alignment: Alignment, names: Sequence[str]
+) -> list[dict[str, Any]] | None:
+    """The Grams of each member's layers in the common units, for methods that need them."""
+    if arm.method not in MERGE_METHODS or MERGE_METHODS[arm.method].statistics is None:
+        return None
+    if MERGE_METHODS[arm.method].statistics != "gram":
+        raise MergeError(f"{arm.method} needs labels; use alloy.merge with your own statistics")
+    grams = load_statistics(job).grams
+    if not grams:
+        raise MergeError(
+            f"{arm.method} needs Grams of the layers' inputs: set collect.grams to true"
+        )
+    folded = alignment.spec.folded != alignment.specs[alignment.reference].folded
+    if folded or not alignment.exact:
+        raise MergeError(
+            f"{arm.method} needs Grams in the common units, which alignment {arm.alignment!r} "
+            f"({alignment.preset}) does not give; choose one that permutes"
+        )
+    moved = {
+        name: transport_grams(grams[name], alignment.specs[name], alignment.transforms[name])
+        for name in alignment.names
+    }
+    return [{n: gram for n, gram in found.items() if n in names} for found in moved.values()]
+
+
+def repaired(
+    job: Job,
+    arm: ModelsArm,
+    alignment: Alignment,
+    merged: Weights,
+    parents: Mapping[str, Weights],
+) -> tuple[dict[str, Weights], dict[str, Any]]:
+    """The merged model after the repairs that the arm switches on, and what they measured."""
+    switches, found = arm.repair, {}
+    if switches == type(switches)():
+        return {alignment.reference: merged}, found
+    if switches.repair and not alignment.exact:
+        raise ValueError(
+            f"repair looks at the aligned parents' activations, and alignment {arm.alignment!r} "
+            f"({alignment.preset}) does not keep their functions"
+        )
+    model, seen = job.skeleton, job.seen()
+    shares = (
+        dict(zip(parents, arm.coefficients, strict=True))
+        if isinstance(arm.coefficients, list)
+        else None
+    )
+    if (fit := switches.permuted_least_squares) is not None:
+        merged = repair.fit_layers(
+            model,
+            merged,
+            parents if alignment.exact else unaligned(job, arm, alignment),
+            seen,
+            coefficients=shares,
+            example_weights=confidence(job, seen) if fit.targets == "confidence" else None,
+            inputs=fit.inputs,
+            residual=fit.residual,
+            ridge=fit.ridge,
+            spec=alignment.spec,
+        )
+    if switches.repair:
+        merged = repair.match_variance(
+            model, merged, parents, seen, alignment.spec, coefficients=shares
+        )
+    if switches.batch_norm:
+        merged = repair.reestimate_norms(model, merged, seen)
+    if switches.temperature:
+        factor = temperature(model, merged, job, seen)
+        layer = output_layer(model, merged, seen[0])
+        merged, found["temperature"] = repair.scale_outputs(merged, layer, factor), factor
+    return {alignment.reference: merged}, found
+
+
+def unaligned(job: Job, arm: ModelsArm, alignment: Alignment) -> dict[str, Weights | nn.Module]:
+    """The parents as they are, for an alignment that does not keep their functions.
+
+    The first is the reference, whose units the merged model has; the others run in modules of their own.
+    """
+    if alignment.maps.get(alignment.reference):
+        raise ValueError(
+            f"permuted_least_squares follows parents in the reference's units, and alignment {arm.alignment!r} "
+            f"({alignment.preset}) gives the merged model other ones"
+        )
+    parents: dict[str, Weights | nn.Module] = {}
+    for name, folder in job.folders.items():
+        parents[name] = load_weights(folder) if name == alignment.reference else load_any(folder)
+    return parents
+
+
+def confidence(job: Job, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """How sure each parent is of each calibration example [P, N], by its own answer and without labels.
+
+    Without a benchmark, whose classes say what each parent knows, by its largest log-probability.
+    """
+    outputs = [_logits(load_any(folder), seen) for folder in job.folders.values()]
+    num = sum(len(next(iter(batch.values()))) for batch in seen)
+    if any(len(found) != num for found in outputs):
+        raise ValueError("targets 'confidence' needs models with one answer an example")
+    benchmark = job.benchmark
+    if benchmark is None:
+        sure = [found.log_softmax(dim=1).amax(dim=1) for found in outputs]
+        return torch.stack(sure).softmax(dim=0)
+    classes = load_file(benchmark / "classes.safetensors")
+    return accuracy.confidence([accuracy.logits(found, classes) for found in outputs], classes)
+
+
+def temperature(
+    model: nn.Module, merged: Weights, job: Job, seen: Sequence[Mapping[str, Tensor]]
+) -> float:
+    """The factor on the merged model's logits that brings them nearest to the parents' mean answer."""
+    parents = [load_any(folder) for folder in job.folders.values()]
+    mean = torch.stack([_logits(parent, seen).softmax(-1) for parent in parents]).mean(0)
+    model.load_state_dict(merged)
+    return repair.inverse_temperature(_logits(model, seen), mean)
+
+
+def _logits(model: nn.Module, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Logits of all examples [N, C]; of a model that gives some for every token, those are examples."""
+    return torch.cat([answers(model, batch).rows for batch in seen])
+
+
+@torch.no_grad()
+def output_layer(model: nn.Module, weights: Weights, batch: Mapping[str, Tensor]) -> str:
+    """The layer whose weight and bias scale the logits: found by doubling each candidate.
+
+    Raises ValueError where there is none, as for an output layer that is also the embedding.
+    """
+    model.load_state_dict(weights)
+    before = answers(model, batch).rows
+    candidates = [
+        name
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "dim", lambda: 0)() >= 2
+        and before.shape[-1] in module.weight.shape
+    ]
+    for name in reversed(candidates):
+        model.load_state_dict(repair.scale_outputs(weights, name, 2.0))
+        if torch.allclose(answers(model, batch).rows, 2 * before, rtol=1e-3, atol=1e-5):
+            return name
+    raise ValueError("temperature: no layer of its own writes the logits, so none can be scaled")
+
+
+def save(job: Job, weights: Weights, member: str, folder: Path, account: Mapping[str, Any]) -> None:
+    """Write a checkpoint of the reference's architecture, with its processors, card and record."""
+    reference = job.folders[account["reference"]]
+    model = copy.deepcopy(job.skeleton)
+    asked = job.recipe.merge.dtype
+    dtype = getattr(torch, asked) if asked else load_config(reference).dtype or torch.float32
+    model.load_state_dict(weights)
+    model.to(dtype).save_pretrained(folder)
+    for file in sorted(reference.iterdir()):
+        # Words and settings travel with the model; weights and what is said about them do not.
+        words = file.suffix in (".json", ".txt", ".model", ".jinja")
+        if words and file.name not in LEFT_BEHIND and "safetensors" not in file.name:
+            shutil.copy(file, folder / file.name)
+    write_json(folder / "alloy_merge.json", {**account, "member": member})
+    (folder / "README.md").write_text(card(job, account))
+
+
+def record(
+    job: Job, name: str, arm: ModelsArm, alignment: Alignment, repairs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything about an arm, as data."""
+    return {
+        "arm": name,
+        "set": job.set,
+        "seed": job.seed,
+        "reference": alignment.reference,
+        "alignment": job.recipe.calibrated[2]
+        .alignments[arm.aligned_by]
+        .model_dump(include={"preset", "settings", "score"}),
+        "merge": arm.model_dump(exclude={"alignment", "elsewhere"}),
+        "repairs": dict(repairs),
+        "calibration": job.entry.calibration,
+        "members": {name: _origin(folder) for name, folder in job.folders.items()},
+        "command": f"python -m tasks.merge {job.recipe.name}",
+    }
+
+
+def _origin(folder: Path) -> dict[str, str]:
+    manifest = read_json(folder / "manifest.json")
+    return {key: manifest[key] for key in ("source", "revision", "digest") if key in manifest}
+
+
+def card(job: Job, account: Mapping[str, Any]) -> str:
+    """README.md of a merged model."""
+    rows = "\n".join(
+        f"| {name} | `{found.get('source')}` | `{found.get('revision')}` |"
+        for name, found in account["members"].items()
+    )
+    alignment, merge = account["alignment"], account["merge"]
+    switches = [key for key, value in merge["repair"].items() if value not in (None, False)]
+    return f"""---
+library_name: transformers
+tags: [merge, alloy]
+---
+# {job.recipe.name}: {account["arm"]} of set {job.set}, seed {job.seed}
+
+Units aligned by `{alignment["preset"]}` {alignment["settings"] or ""} to `{account["reference"]}`, merged by `{merge["method"]}`
+{merge["options"] or ""}, repaired by {", ".join(switches) or "nothing"}. Calibration data: `{account["calibration"]}`.
+
+| member | source | revision |
+| --- | --- | --- |
+{rows}
+
+Made with Alloy: `{account["command"]}`. `alloy_merge.json` has every setting.
+"""

@@ -1,0 +1,1 @@
+"""What several stages of recipes of kind models use."""

@@ -1,0 +1,202 @@
+"""What the stages of recipes of kind "models" share: sets of checkpoints, and jobs for each set and seed.
+
+models/<recipe>/statistics/specs/<digest>.json               collect: symmetries, by architecture
+models/<recipe>/statistics/<set>/<seed>/                     collect: statistics.safetensors, report.json
+models/<recipe>/transforms/<set>/<seed>/<alignment>.safetensors, report.json     align
+models/<recipe>/arms/<set>/<seed>/<arm>/[<member>/]          merge: checkpoints; one a member where tails differ
+models/<recipe>/merged/                                      choose: the arm that the recipe is about
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alloy.errors import CheckpointError
+from alloy.symmetry import SymmetrySpec
+from tasks.evaluation.loading import load_any, load_config, model_class
+from tasks.evaluation.outputs import by_length, trimmed
+from tasks.recipe.models import ModelsRecipe, ModelsSet
+from tasks.workers import side_by_side
+from tasks.workspace import Workspace
+
+EXAMPLES = 4  # calibration examples that symmetries are found and checked with
+PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "label2id")
+
+Report = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One set of one recipe with the members of one seed."""
+
+    recipe: ModelsRecipe
+    set: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.set}/{self.seed}"
+
+    @property
+    def workspace(self) -> Workspace:
+        return self.recipe.workspace
+
+    @property
+    def entry(self) -> ModelsSet:
+        """The set as the recipe describes it."""
+        return self.recipe.sets[self.set]
+
+    @property
+    def members(self) -> list[str]:
+        return self.entry.members[self.seed]
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The members' checkpoints; the first is the reference."""
+        return {name: self.workspace.checkpoints / name for name in self.members}
+
+    @property
+    def calibration(self) -> Path:
+        return self.workspace.data / "calibration" / f"{self.entry.calibration}.safetensors"
+
+    def seen(self) -> list[dict[str, Tensor]]:
+        """The calibration examples in batches, texts by length: each batch is as long as its longest."""
+        _, collect, _ = self.recipe.calibrated
+        inputs = by_length(load_file(self.calibration))
+        return [trimmed(batch) for batch in batches(inputs, collect.batch_size)]
+
+    @property
+    def benchmark(self) -> Path | None:
+        """The folder of the set's labelled examples."""
+        if self.entry.benchmark is None:
+            return None
+        return self.workspace.data / "benchmarks" / self.entry.benchmark
+
+    def within(self, folder: Path) -> Path:
+        """This job's part of a stage's output: `statistics`, `transforms` or `arms`."""
+        return folder / self.set / str(self.seed)
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """A module of the reference's architecture to run weights in; its own are whatever ran last."""
+        return load_any(self.folders[self.members[0]])
+
+    def models(self) -> dict[str, PreTrainedModel]:
+        return {name: load_any(folder) for name, folder in self.folders.items()}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        return {name: load_weights(folder) for name, folder in self.folders.items()}
+
+    def specs(self, statistics: Path | None = None) -> dict[str, SymmetrySpec]:
+        """The symmetries of each member, as collect found them."""
+        folder = statistics or self.workspace.statistics
+        return {name: read_spec(folder, self, name) for name in self.members}
+
+
+def jobs(recipe: ModelsRecipe) -> list[Job]:
+    """Every set with each of its seeds."""
+    return [Job(recipe, name, seed) for name, seed in recipe.jobs()]
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's state dict as its model has it, on the CPU."""
+    return {name: t.detach().cpu() for name, t in load_any(folder).state_dict().items()}
+
+
+def read_spec(statistics: Path, job: Job, member: str) -> SymmetrySpec:
+    path = statistics / "specs" / f"{architecture(job, member)}.json"
+    return SymmetrySpec.from_json(path.read_text())
+
+
+def architecture(job: Job, member: str) -> str:
+    """A digest, equal for checkpoints whose symmetries are: of the config's sizes and what the model sees."""
+    folder = job.folders[member]
+    config = load_config(folder).to_dict()
+    config["id2label"] = len(config.get("id2label") or ())
+    told = {name: value for name, value in config.items() if name not in PASSING}
+    key = [model_class(folder).__name__, job.entry.calibration, told]
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def refuse_other_architectures(job: Job) -> None:
+    """Raise CheckpointError, naming the first difference, unless the members are of one class and depth."""
+    (first, ours), *others = job.folders.items()
+    for name, folder in others:
+        kinds = model_class(ours).__name__, model_class(folder).__name__
+        if kinds[0] != kinds[1]:
+            raise CheckpointError(
+                f"set {job.set!r}: {first} is a {kinds[0]}, {name} a {kinds[1]}; merge models of one class"
+            )
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file; tensors that share memory, such as one Gram of three layers, get their own."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        shared = tensor.numel() > 0 and tensor.data_ptr() in seen
+        own[name] = tensor.clone() if shared else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    save_file(own, file)
+
+
+def batches(inputs: Mapping[str, Tensor], batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Examples, batch by batch."""
+    num = len(next(iter(inputs.values())))
+    for start in range(0, num, batch_size):
+        yield {name: tensor[start : start + batch_size] for name, tensor in inputs.items()}
+
+
+def first_examples(file: Path, num: int = EXAMPLES) -> dict[str, Tensor]:
+    return {name: tensor[:num] for name, tensor in load_file(file).items()}
+
+
+def run_jobs(
+    title: str, work: Callable[..., None], arguments: Mapping[str, tuple], steps: Mapping[str, int]
+) -> dict[str, Any]:
+    """Run `work(*arguments[name], report)` for every job, as many at once as there are cores.
+
+    `report("step")` moves the progress bar, of `steps[name]` for each job; `report("say", line)` prints;
+    `report("result", value)` hands back what the job found. One job alone runs here; every job has one thread, so that what it
+    computes does not depend on the number of cores.
+    """
+    found: dict[str, Any] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console()
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task(title, total=sum(steps.values()))
+
+        def receive(name: str, what: str, *values: Any) -> None:
+            if what == "step":
+                progress.advance(bar)
+            elif what == "say":
+                line = f"{title}: {values[0]}"
+                progress.console.print(line, soft_wrap=True, markup=False, highlight=False)
+            else:
+                found[name] = values[0]
+
+        if len(arguments) == 1:
+            ((name, given),) = arguments.items()
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                work(*given, lambda *values: receive(name, *values))
+            finally:
+                torch.set_num_threads(threads)
+        else:
+            side_by_side(work, arguments, receive, at_once=len(os.sched_getaffinity(0)))
+    return found

@@ -1,0 +1,79 @@
+"""merge, for members that are merged as they are: a stream, checkpoint by checkpoint, of any size.
+
+Every arm of every set and seed is written by `alloy.merge_checkpoints`. Arms grow in `.alloy/merge/<recipe>/`:
+an interrupted run goes on there, file by file; what is complete becomes the stage's output at once.
+"""
+
+import shlex
+import shutil
+from pathlib import Path
+
+from tqdm import tqdm
+
+from alloy.checkpoint import MergePlan, MergeRequest, plan_merge, run_plan
+from tasks.models.shared.jobs import Job, jobs
+from tasks.recipe.models import ModelsArm, ModelsRecipe
+from tasks.storage import write_folder
+
+PLAN = "plan"  # beside a finished arm: the digest of the merge that it is
+
+
+def main(recipe: ModelsRecipe) -> None:
+    workspace = recipe.workspace
+    work = workspace.work("merge")
+    made: dict[Path, Path] = {}
+    for job in jobs(recipe):
+        for name, arm in recipe.merge.arms.items():
+            place = job.within(work) / name
+            stream(job, name, arm, place)
+            made[job.within(workspace.arms).relative_to(workspace.arms) / name] = place
+    with write_folder(workspace.arms) as arms:
+        for relative, place in made.items():
+            (arms / relative).parent.mkdir(parents=True, exist_ok=True)
+            (place / "model").rename(arms / relative)
+    shutil.rmtree(work)
+    print(f"merge: wrote {workspace.arms}: {len(made)} merged models")
+
+
+def stream(job: Job, name: str, arm: ModelsArm, place: Path) -> None:
+    """Write one arm to `place/model`, unless an interrupted run has finished the very same."""
+    done, output = place / PLAN, place / "model"
+    plan = plan_of(job, arm, place / "check")  # its digest says nothing of the output
+    if done.is_file() and done.read_text() == plan.digest and output.is_dir():
+        print(f"merge: {job.name}: {name}: was finished before the interruption")
+        return
+    done.unlink(missing_ok=True)
+    if output.exists():
+        shutil.rmtree(output)  # of another plan, in our own folder of work
+    place.mkdir(parents=True, exist_ok=True)
+    plan = plan_of(job, arm, output)
+    with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, desc=f"merge: {name}") as bar:
+        report = run_plan(
+            plan,
+            hash_sources=True,
+            title=f"{job.recipe.name}: {name}",
+            command=shlex.join(["python", "-m", "tasks.merge", job.recipe.name]),
+            on_bytes=bar.update,
+        )
+    done.write_text(plan.digest)
+    for note in report.notes:
+        print(f"merge: {job.name}: {name}: note: {note}")
+    print(f"merge: {job.name}: {name}: {arm.method} of {', '.join(job.members)}")
+
+
+def plan_of(job: Job, arm: ModelsArm, output: Path) -> MergePlan:
+    """The checked plan of one arm."""
+    checkpoints = job.workspace.checkpoints
+    request = MergeRequest(
+        arm.method,
+        job.folders,
+        output,
+        base=None if arm.base is None else checkpoints / arm.base,
+        coefficients=arm.coefficients,
+        statistics=arm.statistics,
+        dtype=job.recipe.merge.dtype,
+        tokenizer=arm.tokenizer,
+        copy=dict.fromkeys(job.entry.kept, job.members[0]),
+        options=arm.options,
+    )
+    return plan_merge(request)

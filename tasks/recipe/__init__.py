@@ -1,0 +1,1 @@
+"""Recipes: one YAML file in `params/`, typed, checked before the first stage runs."""

@@ -1,0 +1,277 @@
+"""Recipes of kind "experts": the experts of one modality transformer are merged with each other."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from alloy.errors import MergeError, nearest
+from alloy.merging import MERGE_METHODS, validate
+from tasks.recipe.section import ParamsError, Section
+from tasks.recipe.shared import FetchParams, RegisterParams, ShipParams
+from tasks.recipe.training import Distillation, EarlyStopping, FinetunePlan
+from tasks.workspace import Workspace
+
+Modality = Literal["v", "l", "vl"]
+LOWER_EXPERTS = ("v", "l")  # the blocks below the joint ones have no others
+SPLITS = ("train", "validation", "test")
+
+
+class SceneParams(Section):
+    """What scenes look like (`tasks/data/scenes.py`); pre-training and `prepare` share it."""
+
+    seed: int = Field(ge=0)
+    cell_pixels: int = Field(gt=0)  # a scene is two cells high and wide
+    label_pixels: int = Field(gt=0)  # side of a square that has one segmentation label
+    train_cells: int = Field(gt=0, le=4000)  # cells a concept in the train split
+    cells: int = Field(gt=0, le=800)  # cells a concept in the validation and in the test split
+    duplicates: float = Field(ge=0, le=1)  # probability that two objects of a scene are alike
+    drop: float = Field(ge=0, le=1)  # probability that a training caption leaves an object out
+    noise: int = Field(ge=0, le=127)  # pixel values shift by at most this much
+
+    @model_validator(mode="after")
+    def _labels_fill_a_cell(self) -> "SceneParams":
+        if self.cell_pixels % self.label_pixels:
+            raise ValueError(
+                f"cell_pixels {self.cell_pixels} is no multiple of label_pixels {self.label_pixels}"
+            )
+        return self
+
+
+class SplitSizes(Section):
+    """How many examples of a benchmark; a benchmark without fine-tuning has no training examples."""
+
+    train: int = Field(ge=0)
+    validation: int = Field(gt=0)
+    test: int = Field(gt=0)
+
+
+class PrepareParams(Section):
+    """The data of a recipe: its scenes, its calibration examples, its benchmarks' splits."""
+
+    scenes: SceneParams
+    seed: int = Field(ge=0)
+    calibration_examples: int = Field(gt=0)
+    benchmarks: dict[str, SplitSizes] = Field(min_length=1)
+
+
+class CollectParams(Section):
+    """Which checkpoints see the calibration data, and how much of it."""
+
+    checkpoints: list[str] = Field(min_length=1)  # names of fetch's sources that have experts
+    calibration_examples: int = Field(ge=2)
+    batch_size: int = Field(gt=0)
+
+
+class AlignParams(Section):
+    """How the units of the experts are brought together (`alloy.align`)."""
+
+    space: Literal["weight", "activation", "dual"]
+    weight_share: float = Field(ge=0, le=1)  # a of the dual space; 1 is weights alone
+    method: Literal["permute"]
+    max_sweeps: int = Field(gt=0)
+
+
+class GaugeParams(Section):
+    """The search for the symmetry in which merging costs least (`alloy.gauge`)."""
+
+    streams: bool  # turn the residual streams, too, at the price of two fixed adapters
+    steps: int = Field(gt=0)  # a round
+    max_rounds: int = Field(gt=0)
+
+
+class ArmParams(Section):
+    """One way of merging: a checkpoint's experts, how, and with which settings of the method."""
+
+    checkpoint: str
+    method: str  # a key of alloy's MERGE_METHODS
+    align: bool = False  # move the units by align's transforms first
+    gauge: GaugeParams | None = None  # or bring the experts to where merging them costs least
+    # What least squares (gauge, sequential) shall keep: the pre-trained heads' answers, or these and all
+    # states, which heads that fine-tuning trains will read; null: the output of every layer alike.
+    answers: Literal["heads", "states"] | None = None
+    masked_share: float = Field(default=0, ge=0, le=1)  # of their texts get hidden words
+    base: str | None = None  # the checkpoint that task vectors start from
+    coefficients: (  # by expert, or that by glob pattern of names; the method's own without
+        dict[Modality, float] | dict[str, dict[Modality, float]] | None
+    ) = None
+    joint_experts: list[Modality] = Field(default=["v", "l", "vl"])  # merged in the joint blocks
+    options: dict[str, Any] = Field(default={})  # checked against the method's own
+
+    @property
+    def reads_data(self) -> bool:
+        """Sees the calibration data itself, not only the statistics that collect took of it."""
+        return self.gauge is not None or self.method == "sequential"
+
+    def coefficients_of(
+        self, modalities: Sequence[str]
+    ) -> list[float] | dict[str, list[float]] | None:
+        """The coefficients of these modalities in their order, or by pattern of names.
+
+        Raises:
+            MergeError: a modality that has none.
+        """
+        if self.coefficients is None:
+            return None
+        given: Any = self.coefficients
+        if all(isinstance(row, Mapping) for row in given.values()):
+            return {pattern: _in_order(row, modalities) for pattern, row in given.items()}
+        return _in_order(given, modalities)
+
+
+def _in_order(given: Mapping[str, Any], modalities: Sequence[str]) -> list[float]:
+    if missing := [m for m in modalities if m not in given]:
+        raise MergeError(f"coefficients {dict(given)} lack {missing}")
+    return [given[m] for m in modalities]
+
+
+class MergeParams(Section):
+    """The arms of a comparison; `result` is the one the recipe is about."""
+
+    result: str
+    arms: dict[str, ArmParams] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _result_is_an_arm(self) -> "MergeParams":
+        if self.result not in self.arms:
+            raise ValueError(f"result {self.result!r}: {nearest(self.result, list(self.arms))}")
+        return self
+
+
+class EvaluateParams(Section):
+    """What is measured beside the merged models, and what the report compares."""
+
+    batch_size: int = Field(gt=0)
+    checkpoints: dict[str, str]  # fetch's, in the order of the tables, with what to call them
+    ensembles: dict[str, list[str]]  # checkpoints whose outputs are averaged
+    naive: str  # the merge arm without a common seed
+    baseline: str  # the checkpoint that was modality-agnostic all along
+    tssd_keep: float = Field(gt=0, le=1)  # the share of largest weights that TSSD compares
+
+
+class FinetuneParams(Section):
+    """A short training on the benchmarks, alike for the merged model and the arms named here."""
+
+    arms: list[str]  # merge's arms or fetch's checkpoints, beside the merged model
+    joint: bool  # one model for all benchmarks; false: one for each
+    batch_sizes: dict[str, int] = Field(min_length=1)  # examples a step, by benchmark
+    seed: int
+    task_weight: float = Field(ge=0)
+    distillation: Distillation
+    training: FinetunePlan
+    stopping: EarlyStopping
+
+    @model_validator(mode="after")
+    def _learns_from_something(self) -> "FinetuneParams":
+        if not self.task_weight and not self.distillation.weight:
+            raise ValueError(
+                "task_weight and distillation.weight are both 0: nothing to learn from"
+            )
+        return self
+
+
+class ExpertsRecipe(Section):
+    """A recipe of kind "experts"; what its sections name is there."""
+
+    name: str
+    kind: Literal["experts"]
+    fetch: FetchParams
+    prepare: PrepareParams
+    collect: CollectParams
+    align: AlignParams
+    merge: MergeParams
+    finetune: FinetuneParams | None = None
+    evaluate: EvaluateParams
+    registration: RegisterParams = Field(alias="register")
+    ship: ShipParams | None = None
+
+    @property
+    def workspace(self) -> Workspace:
+        return Workspace(self.name)
+
+    @property
+    def where(self) -> str:
+        return f"params/{self.name}.yaml"
+
+    @property
+    def result(self) -> str:
+        """The folder below `arms` of the model that the recipe is about."""
+        return self.merge.result
+
+    def check(self) -> None:
+        """Refuse what no stage could do, before the first of them runs.
+
+        Raises:
+            ParamsError: a name that no other section has, or an arm that cannot be merged so.
+        """
+        for key, name, known in self._names():
+            if name not in known:
+                raise ParamsError(f"{self.where}: {key}: {name!r}: {nearest(name, list(known))}")
+        for name, arm in self.merge.arms.items():
+            where = f"{self.where}: merge.arms.{name}"
+            check_arm(where, arm)
+        for key, section in (("register", self.registration), ("ship", self.ship)):
+            if section is not None and section.model == "finetuned" and self.finetune is None:
+                raise ParamsError(
+                    f"{self.where}: {key}.model: finetuned, yet the recipe has no section "
+                    "finetune; write `model: merged`"
+                )
+        titles = [*self.evaluate.checkpoints, *self.evaluate.ensembles, "merged"]
+        titles += [name for name in self.merge.arms if name != self.merge.result]
+        for name in titles:
+            if titles.count(name) > 1:
+                raise ParamsError(
+                    f"{self.where}: evaluate: {name!r} names two models; rename one of them"
+                )
+
+    def _names(self) -> Iterator[tuple[str, str, list[str]]]:
+        """Every name that one section takes from another: where it stands, and what there is."""
+        checkpoints, arms = list(self.fetch.checkpoints), list(self.merge.arms)
+        yield from (("collect.checkpoints", n, checkpoints) for n in self.collect.checkpoints)
+        for name, arm in self.merge.arms.items():
+            where = f"merge.arms.{name}"
+            yield f"{where}.method", arm.method, list(MERGE_METHODS)
+            yield f"{where}.checkpoint", arm.checkpoint, checkpoints
+            if arm.base is not None:
+                yield f"{where}.base", arm.base, checkpoints
+            reads_statistics = MERGE_METHODS[arm.method].statistics == "gram" and arm.gauge is None
+            if arm.align or reads_statistics:
+                yield f"{where}.checkpoint", arm.checkpoint, self.collect.checkpoints
+        measured = self.evaluate
+        yield from (("evaluate.checkpoints", n, checkpoints) for n in measured.checkpoints)
+        for names in measured.ensembles.values():
+            yield from (("evaluate.ensembles", name, checkpoints) for name in names)
+        yield "evaluate.naive", measured.naive, arms
+        yield "evaluate.baseline", measured.baseline, list(measured.checkpoints)
+        if self.finetune is not None:
+            known = [*checkpoints, *(a for a in arms if a != self.merge.result)]
+            yield from (("finetune.arms", name, known) for name in self.finetune.arms)
+
+
+def check_arm(where: str, arm: ArmParams) -> None:
+    """Raise ParamsError unless the arm can be merged as it says."""
+    if arm.gauge is not None and arm.align:
+        raise ParamsError(
+            f"{where}: align moves units before the search of the gauge undoes it; leave out one"
+        )
+    for key, given in (("answers", arm.answers), ("masked_share", arm.masked_share)):
+        if given and not arm.reads_data:
+            raise ParamsError(
+                f"{where}.{key} is of method sequential and of a gauge's search; leave it out"
+            )
+    if arm.method == "sequential" and arm.coefficients is not None:
+        raise ParamsError(f"{where}: sequential weighs all experts alike; leave out coefficients")
+    for modalities in (LOWER_EXPERTS, tuple(arm.joint_experts)):
+        try:
+            validate(
+                arm.method,
+                [],
+                num_models=len(modalities),
+                base=arm.base is not None,
+                statistics=MERGE_METHODS[arm.method].statistics == "gram",
+                coefficients=arm.coefficients_of(modalities),
+                options=arm.options,
+                inputs=MERGE_METHODS[arm.method].inputs if arm.method == "sequential" else (),
+            )
+        except MergeError as error:
+            raise ParamsError(f"{where}: {error}") from error

@@ -1,0 +1,127 @@
+"""`params/graph.yaml`: which stages each recipe has, for `dvc.yaml`; derived from the recipes.
+
+DVC runs a stage for each recipe that the stage's list names, and must find every path and section that the
+stage reads. A recipe that lacks one names in its place what the stage reads anyway, twice.
+
+    python -m tasks.recipe.graph       # write it anew, after a recipe was added or got another section
+"""
+
+import sys
+
+import yaml
+
+from tasks.recipe.load import PARAMS, Recipe, load, recipes
+from tasks.recipe.models import ModelsRecipe
+from tasks.recipe.section import ParamsError
+from tasks.recipe.yaml_file import read_yaml
+from tasks.storage import write_file
+
+GRAPH = PARAMS / "graph.yaml"
+STAGES = (
+    "fetch", "prepare", "collect", "align", "merge", "choose", "finetune", "evaluate", "register",
+)  # fmt: skip
+OPTIONAL = ("prepare", "collect", "align", "finetune")
+HEADER = """\
+# Written by `python -m tasks.recipe.graph` from the recipes; dvc.yaml reads it. Do not edit.
+"""
+
+
+def graph() -> dict[str, dict[str, dict[str, str]]]:
+    """By stage and recipe, what the stage's entry in `dvc.yaml` fills in.
+
+    Raises:
+        ParamsError: a recipe that no stage could run.
+    """
+    loaded = [load(name) for name in recipes()]
+    return {
+        stage: {recipe.name: _entry(recipe, stage) for recipe in loaded if _has(recipe, stage)}
+        for stage in STAGES
+    }
+
+
+def write_graph() -> bool:
+    """Bring `params/graph.yaml` up to date; says if it was not."""
+    text = _text()
+    if GRAPH.is_file() and GRAPH.read_text() == text:
+        return False
+    with write_file(GRAPH) as partial:
+        partial.write_text(text)
+    return True
+
+
+def refuse_stale(recipe: str) -> None:
+    """Raise ParamsError where `params/graph.yaml` does not say what a recipe's file says."""
+    loaded = load(recipe)
+    known = read_yaml(GRAPH) if GRAPH.is_file() else {}
+    for stage in STAGES:
+        expected = _entry(loaded, stage) if _has(loaded, stage) else None
+        if (known.get(stage) or {}).get(recipe) != expected:
+            raise ParamsError(
+                f"{GRAPH} does not know {loaded.where} as it is now: `python -m tasks.recipe.graph` "
+                "writes it anew"
+            )
+
+
+def _text() -> str:
+    return HEADER + yaml.safe_dump(graph(), sort_keys=False, width=100)
+
+
+def _has(recipe: Recipe, stage: str) -> bool:
+    return stage not in OPTIONAL or getattr(recipe, stage, None) is not None
+
+
+OWN_SECTION = {"merge": "merge.arms", "choose": "merge.result"}
+"""What a stage tracks of its recipe in any case; otherwise the section of its own name."""
+
+FILLS = {
+    "prepare": ("family", "members"),
+    "collect": ("family", "library", "members"),
+    "align": ("family", "library", "collect", "members"),
+    "merge": (
+        "family", "library", "data", "statistics", "transforms",
+        "align", "collect", "dtype", "kept", "members",
+    ),
+    "finetune": ("family", "library"),
+    "evaluate": (
+        "family", "library", "data", "statistics", "transforms", "finetuned", "finetuned_arms",
+        "align", "collect", "finetune", "members",
+    ),
+    "register": ("data", "result"),
+}  # fmt: skip
+"""What each stage's entry in `dvc.yaml` fills in."""
+
+
+def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
+    """The recipe's family, and the paths and sections that not every recipe has."""
+    workspace, is_models = recipe.workspace, isinstance(recipe, ModelsRecipe)
+    calibrated, finetuned = recipe.prepare is not None, _has(recipe, "finetune")
+    given = read_yaml(workspace.params)
+    path = str(workspace.checkpoints)  # that every stage with such a choice reads
+    section = OWN_SECTION.get(stage, stage)
+    members = section
+    if is_models:
+        members = "members" if "members" in given else "sets"
+    values = {
+        "family": recipe.kind,
+        "library": "alignment" if is_models else "modality",  # of alloy, beside what both need
+        "data": str(workspace.data) if calibrated else path,
+        "statistics": str(workspace.statistics) if calibrated else path,
+        "transforms": str(workspace.transforms) if calibrated else path,
+        "finetuned": str(workspace.finetuned) if finetuned else path,
+        "finetuned_arms": str(workspace.finetuned_arms) if finetuned else path,
+        "result": str(workspace.result(recipe.registration.model)),
+        "members": members,
+        "kept": "kept" if is_models and "kept" in given else section,
+        "collect": "collect" if calibrated else section,
+        "align": "align" if calibrated else section,
+        "dtype": "merge.dtype" if "dtype" in given["merge"] else section,
+        "finetune": "finetune" if finetuned else section,
+    }
+    return {key: values[key] for key in FILLS.get(stage, ("family",))}
+
+
+if __name__ == "__main__":
+    try:
+        print(f"{GRAPH}: {'written anew' if write_graph() else 'is up to date'}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"tasks.recipe.graph: {error}")

@@ -1,0 +1,444 @@
+"""Recipes of kind "models": sets of checkpoints of any architecture become one model each.
+
+With calibration data their units are aligned before they are merged (prepare, collect, align); without,
+they are merged as they are, as a stream.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from alloy.errors import MergeError, nearest
+from alloy.merging import MERGE_METHODS, validate
+from tasks.recipe.section import Name, ParamsError, Section
+from tasks.recipe.shared import FetchParams, RegisterParams, ShipParams
+from tasks.workspace import Workspace
+
+CALIBRATED = ("prepare", "collect", "align")  # the sections of recipes whose units are aligned
+
+
+class ModelsCalibration(Section):
+    """Examples without labels from exactly one source, as the models' own processors make them."""
+
+    images: str | None = None  # a folder of pictures
+    texts: str | None = None  # a folder of *.txt files, or one file
+    dataset: str | None = None  # of the package `datasets`, on disk; or a .parquet, .csv, .jsonl
+    writer: str | None = None  # a key of tasks.data.classification.WRITERS
+    examples: int = Field(ge=2)
+    tokens: int | None = Field(default=None, gt=1)  # of each text
+    column: str | None = (
+        None  # of a dataset: texts or images; without one: its columns are model inputs
+    )
+    options: dict[str, Any] = Field(default={})  # of a writer
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> "ModelsCalibration":
+        sources = ("images", "texts", "dataset", "writer")
+        given = [name for name in sources if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(sources)}; found {given or 'none'}")
+        for key, owners in {
+            "tokens": ("texts", "dataset"),
+            "column": ("dataset",),
+            "options": ("writer",),
+        }.items():
+            if getattr(self, key) and given[0] not in owners:
+                raise ValueError(f"{key!r} is of {' or '.join(owners)}, not of {given[0]!r}")
+        if self.texts is not None and self.tokens is None:
+            raise ValueError("texts need `tokens`, the length of an example")
+        return self
+
+
+class ModelsBenchmark(Section):
+    """Examples with labels, from a writer."""
+
+    writer: str  # a key of tasks.data.classification.WRITERS
+    options: dict[str, Any] = Field(default={})
+
+
+class ModelsPrepareParams(Section):
+    """The calibration data and the benchmarks of a recipe of kind "models"."""
+
+    seed: int
+    calibration: dict[Name, ModelsCalibration] = Field(min_length=1)
+    benchmarks: dict[Name, ModelsBenchmark] = Field(default={})
+
+
+class ModelsSet(Section):
+    """Checkpoints that are merged with each other, once a seed; the first is the reference."""
+
+    title: str | None = None  # in the tables; its name without one
+    members: dict[int, list[str]] = Field(min_length=1)  # seed -> fetch's checkpoints
+    kept: list[str] = Field(default=[])  # glob patterns of tensors that stay the first member's
+    calibration: str | None = None  # of prepare; absent where nothing is prepared
+    benchmark: str | None = None  # of prepare; without one: measured without labels
+
+    @model_validator(mode="after")
+    def _seeds_are_alike(self) -> "ModelsSet":
+        sizes = {len(names) for names in self.members.values()}
+        if len(sizes) > 1 or min(sizes) < 2:
+            raise ValueError(
+                f"every seed needs equally many members, two or more; found {sorted(sizes)}"
+            )
+        for seed, names in self.members.items():
+            if len({*names}) < len(names):
+                raise ValueError(f"members.{seed}: a checkpoint is named twice: {names}")
+        return self
+
+
+class ModelsCollectParams(Section):
+    """Which statistics are kept of the members (`alloy.collect`)."""
+
+    batch_size: int = Field(gt=0)
+    joint: bool  # joint moments of all models, which zip needs
+    grams: bool  # of every layer's inputs, which RegMean and permuted least squares need
+
+
+class ModelsAlignment(Section):
+    """A preset of `alloy.align_models`, and what differs from it."""
+
+    preset: str
+    settings: dict[str, Any] = Field(default={})  # checked against the preset's own
+    score: Literal["merge", "labels"] | None = None  # chooses the weight share, or to align nothing
+    sets: list[str] | None = None  # that it is made for; without one: all
+
+    @model_validator(mode="after")
+    def _score_has_its_place(self) -> "ModelsAlignment":
+        if "score" in self.settings:
+            raise ValueError(
+                "settings.score: write `score: merge` or `score: labels` beside settings"
+            )
+        return self
+
+
+class ModelsAlignParams(Section):
+    """The alignments that the arms of `merge` start from."""
+
+    alignments: dict[Name, ModelsAlignment] = Field(min_length=1)
+
+
+class ModelsLeastSquares(Section):
+    """Every layer fitted anew to what the parents' layers compute (`alloy.refit.repair.fit_layers`)."""
+
+    targets: Literal["mean", "confidence"] = "mean"  # parents count alike, or by how sure they are
+    inputs: Literal["merged", "parents"] = "merged"  # that a layer is fitted on
+    residual: bool = (
+        False  # a layer that writes into a stream follows the stream, not its own output
+    )
+    ridge: float = Field(default=1e-2, gt=0)  # of the inputs' mean variance
+
+    @model_validator(mode="after")
+    def _streams_are_the_merged_models_own(self) -> "ModelsLeastSquares":
+        if self.residual and self.inputs != "merged":
+            raise ValueError("residual: the stream is the merged model's own: take inputs: merged")
+        return self
+
+
+class ModelsRepair(Section):
+    """What is repaired after alignment; each switch is off by default."""
+
+    permuted_least_squares: ModelsLeastSquares | None = (
+        None  # {} has the defaults; without one: off
+    )
+    batch_norm: bool = False  # means and variances estimated anew
+    repair: bool = False  # variances of units brought to the parents' (REPAIR)
+    temperature: bool = False  # one factor on the logits
+
+
+class ModelsArm(Section):
+    """One way of merging, for every set that its alignment is made for."""
+
+    alignment: str | None = None  # without one the members are merged as they are, streamed
+    elsewhere: str | None = None  # the alignment for sets that the first is not made for
+    method: str  # a key of alloy's MERGE_METHODS
+    base: str | None = None  # the checkpoint that task vectors start from
+    coefficients: list[float] | dict[str, list[float]] | None = None  # the method's own without
+    options: dict[str, Any] = Field(default={})  # checked against the method's own
+    statistics: dict[str, str] | None = None  # by member a file of alloy's save_statistics
+    tokenizer: Literal["same", "base", "union"] = "same"  # where vocabularies differ
+    repair: ModelsRepair = ModelsRepair()
+
+    @property
+    def aligned_by(self) -> str:
+        """The alignment of an arm whose members are aligned."""
+        assert self.alignment is not None
+        return self.alignment
+
+    @model_validator(mode="after")
+    def _repairs_take_the_coefficients(self) -> "ModelsArm":
+        fit = self.repair.permuted_least_squares
+        if self.coefficients is not None and fit is not None and fit.targets == "confidence":
+            raise ValueError(
+                "targets: confidence weighs the parents by example; coefficients weigh them too: drop one"
+            )
+        if isinstance(self.coefficients, dict) and (fit is not None or self.repair.repair):
+            raise ValueError(
+                "permuted_least_squares and repair take one coefficient a member, not patterns"
+            )
+        return self
+
+
+class ModelsResult(Section):
+    """Which of the merged models the recipe is about."""
+
+    set: str
+    seed: int
+    arm: str
+
+
+class ModelsMergeParams(Section):
+    """The arms of a comparison, all made for all sets."""
+
+    result: ModelsResult | str  # an arm alone where there is one set with one seed
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = (
+        None  # without one: the reference's
+    )
+    arms: dict[Name, ModelsArm] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> "ModelsMergeParams":
+        for name in self.arms:
+            if name in ("ensemble", "merged") or name.startswith("parent_"):
+                raise ValueError(f"an arm cannot be called {name!r}: another model has that name")
+        return self
+
+
+class ModelsEvaluateParams(Section):
+    """What is measured beside the scores (`alloy.measures.landscape`)."""
+
+    tssd_keep: float = Field(gt=0, le=1)  # the share of largest weights that TSSD compares
+    batch_size: int = Field(default=250, gt=0)
+    path_points: int = Field(
+        default=0, ge=0
+    )  # of the path reference - other, ends included; 0: no paths
+    plane_points: int = Field(default=0, ge=0)  # side of the grid of the loss plane; 0: no planes
+    curves: list[str] = Field(default=[])  # the alignments whose paths and planes are drawn
+
+
+class ModelsRecipe(Section):
+    """A recipe of kind "models"; what its sections name is there."""
+
+    name: str
+    kind: Literal["models"]
+    fetch: FetchParams
+    sets: dict[Name, ModelsSet] = Field(min_length=1)
+    prepare: ModelsPrepareParams | None = None
+    collect: ModelsCollectParams | None = None
+    align: ModelsAlignParams | None = None
+    merge: ModelsMergeParams
+    evaluate: ModelsEvaluateParams
+    registration: RegisterParams = Field(alias="register")
+    ship: ShipParams | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_set(cls, values: Any) -> Any:
+        """`members: [a, b]` and `kept: [...]` are one set under the recipe's own name."""
+        if not isinstance(values, dict) or not {"members", "kept"} & values.keys():
+            return values
+        if "sets" in values or "members" not in values:
+            raise ValueError("give `members` (and `kept`) for one set, or `sets`, not both")
+        rest = {key: value for key, value in values.items() if key not in ("members", "kept")}
+        prepared = values.get("prepare") if isinstance(values.get("prepare"), dict) else {}
+        own = {"members": {0: values["members"]}, "kept": values.get("kept", [])}
+        for part, key in (("calibration", "calibration"), ("benchmarks", "benchmark")):
+            names = list(prepared.get(part) or {})
+            if len(names) == 1:
+                own[key] = names[0]
+        return {**rest, "sets": {values["name"]: own}}
+
+    @property
+    def workspace(self) -> Workspace:
+        return Workspace(self.name)
+
+    @property
+    def where(self) -> str:
+        return f"params/{self.name}.yaml"
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Its units are aligned on calibration data before they are merged."""
+        return self.prepare is not None
+
+    @property
+    def calibrated(self) -> tuple[ModelsPrepareParams, ModelsCollectParams, ModelsAlignParams]:
+        """The three sections of a calibrated recipe."""
+        assert self.prepare is not None
+        assert self.collect is not None
+        assert self.align is not None
+        return self.prepare, self.collect, self.align
+
+    @property
+    def chosen(self) -> ModelsResult:
+        """Set, seed and arm of the model that the recipe is about."""
+        result = self.merge.result
+        if isinstance(result, ModelsResult):
+            return result
+        (name, found), *_ = self.sets.items()
+        return ModelsResult(set=name, seed=next(iter(found.members)), arm=result)
+
+    @property
+    def result(self) -> str:
+        """The folder below `arms` of the model that the recipe is about."""
+        chosen = self.chosen
+        return f"{chosen.set}/{chosen.seed}/{chosen.arm}"
+
+    def alignments(self, name: str) -> dict[str, ModelsAlignment]:
+        """The alignments that are made for a set."""
+        return {
+            key: alignment
+            for key, alignment in (self.align.alignments if self.align else {}).items()
+            if alignment.sets is None or name in alignment.sets
+        }
+
+    def arms(self, name: str) -> dict[str, ModelsArm]:
+        """The arms that are made for a set, each with the alignment that it has there."""
+        if not self.is_calibrated:
+            return dict(self.merge.arms)
+        made, arms = self.alignments(name), {}
+        for key, arm in self.merge.arms.items():
+            chosen = arm.alignment if arm.alignment in made else arm.elsewhere
+            if chosen in made:
+                arms[key] = arm.model_copy(update={"alignment": chosen})
+        return arms
+
+    def jobs(self) -> list[tuple[str, int]]:
+        """Every set with each of its seeds."""
+        return [(name, seed) for name, entry in self.sets.items() for seed in entry.members]
+
+    def check(self) -> None:
+        """Refuse what no stage could do, before the first of them runs.
+
+        Raises:
+            ParamsError: a name that no other section has, a section that others need, or an arm
+                that cannot be merged so.
+        """
+        self._check_sections()
+        for key, name, known in self._names():
+            if name not in known:
+                right = nearest(str(name), [*map(str, known)])
+                raise ParamsError(f"{self.where}: {key}: {name!r}: {right}")
+        if isinstance(self.merge.result, str) and len(self.jobs()) > 1:
+            raise ParamsError(
+                f"{self.where}: merge.result: {self.merge.result!r}: there are {len(self.jobs())} "
+                "sets and seeds; write {set: ..., seed: ..., arm: ...}"
+            )
+        for key, section in (("register", self.registration), ("ship", self.ship)):
+            if section is not None and section.model != "merged":
+                raise ParamsError(
+                    f"{self.where}: {key}.model: recipes of kind models have no fine-tuned model; "
+                    "write `model: merged`"
+                )
+        for name in self.sets:
+            for key, arm in self.arms(name).items():
+                self._check_arm(name, key, arm)
+            self._check_scores(name)
+
+    def _check_sections(self) -> None:
+        given = [name for name in CALIBRATED if getattr(self, name) is not None]
+        if given and len(given) < len(CALIBRATED):
+            lacking = [name for name in CALIBRATED if name not in given]
+            raise ParamsError(
+                f"{self.where}: there is a section {', '.join(given)}, but no {', '.join(lacking)}: "
+                "alignment needs all three, a merge of members as they are none of them"
+            )
+        for name, entry in self.sets.items():
+            if self.is_calibrated and entry.calibration is None:
+                raise ParamsError(
+                    f"{self.where}: sets.{name}.calibration is missing: which of prepare's data "
+                    f"do its members see? {nearest('', list(self.calibrated[0].calibration))}"
+                )
+        if self.prepare is not None:
+            for part, used in (
+                ("calibration", {entry.calibration for entry in self.sets.values()}),
+                ("benchmarks", {entry.benchmark for entry in self.sets.values()}),
+            ):
+                if unused := sorted(set(getattr(self.prepare, part)) - used):
+                    raise ParamsError(
+                        f"{self.where}: prepare.{part}: no set has {', '.join(unused)}"
+                    )
+
+    def _check_arm(self, name: str, key: str, arm: ModelsArm) -> None:
+        """Raise ParamsError unless the arm can be merged of this set's members as it says."""
+        where, entry = f"{self.where}: merge.arms.{key}", self.sets[name]
+        num_members = min(map(len, entry.members.values()))
+        if not self.is_calibrated and arm.repair != ModelsRepair():
+            raise ParamsError(
+                f"{where}.repair needs calibration data: give prepare, collect and align"
+            )
+        if self.is_calibrated and (arm.statistics is not None or arm.tokenizer != "same"):
+            raise ParamsError(
+                f"{where}: statistics and tokenizer are of members that are merged as they are; "
+                "aligned ones have collect's statistics and one vocabulary"
+            )
+        if arm.statistics is not None:
+            for seed, members in entry.members.items():
+                if set(arm.statistics) != set(members):
+                    raise ParamsError(
+                        f"{where}.statistics: files of {sorted(arm.statistics)}, yet seed {seed} "
+                        f"of set {name!r} merges {members}: give one file for each member"
+                    )
+        spec = MERGE_METHODS[arm.method]
+        try:
+            validate(
+                arm.method,
+                [],
+                num_models=num_members,
+                base=arm.base is not None,
+                statistics=arm.statistics is not None
+                or (self.is_calibrated and spec.statistics is not None),
+                coefficients=arm.coefficients,
+                options=arm.options,
+            )
+        except MergeError as error:
+            raise ParamsError(f"{where}: set {name!r}: {error}") from error
+        if self.is_calibrated and spec.statistics == "gram" and not self.calibrated[1].grams:
+            raise ParamsError(
+                f"{where}: {arm.method} needs Grams of the layers' inputs: set collect.grams to true"
+            )
+
+    def _check_scores(self, name: str) -> None:
+        """Raise ParamsError where an alignment is chosen on labels missing from the set."""
+        for key, alignment in self.alignments(name).items():
+            if alignment.score == "labels" and self.sets[name].benchmark is None:
+                raise ParamsError(
+                    f"{self.where}: align.alignments.{key}.score: labels: set {name!r} has no "
+                    "benchmark; give it one, or take `score: merge`, which needs no labels"
+                )
+
+    def _names(self) -> Iterator[tuple[str, object, Collection[object]]]:
+        """Every name that one section takes from another: where it stands, and what there is."""
+        checkpoints = self.fetch.checkpoints
+        prepare = self.prepare or ModelsPrepareParams.model_construct(calibration={}, benchmarks={})
+        alignments = self.align.alignments if self.align else {}
+        for name, entry in self.sets.items():
+            where = f"sets.{name}"
+            for seed, members in entry.members.items():
+                yield from ((f"{where}.members.{seed}", m, checkpoints) for m in members)
+            if entry.calibration is not None:
+                yield f"{where}.calibration", entry.calibration, prepare.calibration
+            if entry.benchmark is not None:
+                yield f"{where}.benchmark", entry.benchmark, prepare.benchmarks
+        for name, alignment in alignments.items():
+            yield from (
+                (f"align.alignments.{name}.sets", s, self.sets) for s in alignment.sets or ()
+            )
+        for name, arm in self.merge.arms.items():
+            where = f"merge.arms.{name}"
+            yield f"{where}.method", arm.method, MERGE_METHODS
+            if self.is_calibrated and arm.alignment is None:
+                raise ParamsError(
+                    f"{self.where}: {where}.alignment is missing: "
+                    f"{nearest('identity', list(alignments))}"
+                )
+            for key in ("alignment", "elsewhere"):
+                if (chosen := getattr(arm, key)) is not None:
+                    yield f"{where}.{key}", chosen, alignments
+            if arm.base is not None:
+                yield f"{where}.base", arm.base, checkpoints
+        result = self.chosen
+        yield "merge.result.set", result.set, self.sets
+        yield "merge.result.seed", result.seed, self.sets[result.set].members
+        yield "merge.result.arm", result.arm, self.arms(result.set)
+        yield from (("evaluate.curves", n, alignments) for n in self.evaluate.curves)

@@ -1,0 +1,1 @@
+"""MLflow: runs, registered models, what is served, what is promoted."""

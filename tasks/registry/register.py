@@ -1,0 +1,224 @@
+"""Register the recipe's result in MLflow, with the lineage that says what it was made of.
+
+One run a result: metrics, params, the hashes of the parents, the digests of the data, the git revision and the
+DVC lock. The model becomes a new version of the registered model, alias `challenger`; `flows.promote` compares
+it with `champion`. A result that is registered already is not registered again.
+
+    python -m tasks.register RECIPE
+"""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tasks import storage
+from tasks.recipe.load import Recipe, read
+from tasks.recipe.models import ModelsRecipe
+from tasks.recipe.section import ParamsError
+from tasks.registry import tracking
+from tasks.workspace import LOCK_FILE, Workspace
+
+CHALLENGER = "challenger"
+KEY = "alloy.result"  # tag: which result a version is
+CIRCUMSTANCES = ("git", "dvc_lock")  # of the lineage: equal results may differ in them
+# What the served model imports, besides MLflow's own needs.
+PACKAGES = (
+    "mlflow", "numpy", "pandas", "pillow", "safetensors", "scipy", "tokenizers", "torch", "transformers",
+)  # fmt: skip
+MODALITY = "modality"  # the model type that is served (tasks/registry/serving.py); others are kept to be loaded
+_LONGEST_PARAM = 6000  # MLflow's limit
+
+
+def main(recipe: Recipe) -> None:
+    section, workspace = recipe.registration, recipe.workspace
+    folder = workspace.result(section.model)
+    refuse_many_models(recipe, folder)
+    lineage = {
+        **find_lineage(recipe),
+        "model": section.model,
+        "digest": storage.folder_digest(folder),
+    }
+    result = {name: value for name, value in lineage.items() if name not in CIRCUMSTANCES}
+    key = hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+    number = _registered(section.name, key) or _register(recipe, folder, lineage, key)
+    storage.write_json(
+        workspace.registered,
+        {"name": section.name, "version": number, "result": key, "lineage": lineage},
+    )
+    print(f"registered {section.name} version {number}; load it as models:/{section.name}/{number}")
+
+
+def refuse_many_models(recipe: Recipe, folder: Path) -> None:
+    """Raise ParamsError where the result is not one model."""
+    if not (folder / "config.json").is_file():
+        found = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        raise ParamsError(
+            f"{recipe.where}: register.model: {folder} holds no model but {found or 'nothing'}; "
+            "fine-tune one model on all benchmarks, or register the merged one (model: merged)"
+        )
+
+
+def find_lineage(recipe: Recipe) -> dict[str, Any]:
+    """What a result of the recipe was made of, as far as it lies in the workspace.
+
+    `parents`: source, revision and digest by checkpoint; `data`: SHA-256 by file; the params file, the git
+    revision (with `+changes` for a dirty tree) and the SHA-256 of `dvc.lock`.
+    """
+    workspace = recipe.workspace
+    return {
+        "recipe": recipe.name,
+        "parents": find_parents(workspace),
+        "data": find_data(recipe),
+        "metrics": storage.sha256(workspace.metrics),
+        "params": storage.sha256(workspace.params),
+        "git": git_revision(),
+        "dvc_lock": storage.sha256(LOCK_FILE) if LOCK_FILE.is_file() else None,
+    }
+
+
+def find_data(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 by file; of kind "models" also what each set is measured on, as `SET/SPLIT.safetensors`.
+
+    Under that name gates look for the data of a score (`tasks.registry.promotion`).
+    """
+    manifest = recipe.workspace.data_manifest
+    files = storage.read_json(manifest)["files"] if manifest.is_file() else {}
+    if not (isinstance(recipe, ModelsRecipe) and recipe.is_calibrated):
+        return files
+    measured = {}
+    for name, found in recipe.sets.items():
+        splits = ("validation", "test") if found.benchmark else ("calibration",)
+        for split in splits:
+            file = (
+                f"benchmarks/{found.benchmark}/{split}"
+                if found.benchmark
+                else f"calibration/{found.calibration}"
+            )
+            measured[f"{name}/{split}.safetensors"] = files[f"{file}.safetensors"]
+    return {**files, **measured}
+
+
+def find_parents(workspace: Workspace) -> dict[str, dict[str, str]]:
+    """Source, revision and digest of each fetched checkpoint, by name."""
+    return {
+        path.parent.name: {
+            name: value
+            for name, value in storage.read_json(path).items()
+            if name in ("source", "revision", "digest")
+        }
+        for path in sorted(workspace.checkpoints.glob("*/manifest.json"))
+    }
+
+
+def git_revision() -> str | None:
+    """The commit that is checked out, `+changes` behind it where tracked files differ; None without git."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        changes = _git("status", "--porcelain", "--untracked-files=no").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+changes" if changes else commit
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The leaves of nested mappings, under names joined by `/`."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _registered(name: str, key: str) -> str | None:
+    """The version that this very result is already: after a run that died before it could say so."""
+    found = [entry.number for entry in tracking.versions(name) if entry.tags.get(KEY) == key]
+    if found and tracking.aliased(name, CHALLENGER) is None:
+        tracking.move_alias(name, CHALLENGER, found[0])
+    return found[0] if found else None
+
+
+def _register(recipe: Recipe, folder: Path, lineage: Mapping[str, Any], key: str) -> str:
+    tags = {KEY: key, "stage": "register", **_tags(lineage)}
+    section, workspace = recipe.registration, recipe.workspace
+    with tracking.run(recipe.name, f"{recipe.name} {section.model}", tags) as log:
+        log.params(_log_params(recipe))
+        scores = flatten(storage.read_json(workspace.metrics))
+        log.metrics({name: value for name, value in scores if isinstance(value, int | float)})
+        for path, digest in lineage["data"].items():
+            log.dataset(f"{recipe.name}/{path}", digest, Path(path).stem)
+        for file in (workspace.metrics, workspace.params, LOCK_FILE):
+            if file.is_file():
+                log.file(file)
+        return _log_model(log, section.name, folder, {KEY: key, "recipe": recipe.name})
+
+
+def _tags(lineage: Mapping[str, Any]) -> dict[str, str]:
+    """The lineage as tags: `parent/NAME/digest`, `data/FILE`, `git`, ..."""
+    short = {"parents": "parent"}
+    named = {short.get(name, name): value for name, value in lineage.items()}
+    return {name: str(value) for name, value in flatten(named) if value is not None}
+
+
+def _log_params(recipe: Recipe) -> dict[str, str]:
+    flat = {name.replace("/", "."): str(v) for name, v in flatten(read(recipe.name))}
+    for name, value in flat.items():
+        if len(value) > _LONGEST_PARAM:
+            raise ParamsError(f"{recipe.where}: {name} is too long for MLflow ({len(value)})")
+    return flat
+
+
+def _log_model(log: tracking.Log, name: str, folder: Path, tags: Mapping[str, str]) -> str:
+    import alloy
+    from tasks.data import scenes
+    from tasks.registry import serving
+
+    config = storage.read_json(folder / "config.json")
+    answers = scenes.ANSWERS if config.get("num_answers") == len(scenes.ANSWERS) else ()
+    return tracking.register(
+        log,
+        name,
+        code=Path(serving.__file__),
+        artifacts={"checkpoint": folder},
+        packages=[Path(alloy.__file__).parent],
+        settings={"answers": list(answers)},
+        requirements=[requirement(package) for package in PACKAGES],
+        inputs=serving.INPUTS,
+        outputs=serving.OUTPUTS,
+        options=serving.OPTIONS,
+        example=_example(config),
+        tags=tags,
+        alias=CHALLENGER,
+    )
+
+
+def _example(config: Mapping[str, Any]) -> dict[str, str] | None:
+    """One row of input; with an image where the model takes images; none for a model that is not served."""
+    if config["model_type"] != MODALITY:
+        return None
+    text = {"text": "where is cat"}
+    return {"image": _grey(config["image_size"]), **text} if "image_size" in config else text
+
+
+def requirement(package: str) -> str:
+    """The installed version, without what names a build or a place (`2.13.0+cpu`)."""
+    return f"{package}=={re.sub(r'[+].*', '', version(package))}"
+
+
+def _grey(side: int) -> str:
+    """A grey square as base64 PNG."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.new("RGB", (side, side), (128, 128, 128)).save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()

@@ -1,0 +1,1 @@
+"""Tables, charts and pages that both families of recipes share."""

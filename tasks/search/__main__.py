@@ -1,0 +1,5 @@
+"""`python -m tasks.search`."""
+
+from tasks.search.command import main
+
+main()

@@ -1,0 +1,1 @@
+"""Where checkpoints come from and go to: hub, buckets, the registry, folders."""

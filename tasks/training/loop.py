@@ -1,0 +1,223 @@
+"""The training loop that pre-training and fine-tuning share: deterministic, resumable, its curves injected.
+
+A step's losses are a pure function of the model's weights and the step's number: whatever is drawn at
+random is drawn from the step's own generator. So a run that was interrupted and continued from a step
+checkpoint ends with the same bits as one that never stopped.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tasks.recipe.training import EarlyStopping, Schedule
+from tasks.storage import read_json, write_folder, write_json
+from tasks.training.optimizer import MuonAdamW, parameter_groups
+
+PROGRESS = "progress.json"  # of a step checkpoint: where the run stands, and its identity
+
+_MOST_STEPS = 1_000_003  # of a run, so that no two seeds share a step's generator
+
+Losses = Mapping[str, Tensor]
+Curves = Callable[[Mapping[str, float], int], None]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; scores are the validation's, higher is better."""
+
+    next_step: int = 0
+    best_score: float = -math.inf
+    best_step: int = -1
+    worse_in_a_row: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """All that a run needs to go on: weights, the optimizer's moments, progress, the best weights.
+
+    Moments are named `<the optimizer's name>/<the parameter's name>`.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The source of everything random in one step; also sets torch's global one (dropout)."""
+    own = (_MOST_STEPS * seed + step) % 2**32  # the CPU's generator takes no more bits
+    torch.manual_seed(own)
+    return torch.Generator().manual_seed(own)
+
+
+def train(
+    model: nn.Module,
+    losses_at: Callable[[int], Losses],
+    plan: Schedule,
+    *,
+    folder: Path,
+    identity: str,
+    curves: Curves,
+    say: Callable[[str], None] = print,
+    start: State | None = None,
+    stop_step: int | None = None,
+    validate: Callable[[], Mapping[str, float]] | None = None,
+    stopping: EarlyStopping | None = None,
+) -> Progress:
+    """Minimise the sum of `losses_at(step)` over the model's parameters, in place.
+
+    The run begins at `start` (default: the model as it is, step 0) and ends before `stop_step`
+    (default: the plan's last step). Step checkpoints go to `folder`; a run whose `identity` (a digest
+    of all that determines the result) is the same goes on from the last one, any other starts anew.
+    With `validate` and `stopping` the model ends with the weights of the best validation score: the
+    mean of what `validate` returns. Raises FloatingPointError when a loss is no longer finite.
+    """
+    optimizer = MuonAdamW(parameter_groups(model, plan.weight_decay))
+    state = _last_state(folder, identity, say) or start or State(dict(model.state_dict()), {})
+    _load(state, model, optimizer)
+    progress, best = state.progress, state.best
+    stop_step = plan.num_steps if stop_step is None else stop_step
+    started, first = time.monotonic(), progress.next_step
+    model.train()
+    for step in range(first, stop_step):
+        losses = _descend(model, optimizer, losses_at, plan, step)
+        progress.next_step = step + 1
+        if (step + 1) % plan.log_every == 0 or step + 1 == stop_step:
+            progress.losses = losses
+            curves({f"loss/{name}": value for name, value in losses.items()}, step + 1)
+            curves({"learning_rate": plan.rate(step) * plan.learning_rate}, step + 1)
+            say(_line(progress, stop_step, (time.monotonic() - started) / (step + 1 - first)))
+        if validate and stopping and _is_due(step, stopping, stop_step):
+            best = _validated(model, validate, progress, best, curves, say)
+            if progress.worse_in_a_row >= stopping.patience:
+                say(f"no better score in {stopping.patience} validations: stopped at {step + 1}")
+                break
+        if (step + 1) % plan.save_every == 0 or step + 1 == stop_step:
+            _save(model, optimizer, progress, best, folder, identity)
+    if best:
+        model.load_state_dict(best)
+    model.eval()
+    return progress
+
+
+def _descend(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    losses_at: Callable[[int], Losses],
+    plan: Schedule,
+    step: int,
+) -> dict[str, float]:
+    """One step of the optimizer; returns the losses."""
+    for group in optimizer.param_groups:
+        group["lr"] = plan.rate(step) * plan.peak(group["name"])
+    losses = losses_at(step)
+    total = torch.stack(list(losses.values())).sum()
+    if not total.isfinite():
+        values = {name: loss.item() for name, loss in losses.items()}
+        raise FloatingPointError(
+            f"step {step}: the losses are {values}; a lower learning_rate may help"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clip)
+    optimizer.step()
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+def _is_due(step: int, stopping: EarlyStopping, stop_step: int) -> bool:
+    return (step + 1) % stopping.validate_every == 0 or step + 1 == stop_step
+
+
+def _validated(
+    model: nn.Module,
+    validate: Callable[[], Mapping[str, float]],
+    progress: Progress,
+    best: dict[str, Tensor],
+    curves: Curves,
+    say: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """Score the model; returns the best weights so far."""
+    model.eval()
+    with torch.no_grad():
+        scores = validate()
+    model.train()
+    score = sum(scores.values()) / len(scores)
+    curves({f"validation/{name}": value for name, value in scores.items()}, progress.next_step)
+    shown = " ".join(f"{name} {value:.3f}" for name, value in scores.items())
+    say(f"validation at step {progress.next_step}: {score:.4f} ({shown})")
+    if score <= progress.best_score:
+        progress.worse_in_a_row += 1
+        return best
+    progress.best_score, progress.best_step = score, progress.next_step
+    progress.worse_in_a_row = 0
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _line(progress: Progress, stop_step: int, seconds_per_step: float) -> str:
+    left = (stop_step - progress.next_step) * seconds_per_step
+    losses = " ".join(f"{name} {value:.3f}" for name, value in progress.losses.items())
+    return (
+        f"step {progress.next_step}/{stop_step} {losses} "
+        f"{1000 * seconds_per_step:.0f} ms/step {left:.0f} s left"
+    )
+
+
+def _save(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    best: Mapping[str, Tensor],
+    folder: Path,
+    identity: str,
+) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moments = {
+        f"{key}/{names[id(parameter)]}": value.contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    with write_folder(folder) as partial:
+        save_file(dict(model.state_dict()), partial / "model.safetensors")
+        save_file(moments, partial / "optimizer.safetensors")
+        save_file(dict(best), partial / "best.safetensors")
+        write_json(partial / PROGRESS, {"identity": identity, **vars(progress)})
+
+
+def load_state(folder: Path) -> State:
+    """The last step checkpoint of a run."""
+    saved = read_json(folder / PROGRESS)
+    saved.pop("identity")
+    return State(
+        load_file(folder / "model.safetensors"),
+        load_file(folder / "optimizer.safetensors"),
+        Progress(**saved),
+        load_file(folder / "best.safetensors"),
+    )
+
+
+def _last_state(folder: Path, identity: str, say: Callable[[str], None]) -> State | None:
+    if not (folder / PROGRESS).exists():
+        return None
+    if read_json(folder / PROGRESS)["identity"] != identity:
+        say(f"{folder} is a run with other inputs or params: starting anew")
+        return None
+    state = load_state(folder)
+    say(f"going on at step {state.progress.next_step} from {folder}")
+    return state
+
+
+def _load(state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model.load_state_dict(state.weights)
+    parameters = dict(model.named_parameters())
+    for name, value in state.moments.items():
+        moment, parameter = name.split("/", 1)
+        owner = parameters[parameter]
+        optimizer.state[owner][moment] = value.to(owner.device) if value.dim() else value

@@ -1,0 +1,660 @@
+"""Recipes of kind "models": checkpoints of any architecture, from folders to a merged model and its report."""
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import ConvNextImageProcessor
+
+import alloy
+from alloy.symmetry import with_kind
+from tasks.experts import align, collect, evaluate, prepare
+from tasks.models import merge as merge_models
+from tasks.models import prepare as calibration
+from tasks.models import stream as merge
+from tasks.models.measures.scores import merge_score, surest
+from tasks.models.measures.yardsticks import Labelled, asked
+from tasks.models.shared.alignment import load_alignment
+from tasks.models.shared.jobs import jobs
+from tasks.recipe import params
+from tasks.recipe.section import ParamsError
+from tasks.registry import promotion, register, tracking
+from tasks.sources import fetch
+from tests import tiny_models
+
+STAGES = (fetch, prepare, collect, align, merge, evaluate)
+OWN = {
+    "images": {"images": "photos", "examples": 24},
+    "texts": {"texts": "letters", "examples": 24, "tokens": 16},
+}
+CONVNEXT, OPT = "ConvNextForImageClassification", "OPTForCausalLM"
+
+
+@pytest.fixture(scope="session")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints of each architecture, pictures and texts."""
+    folder = tmp_path_factory.mktemp("given")
+    for name in tiny_models.ARCHITECTURES:
+        for seed, member in enumerate("ab"):
+            tiny_models.save(tiny_models.model(name, seed), folder / name / member)
+    tiny_models.pictures(folder / "photos")
+    tiny_models.letters(folder / "letters")
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, given: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(given / "photos", tmp_path / "photos")
+    shutil.copytree(given / "letters", tmp_path / "letters")
+    (tmp_path / "params").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def write(workspace: Path, given: Path) -> Callable[..., None]:
+    """Write the recipe `mine` that merges an architecture's two checkpoints, and bring those."""
+
+    def write(name: str, change: Callable[[dict], None] = lambda recipe: None) -> None:
+        shutil.copytree(given / name, workspace / "given", dirs_exist_ok=True)
+        recipe = tiny_models.recipe(OWN[tiny_models.ARCHITECTURES[name][0]], {0: ["a", "b"]})
+        change(recipe)
+        (workspace / "params/recipes.yaml").write_text("recipes: [mine]\n")
+        (workspace / "params/mine.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+    return write
+
+
+def run(*stages) -> None:
+    for stage in stages or STAGES:
+        stage.main("mine")
+
+
+def change_params(change: Callable[[dict], None]) -> None:
+    path = Path("params/mine.yaml")
+    recipe = yaml.safe_load(path.read_text())
+    change(recipe)
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+
+def scores(model: str, split: str = "calibration") -> dict[str, float]:
+    return json.loads(Path("reports/mine/metrics.json").read_text())[split][model]["pair"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name.startswith("RegNet") else [])
+        for name in tiny_models.ARCHITECTURES
+    ],
+)
+def test_any_architecture_passes_every_stage_without_code(write, workspace, name) -> None:
+    """Folders in, a model that transformers loads and a report out, for classes that alloy never names."""
+    code = "".join(path.read_text() for path in Path(alloy.__file__).parent.rglob("*.py"))
+    assert re.sub(r"(For|Model).*", "", name).lower() not in re.findall(r"\w+", code.lower())
+    write(name)
+    params.check("mine")
+    run()
+    _, info = getattr(transformers, name).from_pretrained(
+        "models/mine/merged", output_loading_info=True
+    )
+    assert not any(info.values())
+    (job,) = jobs("mine")
+    moved = load_alignment(job, "mudsc").apply(job.weights())
+    merged = load_file("models/mine/merged/model.safetensors")
+    for key, tensor in merged.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, (moved["a"][key] + moved["b"][key]) / 2)
+    report = json.loads(Path("models/mine/transforms/pair/0/report.json").read_text())
+    assert report["mudsc"]["change"] < 1e-9  # the same function, in float64
+    agreement = "explained_variance" if name == "ElectraModel" else "agreement"
+    assert scores("parent_0")[f"{agreement}_parent_0"] == pytest.approx(100, abs=1e-4)
+    assert scores("merged") == scores("mudsc")
+    assert scores("ensemble")["loss"] <= scores("parent_0")["loss"] + 0.05
+    page = Path("reports/mine/report.html").read_text()
+    assert "mudsc" in page
+    assert "data:image/png" in page
+    barriers = json.loads(Path("reports/mine/plots/barriers.json").read_text())
+    assert {row["alignment"] for row in barriers} == {"identity", "mudsc"}
+    assert not list(workspace.rglob("*.incomplete"))
+
+
+def plant(source: Path, target: Path, seed: int) -> None:
+    """Write a checkpoint that computes the same with all its units in another order."""
+    model = transformers.AutoModelForImageClassification.from_pretrained(source)
+    spec = alloy.find_symmetries(model, {"pixel_values": torch.randn(2, 3, 32, 32)})
+    spec = with_kind(spec, "permutation")
+    order = alloy.random_transforms(spec, torch.Generator().manual_seed(seed))
+    model.load_state_dict(alloy.transport(model.state_dict(), spec, order))
+    shutil.copytree(source, target)
+    model.save_pretrained(target)
+
+
+def test_units_in_another_order_are_found_again_in_every_seed(write, workspace, given) -> None:
+    """Merged with itself in another order a model is itself, in sets of two seeds that run side by side; its
+    plain average is not. Seeds give a mean and a spread."""
+    write(CONVNEXT)
+    for seed, name in enumerate("ab"):
+        plant(given / CONVNEXT / name, workspace / f"given/{name}_moved", seed)
+    members = {0: ["a", "a_moved"], 1: ["b", "b_moved"]}
+    checkpoints = {name: f"given/{name}" for pair in members.values() for name in pair}
+    change_params(lambda r: r["collect"]["sets"]["pair"].update(members=members))
+    change_params(lambda r: r["fetch"].update(checkpoints=checkpoints))
+    change_params(lambda r: r["evaluate"].update(curves=[]))
+    run()
+    assert scores("mudsc")["agreement"] == 100
+    assert scores("mudsc")["agreement_spread"] == 0
+    assert scores("mudsc")["loss"] < 1e-9
+    assert scores("average")["loss"] > 1e-6
+    assert "agreement_spread" not in scores("merged")  # one seed's own
+    assert "2 seeds, mean ± standard deviation" in Path("reports/mine/table.md").read_text()
+    for seed, name in enumerate("ab"):
+        arm = load_file(f"models/mine/arms/pair/{seed}/mudsc/model.safetensors")
+        parent = load_file(f"given/{name}/model.safetensors")
+        for key, tensor in parent.items():
+            torch.testing.assert_close(arm[key], tensor)
+
+
+def test_labels_give_accuracies_of_all_tasks(write, workspace) -> None:
+    """With a benchmark, joint, per-task and average accuracy; a model merged with itself keeps them all."""
+    model = tiny_models.model(CONVNEXT, 0, num_channels=1, num_labels=32)
+    for name in "ab":
+        model.save_pretrained(workspace / "given" / name)
+    write_labelled(write)
+    for name in "ab":
+        model.save_pretrained(workspace / "given" / name)
+    run()
+    found = scores("merged", "test")
+    assert {"joint_accuracy", "task_0_accuracy", "task_1_accuracy", "average_accuracy"} <= {*found}
+    assert found == scores("parent_0", "test") == scores("parent_1", "test")
+    assert found["average_accuracy"] == pytest.approx(
+        (found["task_0_accuracy"] + found["task_1_accuracy"]) / 2, abs=1e-4
+    )
+    assert scores("merged", "validation")["loss"] > 0
+
+
+def write_labelled(write) -> None:
+    def change(recipe: dict) -> None:
+        sizes = {"validation": 40, "test": 60}
+        recipe["prepare"]["calibration"]["own"] = {"writer": "mnist", "examples": 32}
+        recipe["prepare"]["benchmarks"] = {"digits": {"writer": "mnist", "options": sizes}}
+        recipe["collect"]["sets"]["pair"]["benchmark"] = "digits"
+        recipe["evaluate"]["curves"] = []
+
+    write(CONVNEXT, change)
+
+
+def test_an_alignment_may_be_chosen_by_its_merge_with_labels_or_without(write, workspace) -> None:
+    """A share that is given, searched by similarity, or searched by what the merge answers or gets right; the
+    choice is the best of all candidates, among them to align nothing, and the report has every score."""
+
+    def change(recipe: dict) -> None:
+        shares = {"weight_share": "search"}
+        recipe["align"]["alignments"] |= {
+            "given": {"preset": "dual", "settings": {"weight_share": 0.3}},
+            "searched": {"preset": "dual", "settings": shares},
+            "by_merge": {"preset": "dual", "settings": shares, "score": "merge"},
+            "by_labels": {"preset": "dual", "settings": shares, "score": "labels"},
+        }
+
+    def labelled(recipe: dict) -> None:
+        sizes = {"validation": 40, "test": 60}
+        recipe["prepare"]["calibration"]["own"] = {"writer": "mnist", "examples": 32}
+        recipe["prepare"]["benchmarks"] = {"digits": {"writer": "mnist", "options": sizes}}
+        recipe["collect"]["sets"]["pair"]["benchmark"] = "digits"
+        recipe["evaluate"]["curves"] = []
+        change(recipe)
+
+    write(CONVNEXT, labelled)
+    for seed, name in enumerate("ab"):
+        model = tiny_models.model(CONVNEXT, seed, num_channels=1, num_labels=32)
+        model.save_pretrained(workspace / "given" / name)
+    run(fetch, prepare, collect, align)
+    (job,) = jobs("mine")
+    report = json.loads(Path("models/mine/transforms/pair/0/report.json").read_text())
+    assert "was chosen among" in report["searched"]["warnings"][-1]
+    for name, score in (("by_merge", "merge"), ("by_labels", "labels")):
+        chosen, _, listed = report[name]["warnings"][-1].partition(" was chosen by score: ")
+        scores_of = dict(entry.rsplit(" ", 1) for entry in listed.split(", "))
+        best = max(map(float, scores_of.values()))
+        assert float(scores_of[chosen]) == best
+        assert "no alignment" in scores_of
+        found = merge_score(job, score)(load_alignment(job, name).apply(job.weights()))
+        assert found == pytest.approx(best, rel=1e-3)
+
+
+def test_the_surest_parent_answers() -> None:
+    """Row by row, the parent with the largest probability, whatever the scale of the others' logits."""
+    sure, unsure = (
+        torch.tensor([[4.0, 0, 0], [0.1, 0, 0]]),
+        torch.tensor([[9.0, 9, 9], [0, 0.5, 0]]),
+    )
+    assert surest([sure, unsure]).tolist() == [sure[0].tolist(), unsure[1].tolist()]
+    assert torch.equal(surest([unsure, sure]), surest([sure, unsure]))
+
+
+def test_without_labels_a_merge_should_choose_what_its_surest_parent_does(write) -> None:
+    """A model merged with itself agrees with itself; strangers' merge with some of what they choose."""
+    write(CONVNEXT, lambda recipe: recipe["evaluate"].update(curves=[]))
+    run(fetch, prepare)
+    (job,) = jobs("mine")
+    weights = job.weights()
+    assert 0 <= merge_score(job, "merge")(weights) < 100
+    shutil.rmtree("models/mine/checkpoints/b")
+    shutil.copytree("models/mine/checkpoints/a", "models/mine/checkpoints/b")
+    (job,) = jobs("mine")
+    assert merge_score(job, "merge")({"a": weights["a"], "b": weights["a"]}) == 100
+
+
+def test_padding_does_not_count_and_is_not_computed() -> None:
+    """Texts of any order and padding score alike, and the model sees no column that is padding alone."""
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=12,
+        num_labels=4,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    lengths = torch.randint(1, 7, (30,))
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    labels = torch.randint(0, 4, (30,))
+    texts = {"input_ids": torch.randint(1, 20, (30, 9)) * mask, "attention_mask": mask}
+    examples = {**texts, "labels": labels, "tasks": labels % 2}
+    classes = {"class_tasks": torch.tensor([0, 1, 0, 1])}
+    seen = []
+
+    def candidate(inputs):
+        seen.append(inputs["attention_mask"])
+        return asked(model)(inputs)
+
+    found = Labelled(examples, classes, 8).score([candidate])
+    assert all(mask[:, -1].any() for mask in seen)
+    assert sum(mask.numel() for mask in seen) < 0.6 * mask.numel()
+    order = torch.randperm(30)
+    other = Labelled({name: t[order] for name, t in examples.items()}, classes, 30)
+    left = Labelled(
+        {n: t.flip(1) if t.dim() > 1 else t for n, t in examples.items()}, classes, 30
+    )  # padded on the left: as it is
+    assert left.inputs["attention_mask"].equal(mask.flip(1))
+    for name, score in other.score([asked(model)]).items():
+        assert score.value == pytest.approx(found[name].value, rel=1e-4)
+    expected = model(**texts).logits.argmax(1) == labels
+    assert found["joint_accuracy"].value == pytest.approx(100 * expected.double().mean().item())
+
+
+def test_parents_of_another_width_are_followed(write) -> None:
+    """Where the arm's alignment is not made for a set, `elsewhere` is; least squares then follows both parents,
+    each in its own module. What has no counterparts is refused."""
+
+    def change(recipe: dict) -> None:
+        recipe["align"]["alignments"] |= {"ot_fusion": {"preset": "ot_fusion"}}
+        for name in ("identity", "mudsc"):
+            recipe["align"]["alignments"][name]["sets"] = []
+        arm = {"method": "linear", "alignment": "mudsc", "elsewhere": "ot_fusion"}
+        fit = {"residual": True}
+        recipe["merge"]["arms"] = {
+            "mudsc": arm,
+            "followed": {**arm, "repair": {"permuted_least_squares": fit}},
+            "nowhere": {"method": "linear", "alignment": "identity"},
+        }
+        recipe["evaluate"]["curves"] = []
+
+    write(CONVNEXT, change)
+    tiny_models.save(tiny_models.model(CONVNEXT, 1, hidden_sizes=[12, 16]), Path("given/b"))
+    run()
+    assert scores("followed")["loss"] < 0.5 * scores("mudsc")["loss"]
+    account = json.loads(Path("models/mine/arms/pair/0/followed/alloy_merge.json").read_text())
+    assert account["alignment"]["preset"] == "ot_fusion"
+    assert not Path("models/mine/arms/pair/0/nowhere").exists()
+    change_params(lambda r: r["merge"]["arms"]["followed"]["repair"].update(repair=True))
+    with pytest.raises(ValueError, match=r"merge\.arms\.followed: repair looks at the aligned"):
+        run(merge)
+    (job,) = jobs("mine")
+    zipped = replace(load_alignment(job, "ot_fusion"), reference="b")  # whose units are mapped
+    with pytest.raises(ValueError, match="follows parents in the reference's units"):
+        merge_models.unaligned(job, job.params.arms("pair")["followed"], zipped)
+
+
+def test_what_is_mended_is_better_by_the_measure_it_mends(write) -> None:
+    """Least squares brings the answers nearer to the parents' mean; temperature does and keeps every choice."""
+
+    def change(recipe: dict) -> None:
+        arm = recipe["merge"]["arms"]["mudsc"]
+        for name, switches in {
+            "fitted": {"permuted_least_squares": {}},
+            "sure": {"permuted_least_squares": {"targets": "confidence"}},
+            "streams": {"permuted_least_squares": {"residual": True}},
+            "repaired": {"repair": True, "batch_norm": True},
+            "tempered": {"temperature": True},
+        }.items():
+            recipe["merge"]["arms"][name] = {**arm, "repair": switches}
+        recipe["evaluate"]["curves"] = []
+
+    write(CONVNEXT, change)
+    run()
+    assert scores("fitted")["loss"] < 0.5 * scores("mudsc")["loss"]
+    assert scores("sure")["loss"] != scores("fitted")["loss"]
+    assert scores("streams")["loss"] < 0.5 * scores("mudsc")["loss"]
+    assert scores("streams")["loss"] != scores("fitted")["loss"]
+    assert scores("repaired")["loss"] != scores("mudsc")["loss"]
+    assert scores("tempered")["loss"] < scores("mudsc")["loss"]
+    assert scores("tempered")["agreement"] == scores("mudsc")["agreement"]
+    account = json.loads(Path("models/mine/arms/pair/0/tempered/alloy_merge.json").read_text())
+    assert account["mended"]["temperature"] > 0
+
+
+def test_a_partial_zip_is_a_model_for_each_member(write) -> None:
+    """Up to the layer that is named the members share all weights; behind it each keeps its own."""
+
+    def change(recipe: dict) -> None:
+        recipe["collect"]["joint"] = True
+        settings = {"until": "model.decoder.layers.0"}
+        recipe["align"]["alignments"]["zip"] = {"preset": "zipit", "settings": settings}
+        recipe["merge"]["arms"]["zip"] = {"alignment": "zip", "method": "linear"}
+        recipe["merge"]["result"]["arm"] = "zip"
+        recipe["evaluate"]["curves"] = []
+
+    write(OPT, change)
+    run()
+    folder = Path("models/mine/arms/pair/0/zip")
+    a, b = (load_file(folder / name / "model.safetensors") for name in "ab")
+    same = {name for name in a if torch.equal(a[name], b[name])}
+    assert any("layers.0." in name for name in same)
+    assert not any("layers.1." in name for name in same)
+    assert transformers.AutoModelForCausalLM.from_pretrained("models/mine/merged/b")
+    assert scores("zip")["loss"] > 0
+    with pytest.raises(ParamsError, match=r"holds no model but \['a', 'b'\]"):
+        register.main("mine")
+
+
+@pytest.mark.slow
+def test_the_result_is_registered_with_what_it_was_measured_on(write, mlflow_workspace) -> None:
+    """A version with the parents' hashes, and the data of each set under the name that gates ask for."""
+    write(CONVNEXT, lambda recipe: recipe["evaluate"].update(curves=[]))
+    run()
+    register.main("mine")
+    version = tracking.aliased("mine", "challenger")
+    assert version is not None
+    found = tracking.finished_run(version.run_id)
+    data = json.loads(Path("data/mine/manifest.json").read_text())["files"]
+    assert found.tags["data/pair/calibration.safetensors"] == data["calibration/own.safetensors"]
+    assert "parent/a/digest" in found.tags
+    gates = params.Gates(
+        split="calibration",
+        model="merged",
+        benchmarks={"pair": "agreement"},
+        minimal_gain=0.0,
+        maximal_regression=1.0,
+    )
+    result = promotion.read_result("1", gates, found.metrics, found.tags)
+    assert result.scores["pair"].value == scores("merged")["agreement"]
+
+
+def text_examples(**changes: object) -> dict[str, torch.Tensor]:
+    given = params.ModelsCalibration(**{**OWN["texts"], **changes})
+    return calibration.calibration("here", given, Path("given/a"), 0)
+
+
+def test_texts_are_cut_into_pieces_of_the_models_own_tokens(write, workspace) -> None:
+    """Every piece has its special tokens and is padded; without padding token only whole pieces count."""
+    write(OPT)
+    padded = text_examples(examples=80)
+    assert padded["input_ids"].shape == (80, 16)
+    ends = padded["attention_mask"].sum(1) - 1
+    assert (padded["input_ids"][:, 0] == 2).all()
+    assert (padded["input_ids"][torch.arange(80), ends] == 3).all()
+    assert not padded["attention_mask"].all()
+    bare = tiny_models.tokenizer()
+    bare.pad_token = None
+    bare.save_pretrained("given/a")
+    whole = text_examples(examples=50)
+    assert [*whole] == ["input_ids"]
+    assert not (whole["input_ids"] == 0).any()
+    with pytest.raises(ValueError, match="no text has 500 tokens"):
+        text_examples(tokens=500)
+
+
+def test_data_sets_on_disk_give_texts_pictures_and_inputs(write, workspace) -> None:
+    """A column of texts or pictures passes the models' processors; columns named as inputs pass as they are."""
+    write(OPT)
+    texts = ["a b c d e f g", "h i j", "k l m n o p"] * 3
+    datasets.Dataset.from_dict({"text": texts, "n": range(9)}).save_to_disk("data_text")
+    datasets.Dataset.from_dict({"text": texts}).to_parquet("data.parquet")
+    for path in ("data_text", "data.parquet"):
+        given = params.ModelsCalibration(dataset=path, column="text", examples=9, tokens=12)
+        assert calibration.calibration("here", given, Path("given/a"), 0)["input_ids"].shape == (
+            9,
+            12,
+        )
+    ids = torch.randint(5, 20, (6, 7))
+    datasets.Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk("data_ids")
+    given = params.ModelsCalibration(dataset="data_ids", examples=6)
+    found = calibration.calibration("here", given, Path("given/a"), 0)["input_ids"]
+    assert sorted(map(tuple, found.tolist())) == sorted(map(tuple, ids.tolist()))
+    write(CONVNEXT)
+    shown = [Image.new("RGB", (20, 20), (i, 0, 0)) for i in range(5)]
+    datasets.Dataset.from_dict({"image": shown}).save_to_disk("data_image")
+    given = params.ModelsCalibration(dataset="data_image", column="image", examples=5)
+    pixels = calibration.calibration("here", given, Path("given/a"), 0)["pixel_values"]
+    assert pixels.shape == (5, 3, 32, 32)
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"a": [1]})}).save_to_disk("splits")
+    given = params.ModelsCalibration(dataset="splits", examples=2)
+    with pytest.raises(ValueError, match="has splits; name one, such as splits/train"):
+        calibration.calibration("here", given, Path("given/a"), 0)
+    given = params.ModelsCalibration(dataset="data_text", column="txt", examples=9, tokens=12)
+    with pytest.raises(ParamsError, match=r"column: 'txt': did you mean 'text'"):
+        calibration.calibration("here", given, Path("given/a"), 0)
+
+
+def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
+    """What a newcomer copies is accepted, to the key."""
+    write(CONVNEXT)
+    text = (Path(__file__).parents[2] / "docs/bring_your_own.md").read_text()
+    (recipe,) = re.findall(r"```yaml\n(kind: models.*?)```", text, flags=re.DOTALL)
+    Path("params/mine.yaml").write_text(recipe)
+    params.check("mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["collect"]["sets"]["pair"].update(calibration="ow"), "did you mean 'own'"),
+        (lambda r: r["collect"]["sets"]["pair"]["members"].update({0: ["a", "c"]}), "members.0: 'c'"),
+        (lambda r: r["collect"]["sets"]["pair"]["members"].update({0: ["a"]}), "two or more"),
+        (lambda r: r["collect"]["sets"]["pair"]["members"].update({0: ["a", "a"]}), "named twice"),
+        (lambda r: r["merge"]["arms"]["mudsc"].update(alignment="mudsk"), "did you mean 'mudsc'"),
+        (lambda r: r["merge"]["arms"]["mudsc"].update(elsewhere="mudsk"), "elsewhere: 'mudsk'"),
+        (lambda r: r["merge"]["result"].update(seed=3), r"result\.seed: 3"),
+        (lambda r: r["merge"]["result"].update(arm="avrage"), "did you mean 'average'"),
+        (lambda r: r["merge"]["arms"].update(ensemble=r["merge"]["arms"]["mudsc"]), "'ensemble'"),
+        (lambda r: r["merge"]["arms"]["mudsc"].update(coefficients=[1.0]), "has 2 members; give one"),
+        (
+            lambda r: r["merge"]["arms"]["mudsc"].update(coefficients={"*": [0.2, 0.3, 0.5]}),
+            "has 2 members; give one",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["mudsc"].update(
+                coefficients={"*": [0.5, 0.5]}, repair={"repair": True}
+            ),
+            "one coefficient a member, not patterns",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["mudsc"].update(
+                coefficients=[0.5, 0.5],
+                repair={"permuted_least_squares": {"targets": "confidence"}},
+            ),
+            "drop one",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["mudsc"].update(
+                repair={"permuted_least_squares": {"residual": True, "inputs": "parents"}}
+            ),
+            "take inputs: merged",
+        ),
+        (
+            lambda r: r["align"]["alignments"]["mudsc"].update(score="labels"),
+            "mudsc.score: labels: set 'pair' has no benchmark",
+        ),
+        (lambda r: r["align"]["alignments"]["mudsc"].update(score="label"), "'merge' or 'labels'"),
+        (
+            lambda r: r["align"]["alignments"]["mudsc"].update(settings={"score": "merge"}),
+            "beside settings",
+        ),
+        (lambda r: r["evaluate"].update(curves=["x"]), r"evaluate\.curves: 'x'"),
+        (lambda r: r["prepare"]["calibration"]["own"].update(texts="x"), "give one of images"),
+        (lambda r: r["prepare"]["calibration"]["own"].update(tokens=8), "'tokens' is of texts"),
+        (lambda r: r["prepare"]["calibration"].update(b=OWN["images"]), "no set has"),
+        (lambda r: r.update(finetune={}), "write `finetune: null`"),
+    ],
+)  # fmt: skip
+def test_a_recipe_whose_sections_do_not_fit_is_refused_before_the_first_stage(
+    write, change, message
+) -> None:
+    write(CONVNEXT, change)
+    with pytest.raises(ParamsError, match=message):
+        params.check("mine")
+
+
+def _empty(workspace: Path) -> None:
+    for file in (workspace / "photos").iterdir():
+        file.rename(file.with_suffix(".txt"))
+
+
+def _broken_picture(workspace: Path) -> None:
+    (workspace / "photos/3.png").write_bytes(b"no picture")
+
+
+def _no_processor(workspace: Path) -> None:
+    for name in "ab":
+        (workspace / "given" / name / "preprocessor_config.json").unlink()
+
+
+def _other_processor(workspace: Path) -> None:
+    ConvNextImageProcessor(size={"shortest_edge": 48}).save_pretrained(workspace / "given/b")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_empty, r"photos is empty: it has 24 entries, none of them \*\.bmp"),
+        (_broken_picture, r"photos/3\.png is no picture"),
+        (_no_processor, r"has no image processor \(preprocessor_config\.json\)"),
+        (_other_processor, r"image processor of .*a and .*b differ: .*\bis\b.*\band\b"),
+        (lambda _: shutil.rmtree("photos"), "photos is not there"),
+        (
+            lambda _: change_params(
+                lambda r: r["prepare"]["calibration"]["own"].update(examples=99)
+            ),
+            r"own\.examples is 99, the source has 24",
+        ),
+    ],
+)
+def test_pictures_that_cannot_be_used_are_refused(write, workspace, spoil, message) -> None:
+    """Nothing is written: the message says what was found and what would be right."""
+    write(CONVNEXT)
+    spoil(workspace)
+    fetch.main("mine")
+    with pytest.raises(ValueError, match=message):
+        prepare.main("mine")
+    assert not Path("data/mine").exists()
+
+
+def test_tokenizers_that_differ_are_refused_with_the_first_difference(write, workspace) -> None:
+    write(OPT)
+    shuffled = random.Random(0).sample(tiny_models.LETTERS, 26)
+    tiny_models.tokenizer("".join(shuffled)).save_pretrained("given/b")
+    fetch.main("mine")
+    with pytest.raises(ValueError, match=r"tokenizer of .*a and .*b differ: token '\w' is number"):
+        prepare.main("mine")
+    tiny_models.tokenizer(tiny_models.LETTERS[:-1]).save_pretrained("given/b")
+    fetch.main("mine")
+    with pytest.raises(ValueError, match="vocabularies of 31 and 30 tokens"):
+        prepare.main("mine")
+
+
+def spoil_weights(member: str) -> None:
+    path = Path("given") / member / "model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if name.endswith("classifier.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_models_that_cannot_be_merged_are_refused_and_the_old_result_stands(
+    write, workspace
+) -> None:
+    """NaN weights, another class, other symmetries, settings that a preset or method does not have."""
+    write(CONVNEXT)
+    run(fetch, prepare, collect, align, merge)
+    stands = Path("models/mine/merged/model.safetensors").read_bytes()
+    settings = {"weight_shar": 0.5}
+    change_params(lambda r: r["align"]["alignments"]["mudsc"].update(settings=settings))
+    with pytest.raises(ValueError, match=r"set 'pair': align\.alignments\.mudsc: .*weight_share"):
+        align.main("mine")
+    change_params(lambda r: r["align"]["alignments"]["mudsc"].update(settings={}))
+    change_params(lambda r: r["merge"]["arms"]["mudsc"].update(options={"densty": 1}))
+    with pytest.raises(ValueError, match=r"set 'pair': merge\.arms\.mudsc: .*densty"):
+        merge.main("mine")
+    change_params(lambda r: r["merge"]["arms"]["mudsc"].update(options={}, method="regmean"))
+    change_params(lambda r: r["collect"].update(grams=False))
+    run(collect, align)
+    with pytest.raises(ValueError, match=r"set collect\.grams to true"):
+        merge.main("mine")
+    tiny_models.save(tiny_models.model(CONVNEXT, 1, depths=[1, 1]), Path("given/b"))
+    run(fetch, prepare)
+    with pytest.raises(ValueError, match=r"'a' and 'b'"):
+        run(collect, align)
+    tiny_models.save(tiny_models.model("RegNetForImageClassification", 1), Path("given/b"))
+    fetch.main("mine")
+    with pytest.raises(ValueError, match="a is a ConvNextForImageClassification, b a RegNet"):
+        collect.main("mine")
+    assert Path("models/mine/merged/model.safetensors").read_bytes() == stands
+
+
+def test_nan_is_refused_where_it_is_seen_first(write, workspace) -> None:
+    """Weights or inputs that are not finite never reach a result."""
+    write(CONVNEXT)
+    spoil_weights("b")
+    run(fetch, prepare, collect)
+    with pytest.raises(ValueError, match=r"not finite|NaN|Inf"):
+        align.main("mine")
+    rows = {"input_ids": [[1.0, 2.0], [3.0, float("nan")]]}
+    datasets.Dataset.from_dict(rows).save_to_disk("broken")
+    write(OPT)
+    given = params.ModelsCalibration(dataset="broken", examples=2)
+    with pytest.raises(ValueError, match=r"input_ids has NaN or Inf in examples \[[01]\]"):
+        calibration.calibration("here", given, Path("given/a"), 0)
+
+
+def test_too_little_and_constant_data_are_warned_of_in_the_report(write, workspace) -> None:
+    """Fewer tokens than units, and units that never vary, are named; nothing is silently zero."""
+
+    def change(recipe: dict) -> None:
+        recipe["prepare"]["calibration"]["own"]["examples"] = 4
+        recipe["evaluate"]["curves"] = []
+
+    write("RegNetForImageClassification", change)
+    for name in "ab":
+        path = Path("given") / name / "model.safetensors"
+        weights = load_file(path)
+        key = next(n for n in weights if "stages.0.layers.0.layer.0.normalization.weight" in n)
+        weights[key][3] = 0  # a unit that says the same whatever it sees
+        save_file(weights, path, metadata={"format": "pt"})
+    run()
+    page = Path("reports/mine/report.html").read_text()
+    assert "constant units" in page
+    assert "few samples" in page

@@ -1,0 +1,256 @@
+"""A result becomes a version that anybody can load, with the lineage that says what it is."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alloy.modality import ModalityConfig, ModalityModel
+from tasks import storage
+from tasks.data import scenes
+from tasks.registry import register, tracking
+from tasks.sources.fetch import main as fetch
+from tasks.sources.resolve import resolve
+from tests import servers
+
+SIDE = 16
+SCORES = {
+    "test": {
+        "finetuned": {
+            "vqa": {"accuracy": 50.0, "accuracy_standard_error": 1.0},
+            "retrieval": {"recall_at_1": 40.0, "recall_at_1_standard_error": 2.0},
+        }
+    }
+}
+
+
+def save_model(folder: Path, seed: int = 0) -> ModalityModel:
+    torch.manual_seed(seed)
+    config = ModalityConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_joint_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=SIDE,
+        patch_size=8,
+        vocab_size=len(scenes.VOCABULARY),
+        max_position_embeddings=scenes.MAX_TOKENS,
+        embedding_size=8,
+        num_answers=len(scenes.ANSWERS),
+        num_segment_classes=3,
+    )
+    model = ModalityModel(config).eval()
+    model.save_pretrained(folder)
+    scenes.tokenizer().save_pretrained(folder)
+    return model
+
+
+def write_result(scores: dict = SCORES, seed: int = 0, data: str = "a") -> ModalityModel:
+    """What the stages before register leave in a workspace."""
+    model = save_model(Path("models/toy/finetuned"), seed)
+    manifest = {"source": "up", "revision": "r1", "digest": "d1", "files": {}, "left_out": []}
+    for name in ("seed", "specific"):
+        storage.write_json(Path("models/toy/checkpoints") / name / "manifest.json", manifest)
+    files = {
+        f"{benchmark}/{split}.safetensors": hashlib.sha256(
+            f"{data}{benchmark}".encode()
+        ).hexdigest()
+        for benchmark in ("vqa", "retrieval")
+        for split in ("validation", "test")
+    }
+    storage.write_json(Path("data/toy/manifest.json"), {"files": files})
+    storage.write_json(Path("reports/toy/metrics.json"), scores)
+    return model
+
+
+def picture(seed: int = 0, side: int = SIDE) -> tuple[str, np.ndarray]:
+    """A random image as base64 PNG, and its pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode(), pixels
+
+
+@pytest.fixture
+def recipe(mlflow_workspace: Path, write_recipe) -> str:
+    return write_recipe(
+        register={"name": "toy-model", "model": "finetuned"},
+        merge={"method": "regmean", "coefficients": [0.5, 0.5]},
+    )
+
+
+def load(address: str):
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking.uri())
+    return mlflow.pyfunc.load_model(address)
+
+
+def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recipe) -> None:
+    """The challenger that MLflow loads says what the model on disk says, in all three ways."""
+    subprocess.run(["git", "init", "-q"], check=True)
+    commit = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "one"]
+    subprocess.run(["git", "add", "params"], check=True)
+    subprocess.run(commit, check=True)
+    Path("dvc.lock").write_text("schema: '2.0'\n")
+    model = write_result()
+    register.main(recipe)
+
+    version = tracking.aliased("toy-model", "challenger")
+    assert version is not None
+    assert version.number == "1"
+    assert storage.read_json(Path("models/toy/registered.json"))["version"] == "1"
+    run = tracking.finished_run(version.run_id)
+    assert run.metrics["test/finetuned/vqa/accuracy"] == 50.0
+    assert run.metrics["test/finetuned/retrieval/recall_at_1_standard_error"] == 2.0
+    assert run.tags["parent/specific/digest"] == "d1"
+    assert run.tags["parent/specific/revision"] == "r1"
+    data = storage.read_json(Path("data/toy/manifest.json"))["files"]
+    assert run.tags["data/vqa/test.safetensors"] == data["vqa/test.safetensors"]
+    assert run.tags["digest"] == storage.folder_digest(Path("models/toy/finetuned"))
+    assert run.tags["dvc_lock"] == storage.sha256(Path("dvc.lock"))
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    assert run.tags["git"] == head.strip()
+    found = tracking.connect().get_run(version.run_id)
+    assert found.data.params["merge.method"] == "regmean"
+    assert {entry.dataset.name for entry in found.inputs.dataset_inputs} >= {
+        "toy/vqa/test.safetensors"
+    }
+    requirements = tracking.model_files("toy-model", "1")
+    assert "requirements.txt" in requirements
+    with tracking.model_file("toy-model", "1", "requirements.txt") as path:
+        lines = path.read_text().splitlines()
+    assert all("==" in line and "+" not in line and "/" not in line for line in lines)
+
+    served = load("models:/toy-model@challenger")
+    (first, first_pixels), (second, second_pixels) = picture(0), picture(1)
+    texts = ["where is cat", "what is top-left"]
+    import pandas as pd
+
+    rows = pd.DataFrame({"image": [first, second], "text": texts})
+    tokens = scenes.tokenizer()(texts, padding=True, return_tensors="pt")
+    pixels = torch.from_numpy(np.stack([first_pixels, second_pixels])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        image = model.encode_image(pixels)
+        text = model.encode_text(tokens["input_ids"], tokens["attention_mask"])
+        joint = model.encode_joint(pixels, tokens["input_ids"], tokens["attention_mask"])
+        answers = model.answer_logits(joint).argmax(-1)
+    embedded = served.predict(rows, params={"output": "embeddings"})
+    np.testing.assert_allclose([r["image_embedding"] for r in embedded], image, atol=1e-5)
+    np.testing.assert_allclose([r["text_embedding"] for r in embedded], text, atol=1e-5)
+    scored = served.predict(rows, params={"output": "scores"})
+    np.testing.assert_allclose([r["scores"] for r in scored], text @ image.T, atol=1e-5)
+    answered = served.predict(rows)
+    assert [r["answer"] for r in answered] == [scenes.ANSWERS[i] for i in answers]
+    only_texts = served.predict(rows[["text"]], params={"output": "embeddings"})
+    assert [set(row) for row in only_texts] == [{"text_embedding"}] * 2
+
+    for bad, params, message in [
+        (rows[["text"]], {}, "row 0 has no image"),
+        (rows.assign(image="no base64!"), {}, "no PNG or JPEG in base64"),
+        (rows, {"output": "poems"}, "'poems' is unknown; choose one of"),
+        (rows.assign(text="cat " * 20), {}, "21 tokens, the model takes 9"),
+    ]:
+        with pytest.raises(Exception, match=message):
+            served.predict(bad, params=params)
+
+    # The registry is a source of checkpoints as well.
+    write_recipe(
+        fetch={"model_type": "modality", "checkpoints": {"a": "mlflow:models/toy-model@challenger"}}
+    )
+    fetch("toy")
+    fetched = Path("models/toy/checkpoints/a")
+    assert storage.read_json(fetched / "manifest.json")["revision"] == "1"
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (fetched / name).read_bytes() == (Path("models/toy/finetuned") / name).read_bytes()
+    with pytest.raises(ValueError, match="has no version 'champion'"):
+        resolve("mlflow:models/toy-model@champion")
+
+
+def test_the_same_result_is_one_version_another_is_the_next(recipe) -> None:
+    write_result()
+    register.main(recipe)
+    register.main(recipe)
+    assert len(tracking.versions("toy-model")) == 1
+    write_result(seed=1)
+    register.main(recipe)
+    newest = tracking.aliased("toy-model", "challenger")
+    assert newest is not None
+    assert newest.number == "2"
+
+
+def test_without_mlflow_the_model_stands_and_a_rerun_registers(recipe, monkeypatch) -> None:
+    write_result()
+    before = storage.folder_digest(Path("models"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(tracking.TrackingError, match=r"nothing answers.*run the stage again"):
+        register.main(recipe)
+    assert storage.folder_digest(Path("models")) == before
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    register.main(recipe)
+    assert Path("models/toy/registered.json").is_file()
+
+
+def test_one_model_a_benchmark_is_refused_with_what_would_be_right(recipe) -> None:
+    write_result()
+    for file in Path("models/toy/finetuned").iterdir():
+        file.unlink()
+    save_model(Path("models/toy/finetuned/vqa"))
+    with pytest.raises(ValueError, match=r"holds no model but .'vqa'.*register the merged one"):
+        register.main(recipe)
+
+
+@pytest.mark.slow
+def test_mlflow_serves_the_model_over_http(recipe, tmp_path) -> None:
+    """A real request to `mlflow models serve`, in a folder without this repository on its path."""
+    write_result()
+    register.main(recipe)
+    port = servers.free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+    command += ["-m", "models:/toy-model@challenger", "-p", str(port), "-h", "127.0.0.1"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    # `mlflow models serve` looks for uvicorn on the path, as an activated environment has it.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": tracking.uri(), "PATH": path}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=elsewhere, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        servers.wait_for_port(port, process, seconds=300)  # seconds on a quiet machine
+        image, _ = picture()
+        body = {"dataframe_records": [{"image": image, "text": "where is cat"}]}
+        answer = _post(port, body)
+        assert answer["predictions"][0]["answer"] in scenes.ANSWERS
+        answer = _post(port, {**body, "params": {"output": "scores"}})
+        assert len(answer["predictions"][0]["scores"]) == 1
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            _post(port, {**body, "params": {"output": "poems"}})
+        assert refused.value.code == 400
+        assert "choose one of" in refused.value.read().decode()
+        refused.value.close()
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(30)
+
+
+def _post(port: int, body: dict) -> dict:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/invocations",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)

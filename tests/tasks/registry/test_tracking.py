@@ -1,0 +1,139 @@
+"""Curves arrive, runs say how they ended, and a missing MLflow is noticed within seconds; a real SQLite store."""
+
+import socket
+import time
+
+import pytest
+
+from tasks.registry import tracking
+from tasks.registry.tracking import TrackingError
+
+pytestmark = pytest.mark.usefixtures("mlflow_workspace")
+
+
+def curve(run_id: str, name: str) -> list[tuple[int, float]]:
+    return [
+        (point.step, point.value) for point in tracking.connect().get_metric_history(run_id, name)
+    ]
+
+
+def status(run_id: str) -> str:
+    return tracking.connect().get_run(run_id).info.status
+
+
+def test_every_point_of_a_curve_arrives_in_the_workspace_database(mlflow_workspace) -> None:
+    with tracking.run("toy", "finetune", {"stage": "finetune"}) as log:
+        for step in range(1500):  # more than fit into one request
+            log.metrics({"loss": 1 / (1 + step)}, step)
+        log.params({f"p{i}": i for i in range(150)})
+    assert curve(log.run_id, "loss") == [(step, 1 / (1 + step)) for step in range(1500)]
+    found = tracking.connect().get_run(log.run_id)
+    assert found.info.run_name == "finetune"
+    assert found.data.tags["stage"] == "finetune"
+    assert len(found.data.params) == 150
+    assert status(log.run_id) == "FINISHED"
+    assert str(mlflow_workspace / "mlartifacts") in found.info.artifact_uri
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+)
+def test_a_run_that_breaks_off_says_so_keeps_its_points_and_goes_on(error, ending) -> None:
+    logs: list[tracking.Log] = []
+
+    def break_off() -> None:
+        with tracking.run("toy", "finetune") as log:
+            logs.append(log)
+            log.metrics({"loss": 1.0}, 0)
+            raise error
+
+    with pytest.raises(error):
+        break_off()
+    (log,) = logs
+    assert status(log.run_id) == ending
+    with tracking.run("toy", "finetune", resume=log.run_id) as again:
+        assert status(log.run_id) == "RUNNING"
+        again.metrics({"loss": 0.5}, 1)
+    assert again.run_id == log.run_id
+    assert curve(log.run_id, "loss") == [(0, 1.0), (1, 0.5)]
+    assert status(log.run_id) == "FINISHED"
+
+
+def test_a_run_that_is_gone_is_begun_anew() -> None:
+    with tracking.run("toy", "finetune", resume="0" * 32) as log:
+        log.metrics({"loss": 1.0})
+    assert log.run_id != "0" * 32
+
+
+def test_points_wait_while_mlflow_is_away_and_the_end_delivers(monkeypatch, capsys) -> None:
+    """A server that is restarted costs no training."""
+    monkeypatch.setattr(tracking, "_FLUSH_SECONDS", 0)
+    with tracking.run("toy", "finetune") as log:
+        log_batch = log._client.log_batch
+        with monkeypatch.context() as patch:
+            patch.setattr(log._client, "log_batch", _away)
+            log.metrics({"loss": 1.0}, 0)
+        assert log._client.log_batch == log_batch
+        log.metrics({"loss": 0.5}, 1)
+    assert "curves wait: MLflow at" in capsys.readouterr().out
+    assert curve(log.run_id, "loss") == [(0, 1.0), (1, 0.5)]
+
+
+def _away(*_: object, **__: object) -> None:
+    import requests
+
+    raise requests.ConnectionError("away")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("http://127.0.0.1:9", "nothing answers"),
+        ("http://user:secret@127.0.0.1:9/path", "nothing answers"),
+        ("postgresql://user:secret@127.0.0.1:9/db", "nothing answers"),
+        ("sqlite:////proc/nowhere/mlflow.db", "not a usable database"),
+        ("sqlite:///params.yaml", "not a usable database"),
+    ],
+)
+def test_what_is_not_there_is_said_at_once_without_secrets(
+    mlflow_workspace, monkeypatch, uri: str, message: str
+) -> None:
+    (mlflow_workspace / "params.yaml").write_text("no database, " * 1000)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    begun = time.monotonic()
+    with pytest.raises(TrackingError, match=message) as caught, tracking.run("toy", "finetune"):
+        raise AssertionError("the run began")
+    assert time.monotonic() - begun < 5
+    assert "secret" not in str(caught.value)
+    assert "MLFLOW_TRACKING_URI" in str(caught.value)
+
+
+def test_a_server_that_hangs_is_given_up(monkeypatch) -> None:
+    """One that takes connections and says nothing costs a bounded time, not minutes of retries."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        begun = time.monotonic()
+        with pytest.raises(TrackingError), tracking.run("toy", "finetune"):
+            raise AssertionError("the run began")
+        assert time.monotonic() - begun < 30
+
+
+def test_an_alias_moves_and_is_taken_away() -> None:
+    with tracking.run("toy", "result") as log:
+        log.metrics({"score": 1.0})
+    client = tracking.connect()
+    client.create_registered_model("toy")
+    for _ in range(2):
+        client.create_model_version("toy", "file:///nowhere", log.run_id)
+    assert tracking.aliased("toy", "champion") is None
+    tracking.move_alias("toy", "champion", "1")
+    assert tracking.version_of("toy", "champion") == "1"
+    tracking.move_alias("toy", "champion", "2")
+    assert tracking.version_of("toy", "champion") == "2"
+    assert tracking.versions("toy")[0].number == "2"
+    tracking.move_alias("toy", "champion", None)
+    with pytest.raises(tracking.NotRegisteredError, match="'toy' has no version 'champion'"):
+        tracking.version_of("toy", "champion")
+    with pytest.raises(tracking.NotRegisteredError, match="no registered model 'other'"):
+        tracking.version_of("other", "champion")

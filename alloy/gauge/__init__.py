@@ -3,7 +3,9 @@
 docs/gauge.md explains the idea and how to read the diagnostics.
 """
 
-from alloy.gauge.objective import GaugeError
-from alloy.gauge.search import STARTS, Gauge, StreamUse, merge_layers, search_gauge
+from alloy.errors import GaugeError
+from alloy.gauge.search import Gauge, merge_layers, search_gauge
+from alloy.gauge.starts import STARTS
+from alloy.gauge.streams import StreamUse
 
 __all__ = ["STARTS", "Gauge", "GaugeError", "StreamUse", "merge_layers", "search_gauge"]

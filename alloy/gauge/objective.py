@@ -43,7 +43,7 @@ Turns = Mapping[str, Turn]
 
 
 @dataclass(frozen=True)
-class Layer:
+class SharedLayer:
     """One linear layer in the models that have it: which, their weights [M, O, I], Grams [M, I, I]."""
 
     name: str
@@ -62,7 +62,7 @@ def layers_of(
     models: Sequence[Weights],
     grams: Sequence[Mapping[str, Gram]],
     spec: SymmetrySpec,
-) -> list[Layer]:
+) -> list[SharedLayer]:
     """The layers that at least two models have, in the order of the spec's layout, in float64.
 
     Args:
@@ -109,7 +109,7 @@ def _layer(
     here: tuple[int, ...],
     models: Sequence[Weights],
     grams: Sequence[Mapping[str, Gram]],
-) -> Layer:
+) -> SharedLayer:
     dim = grams[here[0]][name].dim
     sizes = {grams[m][name].sum_DD.shape[0] for m in here}
     if len(sizes) > 1:
@@ -128,7 +128,7 @@ def _layer(
         ]
     weight_MOI = torch.stack(weights)
     gram_MII = torch.stack([grams[m][name].mean_DD for m in here])
-    return Layer(name, rows, columns, here, weight_MOI, gram_MII, dim, has_constant)
+    return SharedLayer(name, rows, columns, here, weight_MOI, gram_MII, dim, has_constant)
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:
@@ -171,7 +171,7 @@ def curvature_factor(gram_MII: Tensor, ridge: float) -> Tensor:
     return torch.linalg.cholesky(curvature_II + floor * torch.eye(len(curvature_II)).to(floor))
 
 
-def quadratic_form(layer: Layer, ridge: float) -> Tensor:
+def quadratic_form(layer: SharedLayer, ridge: float) -> Tensor:
     """K [M, O, M, O] with J = sum_mn tr[T_m K_mn T_nᵀ] when rows move by T_m and columns do not."""
     weight_MOI, gram_MII = layer.weight_MOI, layer.gram_MII
     M = len(weight_MOI)
@@ -230,7 +230,7 @@ def _act_product(x: Tensor, factors: tuple[Term, ...], turns: Turns) -> Tensor:
 _TURNING = ("orthogonal", "orthogonal fixing ones", "general linear", *ROTARY_KINDS)
 
 
-def searchable(spec: SymmetrySpec, layers: Sequence[Layer]) -> list[str]:
+def searchable(spec: SymmetrySpec, layers: Sequence[SharedLayer]) -> list[str]:
     """The spaces with orthogonal transforms that `act` can follow wherever they lie on the layers.
 
     What a space depends on must stand in front of it in the dim that it lies on.
@@ -261,7 +261,9 @@ def _with_outer_factors(term: Term) -> Iterator[tuple[tuple[str | None, ...], Le
                     yield spaces[:i], factor
 
 
-def transported(layer: Layer, spec: SymmetrySpec, transforms: Sequence[Transforms]) -> Layer:
+def transported(
+    layer: SharedLayer, spec: SymmetrySpec, transforms: Sequence[Transforms]
+) -> SharedLayer:
     """The layer of models under transforms, one for each model of the set."""
     alone = replace(
         spec,

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from alloy.errors import MergeError
 from alloy.merging.averages import combine
-from alloy.refit.least_squares import (
+from alloy.refit import (
+    Answers,
     Lesson,
     Teacher,
     fit_layers,
     fittable_layers,
     layers_in_order,
     loaded,
+    sensitivities,
 )
-from alloy.refit.sensitivity import Answers, sensitivities
 from alloy.types import Weights
 
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from alloy.modality.modeling import ModalityModel
 from alloy.modality.passes import PASSES, Answers, Batch, answers_of, layers_of
-from alloy.refit.least_squares import Layer, Sensitivity
-from alloy.refit.sensitivity import sensitivities
+from alloy.refit import LinearLayer, Sensitivity, sensitivities
 from alloy.statistics.moments import Gram
 
 Sensitivities = Mapping[str, Mapping[str, Sensitivity]]
@@ -45,7 +44,7 @@ def sensitivities_of(
             own = layers | {name: name for name in own_pass.heads}
             result[modality] = sensitivities(
                 model,
-                {name: Layer(model.get_submodule(there)) for name, there in own.items()},
+                {name: LinearLayer(model.get_submodule(there)) for name, there in own.items()},
                 batches,
                 partial(answers_of, modality=modality, kind=answers),
                 generator=generator,

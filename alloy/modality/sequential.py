@@ -21,7 +21,7 @@ from alloy.modality.experts import (
 from alloy.modality.modeling import ModalityModel
 from alloy.modality.passes import PASSES, Batch, answers_of, layers_of
 from alloy.modality.sensitivity import Sensitivities
-from alloy.refit.least_squares import Lesson, Teacher, fit_layers
+from alloy.refit import Lesson, Teacher, fit_layers
 
 
 @torch.no_grad()

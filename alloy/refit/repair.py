@@ -24,15 +24,10 @@ from torch import Tensor, nn
 from alloy.errors import MergeError, RepairError
 from alloy.refit import least_squares
 from alloy.refit.calls import Recorder
-from alloy.refit.least_squares import (
-    Layer,
-    Lesson,
-    Teacher,
-    Units,
-    batch_norms,
-    layers_in_order,
-    loaded,
-)
+from alloy.refit.least_squares import loaded
+from alloy.refit.lessons import Lesson, Teacher, Units
+from alloy.refit.linear_layer import LinearLayer, batch_norms
+from alloy.refit.tracing import layers_in_order
 from alloy.refit.units import units_between
 from alloy.statistics.masks import Masks
 from alloy.statistics.points import first_tensor, layer_of
@@ -108,7 +103,7 @@ def match_variance(
     """Give every unit that a linear layer or convolution writes the parents' mean and deviation.
 
     REPAIR (arXiv:2211.08403): both become the mean over the parents of theirs, by an affine
-    map absorbed into the layer; a layer without bias gets the deviation only. Layer after layer, since
+    map absorbed into the layer; a layer without bias gets the deviation only. LinearLayer after layer, since
     each changes what the next ones see. Units in front of a batch norm are that norm's
     (`reestimate_norms`); outputs that belong to no space of the spec, such as logits, stay.
 
@@ -346,7 +341,7 @@ def _check(
                 )
 
 
-def _writes_units(name: str, layer: Layer, spec: SymmetrySpec) -> bool:
+def _writes_units(name: str, layer: LinearLayer, spec: SymmetrySpec) -> bool:
     weight = spec.layout.get(f"{name}.weight")
     described = layer_of(layer.module)
     if weight is None or described is None or described.output is None:
@@ -355,7 +350,7 @@ def _writes_units(name: str, layer: Layer, spec: SymmetrySpec) -> bool:
 
 
 def _unit_moments(
-    module: nn.Module, batches: Sequence[Batch], layers: Mapping[str, Layer]
+    module: nn.Module, batches: Sequence[Batch], layers: Mapping[str, LinearLayer]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and standard deviation of everything that some layers write."""
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}

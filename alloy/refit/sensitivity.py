@@ -25,16 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from alloy.errors import MergeError
-from alloy.refit.least_squares import Layer, Sensitivity
+from alloy.refit.lessons import Batch, Sensitivity
+from alloy.refit.linear_layer import LinearLayer
 
-Batch = Mapping[str, Any]
 Answers = Callable[[Any, Batch], Sequence[Tensor]]
 """What shall not change, of a model and a batch: tensors [..., C] whose errors count alike."""
 
 
 def sensitivities(
     module: nn.Module,
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, LinearLayer],
     batches: Iterable[Batch],
     answers: Answers,
     *,
@@ -109,7 +109,7 @@ def _spreads(module: nn.Module, batches: Iterable[Batch], answers: Answers) -> l
 
 def _gradients(
     module: nn.Module,
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, LinearLayer],
     batch: Batch,
     answers: Answers,
     spreads: Sequence[float],

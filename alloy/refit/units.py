@@ -22,17 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from alloy.errors import MergeError
-from alloy.refit.least_squares import (
-    Batch,
-    Layer,
-    Lesson,
-    Trace,
-    Units,
-    layers_in_order,
-    stream_layers,
-    trace_layers,
-    watch,
-)
+from alloy.refit.lessons import Batch, Lesson, Units
+from alloy.refit.linear_layer import LinearLayer
+from alloy.refit.tracing import Trace, layers_in_order, stream_layers, trace_layers, watch
 from alloy.statistics.masks import Masks
 from alloy.statistics.moments import CrossMoments, Gram
 from alloy.statistics.points import layer_of
@@ -130,7 +122,7 @@ def _rotation(moments: Sequence[_Moments]) -> Tensor:
     return rotation_DE * ((variance_D.sum() / kept).sqrt() if kept > 0 else 0.0)
 
 
-def _space_written(name: str, layer: Layer, spec: SymmetrySpec) -> Space:
+def _space_written(name: str, layer: LinearLayer, spec: SymmetrySpec) -> Space:
     """Empty where no symmetry moves what the layer writes."""
     described, term = layer_of(layer.module), spec.layout.get(f"{name}.weight")
     if term is None or described is None or described.output is None:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 import alloy
 from alloy.errors import SymmetryError
 from alloy.gauge import Gauge, merge_layers, search_gauge
-from alloy.refit import repair
-from alloy.refit.least_squares import Layer
+from alloy.refit import LinearLayer, repair
 from alloy.statistics.moments import Gram, kept_tokens
 from alloy.symmetry import SymmetrySpec, fold_norms, identity, transport
 from tasks.evaluation import accuracy
@@ -238,7 +237,7 @@ class _Observer:
         if isinstance(module, nn.Embedding):
             x, constant = F.one_hot(x, module.num_embeddings), False
         elif isinstance(module, nn.Conv2d):
-            x = Layer(module).samples(x)
+            x = LinearLayer(module).samples(x)
         batch = len(self.root_B)
         if len(x) != batch:  # a table of positions, read once for all
             x = x.expand(batch, *x.shape[1:])

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from alloy.errors import MergeError
 from alloy.merging import merge
-from alloy.refit.least_squares import Lesson, Teacher, fit_layers
+from alloy.refit import Lesson, Teacher, fit_layers
 
 SIZES = {"vocab_size": 40, "num_labels": 3}
 

@@ -17,8 +17,8 @@ from transformers import (
 
 from alloy.errors import MergeError
 from alloy.merging import merge
+from alloy.refit import Lesson, Teacher, fit_layers, fittable_layers, loaded
 from alloy.refit.calls import Recorder
-from alloy.refit.least_squares import Lesson, Teacher, fit_layers, fittable_layers, loaded
 from alloy.refit.repair import fit_layers as repair_layers
 from alloy.refit.repair import reestimate_norms
 

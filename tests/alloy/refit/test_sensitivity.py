@@ -8,15 +8,15 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from alloy.errors import MergeError
 from alloy.merging import merge
-from alloy.refit.least_squares import (
-    Layer,
+from alloy.refit import (
     Lesson,
+    LinearLayer,
     Sensitivity,
     Teacher,
     fit_layers,
     layers_in_order,
+    sensitivities,
 )
-from alloy.refit.sensitivity import sensitivities
 
 
 class Two(nn.Module):
@@ -44,7 +44,7 @@ def _data(seed, num=64, tokens=5, size=4, batches=2):
 def test_of_a_linear_model_they_are_what_an_error_does_to_the_answers():
     """The answers' squared change, relative to their spread, is the mean of s eᵀ H e."""
     module, data = Two(0).eval(), _data(1, num=2000)
-    layers = {"a": Layer(module.a)}
+    layers = {"a": LinearLayer(module.a)}
     answers = lambda m, batch: [m(**batch)]  # noqa: E731
     felt = sensitivities(module, layers, data, answers, damping=0.0)["a"]
     y = torch.cat([module(**b) for b in data]).flatten(0, 1)
@@ -63,7 +63,7 @@ def test_of_a_linear_model_they_are_what_an_error_does_to_the_answers():
 def test_parameters_and_their_gradients_stay():
     module, data = Two(0).eval(), _data(1)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    sensitivities(module, {"a": Layer(module.a)}, data, lambda m, b: [m(**b)])
+    sensitivities(module, {"a": LinearLayer(module.a)}, data, lambda m, b: [m(**b)])
     assert all(p.grad is None and p.requires_grad for p in module.parameters())
     assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
 
@@ -78,7 +78,7 @@ def test_operations_in_place_behind_a_layer_change_nothing():
     found = [
         sensitivities(
             module,
-            {"0": Layer(module[0])},
+            {"0": LinearLayer(module[0])},
             _data(1),
             lambda m, batch: [m(batch["x"])],
             generator=torch.Generator().manual_seed(0),
@@ -100,7 +100,7 @@ def test_each_unit_comes_from_the_model_whose_answers_read_it():
     lessons, plain = [], []
     for model, batches in zip(models, data, strict=True):
         felt = sensitivities(
-            model, {"a": Layer(model.a)}, batches, lambda m, b: [m(**b)], damping=1e-9
+            model, {"a": LinearLayer(model.a)}, batches, lambda m, b: [m(**b)], damping=1e-9
         )
         lessons.append(Lesson([Teacher(model, {"a": "a"})], batches, sensitivities=felt))
         plain.append(Lesson([Teacher(model, {"a": "a"})], batches))
@@ -199,7 +199,7 @@ def test_a_merge_for_the_answers_answers_more_as_the_models_did():
 
 def test_what_has_no_sensitivity_is_refused():
     module, data = Two(0).eval(), _data(1)
-    layers = {"a": Layer(module.a)}
+    layers = {"a": LinearLayer(module.a)}
     for answers, message in (
         (lambda m, b: [m(**b) * 0 + 1], "answer 0 is the same for all data"),
         (lambda m, b: [m(**b) * float("nan")], "answer 0 is not of finite numbers"),

@@ -14,9 +14,10 @@ from transformers import (
 
 import alloy
 from alloy.errors import MergeError, RepairError
+from alloy.refit import Lesson, LinearLayer, fittable_layers
 from alloy.refit.calls import Recorder
-from alloy.refit.least_squares import Layer, Lesson, fittable_layers, stream_layers, trace_layers
 from alloy.refit.repair import fit_layers
+from alloy.refit.tracing import stream_layers, trace_layers
 from alloy.refit.units import units_between
 
 
@@ -80,7 +81,7 @@ def test_a_model_has_its_own_units(name, residual):
     layers = {layer: model.get_submodule(layer) for layer in found}
     calls = Recorder(layers).run(model, lambda: model(**batches[0])).calls
     for layer, units in found.items():
-        output, dim = calls[layer][0].output, Layer(layers[layer]).dim
+        output, dim = calls[layer][0].output, LinearLayer(layers[layer]).dim
         torch.testing.assert_close(units.bring(output, dim), output, atol=1e-4, rtol=1e-4)
 
 

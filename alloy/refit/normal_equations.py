@@ -1,0 +1,217 @@
+"""The normal equations of one layer: sums over the data of each lesson, and their solution.
+
+A layer's change solves the normal equations of the error r that it leaves,
+
+    W = W_0 + R A⁻¹,   R = cov(r, x),   A = cov(x, x) + ridge s 1,
+
+s the mean variance of its inputs (their mean square where it has no bias), from sums in float64.
+With sensitivities the units of the error count as the answers depend on them, and conjugate
+gradients take the place of the inverse.
+
+Shape legend: N samples (tokens, pixels), G groups of a convolution (1 elsewhere), I inputs, O outputs
+of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, cg
+from torch import Tensor
+
+from alloy.errors import MergeError
+from alloy.refit.lessons import Sensitivity
+from alloy.refit.linear_layer import LinearLayer
+from alloy.statistics.masks import Masks
+
+ACCURACY, MAX_STEPS = 1e-6, 1000  # of conjugate gradients
+ROUNDING = 1e-6  # of a layer's largest weight: a smaller change is none
+
+
+class NormalEquations:
+    """Per lesson, the sums of x, of the error r, of x xᵀ and of r xᵀ at one layer, in float64.
+
+    `counts` are of samples; with sensitivities of examples, and "n" has the sum of the samples' weights.
+    """
+
+    def __init__(self, layer: LinearLayer, num_lessons: int) -> None:
+        self.layer = layer
+        self.counts = [0] * num_lessons
+        self.sums: list[dict[str, Tensor]] = [{} for _ in range(num_lessons)]
+
+    def add(
+        self, lesson: int, masks: Masks, x: Tensor, error: Tensor, weights: Tensor | None = None
+    ) -> None:
+        groups = self.layer.groups
+        x_GNI, error_GNO = (
+            masks.kept(samples).double().unflatten(1, (groups, -1)).movedim(1, 0)
+            for samples in (self.layer.samples(x), self.layer.outputs(error))
+        )
+        if not (torch.isfinite(x_GNI).all() and torch.isfinite(error_GNO).all()):
+            raise MergeError("activations are not finite: look at the models and their data")
+        if weights is None:
+            self.counts[lesson] += x_GNI.shape[1]
+            weight_N1 = x_GNI.new_ones(x_GNI.shape[1], 1)
+            weighed_GNI = x_GNI
+        else:
+            weight_N1 = masks.kept(weights[..., None]).double()
+            weighed_GNI = weight_N1 * x_GNI
+        mine = self.sums[lesson]
+        for name, value in {
+            "n": weight_N1.sum(),
+            "x": weighed_GNI.sum(1),
+            "r": (weight_N1 * error_GNO).sum(1),
+            "xx": x_GNI.mT @ weighed_GNI,
+            "rx": error_GNO.mT @ weighed_GNI,
+        }.items():
+            mine[name] = mine[name] + value if name in mine else value
+
+    def solve(
+        self,
+        name: str,
+        coefficients: Sequence[float],
+        ridge: float,
+        sensitivities: Sequence[Sensitivity | None],
+    ) -> None:
+        """Give the layer, and its norm, the weights that the data ask for."""
+        given = [c if n else 0.0 for c, n in zip(coefficients, self.counts, strict=True)]
+        if sum(given) <= 0:
+            raise MergeError(f"the coefficients {list(coefficients)} leave {name} without a model")
+        shares = [c / sum(given) / n if n else 0.0 for c, n in zip(given, self.counts, strict=True)]
+        total = sum(
+            share * sums["n"] for share, sums in zip(shares, self.sums, strict=True) if sums
+        )
+        if not total > 0:  # no answer depends on the layer
+            return
+        shares = [share / float(total) for share in shares]
+        x, r, xx, rx = (
+            torch.stack([c * m[key] for c, m in zip(shares, self.sums, strict=True) if m]).sum(0)
+            for key in ("x", "r", "xx", "rx")
+        )
+        covariance_GII = xx - x[..., :, None] * x[..., None, :]
+        if self.layer.has_bias:
+            xx, rx = covariance_GII, rx - r[..., :, None] * x[..., None, :]
+        weight_GOI, bias_GO = self.layer.matrix()
+        if any(sensitivity is not None for sensitivity in sensitivities):
+            change_GOI, change_GO = self._weighed(name, shares, xx, ridge, sensitivities)
+        else:
+            change_GOI = _solved(xx, rx, ridge, name)
+            change_GO = r - _times(change_GOI, x) if self.layer.has_bias else 0 * bias_GO
+        size = weight_GOI.abs().max()
+        if max(change_GOI.abs().max(), change_GO.abs().max()) <= ROUNDING * size:
+            return
+        weight_GOI, bias_GO = weight_GOI + change_GOI, bias_GO + change_GO
+        if self.layer.norm is None:
+            self.layer.write(weight_GOI, bias_GO)
+            return
+        num = sum(self.counts)
+        variance_GO = (weight_GOI @ covariance_GII * weight_GOI).sum(-1) * num / max(num - 1, 1)
+        self.layer.write_normed(weight_GOI, bias_GO, _times(weight_GOI, x), variance_GO)
+
+    def _weighed(
+        self,
+        name: str,
+        shares: Sequence[float],
+        covariance_GII: Tensor,
+        ridge: float,
+        sensitivities: Sequence[Sensitivity | None],
+    ) -> tuple[Tensor, Tensor]:
+        """The change of weight and bias where models care for different units.
+
+        Lessons m with units H_m and sums A_m, R_m (a constant 1 is one more input of a layer with a bias) ask
+        for the X with sum_m H_m X A_m + ridge s X = sum_m H_m R_m, by conjugate gradients.
+        """
+        terms = []
+        for share, sums, sensitivity in zip(shares, self.sums, sensitivities, strict=True):
+            if sums and share and sensitivity is not None:
+                curvature, wanted = sums["xx"], sums["rx"]
+                if self.layer.has_bias:
+                    total_G11 = sums["n"].expand(len(curvature), 1, 1)
+                    x_GI1 = sums["x"][..., None]
+                    curvature = _framed(curvature, x_GI1, total_G11)
+                    wanted = torch.cat([wanted, sums["r"][..., None]], 2)
+                terms.append((sensitivity.units_GOO, share * curvature, share * wanted))
+        num_inputs = covariance_GII.shape[-1]
+        floor_GI = ridge * _scale(covariance_GII)[:, None].expand(-1, num_inputs)
+        if self.layer.has_bias:
+            floor_GI = F.pad(floor_GI, (0, 1))
+        change = _conjugate_gradients(terms, floor_GI, name)
+        if not self.layer.has_bias:
+            return change, change.new_zeros(change.shape[:2])
+        return change[..., :-1], change[..., -1]
+
+
+def _framed(xx_GII: Tensor, x_GI1: Tensor, one_G11: Tensor) -> Tensor:
+    """Second moments with those of a constant 1 behind."""
+    return torch.cat([torch.cat([xx_GII, x_GI1], 2), torch.cat([x_GI1.mT, one_G11], 2)], 1)
+
+
+def _times(matrix_GOI: Tensor, x_GI: Tensor) -> Tensor:
+    return (matrix_GOI @ x_GI[..., None]).squeeze(-1)
+
+
+def _scale(xx_GII: Tensor) -> Tensor:
+    """The mean square of a group's inputs; 1 where they are all 0."""
+    scale_G = xx_GII.diagonal(dim1=1, dim2=2).mean(1)
+    return torch.where(scale_G > 0, scale_G, 1.0)
+
+
+def _factor(matrix_GII: Tensor, name: str) -> Tensor:
+    factor_GII, failed = torch.linalg.cholesky_ex(matrix_GII)
+    if failed.any():
+        raise MergeError(f"the inputs of {name} do not determine it: set a ridge above 0")
+    return factor_GII
+
+
+def _solved(xx_GII: Tensor, rx_GOI: Tensor, ridge: float, name: str) -> Tensor:
+    """rx (xx + ridge s 1)⁻¹ for each group; 0 for a group whose inputs never vary."""
+    eye_II = torch.eye(xx_GII.shape[-1], dtype=xx_GII.dtype, device=xx_GII.device)
+    factor_GII = _factor(xx_GII + ridge * _scale(xx_GII)[:, None, None] * eye_II, name)
+    return torch.cholesky_solve(rx_GOI.mT, factor_GII).mT
+
+
+def _conjugate_gradients(
+    terms: Sequence[tuple[Tensor, Tensor, Tensor]], floor_GI: Tensor, name: str
+) -> Tensor:
+    """X with sum H X A + X diag(floor) = sum H R over terms (H, A, R), preconditioned by one H and one A."""
+    units = [h_GOO for h_GOO, _, _ in terms]
+    curvatures = [a_GII for _, a_GII, _ in terms]
+    wanted_GOI = torch.stack([h_GOO @ r_GOI for h_GOO, _, r_GOI in terms]).sum(0)
+    sizes_MG11 = torch.stack([a.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for a in curvatures])
+    tiny = torch.finfo(torch.float64).tiny
+    mean_GOO = (torch.stack(units) * (sizes_MG11 + tiny)).sum(0) / (sizes_MG11 + tiny).sum(0)
+    whole_GII = torch.stack(curvatures).sum(0) + torch.diag_embed(floor_GI)
+    rows, columns = _factor(mean_GOO, name), _factor(whole_GII, name)
+
+    def applied(x_GOI: Tensor) -> Tensor:
+        moved = [h_GOO @ x_GOI @ a_GII for h_GOO, a_GII, _ in terms]
+        return torch.stack(moved).sum(0) + x_GOI * floor_GI[:, None, :]
+
+    def preconditioned(x_GOI: Tensor) -> Tensor:
+        return torch.cholesky_solve(torch.cholesky_solve(x_GOI, rows).mT, columns).mT
+
+    solution, failed = cg(
+        _Operator(applied, wanted_GOI),
+        wanted_GOI.flatten().cpu().numpy(),
+        rtol=ACCURACY,
+        maxiter=MAX_STEPS,
+        M=_Operator(preconditioned, wanted_GOI),
+    )
+    if failed:
+        raise MergeError(f"{name} was not solved in {MAX_STEPS} steps: set a larger ridge")
+    return torch.as_tensor(solution).to(wanted_GOI).view(wanted_GOI.shape)
+
+
+class _Operator(LinearOperator):
+    """A linear function of tensors like another, as scipy knows them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], like: Tensor) -> None:
+        super().__init__("float64", (like.numel(), like.numel()))
+        self.function, self.like = function, like
+
+    def _matvec(self, x: Any) -> Any:
+        given = torch.as_tensor(x).to(self.like).view(self.like.shape)
+        return self.function(given).flatten().cpu().numpy()

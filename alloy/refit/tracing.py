@@ -1,0 +1,164 @@
+"""What a forward pass shows of a model's layers: their order, what they read, the sums they write into.
+
+A pass over one batch is watched (`alloy.refit.calls`), so no architecture is written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from alloy.errors import MergeError
+from alloy.refit.calls import Call, Recorder
+from alloy.refit.lessons import Lesson
+from alloy.refit.linear_layer import LinearLayer, batch_norms, fittable_layers
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a pass of the student over one batch of a lesson shows of its layers."""
+
+    order: list[str]
+    calls: Mapping[str, int]
+    reads: Mapping[str, tuple]
+    """By layer; equal for layers that read the same tensors."""
+    norms: Mapping[str, str]
+    """Of layers that a batch norm follows."""
+    sums: Mapping[str, list[int | None]]
+    """By layer, for each call, which sum of a stream its output goes into; the norm's output, if there is one."""
+
+
+def layers_in_order(module: nn.Module, lesson: Lesson) -> list[dict[str, LinearLayer]]:
+    """What `fit_layers` would fit, with the batch norms behind; layers that read one tensor together."""
+    traces = [trace_layers(module, lesson)]
+    return [
+        {name: layer_of_student(module, name, traces) for name in group}
+        for group in in_groups(traces)
+    ]
+
+
+def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
+    """What a pass over the first batch shows.
+
+    Raises:
+        MergeError: as `fit_layers`.
+    """
+    layers = fittable_layers(student)
+    batch = next(iter(lesson.batches), None)
+    if batch is None:
+        raise MergeError("a model has no batches: least squares needs data of each")
+    named = [teacher.layers for teacher in lesson.teachers if teacher.layers is not None]
+    wanted = set(layers).intersection(*named) if named else set(layers)
+    for mapping in named:
+        if unknown := sorted(set(mapping) - set(layers)):
+            raise MergeError(f"the merged model has no layers to fit called {unknown[:3]}")
+        if set(mapping) != wanted:
+            raise MergeError(f"teachers of one lesson have different layers: {sorted(mapping)[:3]}")
+    found = {name: layer for name, layer in layers.items() if name in wanted}
+    norms = {n: m for n, m in batch_norms(student).items() if m.affine}
+    recorder = Recorder({**found, **norms}, {**found, **norms}, copies=False)
+    calls = recorder.run(student, lambda: lesson.forward(student, batch)).calls
+    if named and (never := sorted(wanted - set(calls))):
+        raise MergeError(f"the data of a model never reaches {never[:3]}")
+    reached = [name for name in dict.fromkeys(recorder.order) if name in found]
+    written = {calls[n][0].wrote: n for n in reached if len(calls[n]) == 1}
+    behind = {
+        written[calls[n][0].read]: n
+        for n in norms
+        if len(calls.get(n, ())) == 1 and calls[n][0].read in written
+    }
+    return Trace(
+        order=reached,
+        calls={name: len(calls[name]) for name in reached},
+        reads={name: tuple(call.read for call in calls[name]) for name in reached},
+        norms=behind,
+        sums={n: [_stream_of(c, recorder) for c in calls[behind.get(n, n)]] for n in reached},
+    )
+
+
+def _stream_of(call: Call, recorder: Recorder) -> int | None:
+    return call.summed_as if call.summed_as in recorder.streams else None
+
+
+def in_groups(traces: Sequence[Trace]) -> list[list[str]]:
+    """The layers in an order that agrees with every trace; those that read one tensor together."""
+    before: dict[str, set[str]] = {}
+    for trace in traces:
+        for i, name in enumerate(trace.order):
+            before.setdefault(name, set()).update(trace.order[i - 1 : i] if i else ())
+    try:
+        order = list(TopologicalSorter(before).static_order())
+    except CycleError as error:
+        raise MergeError(f"the models reach layers in contradictory orders: {error}") from error
+    groups: dict[tuple, list[str]] = {}
+    for name in order:
+        groups.setdefault(tuple(t.reads.get(name) for t in traces), []).append(name)
+    return list(groups.values())
+
+
+def stream_layers(traces: Sequence[Trace]) -> list[set[str]]:
+    """For each lesson the layers that can follow a stream: of those that write into one sum the last."""
+    found, groups = [], in_groups(traces)
+    for trace in traces:
+        last: dict[int, str] = {}
+        for name in (name for group in groups for name in group if name in trace.calls):
+            last |= {place: name for place in trace.sums[name] if place is not None}
+        writing = {n: {last.get(p) for p in trace.sums[n] if p is not None} for n in trace.calls}
+        whole = {n for n, places in trace.sums.items() if None not in places}
+        found.append({name for name in whole if writing[name] == {name}})
+    return found
+
+
+def layer_of_student(student: nn.Module, name: str, traces: Sequence[Trace]) -> LinearLayer:
+    """With the batch norm behind it."""
+    norm, *others = {trace.norms.get(name) for trace in traces if name in trace.calls}
+    if others:
+        raise MergeError(f"behind {name} stands a batch norm for some of the data and not for all")
+    return LinearLayer(
+        student.get_submodule(name), None if norm is None else student.get_submodule(norm)
+    )
+
+
+class Seen(NamedTuple):
+    """One call of a layer: what it read, and the call that wrote, of the norm behind if there is one."""
+
+    input: Tensor
+    wrote: Call
+    in_stream: bool
+
+    @property
+    def target(self) -> Tensor:
+        """What a student should follow: the stream behind, or what the layer computes."""
+        return self.wrote.stream() if self.in_stream else self.wrote.output
+
+
+def watch(
+    module: nn.Module,
+    forward: Callable[[], object],
+    trace: Trace,
+    layers: Collection[str],
+    *,
+    streams: Collection[str] = (),
+    own_names: Mapping[str, str] | None = None,
+) -> dict[str, list[Seen]]:
+    """The calls of some layers in a pass that ends with the last of them."""
+    own = own_names or {}
+    written = {name: trace.norms.get(name, name) for name in layers}
+    names = {*layers, *written.values()}
+    modules = {name: module.get_submodule(own.get(name, name)) for name in names}
+    num_calls = {name: trace.calls[name] for name in layers}
+    expected = sum(num_calls.values()) + len(names) - len(num_calls)
+    expected += sum(num for name, num in num_calls.items() if name in streams)
+    summed = {written[name] for name in layers if name in streams}
+    calls = Recorder(modules, summed, expected).run(module, forward).calls
+    return {
+        name: [
+            Seen(read.input, wrote, name in streams)
+            for read, wrote in zip(calls[name], calls[written[name]], strict=True)
+        ]
+        for name in layers
+    }

@@ -81,7 +81,7 @@ class UnitPoint:
         return torch.linalg.vector_norm(found, dim=-2) if self.whole else found
 
 
-class Layer(NamedTuple):
+class LayerDims(NamedTuple):
     """How a module's weight meets its activations: the dims of inputs and outputs, if it has them."""
 
     input: int | None
@@ -92,25 +92,25 @@ class Layer(NamedTuple):
     """Order of preference: linear layers and convolutions, then embeddings, then norms."""
 
 
-def layer_of(module: nn.Module) -> Layer | None:
+def layer_of(module: nn.Module) -> LayerDims | None:
     """How a module's weight meets its activations; None for modules of other kinds."""
     if isinstance(module, nn.Linear):
-        return Layer(1, 0, -1, 0)
+        return LayerDims(1, 0, -1, 0)
     if isinstance(module, nn.modules.conv._ConvNd):
         channels = -1 - len(module.kernel_size)
         whole = module.groups == 1
         if module.transposed:
-            return Layer(0, 1 if whole else None, channels, 0)
-        return Layer(1 if whole else None, 0, channels, 0)
+            return LayerDims(0, 1 if whole else None, channels, 0)
+        return LayerDims(1 if whole else None, 0, channels, 0)
     if isinstance(module, nn.Embedding):
-        return Layer(None, 1, -1, 1)
+        return LayerDims(None, 1, -1, 1)
     if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm):
-        return Layer(None, 0, 1, 2)
+        return LayerDims(None, 0, 1, 2)
     kind = type(module).__name__
     if kind == "Conv1D" and hasattr(module, "nf"):  # Hugging Face's transposed linear layer
-        return Layer(0, 1, -1, 0)
+        return LayerDims(0, 1, -1, 0)
     if kind.lower().endswith("norm"):
-        return Layer(None, 0, -1, 2)
+        return LayerDims(None, 0, -1, 2)
     return None
 
 
@@ -233,7 +233,7 @@ def _source_of(
 
 def _layers(
     space: str, spec: SymmetrySpec, modules: Mapping[str, nn.Module]
-) -> Iterable[tuple[Axis, str, Layer]]:
+) -> Iterable[tuple[Axis, str, LayerDims]]:
     """A space's own axes with the modules that their weights belong to, those of tied weights too."""
     aliases: dict[str, list[str]] = {}
     for alias, first in spec.tied.items():

@@ -1,0 +1,266 @@
+"""One model on calibration data: each of its units summed up, and what must be multiplied handed over.
+
+Shape legend: N tokens, D units of a point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from alloy.errors import CollectionError
+from alloy.statistics.masks import Masks
+from alloy.statistics.moments import Gram
+from alloy.statistics.operands import Follow, Operand, See, Side, operands, preferred
+from alloy.statistics.points import (
+    LinearImage,
+    Point,
+    UnitPoint,
+    identity_of,
+    layer_of,
+    observe,
+    unit_points,
+)
+from alloy.symmetry.spec import SymmetrySpec
+from alloy.symmetry.tracing.recording.kernels import plain_kernels
+
+Batch = Mapping[str, Tensor]
+
+
+class Observer:
+    """Runs one model, sums up each of its units, and hands over what must be multiplied."""
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        spec: SymmetrySpec,
+        images: Sequence[LinearImage],
+        grams: bool,
+    ) -> None:
+        self.name, self.model, self.spec = name, model, spec
+        self.modules = dict(model.named_modules())
+        self.images = {unit_key(image.units): image for image in images}
+        derived = {image.units.space for image in images}
+        read = [p for p in unit_points(spec, self.modules) if p.space not in derived]
+        read += [image.source for image in images if not image.source.space]
+        self.units: dict[str, UnitPoint] = {
+            unit_key(p): p for p in (*read, *(image.units for image in images))
+        }
+        self.operands: dict[str, Operand] | None = None
+        """Where the rest is observed; the first batch shows what that is."""
+        self.inputs = _linear_inputs(self.modules) if grams else {}
+        self.points = {key: unit.point for key, unit in self.units.items()}
+        self.points |= {w: Point(module, "input") for w, (module, _) in self.inputs.items()}
+        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.centres: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
+        self.buffers: dict[object, Tensor] = {}
+        self.grams: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.same: dict[str, str] = {}
+        self.fired: set[str] = set()
+        self.mask_unused = False
+
+    def run(self, batch: Batch) -> dict[str, list[Tensor]]:
+        """One forward pass: what its units computed about their centres, as [N, D] for each call.
+
+        A tensor that several layers read appears once for each space.
+        """
+        draw = torch.random.get_rng_state()
+        seen = self._forward(batch, self.points, self.operands or {})
+        if self.operands is None:
+            torch.random.set_rng_state(draw)
+            self.operands = self._operands(batch)
+            torch.random.set_rng_state(draw)
+            if self.operands:
+                seen |= self._forward(batch, {}, self.operands)
+        return seen
+
+    def _operands(self, batch: Batch) -> dict[str, Operand]:
+        """Where to read the spaces that the first batch has shown nowhere."""
+        unseen = set(self.spec.spaces) - {u.space for k, u in self.units.items() if k in self.fired}
+        candidates = operands(self.spec, {s for s in unseen if not self.spec.dependents(s)})
+        if not candidates:
+            return {}
+        seen: dict[str, Side] = {}
+        with self._following(candidates, lambda key, side, _: seen.update({key: side})):
+            self.model(**self._moved(batch))
+        return preferred(candidates, seen)
+
+    @contextmanager
+    def _following(self, operands: Mapping[str, Operand], see: See) -> Generator[None]:
+        with plain_kernels(self.model), Follow(self.model, self.spec, operands, see):
+            yield
+
+    def _moved(self, batch: Batch) -> dict[str, Tensor]:
+        return {
+            key: value.to(self.device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
+
+    def _forward(
+        self, batch: Batch, points: Mapping[str, Point], operands: Mapping[str, Operand]
+    ) -> dict[str, list[Tensor]]:
+        inputs = self._moved(batch)
+        masks = Masks(inputs)
+        seen: dict[str, list[Tensor]] = {}
+        first: dict[object, tuple[str, StorageWeakRef]] = {}
+
+        def see(key: str, activation: Tensor) -> None:
+            self.fired.add(key)
+            with torch.autocast(activation.device.type, enabled=False):
+                if key in self.images:
+                    self._add_units(key, masks.kept(self._read(self.units[key], activation)))
+                    return
+                unit = self.units.get(key)
+                here = (unit.place if unit else None, *identity_of(activation))
+                earlier, memory = first.get(here, (key, None))
+                if (
+                    memory is not None and not memory.expired()
+                ):  # else another tensor lives there now
+                    self.same[key] = earlier
+                    return
+                first[here] = (key, StorageWeakRef(activation.untyped_storage()))
+                if unit is None:
+                    self._add_gram(key, masks.kept(activation))
+                else:
+                    keep(key, "input", self._read(unit, activation))
+
+        def keep(key: str, _: Side, units: Tensor) -> None:
+            with torch.autocast(units.device.type, enabled=False):
+                calls = seen.setdefault(key, [])
+                calls.append(self._add_units(key, masks.kept(units), len(calls)))
+
+        with ExitStack() as stack:
+            if operands:
+                stack.enter_context(self._following(operands, keep))
+            stack.enter_context(observe(self.model, points, see))
+            self.model(**inputs)
+        self.mask_unused |= masks.unused
+        return seen
+
+    def place_of(self, key: str) -> UnitPoint | Operand:
+        """What is read under a key."""
+        return self.units[key] if key in self.units else (self.operands or {})[key]
+
+    def _read(self, unit: UnitPoint, activation: Tensor) -> Tensor:
+        if activation.shape[unit.dim] < unit.least_size:
+            raise CollectionError(
+                f"model {self.name!r} computes {activation.shape[unit.dim]} units at {unit.point}, "
+                f"its spec expects at least {unit.least_size}: the spec is of another model"
+            )
+        return unit.read(activation)
+
+    def _add_units(self, key: str, x_ND: Tensor, call: int = 0) -> Tensor:
+        """Add to the sums; returns the units about their centre, in memory that the next batch reuses."""
+        if len(x_ND) == 0:  # a batch of padding alone
+            return x_ND
+        x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+        if key not in self.centres:
+            self.centres[key] = x_ND.mean(0)
+        centre_D = self.centres[key]
+        if key in self.images:
+            mean_D, variance_D = _moments(x_ND)
+            mean_D = mean_D - centre_D
+        else:
+            x_ND = torch.sub(x_ND, centre_D, out=self._buffer((key, call), x_ND))
+            mean_D, variance_D = _moments(x_ND)
+        if not torch.isfinite(mean_D).all():
+            raise CollectionError(_not_finite(self.name, str(self.place_of(key).point)))
+        accumulate(self.sums, key, len(x_ND) * mean_D.double())
+        accumulate(self.squares, key, len(x_ND) * (variance_D.double() + mean_D.double().square()))
+        self.counts[key] = self.counts.get(key, 0) + len(x_ND)
+        return x_ND
+
+    def _buffer(self, slot: object, like: Tensor) -> Tensor:
+        """Memory of this shape: fresh pages for every batch would cost more than the arithmetic."""
+        buffer = self.buffers.get(slot)
+        if buffer is None or buffer.shape != like.shape:
+            buffer = self.buffers[slot] = torch.empty_like(like)
+        return buffer
+
+    def _add_gram(self, weight: str, x_ND: Tensor) -> None:
+        x_ND = x_ND.double()
+        product_DD = x_ND.T @ x_ND
+        if not torch.isfinite(product_DD.diagonal()).all():
+            raise CollectionError(_not_finite(self.name, f"the inputs of {weight!r}"))
+        accumulate(self.grams, weight, product_DD)
+        self.counts[weight] = self.counts.get(weight, 0) + len(x_ND)
+
+    def total(self, key: str) -> tuple[Tensor, Tensor]:
+        """The sums of x and of x² from those about the centre c."""
+        count, c, about = self.counts[key], self.centres[key].double().cpu(), self.sums[key].cpu()
+        spread = self.squares[key].cpu() - about.square() / count
+        total = about + count * c
+        if image := self.images.get(key):  # exactly, for the products of images are
+            w, b = self.linear_map(image)
+            total = w @ self.total(self.source_of(image))[0] + count * b
+        return total, spread + total.square() / count
+
+    def source_of(self, image: LinearImage) -> str:
+        key = unit_key(image.source)
+        return self.same.get(key, key)
+
+    def linear_map(self, image: LinearImage) -> tuple[Tensor, Tensor]:
+        """W and b of the units of a linear image, [D, in] and [D]."""
+        module = self.modules[image.units.point.module]
+        layer, weight, bias = layer_of(module), module.weight, module.bias
+        assert layer is not None
+        assert layer.output is not None
+        assert isinstance(weight, Tensor)
+        rows = image.units.columns.flatten()
+        w = weight.movedim(layer.output, 0).detach().cpu().double()[rows]
+        return w, bias.detach().cpu().double()[rows] if isinstance(bias, Tensor) else w.new_zeros(
+            len(rows)
+        )
+
+    def gram_totals(self) -> dict[str, Gram]:
+        """By weight; none of layers that the calibration data never reached."""
+        totals = {}
+        for weight, (_, dim) in self.inputs.items():
+            source = self.same.get(weight, weight)
+            if source in self.grams:
+                totals[weight] = Gram(self.grams[source].cpu(), self.counts[source], dim)
+        return totals
+
+
+def unit_key(unit: UnitPoint) -> str:
+    return f"unit {unit.space} {unit.axis}"
+
+
+def _linear_inputs(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, int]]:
+    """By weight, each linear layer and the dim of its weight that the inputs meet."""
+    inputs = {}
+    for name, module in modules.items():
+        layer = layer_of(module)
+        if layer and layer.input is not None and not isinstance(module, nn.modules.conv._ConvNd):
+            inputs[f"{name}.weight"] = (name, layer.input)
+    return inputs
+
+
+def _moments(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over samples; on CPUs several times faster than `torch.var_mean` over rows."""
+    if x_ND.device.type != "cpu":
+        variance_D, mean_D = torch.var_mean(x_ND, 0, correction=0)
+        return mean_D, variance_D
+    return torch.batch_norm_update_stats(x_ND.contiguous().T[None, :, :, None], None, None, 0.0)
+
+
+def accumulate(into: dict, key: object, value: Tensor) -> None:
+    if key in into:
+        into[key] += value
+    else:
+        into[key] = value.double()
+
+
+def _not_finite(name: str, what: str) -> str:
+    return (
+        f"model {name!r} computes NaN or Inf at {what}: the calibration data or the checkpoint is "
+        f"broken"
+    )

@@ -1,7 +1,7 @@
 """Merge transformers that were trained apart: tensors in, tensors out.
 
 Packages are nouns (`alloy.symmetry`, `alloy.merging`), functions are verbs (`alloy.merge`,
-`alloy.align`). The names below are loaded when they are first used, so `import alloy` costs nothing.
+`alloy.align`). The names below are loaded at first use, so `import alloy` costs nothing.
 """
 
 from importlib import import_module

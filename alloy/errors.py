@@ -1,7 +1,7 @@
 """What the library raises when it refuses an input: one base class, and the nearest right name.
 
-Each error is a `ValueError` as well. Its message says what was given, what was found and what would be
-right; what only a fault of ours can cause is an `AssertionError`.
+Each error is a `ValueError` as well. Its message says what was given, what was found and what would
+be right; what only a fault of ours can cause is an `AssertionError`.
 """
 
 from collections.abc import Iterable
@@ -41,7 +41,7 @@ class RepairError(AlloyError):
 
 
 class MergeError(AlloyError):
-    """A merge that cannot be made as it was asked for."""
+    """A merge that cannot be made with these models and settings."""
 
 
 class CheckpointError(AlloyError):

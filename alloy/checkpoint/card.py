@@ -1,4 +1,4 @@
-"""The model card and the record of a merge: sources, revisions, hashes, method, coefficients, command."""
+"""The card and the record of a merge: sources, revisions, hashes, method, coefficients, command."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def model_card(plan: MergePlan, account: Mapping[str, Any], title: str) -> str:
         f"| {name} | `{s['source']}` | {s['revision'] or 'unknown'} | {_hashes(s['files'])} |"
         for name, s in account["sources"].items()
     )
+    base = f" on the base `{plan.base}`" if plan.base else ""
     written = "\n".join(f"| {name} | `{digest}` |" for name, digest in account["files"].items())
     notes = "\n".join(f"- {note}" for note in account["notes"])
     return f"""---
@@ -59,7 +60,7 @@ tags: [merge, alloy]
 ---
 # {title}
 
-{" + ".join(models)} merged by `{account["method"]}`{f" on the base `{plan.base}`" if plan.base else ""}.
+{" + ".join(models)} merged by `{account["method"]}`{base}.
 
 ## Sources
 | name | source | revision | SHA-256 |
@@ -85,7 +86,7 @@ tags: [merge, alloy]
 
 
 def _sources(plan: MergePlan, hash_all: bool) -> dict[str, dict[str, Any]]:
-    """Where each source is from, and the hashes of its files: those already known, the others on demand.
+    """Where each source is from, and its files' hashes: known ones, the others on demand.
 
     Hashing three sources takes longer than merging them; without it the sizes are told.
     """
@@ -107,7 +108,7 @@ def _sources(plan: MergePlan, hash_all: bool) -> dict[str, dict[str, Any]]:
 
 
 def _hub_snapshot(folder: Path) -> dict[str, str]:
-    """Source and revision of a folder in the hub's cache: `models--org--name/snapshots/<commit>`."""
+    """Source and revision of a folder `models--org--name/snapshots/<commit>` of the hub's cache."""
     repository = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not repository.startswith("models--"):
         return {}

@@ -56,8 +56,8 @@ def vocabulary_size(config: Mapping | None) -> int | None:
 def stored_transposed(config: Mapping | None) -> set[str]:
     """Names of the matrices that the architecture of a config stores [in, out].
 
-    It is built on the meta device, without memory for its weights. None are known of an architecture
-    that transformers lacks.
+    It is built on the meta device, without memory for its weights. None are known of an
+    architecture that transformers lacks.
     """
     import torch  # here: merges that need no torch do not wait for it
     import transformers
@@ -72,7 +72,7 @@ def stored_transposed(config: Mapping | None) -> set[str]:
 
 
 def result_config(config: Mapping, *, dtype: str | None, vocab_size: int | None) -> dict[str, Any]:
-    """The config of the result: the reference's, with the dtype and the vocabulary it really has."""
+    """The config of the result: the reference's, with the dtype and vocabulary it really has."""
     result = json.loads(json.dumps(config))
     result.pop("_name_or_path", None)
     parts = [result] + [v for v in result.values() if isinstance(v, dict)]

@@ -1,7 +1,7 @@
-"""The safetensors format, read without loading a tensor: where each one lies, in which file, at which offset.
+"""The safetensors format, read without loading a tensor: in which file each lies, and where.
 
-A file is 8 bytes (length of the header, little-endian), the header (JSON), then the tensors' bytes without gaps.
-Everything a header claims is checked against the file before anything trusts it.
+A file is 8 bytes (length of the header, little-endian), the header (JSON), then the tensors' bytes
+without gaps. Everything a header claims is checked against the file before anything trusts it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ITEM_BYTES = {
     "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
 }  # fmt: skip
 MERGEABLE = ("F64", "F32", "F16", "BF16")
-"""Dtypes that a merge computes with; tensors of any other must agree between the sources and pass through."""
+"""Dtypes that a merge computes with; tensors of others must agree and pass through."""
 
 DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """torch's names for the mergeable dtypes, as configs and users write them."""
@@ -74,11 +74,11 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read and check the headers of a checkpoint: a folder in the Hugging Face layout, or one safetensors file.
+    """Read and check a checkpoint's headers: a folder as of Hugging Face, or one safetensors file.
 
     Raises:
-        CheckpointError: nothing there, no safetensors, a file that is truncated or corrupt, an index that
-            names a missing file or disagrees with the files, a name stored twice.
+        CheckpointError: nothing there, no safetensors, a file that is truncated or corrupt, an
+            index that names a missing file or disagrees with the files, a name stored twice.
     """
     path = Path(path)
     if path.is_file():
@@ -105,7 +105,8 @@ def read_header(path: Path) -> list[Entry]:
             raise CheckpointError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull`")
         if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
-                f"{path}: truncated or not safetensors: {size} bytes, header of {length} announced; "
+                f"{path}: truncated or not safetensors: {size} bytes, header of {length} "
+                "announced; "
                 "fetch it again"
             )
         header = file.read(length)
@@ -124,14 +125,16 @@ def read_header(path: Path) -> list[Entry]:
         entry = Entry(name, dtype, shape, path, 8 + length + start)
         if start != position or stop - start != entry.num_bytes:
             raise CheckpointError(
-                f"{path}: corrupt header: {name!r} is {dtype} {list(shape)}, {entry.num_bytes} bytes, but lies "
+                f"{path}: corrupt header: {name!r} is {dtype} {list(shape)}, {entry.num_bytes} "
+                "bytes, but lies "
                 f"at {start}:{stop} where {position} comes next; fetch it again"
             )
         entries.append(entry)
         position = stop
     if 8 + length + position != size:
         raise CheckpointError(
-            f"{path}: {'truncated' if size < 8 + length + position else 'bytes after the last tensor'}: "
+            f"{path}: "
+            f"{'truncated' if size < 8 + length + position else 'bytes after the last tensor'}: "
             f"{size} bytes where its header says {8 + length + position}; fetch it again"
         )
     return entries
@@ -182,7 +185,8 @@ def _entries(folder: Path) -> dict[str, Entry]:
         for entry in read_header(file):
             if entry.name in entries:
                 raise CheckpointError(
-                    f"{folder}: {entry.name!r} is stored in {entries[entry.name].file.name} and in {file.name}; "
+                    f"{folder}: {entry.name!r} is stored in {entries[entry.name].file.name} and in "
+                    f"{file.name}; "
                     "remove the file that does not belong"
                 )
             entries[entry.name] = entry
@@ -194,7 +198,8 @@ def _entries(folder: Path) -> dict[str, Entry]:
         ]
         if wrong:
             raise CheckpointError(
-                f"{folder / INDEX} disagrees with the files about {few(wrong)}; fetch the checkpoint again"
+                f"{folder / INDEX} disagrees with the files about {few(wrong)}; fetch the "
+                "checkpoint again"
             )
     if not entries:
         raise CheckpointError(f"{folder}: no tensor in {', '.join(f.name for f in files)}")
@@ -228,7 +233,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         return found, None
     if found:
         raise CheckpointError(
-            f"{folder}: {len(found)} safetensors files and no {INDEX}; add the index, or name one file"
+            f"{folder}: {len(found)} safetensors files and no {INDEX}; add the index, or name one "
+            "file"
         )
     others = sorted(p.name for p in folder.iterdir() if p.suffix in _UNREADABLE)
     raise CheckpointError(

@@ -16,7 +16,7 @@ def sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str | None:
-    """The hash that the manifest beside a file tells, or the hub's cache (it names large files by it)."""
+    """The hash of a file by the manifest beside it, or by its name in the hub's cache."""
     if path.is_symlink() and _SHA256.fullmatch(path.resolve().name):
         return path.resolve().name
     entry = manifest(path.parent).get("files", {}).get(path.name)

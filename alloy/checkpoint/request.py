@@ -1,4 +1,4 @@
-"""What a merge is asked to do: one value that the API, the command line and recipes make."""
+"""The settings of a merge: one value that the API, the command line and recipes make."""
 
 from __future__ import annotations
 

@@ -69,39 +69,44 @@ def merge_checkpoints(
 ) -> MergeReport:
     """Merge checkpoints into a new one, whatever their size, in bounded memory.
 
-    Everything is checked before a tensor is read. The result takes its place when it is complete and on the
-    disk; an interrupted run goes on, by file, where it stopped. Equal inputs and settings give equal bytes,
-    whatever the number of threads.
+    Everything is checked before a tensor is read. The result takes its place when it is complete
+    and on the disk; an interrupted run goes on, by file, where it stopped. Equal inputs and
+    settings give equal bytes, whatever the number of threads.
 
     Args:
         method: a name in `alloy.merging.MERGE_METHODS`.
-        sources: folders in the Hugging Face layout or single safetensors files, in order or by name. The
-            first one's names, order, sharding, config and tokenizer are those of the result.
+        sources: folders in the Hugging Face layout or single safetensors files, in order or by
+            name. The first one's names, order, sharding, config and tokenizer are those of the
+            result.
         output: a folder that does not exist or is empty.
         base: the checkpoint that the sources were trained from, for methods with task vectors.
-        coefficients: one per source, or by glob pattern of tensor names; the first pattern that matches decides.
+        coefficients: one per source, or by glob pattern of tensor names; the first pattern that
+            matches decides.
         statistics: one safetensors file per source, for RegMean (Grams) and Fisher, as
             `alloy.checkpoint.save_statistics` writes it.
         dtype: of the result: float32, float16, bfloat16, float64; by default that of the sources.
         shard_bytes: the most that a file holds; by default as many files as the first source has.
-        tokenizer: what to do where vocabularies differ: "same" refuses, "base" keeps the base's (else the first
-            source's), "union" takes every token of every source. A row that a source lacks counts as the base's,
-            or as the mean of those that have it.
+        tokenizer: what to do where vocabularies differ: "same" refuses, "base" keeps the base's
+            (else the first source's), "union" takes every token of every source. A row that a
+            source lacks counts as the base's, or as the mean of those that have it.
         copy: glob pattern of tensor names to the source whose tensors are taken as they are.
         drop: glob patterns of tensors that the result shall not have.
         allow: glob patterns of config keys (and processor files) that may differ.
         threads: workers; by default the cores this process may use.
-        hash_sources: also record the SHA-256 of source files of which no manifest or hub cache tells it.
+        hash_sources: also record the SHA-256 of source files of which no manifest or hub cache
+            tells it.
         command: how this was called, for the model card.
         title: of the model card; by default the output's name.
-        on_bytes: told the number of bytes just computed, from the workers.
-        options: the method's settings, each a value or the values by glob pattern of tensor names; for a
-            method that runs the model also what it runs, as in `alloy.merge`. Such a method holds the
-            merged model in memory, the sources stay mapped files, and an interrupted run starts anew.
+        on_bytes: called with the number of bytes just computed, from the workers.
+        options: the method's settings, each a value or the values by glob pattern of tensor names;
+            for a method that runs the model also what it runs, as in `alloy.merge`. Such a method
+            holds the merged model in memory, the sources stay mapped files, and an interrupted run
+            starts anew.
 
     Raises:
-        MergeError, CheckpointError: anything wrong, with names and fixes, before anything is written; NaN or
-            Inf in an input or in the result, and integer tensors that differ, when they are met.
+        MergeError, CheckpointError: anything wrong, with names and fixes, before anything is
+            written; NaN or Inf in an input or in the result, and integer tensors that differ, when
+            they are met.
     """
     plan = plan_merge(
         MergeRequest(
@@ -230,7 +235,7 @@ def _step(
 
 
 class _Journal:
-    """What we write into an unfinished result: every file's name first, then each finished one's hash.
+    """The record of an unfinished result: every file's name first, then each finished one's hash.
 
     The names are what makes a folder ours: another merge may remove these files and nothing else.
     """
@@ -318,7 +323,8 @@ def refuse_foreign(folder: Path) -> None:
     """Refuse an unfinished folder unless it is absent, empty, or holds only what its journal names.
 
     Raises:
-        CheckpointError: a link, a file, or a folder with anything that an earlier merge did not write.
+        CheckpointError: a link, a file, or a folder with anything that an earlier merge did not
+            write.
     """
     if folder.is_symlink():
         raise CheckpointError(f"{folder} is a link, and a merge would write through it; {_MOVE_IT}")
@@ -338,7 +344,7 @@ def refuse_foreign(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Generator[None]:
-    """The unfinished folder, ours alone; what it holds stays for the next run when this one dies."""
+    """The unfinished folder, ours alone; what it holds stays for the next run if this one dies."""
     refuse_foreign(folder)
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
@@ -359,7 +365,7 @@ def _files_of(plan: MergePlan) -> list[str]:
 
 @contextmanager
 def _single_threaded_torch(shards: Sequence[Shard]) -> Generator[None]:
-    """Workers are the parallelism: torch's own threads would compete, and change the order of its sums."""
+    """Workers are the parallelism: torch's threads would compete and change the order of sums."""
     if not any(step.work.func is Function for shard in shards for step in shard.steps):
         yield
         return

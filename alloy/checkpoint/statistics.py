@@ -43,7 +43,8 @@ class Measurements:
             ]
             if others:
                 result.append(
-                    f"{checkpoint.path} and {others[0].path} measure different tensors; collect alike"
+                    f"{checkpoint.path} and {others[0].path} measure different tensors; collect "
+                    "alike"
                 )
             if kind == "fisher" and (missing := sorted(shapes.keys() - names)):
                 result.append(
@@ -53,7 +54,8 @@ class Measurements:
                 result += _gram_problems(checkpoint, shapes)
             else:
                 result += [
-                    f"{checkpoint.path}: {name} is {list(entry.shape)}, {source!r} needs {list(shapes[name])}"
+                    f"{checkpoint.path}: {name} is {list(entry.shape)}, {source!r} needs "
+                    f"{list(shapes[name])}"
                     for name, entry in checkpoint.entries.items()
                     if name in shapes and entry.shape != tuple(shapes[name])
                 ]
@@ -87,8 +89,8 @@ def save_statistics(
     """Write what was measured of one model, as `merge_checkpoints(..., statistics=...)` reads it.
 
     Args:
-        measured: by tensor name `alloy.statistics.moments.Gram` of the layer's inputs (one model's of
-            `alloy.collect(..., grams=True).grams`), or the Fisher diagonal
+        measured: by tensor name `alloy.statistics.moments.Gram` of the layer's inputs (one model's
+            of `alloy.collect(..., grams=True).grams`), or the Fisher diagonal
             (`alloy.merging.fisher_diagonal`).
         weights, checkpoint: the model's state dict and where it is stored. transformers gives some
             tensors other names as it saves them; with both, what is measured goes under the name
@@ -123,7 +125,8 @@ def open_statistics(
     by_name = dict(given) if isinstance(given, Mapping) else dict(zip(models, given, strict=False))
     if set(by_name) != set(models) or len(given) != len(models):
         raise MergeError(
-            f"statistics: give one file for each of {list(models)}, got {len(given)}: {list(by_name)}"
+            f"statistics: give one file for each of {list(models)}, got {len(given)}: "
+            f"{list(by_name)}"
         )
     return Measurements({name: open_checkpoint(by_name[name]) for name in models})
 
@@ -143,13 +146,14 @@ def _stored_name(name: str, weight: Any, checkpoint: Checkpoint) -> str:
 
 
 def _gram_problems(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """Grams without a count or a dim, of a dim that weights lack, or of another size than the dim's."""
+    """Grams without a count or a dim, of a dim that weights lack, or of another size."""
     result = []
     for weight in dict.fromkeys(name.rpartition("/")[0] for name in checkpoint.entries):
         missing = [f for f in ("sum", "count", "dim") if f"{weight}/{f}" not in checkpoint.entries]
         if missing:
             result.append(
-                f"{checkpoint.path}: {weight} has no {few(missing)}; a Gram is {weight}/sum, /count (tokens) and "
+                f"{checkpoint.path}: {weight} has no {few(missing)}; a Gram is {weight}/sum, "
+                "/count (tokens) and "
                 "/dim (which dim of the weight meets the inputs: 1 of nn.Linear, 0 of Conv1D)"
             )
             continue
@@ -159,7 +163,8 @@ def _gram_problems(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) 
             result.append(f"{checkpoint.path}: {weight}/dim is {dim}; it is 0 or 1")
         elif len(shape) == 2 and size != (shape[dim], shape[dim]):
             result.append(
-                f"{checkpoint.path}: {weight}/sum is {list(size)}; the weight {list(shape)}, whose inputs meet "
+                f"{checkpoint.path}: {weight}/sum is {list(size)}; the weight {list(shape)}, whose "
+                "inputs meet "
                 f"dim {dim}, needs {[shape[dim]] * 2}"
             )
     return result

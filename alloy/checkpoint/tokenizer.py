@@ -1,8 +1,8 @@
-"""Vocabularies: which row of an embedding belongs to which token, when the sources number tokens differently.
+"""Vocabularies: which row of an embedding belongs to which token, where sources number them apart.
 
 Merging row 17 with row 17 makes sense only if both are the same token. Where tokenizers differ, the
-policy "base" keeps the base's tokenizer (without a base: the first source's), and "union" adds to it every token
-that another source has.
+policy "base" keeps the base's tokenizer (without a base: the first source's), and "union" adds to
+it every token that another source has.
 """
 
 from __future__ import annotations
@@ -121,17 +121,20 @@ def combine_vocabularies(
         sizes: rows of each source's embeddings; rows beyond the tokens are padding.
 
     Raises:
-        CheckpointError: a tokenizer whose tokens cannot be read, or of another kind than the reference's.
+        CheckpointError: a tokenizer whose tokens cannot be read, or of another kind than the
+            reference's.
     """
     for source, tokenizer in tokenizers.items():
         if tokenizer.tokens is None or (policy == "union" and tokenizer.data is None):
             raise CheckpointError(
-                f"{tokenizer.folder}: tokenizer={policy!r} needs a tokenizer.json; save it again from a fast tokenizer"
+                f"{tokenizer.folder}: tokenizer={policy!r} needs a tokenizer.json; save it again "
+                "from a fast tokenizer"
             )
         largest = max(tokenizer.tokens.values(), default=-1)
         if largest >= sizes[source]:
             raise CheckpointError(
-                f"{tokenizer.folder}: token {_token_of(tokenizer.tokens, largest)!r} has id {largest}, its embeddings "
+                f"{tokenizer.folder}: token {_token_of(tokenizer.tokens, largest)!r} has id "
+                f"{largest}, its embeddings "
                 f"have {sizes[source]} rows; resize the embeddings to the tokenizer first"
             )
     base = tokenizers[reference]
@@ -180,9 +183,10 @@ def _extended(
     ids: Mapping[str, int],
     new: Mapping[str, str],
 ) -> dict:
-    """The base's tokenizer.json with the new tokens: ordinary ones in the model, added ones as added tokens.
+    """The base's tokenizer.json with the new tokens, in the model or as added tokens.
 
-    A Unigram model takes the pieces with the scores (log-probabilities) of the source that has them.
+    A Unigram model takes the pieces with the scores (log-probabilities) of the source that has
+    them.
     """
     assert base.data is not None, "checked before"
     data = json.loads(json.dumps(base.data))
@@ -192,7 +196,8 @@ def _extended(
         assert tokenizer.data is not None, "checked before"
         if tokenizer.data["model"].get("type") != kind:
             raise CheckpointError(
-                f"{tokenizer.folder}: a {tokenizer.data['model'].get('type')} tokenizer has no union with "
+                f"{tokenizer.folder}: a {tokenizer.data['model'].get('type')} tokenizer has no "
+                "union with "
                 f"{base.folder}'s {kind}; choose tokenizer='base'"
             )
         mine = [token for token, owner in new.items() if owner == source]

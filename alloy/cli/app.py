@@ -13,7 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Merge transformers that were trained apart, and look at what makes them mergeable.",
-    epilog="Each command shows an example: `alloy merge --help`. Documentation: docs/ in the sources.",
+    epilog="Each command shows an example: `alloy merge --help`. More: docs/ in the sources.",
 )
 
 

@@ -42,7 +42,7 @@ def distance(
     layers: Annotated[bool, typer.Option("--layers", help="Also show every layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, layers included.")] = False,
 ) -> None:
-    """Measure how far apart checkpoints are: L2, cosine, soft sign dissimilarity and its truncated form."""
+    """Measure how far apart checkpoints are: L2, cosine and (truncated) sign dissimilarity."""
     import alloy
     from alloy.checkpoint import load_weights
 

@@ -19,12 +19,12 @@ from alloy.merging import MERGE_METHODS
 
 MERGE_EXAMPLE = """**Example**: two fine-tunes and the checkpoint they started from
 
-    alloy merge ties merged a=models/a b=models/b --base models/seed --coefficients 0.6,0.4 --set density=0.3
+    alloy merge ties merged a=models/a b=models/b --base models/seed --coefficients 0.6,0.4
 
 An interrupted merge goes on where it stopped when the same command is given again."""
 PLAN_EXAMPLE = """**Example**: which tensor is made from what, before anything is written
 
-    alloy plan linear merged models/a models/b --coefficients '*.mlp.*=0.7,0.3' --coefficients '*=0.5,0.5'"""
+    alloy plan linear merged models/a models/b --coefficients '*mlp*=7,3' --coefficients '*=1,1'"""
 
 
 def _methods(incomplete: str) -> list[str]:
@@ -38,7 +38,8 @@ def _of(*values: str) -> Callable[[str], list[str]]:
 Method = Annotated[
     str,
     typer.Argument(
-        help=f"How to merge: {', '.join(sorted(MERGE_METHODS))}. docs/methods.md has each with its paper.",
+        help=f"How to merge: {', '.join(sorted(MERGE_METHODS))}. docs/methods.md has each with its "
+        "paper.",
         autocompletion=_methods,
         show_default=False,
     ),
@@ -50,7 +51,8 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         metavar="[NAME=]SOURCE...",
-        help="The checkpoints, in order: folders with config.json and safetensors, or safetensors files. "
+        help="The checkpoints, in order: folders with config.json and safetensors, or safetensors "
+        "files. "
         "The first one's names, order, sharding, config and tokenizer are the result's.",
         show_default=False,
     ),
@@ -65,7 +67,8 @@ Coefficients = Annotated[
     list[str] | None,
     typer.Option(
         metavar="C,C,... | PATTERN=C,C,...",
-        help="One number for each source; or by glob pattern of tensor names, several times: the first "
+        help="One number for each source; or by glob pattern of tensor names, several times: the "
+        "first "
         "pattern that matches decides.",
     ),
 ]
@@ -74,7 +77,8 @@ Options = Annotated[
     typer.Option(
         "--set",
         metavar="OPTION=VALUE",
-        help='An option of the method; by pattern of tensor names: density={"*attn*": 0.3, "*": 0.5}.',
+        help='An option of the method; by pattern of tensor names: density={"*attn*": 0.3, "*": '
+        "0.5}.",
     ),
 ]
 Statistics = Annotated[
@@ -95,7 +99,8 @@ TokenizerPolicy = Annotated[
     str,
     typer.Option(
         "--tokenizer",
-        help="Where vocabularies differ: same (refuse), base (the base's tokens), union (all tokens).",
+        help="Where vocabularies differ: same (refuse), base (the base's tokens), union (all "
+        "tokens).",
         autocompletion=_of("same", "base", "union"),
     ),
 ]

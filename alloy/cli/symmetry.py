@@ -1,6 +1,6 @@
 """`alloy symmetry`: the symmetries of a model, as a table and as JSON.
 
-The weights are not needed: a configuration gives the architecture, and example inputs follow from it.
+The weights are not needed: a configuration gives the architecture and the example inputs.
 """
 
 import inspect
@@ -41,7 +41,7 @@ def symmetry(
         typer.Option("--output", "-o", help="Also write the spec as JSON, for alloy.SymmetrySpec."),
     ] = None,
 ) -> None:
-    """Show which units of a model may be reordered, flipped or turned without changing what it computes."""
+    """Show which units may be reordered, flipped or turned without changing the function."""
     from rich.console import Console
 
     import alloy
@@ -74,16 +74,17 @@ def load(path: Path) -> "PreTrainedModel":
         known = transformers.CONFIG_MAPPING.keys()
         hint = nearest(kind, known).partition("choose one of")[0] if isinstance(kind, str) else ""
         raise SymmetryError(
-            f"{file}: model_type is {kind!r}, which transformers {transformers.__version__} does not "
+            f"{file}: model_type is {kind!r}, which transformers {transformers.__version__} does "
+            "not "
             f"know; {hint or 'give a configuration of transformers'}"
         )
     config = AutoConfig.for_model(kind, **data)
     names = config.architectures or []
     classes = [
-        found
+        getattr(owner, name)
         for name in names
         for owner in (transformers, alloy.modality)
-        if (found := getattr(owner, name, None)) is not None
+        if hasattr(owner, name)
     ]
     if not classes:
         raise SymmetryError(
@@ -105,7 +106,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def example_inputs(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
-    """A batch of two for the inputs that the model's forward requires, from the sizes in its config."""
+    """A batch of two for the inputs that the model requires, from the sizes in its config."""
     import torch
 
     accepted = inspect.signature(model.forward).parameters

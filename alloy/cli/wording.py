@@ -1,7 +1,7 @@
 """Messages in the words of the command line: `--tokenizer union`, not `tokenizer='union'`.
 
-The library names its arguments as Python writes them. A name, an equals sign and a literal stand for
-one option each; a list or a mapping stands for an option that is given several times.
+The library names its arguments as Python writes them. A name, an equals sign and a literal stand
+for one option each; a list or a mapping stands for an option that is given several times.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def _literal(text: str) -> Any:
 
 @contextmanager
 def refusals(command: str) -> Generator[None]:
-    """End with one message and a status of its own where the block refuses, fails or is interrupted.
+    """End with one message and a status where the block refuses, fails or is interrupted.
 
-    1 is for what the library refuses and the system cannot do, 2 (Typer's) for what is no command, 130
-    for Ctrl-C. Any other exception is a fault of ours and keeps its traceback.
+    1 is for what the library refuses and the system cannot do, 2 (Typer's) for what is no command,
+    130 for Ctrl-C. Any other exception is a fault of ours and keeps its traceback.
     """
     try:
         yield

@@ -1,1 +1,1 @@
-"""What must hold before a tensor is read: configs, vocabularies, tensors, places. One module each."""
+"""What must hold before a tensor is read: configs, vocabularies, tensors and places."""

@@ -1,4 +1,4 @@
-"""Configs and processors of all sources, compared: a difference that changes the function is refused."""
+"""Configs and processors compared: a difference that changes the function is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TRAINING_ONLY = re.compile(
     r"(drop|initializer|mask_(time|feature)_|(bos|eos|pad|sep|cls|decoder_start)_token_id$"
     r"|_loss|loss_|router_aux|label_smoothing|apply_spec_augment)"
 )
-"""Keys that matter to training or generation only: a difference is told, not refused."""
+"""Keys that matter to training or generation only: a difference is a note, not refused."""
 
 
 def compare_configs(

@@ -30,7 +30,8 @@ def _check_apart(findings: Findings, paths: Mapping[str, Path], output: Path) ->
             target = place.resolve()
             if target == source:
                 findings.problem(
-                    f"{place}, which the merge writes, is the source {name!r}; choose another output"
+                    f"{place}, which the merge writes, is the source {name!r}; choose another "
+                    "output"
                 )
             elif target.is_relative_to(source):
                 findings.problem(

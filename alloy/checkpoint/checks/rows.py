@@ -78,7 +78,7 @@ def is_head(name: str) -> bool:
 def has_row_per_token(
     name: str, entries: Mapping[str, Entry], configs: Mapping[str, Mapping | None]
 ) -> bool:
-    """Whether a tensor's rows are tokens: there are as many, and no other dimension of the model is that large."""
+    """Whether a tensor's rows are tokens: as many, and no other size of the model is the same."""
     sizes = {source: vocabulary_size(configs[source]) for source in entries}
     if not all(
         entry.shape and entry.shape[0] == sizes[source] for source, entry in entries.items()

@@ -99,7 +99,8 @@ def plan_tensors(
         findings.problem(
             f"{len(absent)} tensor{'s' * (len(absent) > 1)} missing in {few(missing)} that "
             f"{few(holders)} {'has' if len(holders) == 1 else 'have'}: {few(absent)}; are these "
-            f"one architecture? To keep them as they are say copy={{{absent[0]!r}: {holders[0]!r}}}, "
+            "one architecture? To keep them as they are say "
+            f"copy={{{absent[0]!r}: {holders[0]!r}}}, "
             f"to leave them out drop=[{absent[0]!r}] (patterns work)"
         )
     if not result and not findings.problems:

@@ -31,7 +31,7 @@ _SMALLEST_CHUNK_BYTES = 1 << 16
 _BUFFER_BYTES = 96 << 20
 _CHUNKS_PER_WORKER = 7  # four of inputs, one of output, two that wait to be hashed
 LARGE_BYTES = 32 << 20
-"""Inputs beyond this, which only methods of whole tensors ask for, are held by one worker at a time."""
+"""Larger inputs, which only methods of whole tensors need, are held by one worker at a time."""
 _STAGE_BYTES = 2 << 20
 """What a file's writes gather before they go to the disk; two of these per file that grows."""
 _STAGES_BYTES = 16 << 20

@@ -1,8 +1,9 @@
-"""Compiled loops for the methods people use most: decode, compute and encode while a block is in the L1 cache.
+"""Compiled loops for the commonest methods: decode, compute and encode a block within L1.
 
-Rows arrive as raw bytes, one row per model, in bfloat16, float16 or float32. Sums are float32, a rounded
-multiply and then a rounded add in the order of the models: what torch computes, to the bit, and no other
-way of cutting a tensor gives another result. The GIL is released, so each worker runs its own chunk.
+Rows arrive as raw bytes, one row per model, in bfloat16, float16 or float32. Sums are float32, a
+rounded multiply and then a rounded add in the order of the models: what torch computes, to the bit,
+and no other way of cutting a tensor gives another result. The GIL is released, so each worker runs
+its own chunk.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def _decode(raw, kind, start, out):
         for j in range(out.shape[0]):
             out[j] = _float_of(_u32(_u32(source[j]) << _u32(16)))
     elif kind == F16:
-        # shift exponent and mantissa into place, then a multiplication by 2**112 moves the exponent's
-        # bias and makes subnormals normal; Inf and NaN become Inf or NaN again
+        # shift exponent and mantissa into place, then a multiplication by 2**112 moves the
+        # exponent's bias and makes subnormals normal; Inf and NaN become Inf or NaN again
         source = raw.view(np.uint16)[start:stop]
         scale = _float_of(_u32(0x77800000))
         for j in range(out.shape[0]):
@@ -86,9 +87,9 @@ def _round_bf16(bits):
 
 @_compiled
 def _round_f16(bits):
-    """The float16 magnitude nearest to a float32 magnitude, ties to even; beyond 65504 it is Inf (0x7C00)."""
-    # normal: rebias the exponent by -112 and round 13 bits away; subnormal: an addition of 0.5 aligns the
-    # mantissa so that the hardware rounds it at the last bit a float16 has
+    """The float16 magnitude nearest to a float32 one, ties to even; Inf (0x7C00) beyond 65504."""
+    # normal: rebias the exponent by -112 and round 13 bits away; subnormal: an addition of 0.5
+    # aligns the mantissa so that the hardware rounds it at the last bit a float16 has
     odd = _u32(_u32(bits >> _u32(13)) & _u32(1))
     normal = _u32(_u32(bits + _u32(_u32(0xC8000FFF) + odd)) >> _u32(13))
     subnormal = _u32(_bits_of(_float_of(bits) + np.float32(0.5)) - _u32(0x3F000000))
@@ -154,7 +155,7 @@ def _add(values, total):
 
 @_compiled
 def mix(rows, kind, coefficients, has_base, out, out_kind):
-    """out = sum_i c_i W_i; with a base (row 0) W_0 + sum_i c_i (W_i - W_0). False if out is not finite.
+    """out = sum c_i W_i; with a base (row 0) W_0 + sum c_i (W_i - W_0). False if not finite.
 
     Not finite means that an input was not, or that the sum left the range of the output dtype.
     """
@@ -280,7 +281,7 @@ def count_magnitudes(rows, kind, counts):
 
 @_compiled
 def count_lower_halves(rows, upper, counts):
-    """Refine a selection in float32: count the lower 16 bits of magnitudes whose upper 15 are `upper`.
+    """Refine a float32 selection: count the low 16 bits of magnitudes whose high 15 are `upper`.
 
     `upper` [n, m] int64 names up to m bins per model, `counts` [n, m, 65536] int64 grows.
     """
@@ -322,7 +323,8 @@ def _splitmix64(key, first, words):
 def _drop(values, key, limit, factor, offset, words):
     """Zero the entries whose random number is not below the limit, scale the rest.
 
-    Each output of the generator, in `words`, gives two entries 32 bits; `offset` is the first's flat index.
+    Each output of the generator, in `words`, gives two entries 32 bits; `offset` is the first's
+    flat index.
     """
     _splitmix64(key, offset >> 1, words[: (values.shape[0] >> 1) + 1])
     bits = words.view(np.uint32)[offset & 1 :]
@@ -395,11 +397,12 @@ def sparse(
     out,
     out_kind,
 ):
-    """Task vectors, thinned out, added to their base (row 0). False if an input or the output is not finite.
+    """Task vectors, thinned out, added to their base (row 0). False if anything is not finite.
 
-    `trims` [n, 2] uint32 keeps magnitudes between two; with n = 0 `drops` [n, 2] uint64 (key, limit) keeps
-    at random and multiplies by `factor`. With `election` below 0 the task vectors add up; otherwise
-    a sign is elected and those that agree are averaged (`normalize`) or added, times `scale`.
+    `trims` [n, 2] uint32 keeps magnitudes between two; with n = 0 `drops` [n, 2] uint64 (key,
+    limit) keeps at random and multiplies by `factor`. With `election` below 0 the task vectors add
+    up; otherwise a sign is elected and those that agree are averaged (`normalize`) or added, times
+    `scale`.
     """
     num_elements = rows.shape[1] // (4 if kind == F32 else 2)
     n = rows.shape[0] - 1

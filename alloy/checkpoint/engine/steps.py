@@ -89,7 +89,8 @@ class Shard:
 def read_mapped(step: Step, descriptors: Sequence[int], start: int, stop: int) -> np.ndarray:
     """The inputs' rows in the order of the output's vocabulary, as [inputs, bytes].
 
-    A row that an input lacks is the base's (input 0) if that has it, else the mean of those that do.
+    A row that an input lacks is the base's (input 0) if that has it, else the mean of those that
+    do.
     """
     assert step.row_maps is not None, "only vocabulary tensors are mapped"
     first = step.inputs[0]

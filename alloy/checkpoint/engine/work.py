@@ -1,7 +1,8 @@
-"""How one tensor of the output is computed: by a compiled loop where there is one, else by the method's function.
+"""How one tensor is computed: by a compiled loop if there is one, else by the method's function.
 
-Both give the same bits, except the mixtures on the sphere: their inner products are summed in another
-order, which float32 coefficients hide almost always (tests/alloy/checkpoint/test_kernels.py says how often).
+Both give the same bits, except the mixtures on the sphere: their inner products are summed in
+another order, which float32 coefficients hide almost always (tests/alloy/checkpoint/test_kernels.py
+says how often).
 """
 
 from __future__ import annotations
@@ -64,11 +65,13 @@ class Tensors:
             if not np.isfinite(values).all():
                 index = start + int(np.flatnonzero(~np.isfinite(values))[0])
                 return MergeError(
-                    f"{self.name} in {source!r} ({entry.file}) has NaN or Inf at flat index {index}; "
+                    f"{self.name} in {source!r} ({entry.file}) has NaN or Inf at flat index "
+                    f"{index}; "
                     "repair or replace that checkpoint"
                 )
         return MergeError(
-            f"{self.name}: the result leaves the range of {self.dtype}; lower the coefficients or ask for "
+            f"{self.name}: the result leaves the range of {self.dtype}; lower the coefficients or "
+            "ask for "
             "dtype='float32'"
         )
 
@@ -101,7 +104,8 @@ class Copy(_Work):
         for row, source in zip(rows[1:], tensors.sources[1:], strict=True):
             if not np.array_equal(row, rows[0]):
                 raise MergeError(
-                    f"{tensors.name} is {tensors.dtype} and differs between {tensors.sources[0]!r} and {source!r}; "
+                    f"{tensors.name} is {tensors.dtype} and differs between {tensors.sources[0]!r} "
+                    f"and {source!r}; "
                     f"say whose to take: copy={{{tensors.name!r}: {tensors.sources[0]!r}}}"
                 )
         dtype = tensors.inputs[0].dtype
@@ -143,7 +147,7 @@ class Mix(_Work):
 
 
 class Mixture(Mix):
-    """A linear combination whose coefficients follow from the inner products of the whole tensor."""
+    """A linear combination by coefficients that follow from the whole tensor's inner products."""
 
     num_measures = 1
     alignment = kernels.REDUCTION
@@ -211,7 +215,7 @@ class Drop(Sparse):
 
 
 class Trim(Sparse):
-    """TIES and Breadcrumbs: the magnitudes to keep are found exactly, from their histogram."""
+    """TIES and Breadcrumbs: the magnitudes to keep are determined exactly, from their histogram."""
 
     def __init__(self, tensors: Tensors, settings: MergeSettings):
         super().__init__(tensors, settings)
@@ -238,9 +242,9 @@ class Trim(Sparse):
         assert isinstance(self.ranks, tuple)
         if round_ == 0:
             # per model and rank: the bin, and how many of it are larger than what is looked for
-            found = [[_kth_largest(count, k) for k in self.ranks] for count in self.counts]
-            self.bins = np.array([[bin_ for bin_, _ in row] for row in found], np.int64)
-            self.remaining = [[k for _, k in row] for row in found]
+            places = [[_kth_largest(count, k) for k in self.ranks] for count in self.counts]
+            self.bins = np.array([[bin_ for bin_, _ in row] for row in places], np.int64)
+            self.remaining = [[k for _, k in row] for row in places]
             values = self.bins
             self.counts = np.zeros((*self.bins.shape, 1 << 16), np.int64)
         else:
@@ -296,7 +300,8 @@ class Function(_Work):
         for value, entry, source in zip(values, tensors.inputs, tensors.sources, strict=True):
             if not bool(value.isfinite().all()):
                 raise MergeError(
-                    f"{tensors.name} in {source!r} ({entry.file}) has NaN or Inf; repair or replace that checkpoint"
+                    f"{tensors.name} in {source!r} ({entry.file}) has NaN or Inf; repair or "
+                    "replace that checkpoint"
                 )
         merged = merge_tensor(
             self.settings,
@@ -313,7 +318,7 @@ class Function(_Work):
 def merged_whole(
     tensors: Sequence[Tensors], settings: MergeSettings, data: Mapping[str, Any], *, base: bool
 ) -> dict[str, Any]:
-    """All tensors of a method that runs the whole model, in memory; the sources stay mapped files."""
+    """All tensors of a method that runs the model, in memory; the sources stay mapped files."""
     import torch
 
     from alloy.merging.apply import merge_whole
@@ -329,7 +334,7 @@ def merged_whole(
 
 
 def _mapped(entry: Entry) -> Any:
-    """A tensor whose memory is its file: read when looked at, and given back when memory is short."""
+    """A tensor whose memory is its file: read when used, given back when memory is short."""
     import torch
 
     if not entry.num_bytes:
@@ -370,7 +375,7 @@ def work_for(
 
 
 def _ranks(method: str, options: Mapping[str, Any], num_elements: int) -> tuple[int, ...] | bool:
-    """The ranks, counted from the largest, whose magnitudes bound what is kept; or whether all is kept."""
+    """The ranks, from the largest, whose magnitudes bound what is kept; or whether all is kept."""
     density = options["density"]
     if method == "ties":
         if density >= 1 or density <= 0:

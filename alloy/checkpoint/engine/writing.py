@@ -23,7 +23,7 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 
 class GrowingFile:
-    """A file that grows in order: bytes are gathered in one stage while the other goes to the disk."""
+    """Bytes are gathered in one stage while the other goes to the disk."""
 
     def __init__(self, path: Path, num_bytes: int, stage_bytes: int, writer: ThreadPoolExecutor):
         self._writer = writer

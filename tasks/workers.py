@@ -1,11 +1,12 @@
-"""Jobs side by side, each in a process of its own with one thread; the parent hears what they report.
+"""Jobs side by side, each in a process of its own with one thread; the parent takes their reports.
 
-One thread a process makes a job's bits independent of the machine's cores, and two jobs of one thread
-do at least as much as one of two threads. Workers hold no database and print nothing: what a job
-reports comes to the parent, which writes it where it belongs.
+One thread a process makes a job's bits independent of the machine's cores, and two jobs of one
+thread do at least as much as one of two threads. Workers hold no database and print nothing: what a
+job reports comes to the parent, which writes it where it belongs.
 """
 
 import multiprocessing
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -13,6 +14,13 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 Report = Callable[..., None]
+
+
+def num_cores() -> int:
+    """The cores that this process may use; all of the machine where the system does not say."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def side_by_side(

@@ -8,7 +8,6 @@ Writes to `reports/<recipe>/`: metrics.json (split -> model -> benchmark -> metr
 standard error), plots/, report.html, table.md.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,15 +20,23 @@ from torch import Tensor
 
 from alloy.measures.distances import distance
 from alloy.modality import ModalityModel, split_experts
-from tasks.experts import report
 from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, TRAINING_FREE, load_split
-from tasks.experts.results import DistanceRow, Kind, Results, ScoreRow, SourceRow, first_answers
+from tasks.experts.report.build import build
+from tasks.experts.report.results import (
+    DistanceRow,
+    Kind,
+    Results,
+    ScoreRow,
+    SourceRow,
+    first_answers,
+)
 from tasks.experts.shared.alignment import aligned
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import ExpertsRecipe
 from tasks.recipe.section import ParamsError
-from tasks.reports import tables
+from tasks.reports import tables, writer
 from tasks.storage import read_json, sha256
+from tasks.workers import num_cores
 
 SPLITS = ("validation", "test")
 
@@ -219,7 +226,7 @@ def evaluate(recipe: ExpertsRecipe) -> Results:
     torch.set_num_threads(1)
     rows: list[ScoreRow] = []
     said: dict[str, dict[str, Tensor]] = {}
-    num_threads = len(os.sched_getaffinity(0))
+    num_threads = num_cores()
     with Progress(transient=True) as progress, ThreadPoolExecutor(num_threads) as pool:
         bar = progress.add_task("evaluate", total=len(planned))
         jobs = [pool.submit(measure, s, models, data, params.batch_size) for s in planned]
@@ -243,5 +250,5 @@ def evaluate(recipe: ExpertsRecipe) -> Results:
 
 def main(recipe: ExpertsRecipe) -> None:
     results = evaluate(recipe)
-    report.write(results)
+    writer.write(build(results), recipe.workspace.reports)
     tables.show(recipe.name)

@@ -16,17 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from alloy.alignment.result import Alignment
+from alloy.checkpoint import load_weights
 from alloy.measures import landscape
-from alloy.measures.distances import distance
+from alloy.measures.distances import ModelDistances, distance
 from alloy.refit import repair
 from tasks.evaluation.loading import load_any
-from tasks.models import distances as streamed
-from tasks.models import report as report_models
 from tasks.models.measures.yardsticks import Yardstick, asked, yardsticks
+from tasks.models.report.build import build
+from tasks.models.report.distances import build as build_distances
 from tasks.models.shared.alignment import load_alignment
-from tasks.models.shared.jobs import Job, Report, batches, first_examples, jobs, run_jobs
+from tasks.models.shared.jobs import (
+    Job,
+    Report,
+    batches,
+    first_examples,
+    jobs,
+    run_jobs,
+)
 from tasks.recipe.models import ModelsRecipe
-from tasks.reports import tables
+from tasks.reports import report as reports
+from tasks.reports import tables, writer
 
 NORM_EXAMPLES = 256  # of the calibration data, for batch norms along paths and on planes
 CURVE_SPLITS = (
@@ -103,9 +112,13 @@ class DistanceRow:
 
 
 def main(recipe: ModelsRecipe) -> None:
-    if not recipe.is_calibrated:
-        streamed.main(recipe)
-        return
+    report = _evaluate_calibrated(recipe) if recipe.is_calibrated else _evaluate_streamed(recipe)
+    writer.write(report, recipe.workspace.reports)
+    tables.show(recipe.name)
+
+
+def _evaluate_calibrated(recipe: ModelsRecipe) -> reports.Report:
+    """All measures of all sets and seeds."""
     planned = {job.name: job for job in jobs(recipe)}
     found = run_jobs(
         "evaluate",
@@ -117,8 +130,44 @@ def main(recipe: ModelsRecipe) -> None:
     for job in planned:
         for name, of_job in found[job].items():
             rows.setdefault(name, []).extend(of_job)
-    report_models.write(recipe, rows)
-    tables.show(recipe.name)
+    return build(list(planned.values()), rows)
+
+
+def _evaluate_streamed(recipe: ModelsRecipe) -> reports.Report:
+    """Distances alone, of members that were merged as they are."""
+    planned = jobs(recipe)
+    measured = {}
+    for job in planned:
+        prefix = f"{job.name}: " if len(planned) > 1 else ""
+        for pair, of_pair in stored_distances(job):
+            measured[f"{prefix}{pair}"] = of_pair
+    return build_distances(recipe.name, measured, recipe.workspace.merged)
+
+
+def stored_distances(job: Job) -> Iterator[tuple[str, ModelDistances]]:
+    """Every two members, and every member with every arm.
+
+    Tensors that only one of the two has are named on the terminal.
+    """
+    arms = {name: job.within(job.workspace.arms) / name for name in job.recipe.merge.arms}
+    folders = {**job.folders, **arms}
+    for first, second in combinations(folders, 2):
+        if first in arms:
+            continue
+        ours, theirs = load_weights(folders[first]), load_weights(folders[second])
+        common = [
+            name for name in ours if name in theirs and ours[name].shape == theirs[name].shape
+        ]
+        if left_out := sorted({*ours, *theirs} - {*common}):
+            print(f"evaluate: {first} and {second}: not compared: {', '.join(left_out)}")
+        yield (
+            f"{first} - {second}",
+            distance(
+                {name: ours[name].float() for name in common},
+                {name: theirs[name].float() for name in common},
+                keep=job.recipe.evaluate.tssd_keep,
+            ),
+        )
 
 
 def num_steps(job: Job) -> int:

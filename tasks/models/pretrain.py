@@ -15,7 +15,6 @@ Models are trained side by side, one thread each; an interrupted run goes on fro
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -43,7 +42,7 @@ from tasks.recipe.pretraining import FamilyParams, MultitaskPretrainParams
 from tasks.recipe.section import ParamsError
 from tasks.storage import read_json, sha256, write_folder, write_json
 from tasks.training.loop import step_generator, train
-from tasks.workers import Report, side_by_side
+from tasks.workers import Report, num_cores, side_by_side
 
 PARAMS = "pretrain_multitask"
 MADE = Path("models/pretrain_multitask")
@@ -292,11 +291,6 @@ A parent for merging, made to be merged with others: not a model for the real wo
 
 Made by `python -m tasks.models.pretrain` with {versions}; licences of the data are in NOTICE.
 """
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
-"""Tables of results: Markdown in `reports/<recipe>/table.md`, and the same on a terminal.
+"""Tables of results on a terminal: those of `reports/<recipe>/table.md`.
 
-There they are as wide as it is, every name and number whole, and the best score of each column in bold.
-A pipeline with nothing to do ends with them: this module imports no torch.
+They are as wide as it is, every name and number whole, and the best score of each column in bold. A
+pipeline with nothing to do ends with them: this module imports no torch.
 """
 
 import re
@@ -18,18 +18,6 @@ GAP = 2  # columns between two of a table's
 SCORE = re.compile(r"(-?[\d.]+) ± ")
 
 Column = tuple[str, ...]  # header, cells
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column has names and whose others have numbers."""
-    names, *cells = zip(header, *rows, strict=True)
-    columns = [(names[0], "---", *names[1:]), *((c[0], "---:", *c[1:]) for c in cells)]
-    lines = ([_on_one_line(cell) for cell in line] for line in zip(*columns, strict=True))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _on_one_line(cell: str) -> str:
-    return " ".join(cell.split()).replace("|", r"\|")
 
 
 def read(recipe: str) -> str:
@@ -59,7 +47,7 @@ def show(recipe: str) -> None:
 
 
 def fitting(table: str, width: int) -> Iterator[list[Column]]:
-    """The columns of a Markdown table in groups that fit, each with the first column of the whole."""
+    """The columns of a Markdown table in groups that fit, each led by the first column."""
     header, _, *rows = map(_cells, table.splitlines())
     first, *columns = zip(header, *rows, strict=True)
     room = width - _width(first)
@@ -82,7 +70,7 @@ def best(column: Column) -> set[int]:
     A score has its error behind it; what has none, such as a guess or a distance, does not compete.
     """
     header, *cells = column
-    scores = {i: float(found[1]) for i, cell in enumerate(cells) if (found := SCORE.match(cell))}
+    scores = {i: float(score[1]) for i, cell in enumerate(cells) if (score := SCORE.match(cell))}
     choose = min if header.endswith("loss") else max
     return {i for i, score in scores.items() if score == choose(scores.values())}
 

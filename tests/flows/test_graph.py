@@ -82,7 +82,7 @@ def test_a_stage_depends_on_the_code_it_runs(stage: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", [str(REPOSITORY), *sys.path])
     imports = grimp.build_graph("alloy", "tasks")
     declared = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"][stage]["do"]["deps"]
-    code = {dep for dep in declared if dep.endswith(".py") or dep.startswith("alloy/")}
+    code = {dep for dep in declared if dep.endswith(".py") or dep.startswith(("alloy/", "tasks/"))}
     for dep in code:
         assert (REPOSITORY / dep).exists(), dep
     files = {module.replace(".", "/") for module in code_of(stage, imports)}

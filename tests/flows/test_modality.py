@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.experts.report import write_readme
+from tasks.reports.readme import write_readme
 from tests.flows.conftest import Workspace, cpu_seconds, free_port
 
 STAGES = ["fetch", "prepare", "collect", "align", "merge", "finetune", "evaluate", "register"]
@@ -84,7 +84,7 @@ def test_a_result_is_registered_once_mlflow_answers(
 def test_the_readme_takes_the_results(
     small_run: tuple[Workspace, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`tasks.experts.report --readme` puts the table between its marks, twice alike; without the marks it refuses."""
+    """`tasks.reports --readme` puts the table between its marks, twice alike, or refuses."""
     workspace, _ = small_run
     monkeypatch.chdir(workspace.folder)
     readme = tmp_path / "README.md"

@@ -9,7 +9,6 @@ models/<recipe>/merged/                                      choose: the arm tha
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +27,7 @@ from alloy.symmetry import SymmetrySpec
 from tasks.evaluation.loading import load_any, load_config, model_class
 from tasks.evaluation.outputs import by_length, trimmed
 from tasks.recipe.models import ModelsRecipe, ModelsSet
-from tasks.workers import side_by_side
+from tasks.workers import num_cores, side_by_side
 from tasks.workspace import Workspace
 
 EXAMPLES = 4  # calibration examples that symmetries are found and checked with
@@ -198,5 +197,5 @@ def run_jobs(
             finally:
                 torch.set_num_threads(threads)
         else:
-            side_by_side(work, arguments, receive, at_once=len(os.sched_getaffinity(0)))
+            side_by_side(work, arguments, receive, at_once=num_cores())
     return found

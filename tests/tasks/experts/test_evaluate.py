@@ -10,12 +10,13 @@ from alloy.modality import ModalityConfig, ModalityModel, agnostic_config, copy_
 from tasks.data.examples import EXAMPLES
 from tasks.data.scenes import ANSWERS, MAX_TOKENS, SEGMENTATION_CLASSES, VOCABULARY
 from tasks.experts import evaluate as stage
-from tasks.experts import report
 from tasks.experts.evaluate import distances, evaluate
 from tasks.experts.measures.benchmarks import FINETUNED, TRAINING_FREE
 from tasks.experts.prepare import prepare
+from tasks.experts.report.build import build
 from tasks.recipe.experts import EvaluateParams, MergeParams
 from tasks.recipe.section import ParamsError
+from tasks.reports import writer
 from tasks.storage import folder_digest, read_json, write_json
 
 PREPARE = {
@@ -167,7 +168,7 @@ def test_equal_models_score_alike_and_an_ensemble_of_equals_is_one_of_them(metri
 
 def test_equal_inputs_give_equal_bytes_on_any_number_of_cores(recipe, evaluated, monkeypatch):
     first = folder_digest(evaluated / "reports/toy")
-    monkeypatch.setattr(stage.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(stage, "num_cores", lambda: 1)
     stage.main(recipe)
     assert folder_digest(Path("reports/toy")) == first
 
@@ -199,7 +200,7 @@ def test_a_model_is_measured_only_on_what_it_learned_and_the_report_copes(recipe
         save(new_model(AGNOSTIC, 3), folder, ("vqa",))
     results = evaluate(recipe)
     assert {row.benchmark for row in results.scores if row.finetuned} == {"vqa"}
-    report.write(results)
+    writer.write(build(results), Path("reports/toy"))
     page = Path("reports/toy/report.html").read_text()
     assert "Questions about an image" in page
     assert "What is where" not in page
@@ -252,9 +253,9 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(recipe, evaluated, m
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tasks.experts.charts.draw", full_disk)
+    monkeypatch.setattr("tasks.reports.writer.save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        report.write(evaluate(recipe))
+        writer.write(build(evaluate(recipe)), Path("reports/toy"))
     assert folder_digest(Path("reports/toy")) == before
 
 

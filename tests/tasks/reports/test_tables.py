@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tasks.reports import tables
+from tasks.reports import markdown, tables
 
 TABLE = """|  | ViT, same start | ResNet, same start | BERT |
 | --- | ---: | ---: | ---: |
@@ -24,7 +24,7 @@ def test_a_table_that_fits_is_one() -> None:
 
 
 def test_a_wide_table_becomes_several_that_lose_nothing() -> None:
-    """Each begins with the first column; the others are there once, in order, even where they do not fit."""
+    """Each begins with the first column; the others are there once, in order, even too wide ones."""
     assert list(tables.fitting(TABLE, 45)) == [COLUMNS[:3], [COLUMNS[0], COLUMNS[3]]]
     assert [len(columns) for columns in tables.fitting(TABLE, 5)] == [2, 2, 2]
 
@@ -32,9 +32,9 @@ def test_a_wide_table_becomes_several_that_lose_nothing() -> None:
 def test_a_table_survives_being_written_and_read() -> None:
     """Also a name with Markdown's own separator, or with a line break."""
     header, *rows = zip(*COLUMNS, strict=True)
-    assert tables.markdown(header, rows) + "\n" == TABLE
+    assert markdown.table(header, rows) + "\n" == TABLE
     strange = [["a | b", "1.0 ± 0.1"], ["c\nd", ""]]
-    [columns] = tables.fitting(tables.markdown(["", "|x|"], strange), 100)
+    [columns] = tables.fitting(markdown.table(["", "|x|"], strange), 100)
     assert columns == [("", "a | b", "c d"), ("|x|", "1.0 ± 0.1", "")]
 
 

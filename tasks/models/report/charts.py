@@ -1,56 +1,49 @@
-"""The charts of recipes of kind "models": scores, paths between parents, planes of the loss."""
+"""The charts of sets that were merged: scores, paths between parents, planes of the loss."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tasks.experts.charts import COLOURS
-from tasks.models.report import (
-    SHOWN_SPLITS,
-    Rows,
-    means,
-    metric_title,
-    model_title,
-    title,
-)
+from tasks.models.report.grids import SHOWN_SPLITS, Rows, metric_title, model_title, title
 from tasks.recipe.models import ModelsRecipe
+from tasks.reports.charts import ENSEMBLE, MERGED, NAIVE, PARENT, without_frame
+from tasks.reports.means import means
+from tasks.reports.report import Chart
 
 MAIN = ("average_accuracy", "joint_accuracy", "agreement", "explained_variance")
-KIND_COLOURS = {
-    "parent": COLOURS["checkpoint"],
-    "ensemble": COLOURS["ensemble"],
-    "arm": COLOURS["naive"],
-    "result": COLOURS["merged"],
-}
+KIND_COLOURS = {"parent": PARENT, "ensemble": ENSEMBLE, "arm": NAIVE, "result": MERGED}
 
 
-def draw(rows: Mapping[str, Rows], params: ModelsRecipe, folder: Path) -> dict[str, str]:
-    """Write the charts as PNG into `folder`; returns file name -> what it shows."""
-    figures = {
-        "scores.png": (
-            scores_chart(rows["scores"], params),
-            "Every model of every set; whiskers are the standard deviation over seeds, or of one seed the "
-            "standard error over its examples.",
-        )
-    }
-    if rows.get("paths"):
-        figures["paths.png"] = (
-            paths_chart(rows["paths"], params),
-            "Along the straight line from parent 0 to another parent, before (identity) and after alignment; "
-            "bands are the standard deviation over seeds.",
-        )
-    if rows.get("planes"):
-        figures["planes.png"] = (
-            planes_chart(rows["planes"], params),
-            "The plane through parent 0, another parent as it was given, and the mean of both aligned; axes in "
-            "distances of weights, the first seed of each set.",
-        )
-    for name, (figure, _) in figures.items():
-        figure.savefig(folder / name, dpi=100, metadata={"Software": None})
-    return {name: text for name, (_, text) in figures.items()}
+def scores(rows: Mapping[str, Rows], params: ModelsRecipe) -> Chart:
+    text = (
+        "Every model of every set; whiskers are the standard deviation over seeds, or of one seed "
+        "the standard error over its examples."
+    )
+    return Chart("scores", text, scores_chart(rows["scores"], params))
+
+
+def paths(rows: Mapping[str, Rows], params: ModelsRecipe) -> list[Chart]:
+    """The paths between parents, where evaluation walked any."""
+    if not rows.get("paths"):
+        return []
+    text = (
+        "Along the straight line from parent 0 to another parent, before (identity) and after "
+        "alignment; bands are the standard deviation over seeds."
+    )
+    return [Chart("paths", text, paths_chart(rows["paths"], params))]
+
+
+def planes(rows: Mapping[str, Rows], params: ModelsRecipe) -> list[Chart]:
+    """The planes of the loss, where evaluation measured any."""
+    if not rows.get("planes"):
+        return []
+    text = (
+        "The plane through parent 0, another parent as it was given, and the mean of both aligned; "
+        "axes in distances of weights, the first seed of each set."
+    )
+    return [Chart("planes", text, planes_chart(rows["planes"], params))]
 
 
 def scores_chart(scores: Rows, params: ModelsRecipe) -> Figure:
@@ -64,21 +57,20 @@ def scores_chart(scores: Rows, params: ModelsRecipe) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
     for axis, (name, metric) in zip(axes, panels, strict=False):
-        found = means(
+        values = means(
             [row for row in shown if (row.set, row.metric) == (name, metric)],
             lambda row: (row.model, row.kind),
         )
-        for (model, kind), mean in found.items():
+        for (model, kind), mean in values.items():
             result = params.chosen
             ours = (model, name) == (result.arm, result.set)
             place = models.index(model)
             axis.barh(place, mean.value, color=KIND_COLOURS["result" if ours else kind], height=0.7)
-            whisker = mean.error if mean.spread is None else mean.spread
-            axis.errorbar(mean.value, place, xerr=whisker, color="black", linewidth=1)
-        axis.set_xlim(min(0, *(mean.value for mean in found.values())), 105)
+            axis.errorbar(mean.value, place, xerr=mean.whisker, color="black", linewidth=1)
+        axis.set_xlim(min(0, *(mean.value for mean in values.values())), 105)
         axis.set_title(title(params, name), fontsize=10)
         axis.set_xlabel(f"{metric_title(metric)}, %", fontsize=9)
-        axis.spines[["top", "right"]].set_visible(False)
+        without_frame(axis)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     axes[0].set_yticks(range(len(models)), map(model_title, models))
@@ -115,7 +107,7 @@ def _lines(axis: Axes, rows: Rows) -> None:
         label = f"{alignment}, parent {other}" if several else alignment
         (line,) = axis.plot(ts, values, marker=".", label=label)
         axis.fill_between(ts, values - spread, values + spread, color=line.get_color(), alpha=0.15)
-    axis.spines[["top", "right"]].set_visible(False)
+    without_frame(axis)
 
 
 def planes_chart(planes: Rows, params: ModelsRecipe) -> Figure:

@@ -1,4 +1,4 @@
-"""What evaluation found, as data: rows of scores and distances, and answers to the first test examples."""
+"""Results of an evaluation as data: scores, distances, answers to the first test examples."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ NUM_ANSWERS = 6  # test examples whose answers the report shows: the first ones,
 NUM_RETRIEVED = 3
 
 Kind = Literal["checkpoint", "merged", "naive", "ensemble", "guess"]
-"""What a model is: `naive` is merged, of experts without a common seed; `guess` is the commonest answer."""
+"""A model's kind: `naive` merges experts without a common seed, `guess` is the commonest answer."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class Results:
+    """Everything that one evaluation measured."""
+
     recipe: str
     scores: list[ScoreRow]
     distances: list[DistanceRow]
@@ -65,7 +67,7 @@ class Results:
 
 
 def shown_rows(scores: Iterable[ScoreRow], *, finetuned: bool) -> list[ScoreRow]:
-    """What tables and charts show: the main metric of each benchmark on test data."""
+    """The rows of tables and charts: the main metric of each benchmark on test data."""
     return [
         row
         for row in scores
@@ -82,7 +84,7 @@ def main_scores(scores: Sequence[ScoreRow]) -> dict[tuple[str, str], ScoreRow]:
 
 
 def first_answers(benchmark: str, outputs: Tensor) -> Tensor:
-    """What a model says of the first test examples.
+    """A model's answers to the first test examples.
 
     Retrieval: the best images for each caption, [NUM_ANSWERS, NUM_RETRIEVED]; segmentation: label
     maps [NUM_ANSWERS, L, L]; otherwise the answers' numbers [NUM_ANSWERS].

@@ -1,22 +1,22 @@
-"""The charts of a report. Every axis of scores runs from 0 to 100; whiskers are standard errors."""
+"""The charts of a recipe that merges experts.
 
-from collections.abc import Sequence
-from pathlib import Path
+Every axis of scores runs from 0 to 100; whiskers are standard errors.
+"""
+
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, METRIC_TITLES
-from tasks.experts.results import Results, ScoreRow, main_scores, shown_rows
+from tasks.experts.measures.benchmarks import BENCHMARKS, METRIC_TITLES
+from tasks.experts.report import grids
+from tasks.experts.report.results import Results, ScoreRow, main_scores, shown_rows
+from tasks.reports.charts import ENSEMBLE, MERGED, NAIVE, PARENT, without_frame
+from tasks.reports.report import Chart
 
-COLOURS = {
-    "checkpoint": "#8c9bab",
-    "merged": "#e07b39",
-    "naive": "#f0c49f",
-    "ensemble": "#5b8c5a",
-}
+COLOURS = {"checkpoint": PARENT, "merged": MERGED, "naive": NAIVE, "ensemble": ENSEMBLE}
 KINDS = {
     "checkpoint": "pre-trained checkpoint",
     "merged": "merged, experts from the seed",
@@ -29,32 +29,32 @@ MEASURES = {
     "ssd": "soft sign dissimilarity (SSD)",
     "tssd": "truncated SSD",
 }
+BAR_WIDTH, BAR_DISTANCE = 0.36, 0.38  # of the bars of one benchmark, whose groups are 1 apart
 
 
-def draw(results: Results, folder: Path) -> dict[str, str]:
-    """Write the charts as PNG into `folder`; returns file name -> what it shows."""
-    figures = {
-        "training_free.png": (
-            scores_chart(results.scores, finetuned=False),
-            "Training-free: every model straight after pre-training or merging.",
-        ),
-        "finetuned.png": (
-            scores_chart(results.scores, finetuned=True),
-            "After the same short fine-tuning on all five benchmarks.",
-        ),
-        "gains.png": (
-            gains_chart(results),
-            "What the recipe gains: the fine-tuned merged model minus the others.",
-        ),
-        "distances.png": (
-            distances_chart(results),
-            "Distance between the vision and the language experts, and how well their merge retrieves. "
-            "Hollow: the experts were aligned first.",
-        ),
-    }
-    for name, (figure, _) in figures.items():
-        figure.savefig(folder / name, dpi=110, metadata={"Software": None})
-    return {name: text for name, (_, text) in figures.items()}
+def training_free(results: Results) -> Chart:
+    text = "Training-free: every model straight after pre-training or merging."
+    return Chart("training_free", text, scores_chart(results.scores, finetuned=False))
+
+
+def finetuned(results: Results) -> Chart:
+    text = "After the same short fine-tuning on all five benchmarks."
+    return Chart("finetuned", text, scores_chart(results.scores, finetuned=True))
+
+
+def gains(results: Results) -> list[Chart]:
+    """The gains as bars; nothing where no other model was fine-tuned."""
+    text = "What the recipe gains: the fine-tuned merged model minus the others."
+    by_other = grids.gains(results)
+    return [Chart("gains", text, gains_chart(by_other))] if by_other else []
+
+
+def distances(results: Results) -> Chart:
+    text = (
+        "Distance between the vision and the language experts, and how well their merge retrieves. "
+        "Hollow: the experts were aligned first."
+    )
+    return Chart("distances", text, distances_chart(results))
 
 
 def scores_chart(scores: Sequence[ScoreRow], *, finetuned: bool) -> Figure:
@@ -94,53 +94,42 @@ def _score_panel(
     axis.set_xticks(range(0, 101, 25))
     axis.set_title(BENCHMARKS[benchmark].title, fontsize=10)
     axis.set_xlabel(f"{METRIC_TITLES[BENCHMARKS[benchmark].metric]}, %", fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
+    without_frame(axis)
 
 
-def gains_chart(results: Results) -> Figure:
-    """Points that the fine-tuned merged model is above the naive merge and above the baseline."""
-    scores = main_scores(results.scores)
+def gains_chart(by_other: Mapping[str, Mapping[str, grids.Gain]]) -> Figure:
+    """Bars of the gains over each other model, a group a benchmark."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axis = figure.subplots()
-    others = {
-        f"finetuned_{results.naive}": ("minus the naive merge (no common seed)", COLOURS["merged"]),
-        f"finetuned_{results.baseline}": (
-            "minus the modality-agnostic baseline",
-            COLOURS["checkpoint"],
-        ),
-    }
-    benchmarks = [b for b in FINETUNED if ("finetuned", b) in scores]
-    shown = {name: style for name, style in others.items() if (name, benchmarks[0]) in scores}
-    for place, (other, (label, colour)) in enumerate(shown.items()):
-        for i, benchmark in enumerate(benchmarks):
-            ours, theirs = scores["finetuned", benchmark], scores[other, benchmark]
-            gain = ours.value - theirs.value
-            error = (ours.standard_error**2 + theirs.standard_error**2) ** 0.5
-            x = i + (place - (len(shown) - 1) / 2) * 0.38
-            axis.bar(x, gain, width=0.36, color=colour, label=label if i == 0 else None)
-            axis.errorbar(x, gain, yerr=error, color="black", linewidth=1)
+    benchmarks = list(dict.fromkeys(b for of_other in by_other.values() for b in of_other))
+    coloured = zip(by_other.items(), (MERGED, PARENT), strict=False)
+    for place, ((name, of_other), colour) in enumerate(coloured):
+        xs = [
+            benchmarks.index(b) + (place - (len(by_other) - 1) / 2) * BAR_DISTANCE for b in of_other
+        ]
+        values, errors = zip(*of_other.values(), strict=True)
+        axis.bar(xs, values, width=BAR_WIDTH, color=colour, label=f"minus {name}")
+        axis.errorbar(xs, values, yerr=errors, color="black", linewidth=1, linestyle="none")
+        for x, gain in zip(xs, of_other.values(), strict=True):
             axis.annotate(
-                f"{gain:+.1f}",
-                (x, max(gain + error, 0)),
+                f"{gain.value:+.1f}",
+                (x, max(gain.value + gain.error, 0)),
                 xytext=(0, 3),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
             )
     axis.axhline(0, color="black", linewidth=0.8)
-    axis.axhspan(
-        -5, 0, color=COLOURS["checkpoint"], alpha=0.18, label="within 5 points below", zorder=0
-    )
     axis.set_xticks(range(len(benchmarks)), [BENCHMARKS[b].title for b in benchmarks])
     axis.set_ylabel("points")
     axis.margins(y=0.15)
-    axis.spines[["top", "right"]].set_visible(False)
+    without_frame(axis)
     axis.legend(frameon=False, fontsize=9)
     return figure
 
 
 def distances_chart(results: Results) -> Figure:
-    """One panel a measure, one mark a merge: filled, or hollow if its experts were aligned first."""
+    """One panel a measure, one mark a merge, hollow if its experts were aligned first."""
     scores = main_scores(results.scores)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = figure.subplots(1, len(MEASURES), sharey=True)
@@ -166,7 +155,7 @@ def distances_chart(results: Results) -> Figure:
         axis.set_xlim(-0.06 * widest, 1.15 * widest)
         axis.set_ylim(0, 100)
         axis.set_xlabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
+        without_frame(axis)
     panels[0].set_ylabel("retrieval R@1, %, training-free")
     figure.legend(
         handles.values(),

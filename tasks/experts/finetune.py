@@ -26,6 +26,7 @@ from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import ExpertsRecipe, FinetuneParams
 from tasks.recipe.section import ParamsError
 from tasks.registry import tracking
+from tasks.reports import cards
 from tasks.storage import folder_digest, read_json, write_folder, write_json
 from tasks.training.loop import step_generator, train
 from tasks.workers import side_by_side
@@ -155,17 +156,21 @@ def identity(job: Job) -> str:
 
 
 def card(recipe: str, facts: Mapping) -> str:
-    return f"""---
-library_name: transformers
-tags: [merge, alloy]
-license: apache-2.0
----
-# {facts["source"]}, fine-tuned
-
-`{facts["source"]}` (SHA-256 of its files `{facts["source_sha256"]}`) after {facts["best_step"]} steps on
-{", ".join(facts["benchmarks"])}; made by `python -m tasks.finetune {recipe}`. Its mean score on validation
-data was {facts["validation_score"]:.2f}. Load it with `import alloy.modality; AutoModel.from_pretrained(folder)`.
-"""
+    """README.md of a fine-tuned model: what was trained, on what, how well it does."""
+    source = facts["source"]
+    return cards.render(
+        cards.Card(
+            title=f"{source}, fine-tuned",
+            description=f"{cards.code(source)} after {facts['best_step']} steps on "
+            f"{', '.join(facts['benchmarks'])}. Its mean score on validation data was "
+            f"{facts['validation_score']:.2f}.",
+            architecture=cards.MODALITY,
+            command=f"python -m tasks.finetune {recipe}",
+            sources=cards.Sources(
+                ["source", "SHA-256 of its files"], [[source, facts["source_sha256"]]]
+            ),
+        )
+    )
 
 
 def plan(recipe: ExpertsRecipe) -> dict[str, Job]:

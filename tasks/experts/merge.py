@@ -26,6 +26,7 @@ from tasks.experts.shared.loading import load_model
 from tasks.experts.shared.statistics import load_statistics
 from tasks.experts.shared.streams import answer_sensitivities, calibration, move
 from tasks.recipe.experts import LOWER_EXPERTS, ArmParams, ExpertsRecipe
+from tasks.reports import cards
 from tasks.storage import folder_digest, write_folder, write_json
 
 Experts = Mapping[str, Mapping[str, Tensor]]
@@ -133,29 +134,20 @@ def write_checkpoint(model: ModalityModel, source: Path, card: str, folder: Path
 
 
 def card(recipe: str, name: str, arm: ArmParams, checkpoints: Path) -> str:
-    """What was merged, how, and from which bytes."""
-    sources = {arm.checkpoint, *([arm.base] if arm.base else [])}
-    digests = "\n".join(
-        f"| `{source}` | `{folder_digest(checkpoints / source)}` |" for source in sorted(sources)
+    """README.md of an arm: what was merged, how, and from which bytes."""
+    sources = sorted({arm.checkpoint, *([arm.base] if arm.base else [])})
+    rows = [[source, folder_digest(checkpoints / source)] for source in sources]
+    return cards.render(
+        cards.Card(
+            title=f"{name}: a merged modality-agnostic transformer",
+            description="The vision, language and cross-modal experts of one checkpoint merged into "
+            "one model that serves images, texts and pairs (arXiv:2304.14933).",
+            architecture=cards.MODALITY,
+            command=f"python -m tasks.merge {recipe}",
+            sources=cards.Sources(["source", "SHA-256 of its files"], rows),
+            settings=arm.model_dump(),
+        )
     )
-    settings = "\n".join(f"- {key}: `{value}`" for key, value in arm.model_dump().items())
-    return f"""---
-library_name: transformers
-tags: [merge, alloy]
-license: apache-2.0
----
-# {name}: a merged modality-agnostic transformer
-
-The vision, language and cross-modal experts of one checkpoint merged into one model that serves images, texts
-and pairs (arXiv:2304.14933). Made by `python -m tasks.merge {recipe}`; load it with
-`import alloy.modality; AutoModel.from_pretrained(folder)`.
-
-| source | SHA-256 of its files |
-|---|---|
-{digests}
-
-{settings}
-"""
 
 
 def _coefficients(

@@ -37,6 +37,7 @@ from tasks.recipe.load import load_experts, load_file
 from tasks.recipe.pretraining import PretrainParams, TransformerParams
 from tasks.recipe.section import ParamsError
 from tasks.registry import tracking
+from tasks.reports import cards, markdown
 from tasks.storage import read_json, sha256, write_folder, write_json
 from tasks.training.loop import PROGRESS, Progress, State, load_state, step_generator, train
 from tasks.workers import Report, side_by_side
@@ -176,6 +177,10 @@ def release(
         (partial / "README.md").write_text(card(facts))
 
 
+LICENCES = (
+    "Licences of the data: drawings OpenMoji, CC BY-SA 4.0; digits MNIST, CC BY-SA 3.0. The NOTICE "
+    "file names them."
+)
 DESCRIPTIONS = {
     "seed": "The common seed: modality-agnostic, the first part of the schedule.",
     "agnostic": "The baseline: the seed's run, continued modality-agnostic to the schedule's end.",
@@ -185,40 +190,34 @@ DESCRIPTIONS = {
 
 
 def card(facts: Mapping) -> str:
-    """The model card: what it is, how it was made, what it was made from."""
-    losses = "\n".join(f"| {name} | {value:.4f} |" for name, value in facts["losses"].items())
+    """README.md of a released checkpoint: what it is, how it was made, what it was made from."""
+    training, batch_size = facts["params"]["training"], facts["params"]["batch_size"]
+    losses = [[name, f"{value:.4f}"] for name, value in facts["losses"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return f"""---
-license: apache-2.0
-library_name: transformers
-tags: [model-merging, multimodal]
----
-# modality/{facts["arm"]}
-
-{DESCRIPTIONS[facts["arm"]]}
-A modality transformer (arXiv:2304.14933 in miniature) with {facts["parameters"]:,} parameters for
-scenes of 48x48 pixels and texts of at most nine words. Not a model for the real world.
-
-    from alloy.modality import ModalityModel
-    model = ModalityModel.from_pretrained("released/modality/{facts["arm"]}")
-
-## How it was made
-`{facts["command"]}` with `params/pretrain.yaml` (a copy is in `pretraining.json`): steps
-{facts["first_step"]} to {facts["last_step"]} of a schedule of {facts["params"]["training"]["num_steps"]},
-{facts["params"]["batch_size"]} scenes a step, image-text contrast, masked words and statements; scenes
-are composed on the fly from the train cells of `tasks/data/scenes.py`.
-
-| loss in the last batch | |
-|---|---|
-{losses}
-
-- model.safetensors: SHA-256 `{facts["model_sha256"]}`
-- cells it was trained on: SHA-256 `{facts["cells_sha256"]}`
-- made with {versions}
-
-## Licences of the data
-Drawings: OpenMoji, CC BY-SA 4.0. Digits: MNIST, CC BY-SA 3.0. The NOTICE file names them.
-"""
+    return cards.render(
+        cards.Card(
+            title=f"modality/{facts['arm']}",
+            description=f"{DESCRIPTIONS[facts['arm']]}\n"
+            "A modality transformer (arXiv:2304.14933 in miniature) with "
+            f"{facts['parameters']:,} parameters for scenes of 48x48 pixels and texts of at most "
+            "nine words. Not a model for the real world.",
+            architecture=cards.MODALITY,
+            command=facts["command"],
+            settings={
+                "params": "params/pretrain.yaml (a copy is in pretraining.json)",
+                "steps": f"{facts['first_step']} to {facts['last_step']} of a schedule of "
+                f"{training['num_steps']}, {batch_size} scenes a step",
+                "objectives": "image-text contrast, masked words and statements",
+                "data": "scenes composed on the fly from the train cells of tasks/data/scenes.py",
+                "SHA-256 of model.safetensors": facts["model_sha256"],
+                "SHA-256 of the cells": facts["cells_sha256"],
+                "versions": versions,
+            },
+            notes=markdown.table(["loss in the last batch", ""], losses) + "\n\n" + LICENCES,
+            folder=f"{RELEASED}/{facts['arm']}",
+            tags=("model-merging", "multimodal"),
+        )
+    )
 
 
 def run_chain(arms: Sequence[str], params: PretrainParams, report: Report) -> None:

@@ -32,6 +32,7 @@ from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.jobs import Job, Report, jobs, load_weights, run_jobs
 from tasks.models.shared.statistics import load_statistics
 from tasks.recipe.models import ModelsArm, ModelsRecipe
+from tasks.reports import cards
 from tasks.storage import read_json, write_folder, write_json
 
 LEFT_BEHIND = ("config.json", "manifest.json", "alloy_merge.json", "README.md")  # of the reference
@@ -268,7 +269,7 @@ def save(job: Job, weights: Weights, member: str, folder: Path, account: Mapping
         if words and file.name not in LEFT_BEHIND and "safetensors" not in file.name:
             shutil.copy(file, folder / file.name)
     write_json(folder / "alloy_merge.json", {**account, "member": member})
-    (folder / "README.md").write_text(card(job, account))
+    (folder / "README.md").write_text(card(job, account, type(model).__name__))
 
 
 def record(
@@ -296,26 +297,29 @@ def _origin(folder: Path) -> dict[str, str]:
     return {key: manifest[key] for key in ("source", "revision", "digest") if key in manifest}
 
 
-def card(job: Job, account: Mapping[str, Any]) -> str:
+def card(job: Job, account: Mapping[str, Any], architecture: str) -> str:
     """README.md of a merged model."""
-    rows = "\n".join(
-        f"| {name} | `{found.get('source')}` | `{found.get('revision')}` |"
-        for name, found in account["members"].items()
-    )
     alignment, merge = account["alignment"], account["merge"]
-    switches = [key for key, value in merge["repair"].items() if value not in (None, False)]
-    return f"""---
-library_name: transformers
-tags: [merge, alloy]
----
-# {job.recipe.name}: {account["arm"]} of set {job.set}, seed {job.seed}
-
-Units aligned by `{alignment["preset"]}` {alignment["settings"] or ""} to `{account["reference"]}`, merged by `{merge["method"]}`
-{merge["options"] or ""}, repaired by {", ".join(switches) or "nothing"}. Calibration data: `{account["calibration"]}`.
-
-| member | source | revision |
-| --- | --- | --- |
-{rows}
-
-Made with Alloy: `{account["command"]}`. `alloy_merge.json` has every setting.
-"""
+    repairs = [key for key, value in merge["repair"].items() if value not in (None, False)]
+    rows = [
+        [name, str(origin.get("source")), str(origin.get("revision"))]
+        for name, origin in account["members"].items()
+    ]
+    return cards.render(
+        cards.Card(
+            title=f"{job.recipe.name}: {account['arm']} of set {job.set}, seed {job.seed}",
+            description=f"The members' units aligned by `{alignment['preset']}` to "
+            f"{cards.code(account['reference'])} and merged by `{merge['method']}`; repaired by "
+            f"{', '.join(repairs) or 'nothing'}.",
+            architecture=architecture,
+            command=account["command"],
+            sources=cards.Sources(["member", "source", "revision"], rows),
+            settings={
+                "alignment": alignment["settings"] or "defaults",
+                "options": merge["options"] or "defaults",
+                "calibration data": account["calibration"],
+            },
+            notes="`alloy_merge.json` has every setting.",
+            license=None,
+        )
+    )

@@ -40,6 +40,7 @@ from tasks.evaluation.outputs import trimmed
 from tasks.recipe.load import load_file
 from tasks.recipe.pretraining import FamilyParams, MultitaskPretrainParams
 from tasks.recipe.section import ParamsError
+from tasks.reports import cards
 from tasks.storage import read_json, sha256, write_folder, write_json
 from tasks.training.loop import step_generator, train
 from tasks.workers import Report, num_cores, side_by_side
@@ -263,34 +264,42 @@ def release(made: Path = MADE, released: Path = RELEASED) -> None:
         for job in todo:
             target = folder / job.name
             shutil.copytree(made / job.family / job.name, target)
-            (target / "README.md").write_text(card(read_json(target / FACTS)))
+            (target / "README.md").write_text(card(job.family, read_json(target / FACTS)))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
         if size > LIMIT_MB:
             raise ValueError(f"{size:.1f} MB to release, at most {LIMIT_MB} MB may be")
     print(f"released {len(todo)} models, {size:.1f} MB, in {released}")
 
 
-def card(facts: Mapping) -> str:
-    """The model card: what it is, how it was made, what it was made from."""
-    score = facts["validation_accuracy"]
+def card(family: str, facts: Mapping) -> str:
+    """README.md of a released parent: what it is, how it was made, what it was made from."""
+    score, entropy = facts["validation_accuracy"], facts["losses"]["cross_entropy"]
+    _, model_class = ARCHITECTURES[facts["architecture"]]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    return f"""---
-license: apache-2.0
-library_name: transformers
-tags: [model-merging]
----
-# multitask/{facts["name"]}
-
-A {facts["architecture"]} with {facts["parameters"]:,} parameters (float16) for task {facts["task"]} of the data set
-{facts["dataset"]}: {", ".join(facts["classes"])}. Seed {facts["seed"]}, start {facts["start"]}: models of one family, seed and start
-began with the same random weights.
-Its {CODE_SIZE} outputs point at fixed class codes (`tasks/data/classification.py`); the logits are scaled cosines
-with them (`tasks/evaluation/accuracy.py`). {facts["num_steps"]} steps, last cross-entropy {facts["losses"]["cross_entropy"]:.4f}; validation accuracy
-within its task {score["value"]:.1f} ± {score["error"]:.1f} %.
-A parent for merging, made to be merged with others: not a model for the real world.
-
-Made by `python -m tasks.models.pretrain` with {versions}; licences of the data are in NOTICE.
-"""
+    return cards.render(
+        cards.Card(
+            title=f"multitask/{facts['name']}",
+            description=f"A {facts['architecture']} with {facts['parameters']:,} parameters "
+            f"(float16) for task {facts['task']} of the data set {facts['dataset']}: "
+            f"{', '.join(facts['classes'])}. A parent for merging, made to be merged with others: "
+            "not a model for the real world.\n\n"
+            f"Its {CODE_SIZE} outputs point at fixed class codes "
+            "(`tasks/data/classification.py`); the logits are scaled cosines with them "
+            "(`tasks/evaluation/accuracy.py`). Its validation accuracy within its task is "
+            f"{score['value']:.1f} ± {score['error']:.1f} %.",
+            architecture=model_class.__name__,
+            command=f"python -m tasks.models.pretrain {family}",
+            settings={
+                "seed": f"{facts['seed']}, start {facts['start']}: models of one family, seed and "
+                "start began with the same random weights",
+                "steps": f"{facts['num_steps']}, last cross-entropy {entropy:.4f}",
+                "versions": versions,
+            },
+            notes="Licences of the data are in NOTICE.",
+            folder=f"{RELEASED}/{facts['name']}",
+            tags=("model-merging",),
+        )
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

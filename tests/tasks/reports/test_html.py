@@ -15,7 +15,9 @@ HOSTILE = '<script>alert("1")</script> & \'"'
 
 def report(text: str = HOSTILE, num_columns: int = 40) -> Report:
     """A report that has `text` wherever text goes, and a table wider than any screen."""
-    wide = Grid(text, ["", *[text] * num_columns], [[text, *["1.0 ± 0.1"] * num_columns]], ours=text)
+    wide = Grid(
+        text, ["", *[text] * num_columns], [[text, *["1.0 ± 0.1"] * num_columns]], ours=text
+    )
     words = Grid("", ["a", "b"], [["x", text]], numbers=False)
     return Report(
         recipe=text,

@@ -1,0 +1,72 @@
+"""A model card says how to load the model, and what comes from files is never markup."""
+
+import re
+
+import pytest
+import transformers
+import yaml
+
+from alloy.modality import ModalityModel
+from tasks.reports.cards import MODALITY, Card, Sources, code, load_snippet, plain, render
+
+
+def card(**more) -> Card:
+    return Card(
+        title="toy",
+        description="A toy.",
+        architecture="ViTModel",
+        command="python -m tasks.merge toy",
+        **more,
+    )
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(text.split("---")[1])
+
+
+def test_the_front_matter_is_what_a_hub_reads():
+    assert front_matter(render(card())) == {
+        "library_name": "transformers",
+        "tags": ["merge", "alloy"],
+        "license": "apache-2.0",
+    }
+    assert "license" not in front_matter(render(card(license=None)))
+
+
+def test_only_a_modality_transformer_needs_alloy_to_load():
+    assert MODALITY == ModalityModel.__name__
+    assert "import alloy.modality" in load_snippet(MODALITY)
+    assert "alloy" not in load_snippet("ViTModel")
+    assert "alloy.modality" not in render(card())
+
+
+def test_what_a_card_says_loads_the_model(tmp_path):
+    """The snippet runs as it stands."""
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    (snippet,) = re.findall(r"```python\n(.*?)```", render(card(folder=str(tmp_path))), re.DOTALL)
+    names: dict = {}
+    exec(snippet, names)
+    assert isinstance(names["model"], transformers.ViTModel)
+
+
+def test_sources_and_settings_stand_word_for_word():
+    sources = Sources(["source", "SHA-256"], [["a | b", "0123"], ["<b>", "x`y"]])
+    text = render(card(sources=sources, settings={"method": "ties", "density": 0.3}))
+    assert r"| a \| b | `0123` |" in text
+    assert "| &lt;b> | `` x`y `` |" in text
+    assert "- method: `ties`\n- density: `0.3`" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("x", "`x`"), ("a\nb", "`a b`"), ("a ``b", "``` a ``b ```"), ({"k": 1}, "`{'k': 1}`")],
+)
+def test_code_is_code_whatever_is_in_it(value, shown):
+    assert code(value) == shown
+
+
+def test_plain_text_is_no_html():
+    assert plain("<script>\n& x") == "&lt;script> &amp; x"

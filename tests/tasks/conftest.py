@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tasks.registry import tracking
 from tasks.sources import resolve as sources
 from tasks.sources import transfer
-from tests import servers
+from tests import recipes, servers
 
 
 @pytest.fixture
@@ -23,12 +22,10 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def write_recipe(workspace: Path) -> Callable[..., str]:
-    """Write the sections of the recipe `toy`."""
+    """Write the recipe `toy`, complete but for the sections given; its name."""
 
     def write(**sections: object) -> str:
-        (workspace / "params").mkdir(exist_ok=True)
-        (workspace / "params/recipes.yaml").write_text("recipes: [toy]\n")
-        (workspace / "params/toy.yaml").write_text(yaml.safe_dump({"kind": "modality", **sections}))
+        recipes.write(workspace, toy=recipes.experts(**sections))
         return "toy"
 
     return write

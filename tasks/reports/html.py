@@ -1,7 +1,7 @@
 """The one HTML skeleton: a report as one self-contained page, for somebody who looks.
 
-Pictures are embedded, nothing is loaded, no script runs. The page fits a phone (a wide table or row
-of pictures scrolls in a box of its own) and follows the reader's choice of light or dark. Text is
+Pictures are embedded, nothing is loaded, no script runs. The page fits a phone (a table or chart that
+is wider scrolls in a box of its own) and follows the reader's choice of light or dark. Text is
 escaped here; only `Markup` stands as it is.
 """
 
@@ -29,18 +29,18 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--paper);
        max-width: 1080px; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; line-height: 1.25; }
-p.small, figcaption { color: var(--soft); font-size: 14px; }
+p.small { margin-bottom: 0; } p.small, figcaption { color: var(--soft); font-size: 14px; }
 figure { margin: 1rem 0; }
-.wide { overflow-x: auto; max-width: 100%; margin: 1rem 0; }
+.wide { overflow-x: auto; max-width: 100%; margin: .5rem 0 1rem; }
 table { border-collapse: collapse; font-size: 14px; }
-caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
          font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 td { white-space: nowrap; } td.words { white-space: normal; }
 th:first-child, td:first-child, td.words, th.words { text-align: left; }
 tr.ours td { background: var(--ours); }
 img { max-width: 100%; }
-img.chart { background: #ffffff; border-radius: 6px; padding: .3rem; }
+img.chart { background: #ffffff; border-radius: 6px; padding: .3rem; display: block;
+            min-width: 640px; }
 img.scene { width: 66px; max-width: none; image-rendering: pixelated; display: block;
             border: 3px solid transparent; }
 img.map { border: 1px solid var(--frame); } img.right { border-color: #2e9e5b; }
@@ -108,8 +108,8 @@ def table(grid: Grid) -> Markup:
     lines = [_line("th", grid.header, style)]
     for row in grid.rows:
         lines.append(_line("td", row, style, ours=row[0] == grid.ours))
-    caption = element("caption", grid.caption) if grid.caption else Markup()
-    return element("div", element("table", caption, *lines), style="wide")
+    caption = element("p", grid.caption, style="small") if grid.caption else Markup()
+    return Markup(caption + element("div", element("table", *lines), style="wide"))
 
 
 def _line(tag: str, cells: Sequence[str], style: str, *, ours: bool = False) -> Markup:
@@ -123,7 +123,8 @@ def listing(items: Iterable[str]) -> Markup:
 
 def figure(png: bytes, caption: str) -> Markup:
     """A chart with its caption."""
-    return element("figure", image(png, caption, "chart"), element("figcaption", caption))
+    box = element("div", image(png, caption, "chart"), style="wide")
+    return element("figure", box, element("figcaption", caption))
 
 
 def picture(pixels_HW3: np.ndarray, alternative: str, style: str = "scene") -> Markup:

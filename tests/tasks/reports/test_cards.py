@@ -34,7 +34,7 @@ def test_the_front_matter_is_what_a_hub_reads():
 
 
 def test_only_a_modality_transformer_needs_alloy_to_load():
-    assert MODALITY == ModalityModel.__name__
+    assert ModalityModel.__name__ == MODALITY
     assert "import alloy.modality" in load_snippet(MODALITY)
     assert "alloy" not in load_snippet("ViTModel")
     assert "alloy.modality" not in render(card())

@@ -1,4 +1,5 @@
-"""Units of models trained apart, brought together: similarities, the search, presets, zip, transport.
+"""Units of models trained apart, brought together: similarities, the search, presets, zip,
+transport.
 
 `align_models` aligns any number of models by a preset, `align` one model to a reference, and an
 `Alignment` says how each comes into one space.

@@ -1,7 +1,9 @@
-"""Linear assignment, many problems at once, and warm: the search solves nearly the same one again and again.
+"""Linear assignment, many problems at once, and warm: the search solves nearly the same one again
+and again.
 
-Shortest augmenting paths after a reduction that assigns most rows (Jonker and Volgenant, Computing 38,
-1987). Prices of columns from an earlier solution make the next one cheap; any prices lead to an optimum.
+Shortest augmenting paths after a reduction that assigns most rows (Jonker and Volgenant, Computing
+38, 1987). Prices of columns from an earlier solution make the next one cheap; any prices lead to an
+optimum.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ def assign_all(similarity_BNN: Tensor, prices_BN: Tensor | None = None) -> tuple
         prices_BN: what `assign_all` gave for a similar problem.
 
     Returns:
-        int64 [..., n], the source unit of each result unit, and the prices of the source units, float64.
+        int64 [..., n], the source unit of each result unit, and the prices of the source units,
+        float64.
     """
     batch, n = similarity_BNN.shape[:-2], similarity_BNN.shape[-1]
     flat = np.ascontiguousarray(similarity_BNN.reshape(-1, n, n).detach().numpy())
@@ -74,7 +77,9 @@ def _solve(similarity, v, warm, column_of):
 
 @_compiled
 def _reduce(similarity, v, free, num_free, row_of, column_of):
-    """Give each free row its cheapest column, lowering the column's price to where it is indifferent."""
+    """Give each free row its cheapest column, lowering the column's price to where it is
+    indifferent.
+    """
     n = similarity.shape[0]
     k = kept = 0
     steps = 0

@@ -1,4 +1,4 @@
-"""Refusals: what an alignment cannot start from, said before the search begins."""
+"""Refusals: inputs that an alignment cannot start from."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Linear maps between units that need not be invertible, and how they act on weights.
 
-Merging units (zip) or spreading them (transport) is no symmetry: what writes a space is combined by one
-matrix, what reads it by another. `spec.reading` says which is which.
+Merging units (zip) or spreading them (transport) is no symmetry: what writes a space is combined by
+one matrix, what reads it by another. `spec.reading` says which is which.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from alloy.types import Weights
 class UnitMap:
     """`write` takes the units that weights write, `read` the columns of the weights that read them.
 
-    Both [*batch, result units, source units], per unit of the spaces depended on, or [result, source]
-    over all of them flattened, where a space depends on others and their numbers differ. `meet` takes the
-    second side where two weights write units that no weight reads (keys, which meet queries in a product);
-    `write` without it.
+    Both [*batch, result units, source units], per unit of the spaces depended on, or [result,
+    source] over all of them flattened, where a space depends on others and their numbers differ.
+    `meet` takes the second side where two weights write units that no weight reads (keys, which
+    meet queries in a product); `write` without it.
     """
 
     write: Tensor
@@ -82,7 +82,8 @@ class _Mapper:
                 tensor = self._dim(tensor, dim, term, here)
             elif term.size != self.layout[dim].size and not partial:
                 raise SymmetryError(
-                    f"dim {dim} of {self.name!r} is fixed and has {self.layout[dim].size} units here, "
+                    f"dim {dim} of {self.name!r} is fixed and has {self.layout[dim].size} units "
+                    "here, "
                     f"{term.size} in the target: it cannot be mapped"
                 )
         return tensor

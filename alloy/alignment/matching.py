@@ -1,9 +1,9 @@
 """Matching operators: the transform of one space that is best while all others stand still.
 
 A space carries the spaces that depend on it (a head carries the units within it), so matching is
-recursive: the value of pairing head i with head j is what lies on the heads themselves plus the best
-transform of the units within, for queries, keys and values together. One outer assignment over these
-values keeps the function; MuDSC's independent orders for QK and V do not (docs/alignment.md).
+recursive: the value of pairing head i with head j is what lies on the heads themselves plus the
+best transform of the units within, for queries, keys and values together. One outer assignment over
+these values keeps the function; MuDSC's independent orders for QK and V do not (docs/alignment.md).
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Solved(NamedTuple):
 
 
 Operator = Callable[[OfUnits, Tensor | None], Solved]
-"""Similarities of units, and prices from an earlier visit (which assignment can use) -> the best transform."""
+"""Similarities of units, and prices from an earlier visit (which assignment can use) -> the best
+transform.
+"""
 
 
 def leave(similarity: OfUnits, prices: Tensor | None = None) -> Solved:
@@ -88,7 +90,9 @@ def rotate(similarity: OfUnits, prices: Tensor | None = None) -> Solved:
 
 
 def rotate_fixing_ones(similarity: OfUnits, prices: Tensor | None = None) -> Solved:
-    """Orthogonal Procrustes among the rotations that keep the all-ones vector (LayerNorm centres)."""
+    """Orthogonal Procrustes among the rotations that keep the all-ones vector (LayerNorm
+    centres).
+    """
     total = _total(similarity).double()
     n = total.shape[-1]
     start = torch.eye(n, dtype=torch.float64)
@@ -126,17 +130,19 @@ def rotate_pairs(stride: int) -> Operator:
 
 
 def operators(spec: SymmetrySpec, method: str) -> dict[str, Operator]:
-    """The operator of every space: the largest that the method asks for and the space's kind allows."""
+    """The operator of every space: the largest that the method asks for and the space's kind
+    allows.
+    """
     of_kind = MATCHING_METHODS[method]
     carried = {parent for space in spec.spaces.values() for parent in space.depends_on}
-    found = {}
+    chosen = {}
     for name, space in spec.spaces.items():
         if space.kind in ROTARY_KINDS:
             turns = method == "orthogonal"
-            found[name] = rotate_pairs(space.pair_stride) if turns else leave
+            chosen[name] = rotate_pairs(space.pair_stride) if turns else leave
         else:
-            found[name] = of_kind["permutation" if name in carried else space.kind]
-    return found
+            chosen[name] = of_kind["permutation" if name in carried else space.kind]
+    return chosen
 
 
 def rotating(spec: SymmetrySpec, method: str) -> frozenset[str]:
@@ -151,7 +157,9 @@ def rotating(spec: SymmetrySpec, method: str) -> frozenset[str]:
 
 
 class Matched(NamedTuple):
-    """Transforms of a space and of all that depends on it, what they are worth, and the identity."""
+    """Transforms of a space and of all that depends on it, what they are worth, and the
+    identity.
+    """
 
     transforms: dict[str, Transform]
     value: float
@@ -168,18 +176,19 @@ def match(
 ) -> Matched:
     """The best transform of a space and, within each of its units, of all that depends on it.
 
-    `root` is one of `roots`, and may be one of `spec.fixed`; what it depends on stands still. The optimum, up
-    to spaces that share one weight along different dims, which are matched as if alone. `prices` are read
-    and updated. With `blocks`, spaces that are large (`similarity.by_blocks`) are solved one pair of parents' units
-    at a time: only the values of all pairs are kept, and the transforms of those that match.
+    `root` is one of `roots`, and may be one of `spec.fixed`; what it depends on stands still. The
+    optimum, up to spaces that share one weight along different dims, which are matched as if alone.
+    `prices` are read and updated. With `blocks`, spaces that are large (`similarity.by_blocks`) are
+    solved one pair of parents' units at a time: only the values of all pairs are kept, and the
+    transforms of those that match.
     """
     matcher = _Matcher(spec, similarity, operators, prices if prices is not None else {}, blocks)
     above = spec.spaces[root].depends_on if root in spec.spaces else ()
     same = _grid(tuple(spec.batch_shape(root))) if above else ()
     value = matcher.solve(root)[(*same, *same)].sum()
-    found: dict[str, Transform] = {}
-    matcher.read(root, found, above)
-    return Matched(found, float(value), matcher.as_is)
+    transforms: dict[str, Transform] = {}
+    matcher.read(root, transforms, above)
+    return Matched(transforms, float(value), matcher.as_is)
 
 
 class _Matcher:
@@ -255,12 +264,14 @@ class _Matcher:
         }
         return Solved(torch.zeros(()), **parts)
 
-    def read(self, name: str, found: dict[str, Transform], above: tuple[str, ...] = ()) -> None:
+    def read(
+        self, name: str, transforms: dict[str, Transform], above: tuple[str, ...] = ()
+    ) -> None:
         if name in self.spec.spaces:
             ours = _grid(self.spec.batch_shape(name))
             theirs = []
             for depth, parent in enumerate(above):
-                moved = found[parent].permutation if parent in found else None
+                moved = transforms[parent].permutation if parent in transforms else None
                 theirs.append(ours[depth] if moved is None else moved[ours[: depth + 1]])
             at = (*ours, *theirs)
             solved = self.solved.get(name)
@@ -271,9 +282,9 @@ class _Matcher:
                 for part in ("permutation", "signs", "matrix")
                 if (tensor := getattr(solved, part)) is not None
             }
-            found[name] = Transform(depends_on=above, **parts)
+            transforms[name] = Transform(depends_on=above, **parts)
         for child in children(self.spec, name):
-            self.read(child, found, (*above, name))
+            self.read(child, transforms, (*above, name))
 
 
 def children(spec: SymmetrySpec, name: str) -> list[str]:
@@ -289,9 +300,10 @@ def family(spec: SymmetrySpec, name: str) -> list[str]:
 
 
 def roots(spec: SymmetrySpec) -> list[str]:
-    """What is matched on its own: spaces that depend on nothing, and fixed ones that carry others.
+    """Spaces matched on their own: those that depend on nothing, and fixed ones that carry others.
 
-    Last those that depend on several spaces of which none carries the others (heads, and groups of channels).
+    Last those that depend on several spaces of which none carries the others (heads, and groups of
+    channels).
     """
     free = [name for name in spec.order if not spec.spaces[name].depends_on]
     free += [name for name in spec.fixed if children(spec, name)]
@@ -335,7 +347,7 @@ def _trace(total: Tensor) -> Tensor:
 
 
 def _beats(value: Tensor, total: Tensor) -> Tensor:
-    """Whether values are above the identity's by more than rounding."""
+    """True where values exceed the identity's by more than rounding."""
     rounding = 1e-12 if total.dtype == torch.float64 else 1e-7
     largest = total.abs().amax((-1, -2)).double()
     return value > _trace(total) + rounding * largest * total.shape[-1]

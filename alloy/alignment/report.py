@@ -1,4 +1,6 @@
-"""The report of an alignment: each space's similarity before and after, by weights and activations."""
+"""The report of an alignment: each space's similarity before and after, by weights and
+activations.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ from alloy.types import Weights
 
 
 class SpaceAlignment(NamedTuple):
-    """What alignment did to one space: similarities are means over units and weights or points.
+    """Effect of an alignment on one space: similarities are means over units and weights or points.
 
     `kind` is what was applied: identity where nothing beat it. A matrix moves a unit that it maps
     to more than itself.
@@ -86,7 +88,7 @@ class Comparison:
     after: Pair
     statistics: PairMoments
     maps: tuple[Maps, Maps] = field(default_factory=lambda: ({}, {}))
-    """What both models went through after the transforms."""
+    """Of both models, applied after the transforms."""
     kinds: Mapping[str, str] = field(default_factory=dict)
     """Names of what was applied, by space, where that is no transform."""
 
@@ -123,7 +125,7 @@ class Comparison:
         return (mean_covariance if turned else mean_correlation)(moments)
 
     def _moved(self, space: str) -> tuple[int, str]:
-        """How many units do not stay what they were, and by what kind of transform."""
+        """The number of units that moved, and the kind of transform that moved them."""
         unit_map = self.maps[1].get(space)
         if unit_map is None:
             return moved_units(space, self.other_spec, self.transforms)
@@ -157,7 +159,7 @@ class Comparison:
 
 
 def moved_units(space: str, spec: SymmetrySpec, transforms: Transforms) -> tuple[int, str]:
-    """How many units of a space transforms move, and by what kind of transform."""
+    """The number of units that transforms move, and the kind of transform."""
     units = torch.arange(num_flat_units(spec, space))
     changed = flat_order(space, spec, transforms) != units
     transform = transforms[space]

@@ -1,4 +1,4 @@
-"""How several models come into one space: the value that `alloy.align_models` returns."""
+"""The transforms that bring several models into one space: what `alloy.align_models` returns."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from alloy.types import Weights
 
 @dataclass(frozen=True)
 class Alignment:
-    """How each of several models comes into one space.
+    """Transforms and maps that bring each of several models into one space.
 
     `specs` are the symmetries of the models as they are given to `apply`, `spec` those of what it
-    returns: other ones where norms are folded or widths differ. `transforms` and then `maps` are applied.
-    `shared` names the weights that are to be averaged, None all of them; with partial zipping the others
-    stay each model's own. `report` has a row for each space of each model but the reference.
+    returns: other ones where norms are folded or widths differ. `transforms` and then `maps` are
+    applied. `shared` names the weights that are to be averaged, None all of them; with partial
+    zipping the others stay each model's own. `report` has a row for each space of each model but
+    the reference.
     """
 
     preset: str
@@ -49,7 +50,7 @@ class Alignment:
 
     @property
     def exact(self) -> bool:
-        """Whether every model computes after `apply` what it computed before."""
+        """True if every model computes after `apply` what it computed before."""
         return not any(self.maps.values())
 
     def apply(self, models: Mapping[str, Weights]) -> dict[str, dict[str, Tensor]]:
@@ -124,9 +125,9 @@ class Alignment:
             raise AlignmentError(
                 f"these tensors are no alignment: {_DESCRIPTION!r} is not among the {len(tensors)}"
             )
-        found = json.loads(bytes(tensors[_DESCRIPTION].tolist()))
-        spec = SymmetrySpec.from_json(found["spec"])
-        specs = {n: SymmetrySpec.from_json(s) if s else spec for n, s in found["specs"].items()}
+        described = json.loads(bytes(tensors[_DESCRIPTION].tolist()))
+        spec = SymmetrySpec.from_json(described["spec"])
+        specs = {n: SymmetrySpec.from_json(s) if s else spec for n, s in described["specs"].items()}
         fields: dict[str, dict[str, Tensor]] = {name: {} for name in specs}
         maps: dict[str, dict[str, dict[str, Tensor]]] = {name: {} for name in specs}
         for key, tensor in tensors.items():
@@ -138,18 +139,18 @@ class Alignment:
                 fields[model][rest] = tensor
         moving = {n: spec if s.folded != spec.folded else s for n, s in specs.items()}
         return Alignment(
-            found["preset"],
-            found["reference"],
+            described["preset"],
+            described["reference"],
             spec,
             specs,
             {name: transforms_from_tensors(fields[name], moving[name]) for name in specs},
             {name: {s: UnitMap(**m) for s, m in by.items()} for name, by in maps.items() if by},
-            None if found["shared"] is None else frozenset(found["shared"]),
+            None if described["shared"] is None else frozenset(described["shared"]),
             {
                 m: tuple(SpaceAlignment(**row) for row in rows)
-                for m, rows in found["report"].items()
+                for m, rows in described["report"].items()
             },
-            tuple(found["warnings"]),
+            tuple(described["warnings"]),
         )
 
 
@@ -157,7 +158,7 @@ _DESCRIPTION = "description"
 _PARTS = ("write", "read", "meet")
 
 
-def require_names(found: Mapping[str, object], expected: Mapping[str, object]) -> None:
+def require_names(names: Mapping[str, object], expected: Mapping[str, object]) -> None:
     """Raise AlignmentError unless two mappings name the same models."""
-    if set(found) != set(expected):
-        raise AlignmentError(f"the models are {sorted(found)}; {sorted(expected)} were expected")
+    if set(names) != set(expected):
+        raise AlignmentError(f"the models are {sorted(names)}; {sorted(expected)} were expected")

@@ -1,20 +1,20 @@
-"""How alike the units of two models are: by their weights, by their activations, or by both.
+"""The similarity of two models' units: by their weights, by their activations, or by both.
 
 The similarity of two models under transforms T of the other model B is one number,
 
     J(T) = a * sum_p <A_p, T B_p> / (|A_p| |B_p|)  +  (1 - a) * sum_s m_s mean_i corr(a_i, (T b)_i)
 
-over weights p and spaces s, m_s the number of axes of the space (what its units weigh in the first sum).
-a = 1 is weight matching with each weight scaled to norm 1, so that wide layers do not drown narrow ones;
-unscaled it is Git Re-Basin's (arXiv:2209.04836). a = 0 is activation matching, anything between a dual
-space. With every other space held fixed, J is linear in the transform of one space: the coefficients are
-what `of_units` gives.
+over weights p and spaces s, m_s the number of axes of the space (what its units weigh in the first
+sum). a = 1 is weight matching with each weight scaled to norm 1, so that wide layers do not drown
+narrow ones; unscaled it is Git Re-Basin's (arXiv:2209.04836). a = 0 is activation matching,
+anything between a dual space. With every other space held fixed, J is linear in the transform of
+one space: the coefficients are what `of_units` gives.
 
-MuDSC (arXiv:2403.01753) correlates the units' stretches of all weights instead (`scale="unit"`), which
-is linear as well but is no part of one J.
+MuDSC (arXiv:2403.01753) correlates the units' stretches of all weights instead (`scale="unit"`),
+which is linear as well but is no part of one J.
 
-Where a space may rotate, single units mean nothing, and corr(a_i, (T b)_i) becomes the covariance over the
-spread of the whole space: the same number for identical models, and linear in a rotation.
+Where a space may rotate, single units mean nothing, and corr(a_i, (T b)_i) becomes the covariance
+over the spread of the whole space: the same number for identical models, and linear in a rotation.
 
 Shape legend: n units of a space, P units of a space it depends on; the other model's carry an o.
 """
@@ -40,7 +40,9 @@ PairMoments = Mapping[str, Sequence[CrossMoments | SampledMoments]]
 """For each space, the cross-moments of its units (batch dims flattened in front) at each point."""
 
 Scale = Literal["tensor", "none", "unit"]
-"""How weights enter: each tensor at norm 1, as it is, or each unit's stretches centred and at norm 1."""
+"""The scale of weights: each tensor at norm 1, as it is, or each unit's stretches centred and at
+norm 1.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,20 +77,20 @@ def mean_correlation(moments: Sequence[CrossMoments | SampledMoments]) -> Tensor
     sampled = [m.correlation_factors() for m in moments if isinstance(m, SampledMoments)]
     if sampled:
         return Factored(tuple(sampled)) * (1 / len(sampled))
-    found = [_correlation(m) for m in moments if isinstance(m, CrossMoments)]
-    return sum(found[1:], found[0]) / len(found)
+    correlations = [_correlation(m) for m in moments if isinstance(m, CrossMoments)]
+    return sum(correlations[1:], correlations[0]) / len(correlations)
 
 
 def by_sign(
     space: str, moments: Sequence[CrossMoments | SampledMoments]
 ) -> dict[str, Tensor | Factored]:
     """The parts of the mean correlation that change their sign with the units, and that do not."""
-    found = {}
+    parts = {}
     for key, keeps in ((space, False), (signless(space), True)):
         part = [m for m in moments if m.keeps_sign == keeps]
         if part:
-            found[key] = mean_correlation(part) * (len(part) / len(moments))
-    return found
+            parts[key] = mean_correlation(part) * (len(part) / len(moments))
+    return parts
 
 
 def signless(space: str) -> str:
@@ -107,7 +109,9 @@ def _correlation(moments: CrossMoments) -> Tensor:
 
 
 def mean_covariance(moments: Sequence[CrossMoments | SampledMoments]) -> Tensor | Factored:
-    """Covariance over the spread of the whole space, times its size: the trace is that of a correlation."""
+    """Covariance over the spread of the whole space, times its size: the trace is that of a
+    correlation.
+    """
     sampled = [(m.x_ND, m.y_NE) for m in moments if isinstance(m, SampledMoments)]
     if sampled:
         return Factored(tuple((_spread(x), _spread(y)) for x, y in sampled)) * (1 / len(sampled))
@@ -133,14 +137,18 @@ def _spread(x_ND: Tensor) -> Tensor:
 
 
 class OfUnits(NamedTuple):
-    """Similarities of all pairs of units, [*P, *Po, n, no]: what changes sign with a unit, and what does not."""
+    """Similarities of all pairs of units, [*P, *Po, n, no]: what changes sign with a unit, and what
+    does not.
+    """
 
     odd: Tensor
     even: Tensor | None = None
 
 
 class Products(NamedTuple):
-    """The other model's stretches, by axis, and the inner products of them that were last computed."""
+    """The other model's stretches, by axis, and the inner products of them that were last
+    computed.
+    """
 
     rows: list[Tensor]
     products: OfUnits
@@ -153,8 +161,8 @@ Kept = dict[str, Products]
 class Similarity:
     """Everything that stays fixed while the transforms of the other model are searched.
 
-    `reference` holds scaled weights; `activations` by space [n, no], units with their batch flattened,
-    in the units of J. What is seen where signs do not show is under `signless(space)`.
+    `reference` holds scaled weights; `activations` by space [n, no], units with their batch
+    flattened, in the units of J. What is seen where signs do not show is under `signless(space)`.
     """
 
     reference: Weights
@@ -203,7 +211,7 @@ class Similarity:
         activations: Mapping[str, Tensor | Factored],
         kept: Kept | None = None,
     ) -> OfUnits:
-        """What matching unit i of the reference with unit j of the other model adds to J.
+        """The gain in J of matching unit i of the reference with unit j of the other model.
 
         Args:
             other: scaled weights, every other space already transformed.
@@ -231,7 +239,9 @@ class Similarity:
     def blocks(
         self, space: str, other: Weights, activations: Mapping[str, Tensor | Factored]
     ) -> Blocks:
-        """What `of_units` gives, a block at a time: for spaces whose pairs of units are too many."""
+        """The result of `of_units`, a block at a time: for spaces whose pairs of units are too
+        many.
+        """
         rows = [
             (axis, self._rows(self.reference, space, axis), self._rows(other, space, axis))
             for axis in (self.own_axes[space] if self.weight_share > 0 else ())
@@ -299,13 +309,15 @@ class Blocks:
 
     rows: Sequence[tuple[Axis, Tensor, Tensor]]
     activations: tuple[Tensor | Factored | None, ...]
-    """What changes sign with the units, and what does not."""
+    """The part that changes sign with the units, and the part that does not."""
     weight_share: float
     scale: Scale
 
     @cached_property
     def _unit_moments(self) -> tuple[int, list[Tensor], list[Tensor]]:
-        """For each side the sums and the norms of each unit's centred stretches, laid end to end."""
+        """For each side the sums and the norms of each unit's centred stretches, laid end to
+        end.
+        """
         columns = sum(ours.shape[1] for _, ours, _ in self.rows)
         sums, norms = [], []
         for side in (1, 2):
@@ -358,7 +370,9 @@ def scaled(weights: Weights, spec: SymmetrySpec, scale: Scale) -> dict[str, Tens
 
 
 def unit_rows(weight: Tensor, spec: SymmetrySpec, space: str, axis: Axis) -> Tensor:
-    """The stretches of a weight that lie on the units of a space, [units with their batch, rest]."""
+    """The stretches of a weight that lie on the units of a space, [units with their batch,
+    rest].
+    """
     size = math.prod(spec.batch_shape(space)) * spec.spaces[space].size
     return unit_view(weight, spec, space, axis).reshape(size, -1)
 

@@ -1,4 +1,4 @@
-"""Where a search stands: the transforms so far, and the other model under them."""
+"""The state of a search: the transforms so far, and the other model under them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Family:
     root: str
     names: list[str]
     weights: tuple[str, ...]
-    """What the spaces lie on."""
+    """The parameters that the spaces lie on."""
     carried: list[str]
     """The spaces, and all that depends on any of them."""
 
 
 def families(spec: SymmetrySpec) -> dict[str, Family]:
-    """What a sweep visits, by root."""
+    """The families that a sweep visits, by root."""
     result = {}
     for root in roots(spec):
         names = family(spec, root)
@@ -63,7 +63,7 @@ class State(NamedTuple):
         return cls(start, move(weights, spec, start), activations)
 
     def changes(self, family: Family, step: Transforms, spec: SymmetrySpec) -> State:
-        """What a step of one family changes, without what it leaves alone."""
+        """The part of the state that a step of one family changes."""
         touched = {name: self.weights[name] for name in family.weights if name in self.weights}
         return State(
             compose({name: self.transforms[name] for name in family.carried}, step),

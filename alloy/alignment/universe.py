@@ -1,10 +1,11 @@
 """Align many models at once to a universe that belongs to none of them (C2M3, arXiv:2405.17897).
 
-The transforms maximise the similarity of all pairs of models in the universe. A map from model i to model
-j goes through it, T_j^-1 T_i, so maps compose around any cycle to the identity: pairwise alignment has no
-such law. Block coordinate ascent: one model at a time is aligned to the sum of the others, which is
-linear in its transforms; the paper relaxes and takes Frank-Wolfe steps on the same objective. Neither finds the
-highest point from every start, so `alloy.alignment.presets` tries several and keeps the best.
+The transforms maximise the similarity of all pairs of models in the universe. A map from model i to
+model j goes through it, T_j^-1 T_i, so maps compose around any cycle to the identity: pairwise
+alignment has no such law. Block coordinate ascent: one model at a time is aligned to the sum of the
+others, which is linear in its transforms; the paper relaxes and takes Frank-Wolfe steps on the same
+objective. Neither finds the highest point from every start, so `alloy.alignment.presets` tries
+several and keeps the best.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ def align_to_universe(
     generator: torch.Generator | None = None,
     max_sweeps: int = 100,
 ) -> tuple[dict[str, dict[str, Transform]], list[float]]:
-    """Transforms of every model into the universe, and the objective after each sweep over the models.
+    """Transforms of every model into the universe, and the objective after each sweep over the
+    models.
 
-    The universe has the coordinates of the first model, whose transforms are the identity. `between` gives
-    the cross-moments of two models.
+    The universe has the coordinates of the first model, whose transforms are the identity.
+    `between` gives the cross-moments of two models.
     """
     universe = _Universe(models, spec, between, starts, weight_share)
     values = [universe.value()]

@@ -1,4 +1,4 @@
-"""What a search remembers from one visit of a space to the next, so that the next costs less.
+"""The memory of a search from one visit of a space to the next, so that the next costs less.
 
 None of it changes what the search finds: switched off, every visit starts from nothing and every
 sweep visits every space.
@@ -38,7 +38,7 @@ class Warm:
         return (self.prices, self.products) if self.enabled else ({}, {})
 
     def is_settled(self, root: str) -> bool:
-        """Whether a visit would find what the last one found."""
+        """True if a visit would end as the last one did."""
         return self.enabled and root not in self.unsettled
 
     def follow(self, family: Family, step: Transforms, weights: Mapping[str, Tensor]) -> None:

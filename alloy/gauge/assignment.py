@@ -48,8 +48,8 @@ class _Assignment:
     """The best transform of one model's space and of all within it, by what J's layers say.
 
     For the rows of a layer the value of a pairing is exact: J falls by 2 <r_i, r_j'> for a row i of
-    the other models and j of this one, in the metric of A⁻¹. Columns change A, too; there the value is
-    the energy of the two weights' columns that agrees.
+    the other models and j of this one, in the metric of A⁻¹. Columns change A, too; there the value
+    is the energy of the two weights' columns that agrees.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class _Assignment:
 
     def solve(self, root: str) -> dict[str, Transform]:
         self._value(root, (), ())
-        found: dict[str, Transform] = {}
-        self._read(root, found)
-        return found
+        transforms: dict[str, Transform] = {}
+        self._read(root, transforms)
+        return transforms
 
     def _affinity(self, space: str) -> Tensor:
         """[*P, *Po, n, no]: what pairing unit i with unit j of the other model is worth."""
@@ -103,8 +103,8 @@ class _Assignment:
             size = self.spec.spaces[space].size
             for i, j in product(range(size), range(size)):
                 value_nn[i, j] += self._value(child, (*ours, i), (*theirs, j))
-        found, total = self._best(space, value_nn)
-        self.solved[space, ours, theirs] = found
+        best, total = self._best(space, value_nn)
+        self.solved[space, ours, theirs] = best
         return total
 
     def _best(self, space: str, value_nn: Tensor) -> tuple[Tensor, float]:
@@ -123,25 +123,25 @@ class _Assignment:
     def _is_continuous(self, space: str) -> bool:
         return space in self.turning
 
-    def _read(self, space: str, found: dict[str, Transform]) -> None:
+    def _read(self, space: str, transforms: dict[str, Transform]) -> None:
         parents = self.spec.spaces[space].depends_on
         batch = self.spec.batch_shape(space)
         parts = []
         for ours in product(*map(range, batch)):
             theirs: tuple[int, ...] = ()
             for depth, parent in enumerate(parents):
-                moved = found[parent].permutation
+                moved = transforms[parent].permutation
                 assert moved is not None
                 theirs = (*theirs, int(moved[(*ours[:depth], ours[depth])]))
             parts.append(self.solved[space, tuple(ours), theirs])
         stacked = torch.stack(parts).reshape(*batch, *parts[0].shape)
-        found[space] = (
+        transforms[space] = (
             Transform(matrix=stacked, depends_on=parents)
             if self._is_continuous(space)
             else Transform(permutation=stacked, depends_on=parents)
         )
         for child in children(self.spec, space):
-            self._read(child, found)
+            self._read(child, transforms)
 
 
 def _best_rotary(value_nn: Tensor, pair_stride: int) -> Tensor:
@@ -166,7 +166,9 @@ def _assign(value_nn: Tensor) -> tuple[Tensor, float]:
 def _sides(
     layer: SharedLayer, model: int, ridge: float
 ) -> tuple[int, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """For rows and for columns, the others' and the model's own stretches; their products are values."""
+    """For rows and for columns, the others' and the model's own stretches; their products are
+    values.
+    """
     own = layer.models.index(model)
     rest = [i for i in range(len(layer.models)) if i != own]
     moved_MOI = layer.weight_MOI @ layer.gram_MII

@@ -1,4 +1,5 @@
-"""The error that merging layers in least squares leaves, and how it moves with the models' transforms.
+"""The error that merging layers in least squares leaves, and how it moves with the models'
+transforms.
 
 For one linear layer of models m with weights W_m, [out, in + 1] with the bias as last column, and
 Grams G_m of their inputs with a constant 1 behind them,
@@ -9,8 +10,8 @@ in closed form: with D_m = W_m - mean W, A = mean_m G_m + λ I and R = mean_m D_
 
     W* = mean W + R A⁻¹,    J = mean_m tr[D_m G_m D_mᵀ] - tr[R A⁻¹ Rᵀ].
 
-J of two models is small where their weights agree or where their inputs occupy different subspaces: a
-symmetry of a model that its function does not feel changes both.
+J of two models is small where their weights agree or where their inputs occupy different subspaces:
+a symmetry of a model that its function does not feel changes both.
 
 Shape legend: M models, O outputs, I inputs (with the constant, where the layer has a bias).
 """
@@ -32,7 +33,9 @@ from alloy.types import Weights
 
 
 class Turn(NamedTuple):
-    """An orthogonal matrix of a space, [*batch, units, units], one for each unit of `depends_on`."""
+    """An orthogonal matrix of a space, [*batch, units, units], one for each unit of
+    `depends_on`.
+    """
 
     matrix: Tensor
     depends_on: tuple[str, ...] = ()
@@ -44,7 +47,9 @@ Turns = Mapping[str, Turn]
 
 @dataclass(frozen=True)
 class SharedLayer:
-    """One linear layer in the models that have it: which, their weights [M, O, I], Grams [M, I, I]."""
+    """One linear layer in the models that have it: which, their weights [M, O, I], Grams [M,
+    I, I].
+    """
 
     name: str
     rows: Term
@@ -55,7 +60,7 @@ class SharedLayer:
     dim: int
     """The dim of the stored weight that the inputs meet."""
     has_constant: bool
-    """Whether the last input is the constant 1, and the last column of the weights the bias."""
+    """True if the last input is the constant 1, and the last column of the weights the bias."""
 
 
 def layers_of(
@@ -68,8 +73,8 @@ def layers_of(
     Args:
         models: each with a part of the spec's weights, or all of them.
         grams: by weight; of the layer's inputs, or of those and a constant 1 at the end. The bias
-            then counts as the column that meets the constant. Inputs of a convolution are flat patches,
-            those of a table of embeddings (dim 0) one-hot.
+            then counts as the column that meets the constant. Inputs of a convolution are flat
+            patches, those of a table of embeddings (dim 0) one-hot.
 
     Raises:
         GaugeError: a Gram of another size, of a weight that a model lacks, of no tokens or not
@@ -78,14 +83,14 @@ def layers_of(
     for model, (weights, measured) in enumerate(zip(models, grams, strict=True)):
         for name, gram in measured.items():
             _check(name, gram, model, weights, spec)
-    found = []
+    layers = []
     for name, terms in spec.layout.items():
         here = tuple(m for m, measured in enumerate(grams) if name in measured)
         if len(here) > 1:
-            found.append(_layer(name, terms, here, models, grams))
-    if not found:
+            layers.append(_layer(name, terms, here, models, grams))
+    if not layers:
         raise GaugeError("no layer has a Gram in two models: there is nothing to merge")
-    return found
+    return layers
 
 
 def _check(name: str, gram: Gram, model: int, weights: Weights, spec: SymmetrySpec) -> None:
@@ -132,7 +137,9 @@ def _layer(
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:
-    """A weight as [O, I]: a convolution's reads patches, a table's (dim 0) one row for each input."""
+    """A weight as [O, I]: a convolution's reads patches, a table's (dim 0) one row for each
+    input.
+    """
     return weight.flatten(1) if dim == 1 else weight.flatten(0, -2).T
 
 

@@ -1,4 +1,6 @@
-"""The problem that a search for a gauge solves: which layers, which spaces, and what stays still."""
+"""The problem that a search for a gauge solves: which layers, which spaces, and what stays
+still.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ Transformed = tuple[dict[str, Transform], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What stays the same during a search."""
+    """The fixed part of a search."""
 
     layers: list[SharedLayer]
     spec: SymmetrySpec
@@ -72,7 +74,7 @@ class Problem:
 
 
 def lies_on(space: str, layer: SharedLayer) -> bool:
-    """Whether a space lies on the rows or the columns of a layer."""
+    """True if a space lies on the rows or the columns of a layer."""
     return any(leaf.space == space for t in (layer.rows, layer.columns) for _, leaf in leaves(t))
 
 

@@ -1,14 +1,14 @@
 """Choose each model's transforms, within its symmetries, so that merging leaves the smallest error.
 
-J (`alloy.gauge.objective`), summed over the linear layers, needs weights and Grams alone. Two kinds of
-step alternate, neither of which may raise it:
+J (`alloy.gauge.objective`), summed over the linear layers, needs weights and Grams alone. Two kinds
+of step alternate, neither of which may raise it:
 
 - continuous: residual streams and the units within a head turn by Cayley transforms
   Q (I - S/2)⁻¹ (I + S/2), S skew-symmetric, so every iterate is orthogonal; Adam descends on S;
 - discrete: heads and neurons are assigned to those of the other models.
 
-J has many minima. The search starts from several gauges, follows each a little, and the best on J to
-the end.
+J has many minima. The search starts from several gauges, follows each a little, and the best on J
+to the end.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _PROBE = 0.25  # the share of a round's steps that a start gets before the best 
 
 @dataclass(frozen=True)
 class Gauge:
-    """What a search found. `transforms[m]` brings model m to where merging costs least."""
+    """The result of a search. `transforms[m]` brings model m to where merging costs least."""
 
     transforms: tuple[dict[str, Transform], ...]
     error_before: float
     error_after: float
     start: str
-    """Which of the starts won, "identity" also where nothing lowered J."""
+    """The start that won, "identity" also where nothing lowered J."""
     errors: Mapping[str, float]
     """J by start after its first steps."""
     streams: tuple[StreamUse, ...]
@@ -75,13 +75,13 @@ def search_gauge(
     Args:
         models: each with all of the spec's weights or a part of them (an expert has some blocks).
         spec: what may move. Fold norms first, so that streams may turn.
-        grams: by weight, of the inputs of each model's linear layers; with a constant 1 as last input
-            the biases are merged by least squares too.
+        grams: by weight, of the inputs of each model's linear layers; with a constant 1 as last
+            input the biases are merged by least squares too.
         fixed: spaces that stay as they are in every model (the stream, where models share it).
         held: a model and a space with nothing below it that stays as it is in that model.
-        starts: of `STARTS`; axes are the principal axes of what each model reads from a stream, brought
-            together or apart.
-        initial: further starts by name: transforms of each model, such as an alignment found. The
+        starts: of `STARTS`; axes are the principal axes of what each model reads from a stream,
+            brought together or apart.
+        initial: further starts by name: transforms of each model, such as an alignment. The
             reference's, and fixed spaces, count as the identity.
         ridge: λ of J in units of a layer's mean eigenvalue.
         steps: continuous steps a round. A round that lowers J by less than `tolerance` is the last.
@@ -147,12 +147,14 @@ def _check_initial(
         raise GaugeError(
             f"there is no start: name one of {list(STARTS)}, or give initial transforms"
         )
-    for name, found in initial.items():
+    for name, transforms in initial.items():
         if name in STARTS:
             raise GaugeError(f"initial {name!r} is the name of a start: choose another")
-        if len(found) != num_models:
-            raise GaugeError(f"initial {name!r} moves {len(found)} models; there are {num_models}")
-        if unknown := sorted({space for own in found for space in own} - set(spec.spaces)):
+        if len(transforms) != num_models:
+            raise GaugeError(
+                f"initial {name!r} moves {len(transforms)} models; there are {num_models}"
+            )
+        if unknown := sorted({space for own in transforms for space in own} - set(spec.spaces)):
             raise GaugeError(f"initial {name!r} moves {unknown}, which are not in the spec")
 
 
@@ -164,7 +166,9 @@ def merge_layers(
     *,
     ridge: float = 1e-3,
 ) -> dict[str, Tensor]:
-    """W* of every layer under the transforms, float64: weights, and biases where Grams have a constant."""
+    """W* of every layer under the transforms, float64: weights, and biases where Grams have a
+    constant.
+    """
     merged = {}
     for layer in layers_of(models, grams, spec):
         moved = transported(layer, spec, transforms)

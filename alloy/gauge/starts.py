@@ -1,4 +1,6 @@
-"""Starting points of the search: as the models are, their principal axes together or apart, given ones."""
+"""Starting points of the search: as the models are, their principal axes together or apart, given
+ones.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,8 @@ def given(problem: Problem, transforms: Sequence[Transforms]) -> Transformed:
 
 
 def _along(others: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], *, opposed: bool) -> Tensor:
-    """The orthogonal matrix that lays a model's principal axes along the others', largest on largest
-    or (opposed) on smallest. The sign of an axis is that of the mean along it.
+    """The orthogonal matrix that lays a model's principal axes along the others', largest on
+    largest or (opposed) on smallest. The sign of an axis is that of the mean along it.
     """
     axes_others, axes_own = (torch.linalg.eigh(second).eigenvectors for second, _ in (others, own))
     if opposed:

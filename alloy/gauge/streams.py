@@ -1,4 +1,4 @@
-"""How much of a stream the models' inputs fill, and the moments of what they read from it."""
+"""The part of a stream that the models' inputs fill, and the moments of those inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from alloy.symmetry.transforms import Transforms
 
 
 class StreamUse(NamedTuple):
-    """How much of a continuous space the models' inputs fill: dims that hold 99 % of the energy."""
+    """The part of a continuous space that the models' inputs fill: dims that hold 99 % of the
+    energy.
+    """
 
     space: str
     width: int
@@ -25,13 +27,13 @@ class StreamUse(NamedTuple):
     """Of all models together; the sum of `own` where they lie side by side, at most the width."""
     pooled_after: int
     overlap_before: float
-    """Mean over pairs of models of tr[G_a G_b] / (|G_a| |G_b|): 1 where they read the same directions
-    alike, 0 where their inputs are orthogonal."""
+    """Mean over pairs of models of tr[G_a G_b] / (|G_a| |G_b|): 1 where they read the same
+    directions alike, 0 where their inputs are orthogonal."""
     overlap_after: float
 
 
 def stream_use(problem: Problem, space: str, gauge: Sequence[Transforms]) -> StreamUse:
-    """How much of a stream is used before and under some transforms."""
+    """The use of a stream before and under some transforms."""
     moments = stream_moments(problem, space)
     before = [second for second, _ in moments.values()]
     after = []

@@ -1,1 +1,1 @@
-"""How far models lie apart: distances of their weights, and the loss between them."""
+"""Distances of models: of their weights, and of the loss between them."""

@@ -1,4 +1,4 @@
-"""How far apart two models are, by measures that should foretell how well they merge.
+"""Distances of two models, by measures that should foretell how well they merge.
 
 "An Empirical Study of Multimodal Model Merging" (arXiv:2304.14933) proposes that the distance
 between the weights to be merged indicates the outcome, and names soft sign dissimilarity and its

@@ -35,7 +35,7 @@ def path(
 
 
 def barrier(ts: Sequence[float], losses: Sequence[float]) -> float:
-    """How far the loss on the path rises above the straight line between its ends.
+    """The height of the loss on the path above the straight line between its ends.
 
     max_t L(t) - ((1 - t) L(0) + t L(1)) (arXiv:2110.06296, section 2); never below 0, which it
     has at the ends.
@@ -53,8 +53,8 @@ def barrier(ts: Sequence[float], losses: Sequence[float]) -> float:
 class Plane:
     """The plane through three models, with orthonormal axes (drawn as in arXiv:1802.10026).
 
-    The first model is the origin and the second lies on the x axis: distances on the plane are distances
-    between weights.
+    The first model is the origin and the second lies on the x axis: distances on the plane are
+    distances between weights.
     """
 
     models: tuple[Weights, Weights, Weights]
@@ -68,7 +68,8 @@ class Plane:
         return _combine(self.models, [1 - second - third, second, third])
 
     def grid(self, num_points: int, margin: float = 0.2) -> tuple[list[float], list[float]]:
-        """The x and the y of a square grid around the three models, `margin` of their extent beyond.
+        """The x and the y of a square grid around the three models, `margin` of their extent
+        beyond.
 
         Raises:
             LandscapeError: fewer than 2 points.
@@ -87,8 +88,8 @@ def plane(a: Weights, b: Weights, c: Weights) -> Plane:
     """The plane through three models.
 
     Raises:
-        LandscapeError: weights of other names or shapes; three models on one line, as two models and
-            their mean are.
+        LandscapeError: weights of other names or shapes; three models on one line, as two models
+            and their mean are.
     """
     _check_alike(a, b)
     _check_alike(a, c)
@@ -101,7 +102,8 @@ def plane(a: Weights, b: Weights, c: Weights) -> Plane:
     width = ab**0.5
     if width == 0 or ac - inner**2 / ab <= 1e-6 * ac:
         raise LandscapeError(
-            "the three models lie on one line (two models and their mean do): take one off it, such as "
+            "the three models lie on one line (two models and their mean do): take one off it, "
+            "such as "
             "a parent before alignment"
         )
     height = (ac - inner**2 / ab) ** 0.5
@@ -122,8 +124,9 @@ def mean_measures(
     Args:
         model: of the weights' architecture, in evaluation mode; its own weights are not read.
         measures: from a model's output and its batch, by name a value for each example, [B].
-        norm_batches: the batch norms are estimated anew on these (`alloy.refit.repair.reestimate_norms`):
-            the statistics of two models average to those of neither.
+        norm_batches: the batch norms are estimated anew on these
+            (`alloy.refit.repair.reestimate_norms`): the statistics of two models average to those
+            of neither.
 
     Raises:
         LandscapeError: no batches.
@@ -133,17 +136,19 @@ def mean_measures(
     totals: dict[str, float] = {}
     count = 0
     for batch in batches:
-        found = measures(functional_call(model, dict(weights), (), dict(batch)), batch)
-        for name, values in found.items():
+        by_name = measures(functional_call(model, dict(weights), (), dict(batch)), batch)
+        for name, values in by_name.items():
             totals[name] = totals.get(name, 0.0) + float(values.double().sum())
-        count += len(next(iter(found.values())))
+        count += len(next(iter(by_name.values())))
     if count == 0:
         raise LandscapeError("there are no batches to measure the loss on")
     return {name: total / count for name, total in totals.items()}
 
 
 def _combine(models: Sequence[Weights], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    """The linear combination in float64, rounded once; exactly a model where it has all the weight."""
+    """The linear combination in float64, rounded once; exactly a model where it has all the
+    weight.
+    """
     if 1.0 in coefficients and sum(c != 0 for c in coefficients) == 1:
         return dict(models[coefficients.index(1.0)])
     combined = {}
@@ -161,6 +166,7 @@ def _check_alike(a: Weights, b: Weights) -> None:
         shapes = [tuple(w[name].shape) if name in w else None for w in (a, b)]
         if shapes[0] != shapes[1]:
             raise LandscapeError(
-                f"weight {name!r} has shape {shapes[0]} in one model and {shapes[1]} in another: align "
+                f"weight {name!r} has shape {shapes[0]} in one model and {shapes[1]} in another: "
+                "align "
                 f"them first"
             )

@@ -60,7 +60,8 @@ def adamerging(
     for name, key in group.items():
         if starts.setdefault(key, coefficients[name]) != coefficients[name]:
             raise MergeError(
-                f"adamerging learns one coefficient per {per}, but they start differently: {name} at "
+                f"adamerging learns one coefficient per {per}, but they start differently: {name} "
+                "at "
                 f"{coefficients[name]}, {key!r} at {starts[key]}; give one pattern for all of them"
             )
     learned = {key: torch.tensor(c, requires_grad=True) for key, c in starts.items()}
@@ -82,7 +83,8 @@ def adamerging(
         assert isinstance(loss, Tensor)
         if not loss.isfinite():
             raise MergeError(
-                "adamerging: the merged model's logits are not finite; start from smaller coefficients"
+                "adamerging: the merged model's logits are not finite; start from smaller "
+                "coefficients"
             )
         optimizer.zero_grad()
         loss.backward()
@@ -216,5 +218,6 @@ def _require_one_each(batches: Sequence[Iterable[Any]], models: Sequence[Weights
     for index, data in enumerate(batches):
         if iter(data) is data or next(iter(data), None) is None:
             raise MergeError(
-                f"batches[{index}] is empty or an iterator; give a sequence of batches that can be read again"
+                f"batches[{index}] is empty or an iterator; give a sequence of batches that can be "
+                "read again"
             )

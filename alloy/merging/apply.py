@@ -36,8 +36,8 @@ def merge(
         coefficients: one float per model, or a mapping from glob pattern of names to that
             (layer-wise): the first pattern that matches a name decides, and every name must match
             one.
-        statistics: per model, parameter name to `alloy.statistics.moments.Gram` of the layer's inputs
-            (RegMean) or to the diagonal of the Fisher information (Fisher).
+        statistics: per model, parameter name to `alloy.statistics.moments.Gram` of the layer's
+            inputs (RegMean) or to the diagonal of the Fisher information (Fisher).
         options: settings of the method, each a value or, as coefficients, values by glob pattern;
             for methods that run the model also what they run.
 
@@ -157,8 +157,8 @@ def _mean(
     base: Tensor | None,
     coefficients: Sequence[float],
 ) -> Tensor:
-    """What a matrix method does with everything else: the weighted mean, or base + mean of scaled
-    task vectors.
+    """The result of a matrix method for everything else: the weighted mean, or base + mean of
+    scaled task vectors.
     """
     if method.coefficients != "scales":
         return combine(models, coefficients)
@@ -174,7 +174,9 @@ def merge_whole(
     base: Weights | None,
     data: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The tensors of a method that runs the model: inputs and result are checked, each as in `merge_tensor`."""
+    """The tensors of a method that runs the model: inputs and result are checked, each as in
+    `merge_tensor`.
+    """
     method = settings.method
     inputs = {f"models[{i}]": model for i, model in enumerate(models)}
     if base is not None:

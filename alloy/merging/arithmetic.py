@@ -91,7 +91,8 @@ def dare_linear(
     arXiv:2311.03099).
 
     Which entries are dropped depends on the seed, the tensor's name, the model's index and the
-    entry's index alone (`alloy.merging.randomness`). `rescale` keeps the expectation of every entry.
+    entry's index alone (`alloy.merging.randomness`). `rescale` keeps the expectation of every
+    entry.
     """
     deltas = _drop(models, base, density, rescale, seed, name, offset)
     return _add(base, deltas, coefficients)

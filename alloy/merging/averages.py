@@ -39,8 +39,8 @@ def fisher(
     """W = sum_i c_i F_i W_i / sum_i c_i F_i, entry by entry (Matena and Raffel, arXiv:2111.09832).
 
     F_i is the diagonal of model i's Fisher information, of the shape of the tensor, as
-    `alloy.merging.fisher_diagonal` measures it. Entries that no model's loss depends on (all F_i = 0)
-    get the mean.
+    `alloy.merging.fisher_diagonal` measures it. Entries that no model's loss depends on (all F_i =
+    0) get the mean.
 
     Raises:
         MergeError: a Fisher diagonal of another shape, or with a negative or non-finite entry.
@@ -49,7 +49,8 @@ def fisher(
     for model, diagonal, c in zip(models, statistics, coefficients, strict=True):
         if diagonal.shape != model.shape:
             raise MergeError(
-                f"a Fisher diagonal has shape {tuple(diagonal.shape)}, its weight {tuple(model.shape)}"
+                f"a Fisher diagonal has shape {tuple(diagonal.shape)}, its weight "
+                f"{tuple(model.shape)}"
             )
         if not bool((diagonal.isfinite() & (diagonal >= 0)).all()):
             raise MergeError(

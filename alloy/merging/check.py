@@ -14,7 +14,9 @@ from alloy.merging.methods import MERGE_METHODS
 
 
 def oriented(options: Mapping[str, Any], transposed: Iterable[str]) -> dict[str, Any]:
-    """Options of a method that has `transposed`, set for these tensors unless the options say it."""
+    """Options of a method that has `transposed`, set for these tensors unless the options say
+    it.
+    """
     by_name: dict[str, bool] = {glob.escape(name): True for name in sorted(transposed)}
     return {"transposed": by_name | {"*": False} if by_name else False, **options}
 
@@ -150,7 +152,8 @@ def _check_given(
     if method.statistics and not statistics:
         kinds = {"gram": "Gram of the layer's inputs", "fisher": "Fisher diagonal"}
         raise MergeError(
-            f"method {name!r} needs statistics=, for each model a mapping from parameter name to the "
+            f"method {name!r} needs statistics=, for each model a mapping from parameter name to "
+            "the "
             f"{kinds[method.statistics]}"
         )
     if not method.statistics and statistics:
@@ -209,7 +212,8 @@ def _normalized(pattern: str, row: Sequence[float]) -> tuple[float, ...]:
     total = math.fsum(row)
     if abs(total) <= 1e-6 * sum(map(abs, row)):
         raise MergeError(
-            f"{_where(pattern, row)} sum to {total:g}, so they cannot be normalised: change them, or take a method that "
+            f"{_where(pattern, row)} sum to {total:g}, so they cannot be normalised: change them, "
+            "or take a method that "
             "adds task vectors"
         )
     return tuple(c / total for c in row)

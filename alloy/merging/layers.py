@@ -1,4 +1,4 @@
-"""Which tensors form a layer."""
+"""Tensors that form a layer."""
 
 import re
 

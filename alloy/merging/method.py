@@ -1,4 +1,4 @@
-"""What a merge method is: a function over one tensor, and what that function needs.
+"""A merge method: a function over one tensor, and the inputs that it needs.
 
 A method sees one named tensor of every model at a time, so a checkpoint of any size streams through
 it. The few that look at the whole model (`scope="model"`: they run it) cannot be streamed.
@@ -81,20 +81,20 @@ class MergeMethod:
     - `coefficients`, a tuple of one float per model, unless `coefficients` here is None;
     - `base`, a tensor (or None where `base` here is "optional"), unless `base` here is "unused";
     - `statistics`, one entry per model, if `statistics` here names a kind: "gram"
-      (`alloy.statistics.moments.Gram` of the layer's inputs) or "fisher" (a diagonal of the tensor's
-      shape);
+      (`alloy.statistics.moments.Gram` of the layer's inputs) or "fisher" (a diagonal of the
+      tensor's shape);
     - `name` and `offset` (flat index of the chunk's first entry), if `random`;
     - every option, by its name, always.
 
     With `scope="model"` the models, the base, the coefficients (a tuple per name) and the result
-    are mappings from name to tensor, and the function also receives the keywords in `inputs`, and those
-    in `extras` that are given.
+    are mappings from name to tensor, and the function also receives the keywords in `inputs`, and
+    those in `extras` that are given.
     """
 
     implementation: str | None = None
     """The module in `alloy.merge` and the name of `function`."""
     coefficients: Literal["weights", "nonnegative weights", "scales"] | None
-    """What the coefficients mean. "weights" of a mean: default 1/n each, divided by their sum
+    """Meaning of the coefficients. "weights" of a mean: default 1/n each, divided by their sum
     before the function sees them unless the option `normalize` is false. "scales" of task
     vectors: `default_scale`."""
     default_scale: float = 1.0
@@ -102,8 +102,8 @@ class MergeMethod:
     statistics: Literal["gram", "fisher"] | None = None
     scope: Literal["tensor", "model"] = "tensor"
     inputs: tuple[str, ...] = ()
-    """What only the caller has, passed through by keyword: a callable that runs the model, its
-    batches.
+    """Inputs that only the caller has, passed through by keyword: a callable that runs the model,
+    its batches.
     """
     extras: tuple[str, ...] = ()
     """Inputs that may be left out; the function has defaults for them."""
@@ -153,7 +153,7 @@ class MergeSettings:
     name: str
     method: MergeMethod
     options: Mapping[str, Any]
-    """As asked for: by name a value, or the values by glob pattern of tensor names."""
+    """As the caller gives them: by name a value, or the values by glob pattern of tensor names."""
     patterned: Mapping[str, Mapping[str, Any]]
     """By tensor name the values of the options that were given by pattern. Empty if none was."""
     coefficients: Mapping[str, tuple[float, ...]]

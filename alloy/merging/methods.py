@@ -41,7 +41,7 @@ _SKIP = Option(
     default=("*embed*", "*lm_head*", "*wte*", "*wpe*", "*shared.weight", "*predictions.decoder*"),
 )
 _TRANSPOSED = Option(type=bool, default=False)
-"""Whether the inputs meet dim 0 of the matrix, as in GPT-2's Conv1D."""
+"""True if the inputs meet dim 0 of the matrix, as in GPT-2's Conv1D."""
 _WHOLE_OR_ROWS = Option(type=str, default="tensor", choices=("tensor", "rows"))
 _START = Option(type=str, default="sum", choices=("sum", "mean", "zero"))
 _GRAM_OPTIONS = {

@@ -10,10 +10,10 @@ bijective mix of `key + (j + 1) * GOLDEN`, all modulo 2^64:
     z = z ^ (z >> 31)
 
 It serves two entries: the one at the even flat index 2j takes its lower 32 bits, the one at 2j + 1
-its upper 32. An entry is kept with probability p when its bits, an integer below 2^32, are less than
-`p * 2^32`, compared as float64; so probabilities are exact to 2^-32. The key of a stream is the first 8 bytes, little-endian, of BLAKE2b-64 over the
-UTF-8 text `seed NUL name NUL model`: the numbers in decimal, the tensor's name, the index of the
-model.
+its upper 32. An entry is kept with probability p when its bits, an integer below 2^32, are less
+than `p * 2^32`, compared as float64; so probabilities are exact to 2^-32. The key of a stream is
+the first 8 bytes, little-endian, of BLAKE2b-64 over the UTF-8 text `seed NUL name NUL model`: the
+numbers in decimal, the tensor's name, the index of the model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def stream_key(seed: int, name: str, model: int) -> int:
 
 
 def keep(key: int, probability: float | Tensor, like: Tensor, *, offset: int = 0) -> Tensor:
-    """Which entries survive, as a bool tensor of the shape of `like`.
+    """The entries that survive, as a bool tensor of the shape of `like`.
 
     Args:
         probability: of survival: one number, or one per entry (float64).

@@ -61,8 +61,10 @@ def regmean(
     for model, gram in zip(models, statistics, strict=True):
         if gram.sum_DD.shape != (model.shape[1], model.shape[1]):
             raise MergeError(
-                f"a Gram has shape {tuple(gram.sum_DD.shape)}, a weight whose inputs meet dim {gram.dim} of "
-                f"{tuple(model.T.shape if transposed else model.shape)} needs {(model.shape[1], model.shape[1])}"
+                f"a Gram has shape {tuple(gram.sum_DD.shape)}, a weight whose inputs meet dim "
+                f"{gram.dim} of "
+                f"{tuple(model.T.shape if transposed else model.shape)} needs "
+                f"{(model.shape[1], model.shape[1])}"
             )
         if not bool(gram.sum_DD.isfinite().all()):
             raise MergeError(
@@ -262,7 +264,7 @@ def _terms(coefficients: Sequence[float]) -> list[float]:
 
 
 def _start(kind: str, deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """Where WUDI begins, and stays in directions that no task vector visits; "sum" is n times
+    """The start of WUDI, which it keeps in directions that no task vector visits; "sum" is n times
     "mean".
     """
     factor = {"sum": len(deltas), "mean": 1, "zero": 0}[kind]

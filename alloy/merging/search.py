@@ -84,7 +84,7 @@ def search(
             coefficients = {p: _normalized(row) for p, row in coefficients.items()}
         value = float(score(coefficients))
         value = value if not math.isnan(value) else (-math.inf if maximize else math.inf)
-        # Optuna refuses infinities: a trial that went wrong is told as failed
+        # Optuna refuses infinities: a trial that went wrong is marked failed
         failed = not math.isfinite(value)
         state = optuna.trial.TrialState.FAIL if failed else None
         study.tell(trial, None if failed else value, state=state)

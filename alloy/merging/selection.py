@@ -1,10 +1,10 @@
-"""Which entries of a task vector are large: an order that a histogram can find exactly.
+"""Large entries of a task vector: an order that a histogram can find exactly.
 
 Magnitudes are compared after rounding the float32 (float64) difference of model and base to the
 dtype that the weights are stored in. For bfloat16 and float16 a magnitude is then one of 32,768
 values, so one histogram of the task vector's absolute bits selects exactly, without a sort. Entries
 of equal magnitude share their fate: both are kept or both are dropped. So a selection does not
-depend on the order of entries, and may keep a few more than asked for where magnitudes tie.
+depend on the order of entries, and may keep a few more than wanted where magnitudes tie.
 """
 
 import torch
@@ -17,12 +17,14 @@ def accumulator(tensor: Tensor) -> Tensor:
 
 
 def task_vector(model: Tensor, base: Tensor) -> Tensor:
-    """What training changed: model - base, in float32 (float64 for float64 weights)."""
+    """The task vector: model - base, in float32 (float64 for float64 weights)."""
     return accumulator(model) - accumulator(base)
 
 
 def magnitudes(delta: Tensor, dtype: torch.dtype) -> Tensor:
-    """|delta| rounded to the storage dtype (to nearest, ties to even), held in the dtype of `delta`."""
+    """|delta| rounded to the storage dtype (to nearest, ties to even), held in the dtype of
+    `delta`.
+    """
     return delta.abs().to(dtype).to(delta.dtype)
 
 

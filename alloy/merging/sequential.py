@@ -1,7 +1,9 @@
-"""Merge layer by layer in the order of computation, each fitted to what its merged inputs really are.
+"""Merge layer by layer in the order of computation, each fitted to what its merged inputs really
+are.
 
-RegMean fits every layer to the inputs that its own model gives it. In the merged model those inputs no
-longer exist: the layers before have changed. `alloy.refit.least_squares` walks through the merged model instead.
+RegMean fits every layer to the inputs that its own model gives it. In the merged model those inputs
+no longer exist: the layers before have changed. `alloy.refit.least_squares` walks through the
+merged model instead.
 """
 
 from __future__ import annotations
@@ -40,17 +42,18 @@ def sequential(
 ) -> dict[str, Tensor]:
     """W = argmin sum_i c_i mean_t |y_it - W x_it|² + ridge s |W - W_0|², a layer after the other.
 
-    RegMean's least squares (arXiv:2212.09849) on the merged model's own inputs, as RegMean++ takes them
-    (arXiv:2508.03121), against what each untouched model computes on its own data: `alloy.refit.least_squares`, which also
-    says what `residual` does. Linear layers and convolutions are fitted, with batch norms behind them; everything
-    else is averaged.
+    RegMean's least squares (arXiv:2212.09849) on the merged model's own inputs, as RegMean++ takes
+    them (arXiv:2508.03121), against what each untouched model computes on its own data:
+    `alloy.refit.least_squares`, which also says what `residual` does. Linear layers and
+    convolutions are fitted, with batch norms behind them; everything else is averaged.
 
     Args:
         module: the architecture; its parameters have the names of the models, and are not changed.
         batches: one re-iterable of batches per model; a batch is a mapping of keyword arguments of
             `module`.
-        answers: of a model and a batch, the tensors [..., C] that merging shall keep, such as logits; then it is
-            their errors that are made small (`alloy.refit.sensitivity`), and not those of all layers alike.
+        answers: of a model and a batch, the tensors [..., C] that merging shall keep, such as
+            logits; then it is their errors that are made small (`alloy.refit.sensitivity`), and not
+            those of all layers alike.
 
     Raises:
         MergeError: not one iterable per model, an empty one, activations that are not finite,
@@ -75,8 +78,8 @@ def sequential(
             groups = layers_in_order(teacher, lesson)
             layers = {name: layer for group in groups for name, layer in group.items()}
             generator = torch.Generator().manual_seed(0)
-            felt = sensitivities(teacher, layers, data, answers, generator=generator)
-            lesson = replace(lesson, sensitivities=felt)
+            measured = sensitivities(teacher, layers, data, answers, generator=generator)
+            lesson = replace(lesson, sensitivities=measured)
         lessons.append(lesson)
     of_layers = {}
     for name in fittable_layers(student):
@@ -84,7 +87,8 @@ def sequential(
         bias = coefficients.get(f"{name}.bias", of_layers[name])
         if tuple(bias) != tuple(of_layers[name]):
             raise MergeError(
-                f"{name} has coefficients {tuple(of_layers[name])} for its weight and {tuple(bias)} for "
+                f"{name} has coefficients {tuple(of_layers[name])} for its weight and "
+                f"{tuple(bias)} for "
                 f"its bias; sequential fits both at once, so give one for both"
             )
     fit_layers(student, lessons, coefficients=of_layers, ridge=ridge, residual=residual)

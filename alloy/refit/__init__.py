@@ -1,7 +1,7 @@
 """Layers of a merged model refitted to its parents: least squares, sensitivities, repair.
 
-`fit_layers` fits a student's layers to what teachers' layers compute. `repair` has what is done to a
-merged model after its weights have been averaged.
+`fit_layers` fits a student's layers to what teachers' layers compute. `repair` has what is done to
+a merged model after its weights have been averaged.
 """
 
 from alloy.refit import repair

@@ -1,10 +1,10 @@
-"""What modules read and compute in a forward pass, and the sums that their outputs go into.
+"""Calls of modules in a forward pass, and the sums that their outputs go into.
 
-In a residual network a block's last layer writes into a stream: its output is added to what was there.
-Between layer and sum there may be views, permutations of the dims and gains that do not depend on the data
-(LayerScale). A sum is a stream's if it is itself added to, as in pre-norm transformers; a sum that goes through
-an activation function or a norm first, as in ResNet and BERT, is none. All these are watched operation by
-operation, so no architecture is written down.
+In a residual network a block's last layer writes into a stream: its output is added to what was
+there. Between layer and sum there may be views, permutations of the dims and gains that do not
+depend on the data (LayerScale). A sum is a stream's if it is itself added to, as in pre-norm
+transformers; a sum that goes through an activation function or a norm first, as in ResNet and BERT,
+is none. All these are watched operation by operation, so no architecture is written down.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MOVES = (
     _ATEN.view.default,
     _ATEN._unsafe_view.default,
 )
-"""What only moves entries, if it keeps all of them."""
+"""Operations that only move entries, if they keep all of them."""
 
 
 class Step(NamedTuple):
@@ -50,7 +50,9 @@ class Step(NamedTuple):
 
 @dataclass
 class Call:
-    """One call of a module: its first input, its output, and the sum that this went into, if any."""
+    """One call of a module: its first input, its output, and the sum that this went into, if
+    any.
+    """
 
     input: Tensor
     output: Tensor
@@ -61,7 +63,7 @@ class Call:
     summed_as: int | None = None
     """Equal for outputs that went into the same sum."""
     path: tuple[Step, ...] = ()
-    """What became of the output before it was added."""
+    """The steps between the output and the sum."""
 
     def stream(self) -> Tensor:
         """The sum, with each entry where the output has the one that went into it."""
@@ -69,7 +71,8 @@ class Call:
         return self._moved_back(self.sum) if self.path else self.sum
 
     def made_of(self, change: Tensor) -> Tensor:
-        """The change of the output that changes `stream()` so: it is divided by the gains on the way.
+        """The change of the output that changes `stream()` so: it is divided by the gains on the
+        way.
 
         Where they are 0 beside the others, nothing that the module does reaches the sum: 0.
         """
@@ -85,13 +88,13 @@ class Call:
         place = torch.arange(self.output.numel(), device=entries.device).view(self.output.shape)
         for step in self.path:
             place = step.move(place)
-        found = torch.empty_like(entries).flatten()
-        found[place.flatten()] = entries.flatten()
-        return found.view(self.output.shape)
+        moved = torch.empty_like(entries).flatten()
+        moved[place.flatten()] = entries.flatten()
+        return moved.view(self.output.shape)
 
 
 class _Reached(Exception):  # noqa: N818 (ends a forward pass, no error)
-    """Everything that was asked of a forward pass has been seen."""
+    """Everything wanted of a forward pass has been seen."""
 
 
 class Recorder:
@@ -100,7 +103,8 @@ class Recorder:
     Args:
         modules: by the names that the calls are kept under.
         summed: the names whose sums are wanted as well.
-        expected: how many calls and sums there will be: the pass ends with the last; None: it runs to its end.
+        expected: how many calls and sums there will be: the pass ends with the last; None: it runs
+            to its end.
         copies: whether what is kept are copies: into others, later operations may write.
     """
 
@@ -205,18 +209,18 @@ class _Sums(TorchDispatchMode):
         alike = len({x.shape for x in operands}) == 1 and len(operands) == 2
         if any(id(x) in self.fixed for x in operands):  # an embedding of positions
             alike = False
-        found = [self.waiting.pop(id(x)) for x in operands if alike and id(x) in self.waiting]
+        added = [self.waiting.pop(id(x)) for x in operands if alike and id(x) in self.waiting]
         before = {self.sums[id(x)][1] for x in operands if alike and id(x) in self.sums}
         result = func(*args)
         self.waiting.pop(id(result), None)
         self.sums.pop(id(result), None)
-        found = [followed for followed in found if followed.call.sum is None]
-        if found:
+        added = [followed for followed in added if followed.call.sum is None]
+        if added:
             self.num_sums += 1
             self.sums[id(result)] = (result, self.num_sums)
             if before:
                 self.recorder.streams |= {self.num_sums, *before}
-        for _, call, path in found:
+        for _, call, path in added:
             call.sum, call.summed_as, call.path = self.recorder.kept(result), self.num_sums, path
             self.recorder.count()
         return result

@@ -1,29 +1,32 @@
-"""Refit a model's layers by least squares, one after the other, to what its teachers' layers compute.
+"""Refit a model's layers by least squares, one after the other, to what its teachers' layers
+compute.
 
-The student starts as any merge of its teachers. When a layer's turn comes, in the order of a forward
-pass, its inputs x are the student's own, all layers before already fitted, and its targets y are what
-the layer computes in the teachers:
+The student starts as any merge of its teachers. When a layer's turn comes, in the order of a
+forward pass, its inputs x are the student's own, all layers before already fitted, and its targets
+y are what the layer computes in the teachers:
 
     W, b = argmin mean |y - W x - b|² + ridge s |W - W_0|²
 
-with W_0 the layer as it was and s the mean variance of its inputs (their mean square where the layer
-has no bias), so the ridge keeps what the data do not determine. Where a layer's output is added to a
-stream (`alloy.refit.calls`), the target may be the sum instead: then the layer also corrects the error that
-the stream has so far. A batch norm behind a layer is fitted together with it.
+with W_0 the layer as it was and s the mean variance of its inputs (their mean square where the
+layer has no bias), so the ridge keeps what the data do not determine. Where a layer's output is
+added to a stream (`alloy.refit.calls`), the target may be the sum instead: then the layer also
+corrects the error that the stream has so far. A batch norm behind a layer is fitted together with
+it.
 
-Data come as lessons. On the data of one lesson the student follows the mean of its teachers, example by
-example; over lessons the squared errors are averaged. A layer's change solves the normal equations of
-the error that it leaves,
+Data come as lessons. On the data of one lesson the student follows the mean of its teachers,
+example by example; over lessons the squared errors are averaged. A layer's change solves the normal
+equations of the error that it leaves,
 
     W = W_0 + R A⁻¹,   R = cov(y - W_0 x, x),   A = cov(x, x) + ridge s 1,
 
-from sums in float64: one pass over the data for the layers that read one tensor, ended as soon as they
-have been reached. With sensitivities (`alloy.refit.sensitivity`) it is what the error does to a model's answers
-that is made small, not the error itself. Permuted least squares (PLeaS, arXiv:2407.02447) and RegMean (arXiv:2212.09849) are
-such fits on the teachers' inputs, RegMean++ (arXiv:2508.03121) takes the merged model's.
+from sums in float64: one pass over the data for the layers that read one tensor, ended as soon as
+they have been reached. With sensitivities (`alloy.refit.sensitivity`) it is what the error does to
+a model's answers that is made small, not the error itself. Permuted least squares (PLeaS,
+arXiv:2407.02447) and RegMean (arXiv:2212.09849) are such fits on the teachers' inputs, RegMean++
+(arXiv:2508.03121) takes the merged model's.
 
-Shape legend: B examples, N samples (tokens, pixels), G groups of a convolution (1 elsewhere), I inputs,
-O outputs of a group, P teachers.
+Shape legend: B examples, N samples (tokens, pixels), G groups of a convolution (1 elsewhere), I
+inputs, O outputs of a group, P teachers.
 """
 
 from __future__ import annotations
@@ -61,28 +64,30 @@ def fit_layers(
     residual: bool = True,
     inputs: Literal["merged", "parents"] = "merged",
 ) -> list[str]:
-    """Fit the student's linear layers and 2-d convolutions, in place and in the order of computation.
+    """Fit the student's linear layers and 2-d convolutions, in place and in the order of
+    computation.
 
-    A layer that is called several times is fitted on all of its calls. Layers that share their weight
-    with another module stay as they are, and so does every layer whose targets ask for no change beyond
-    rounding.
+    A layer that is called several times is fitted on all of its calls. Layers that share their
+    weight with another module stay as they are, and so does every layer whose targets ask for no
+    change beyond rounding.
 
     Args:
         student: in evaluation mode, with the weights that it starts from.
-        coefficients: of the lessons, by layer; equal by default. Those of the lessons that reach the
-            layer are divided by their sum.
+        coefficients: of the lessons, by layer; equal by default. Those of the lessons that reach
+            the layer are divided by their sum.
         ridge: how strongly the student's own weights are kept; 0 where the inputs determine them.
-        residual: fit the sum of the stream that a layer's output goes into, where there is one, not the
-            output alone. Of the layers that write into one sum the last one has this target.
-        inputs: of the layers that are fitted: "merged", the student's own; "parents", the mean of its
-            teachers', which takes one pass over the data for all layers.
+        residual: fit the sum of the stream that a layer's output goes into, where there is one, not
+            the output alone. Of the layers that write into one sum the last one has this target.
+        inputs: of the layers that are fitted: "merged", the student's own; "parents", the mean of
+            its teachers', which takes one pass over the data for all layers.
 
     Returns:
         the layers in the order in which they were fitted.
 
     Raises:
         MergeError: no batches, a layer that a teacher names and its data never reach, lessons that
-            reach layers in contradictory orders, activations that are not finite, inputs that do not determine a layer at ridge 0.
+            reach layers in contradictory orders, activations that are not finite, inputs that do
+            not determine a layer at ridge 0.
     """
     _check(lessons, residual, inputs)
     traces = [trace_layers(student, lesson) for lesson in lessons]
@@ -126,7 +131,8 @@ def loaded(module: nn.Module, weights: Weights) -> nn.Module:
     """A copy of the module with other weights, in evaluation mode.
 
     Raises:
-        MergeError: weights that lack a parameter or buffer of the module, or have tensors that it lacks.
+        MergeError: weights that lack a parameter or buffer of the module, or have tensors that it
+            lacks.
     """
     result = copy.deepcopy(module).eval()
     named = dict(result.named_parameters(remove_duplicate=False))

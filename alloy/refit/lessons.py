@@ -1,4 +1,4 @@
-"""What a student is taught: data, teachers, and how much each of them and each answer counts."""
+"""Lessons: data, teachers, and the weight of each teacher and of each answer."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Units:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much a model's answers change with what one of its layers computes (`alloy.refit.sensitivity`).
+    """The change of a model's answers with a layer's outputs (`alloy.refit.sensitivity`).
 
-    The mean over examples of what an error e of the layer's outputs does to the answers, squared, is taken
-    to be the mean of the sum over samples n of s_n e_nᵀ H e_n.
+    The mean over examples of what an error e of the layer's outputs does to the answers, squared,
+    is taken to be the mean of the sum over samples n of s_n e_nᵀ H e_n.
     """
 
     samples: Sequence[Sequence[Tensor]]
@@ -56,9 +56,13 @@ class Teacher:
 
     module: nn.Module
     layers: Mapping[str, str] | None = None
-    """Student's layer -> what it is called here; by default all that can be fitted, by their own names."""
+    """Student's layer -> what it is called here; by default all that can be fitted, by their own
+    names.
+    """
     units: Mapping[str, Units] = field(default_factory=dict)
-    """By student's layer, what brings what it writes into the student's units; by default they are these."""
+    """By student's layer, what brings what it writes into the student's units; by default they are
+    these.
+    """
 
     def in_students_units(self, layer: str, target: Tensor, dim: int) -> Tensor:
         return self.units[layer].bring(target, dim) if layer in self.units else target
@@ -75,12 +79,16 @@ class Lesson:
     """[P] or [P, examples] of column sums 1: how much each teacher counts; equally by default."""
     forward: Callable[[Any, Batch], object] = _call
     masks: Callable[[Any, Batch], Mapping[str, Tensor]] = _no_mask
-    """What says which samples count, by names as `alloy.statistics.masks` knows them; by default in the batch."""
+    """The masks of samples that count, by names as `alloy.statistics.masks` knows them; by default
+    in the batch.
+    """
     sensitivities: Mapping[str, Sensitivity] | None = None
-    """By student's layer, of the teacher (there is one then); by default all samples and units count alike."""
+    """By student's layer, of the teacher (there is one then); by default all samples and units
+    count alike.
+    """
 
     def shares_of(self, start: int, size: int) -> Tensor:
-        """How much each teacher counts in the next examples, [P, size or 1]."""
+        """The weight of each teacher in the next examples, [P, size or 1]."""
         num = len(self.teachers)
         if self.shares is None:
             return torch.full((num, 1), 1 / num, dtype=torch.float64)
@@ -89,7 +97,7 @@ class Lesson:
         return self.shares[:, start : start + size]
 
     def weights_of(self, layer: str, batch: int) -> Sequence[Tensor]:
-        """How much the samples of a layer count in each of its calls; () where all count alike.
+        """The weight of a layer's samples in each of its calls; () where all count alike.
 
         Raises:
             MergeError: sensitivities of other layers or fewer batches.

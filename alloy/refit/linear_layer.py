@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 
 class LinearLayer:
-    """A linear layer or convolution as a matrix for each group, and what a batch norm behind makes of it."""
+    """A linear layer or convolution as a matrix for each group, and what a batch norm behind makes
+    of it.
+    """
 
     def __init__(self, module: Any, norm: Any = None) -> None:
         self.module, self.norm = module, norm
@@ -26,7 +28,9 @@ class LinearLayer:
         self.has_bias = norm is not None or module.bias is not None
 
     def samples(self, x: Tensor) -> Tensor:
-        """What each output is a linear function of, [B, ..., G * I]: patches of a convolution."""
+        """The inputs that each output is a linear function of, [B, ..., G * I]: patches of a
+        convolution.
+        """
         if not isinstance(self.module, nn.Conv2d):
             return x
         conv = self.module
@@ -36,11 +40,11 @@ class LinearLayer:
         return patches.transpose(1, 2)
 
     def outputs(self, y: Tensor) -> Tensor:
-        """What the layer, or its norm, computed: [B, ..., G * O]."""
+        """Outputs of the layer, or of its norm: [B, ..., G * O]."""
         return y.flatten(2).transpose(1, 2) if self.is_convolution else y
 
     def compute(self, x: Tensor) -> Tensor:
-        """What layer and norm make of an input."""
+        """Run layer and norm on an input."""
         y = self.module(x)
         return y if self.norm is None else self.norm(y)
 
@@ -75,7 +79,9 @@ class LinearLayer:
     def write_normed(
         self, weight_GOI: Tensor, bias_GO: Tensor, mean_GO: Tensor, variance_GO: Tensor
     ) -> None:
-        """The same for layer and norm, given what W x will be: the norm has these moments and adds b."""
+        """The same for layer and norm, given what W x will be: the norm has these moments and adds
+        b.
+        """
         self.write(weight_GOI, torch.zeros_like(bias_GO))
         norm = self.norm
         norm.weight.copy_((variance_GO.flatten() + norm.eps).sqrt())
@@ -85,7 +91,9 @@ class LinearLayer:
 
 
 def fittable_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers, GPT-2's Conv1D and 2-d convolutions that share their weight with no other module."""
+    """Linear layers, GPT-2's Conv1D and 2-d convolutions that share their weight with no other
+    module.
+    """
     owners = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     return {
         name: layer

@@ -8,8 +8,8 @@ s the mean variance of its inputs (their mean square where it has no bias), from
 With sensitivities the units of the error count as the answers depend on them, and conjugate
 gradients take the place of the inverse.
 
-Shape legend: N samples (tokens, pixels), G groups of a convolution (1 elsewhere), I inputs, O outputs
-of a group.
+Shape legend: N samples (tokens, pixels), G groups of a convolution (1 elsewhere), I inputs, O
+outputs of a group.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ ROUNDING = 1e-6  # of a layer's largest weight: a smaller change is none
 class NormalEquations:
     """Per lesson, the sums of x, of the error r, of x xᵀ and of r xᵀ at one layer, in float64.
 
-    `counts` are of samples; with sensitivities of examples, and "n" has the sum of the samples' weights.
+    `counts` are of samples; with sensitivities of examples, and "n" has the sum of the samples'
+    weights.
     """
 
     def __init__(self, layer: LinearLayer, num_lessons: int) -> None:
@@ -121,8 +122,9 @@ class NormalEquations:
     ) -> tuple[Tensor, Tensor]:
         """The change of weight and bias where models care for different units.
 
-        Lessons m with units H_m and sums A_m, R_m (a constant 1 is one more input of a layer with a bias) ask
-        for the X with sum_m H_m X A_m + ridge s X = sum_m H_m R_m, by conjugate gradients.
+        Lessons m with units H_m and sums A_m, R_m (a constant 1 is one more input of a layer with a
+        bias) ask for the X with sum_m H_m X A_m + ridge s X = sum_m H_m R_m, by conjugate
+        gradients.
         """
         terms = []
         for share, sums, sensitivity in zip(shares, self.sums, sensitivities, strict=True):
@@ -176,7 +178,9 @@ def _solved(xx_GII: Tensor, rx_GOI: Tensor, ridge: float, name: str) -> Tensor:
 def _conjugate_gradients(
     terms: Sequence[tuple[Tensor, Tensor, Tensor]], floor_GI: Tensor, name: str
 ) -> Tensor:
-    """X with sum H X A + X diag(floor) = sum H R over terms (H, A, R), preconditioned by one H and one A."""
+    """X with sum H X A + X diag(floor) = sum H R over terms (H, A, R), preconditioned by one H and
+    one A.
+    """
     units = [h_GOO for h_GOO, _, _ in terms]
     curvatures = [a_GII for _, a_GII, _ in terms]
     wanted_GOI = torch.stack([h_GOO @ r_GOI for h_GOO, _, r_GOI in terms]).sum(0)

@@ -1,13 +1,13 @@
-"""What to do to a merged model after its weights have been averaged.
+"""Repairs of a merged model after its weights have been averaged.
 
-The mean of aligned weights does not compute the mean of what the parents compute: units that agree only
-in part lose variance, layer after layer (REPAIR, arXiv:2211.08403). Each function here repairs one
-consequence from unlabelled data and leaves a model alone that has nothing to repair.
+The mean of aligned weights does not compute the mean of what the parents compute: units that agree
+only in part lose variance, layer after layer (REPAIR, arXiv:2211.08403). Each function here repairs
+one consequence from unlabelled data and leaves a model alone that has nothing to repair.
 
-`model` is a module of the merged architecture in evaluation mode. It is a skeleton: weights run through
-copies of it, its own do not change. `parents` are aligned, all in the merged model's shapes. `batches` are keyword
-inputs that can be run through again and again, so a list and no generator; padding does not count.
-Layers that share their weight are left as they are.
+`model` is a module of the merged architecture in evaluation mode. It is a skeleton: weights run
+through copies of it, its own do not change. `parents` are aligned, all in the merged model's
+shapes. `batches` are keyword inputs that can be run through again and again, so a list and no
+generator; padding does not count. Layers that share their weight are left as they are.
 
 Shape legend: N samples (tokens, pixels), D units, C classes.
 """
@@ -53,20 +53,22 @@ def fit_layers(
     ridge: float = 1e-2,
     spec: SymmetrySpec | None = None,
 ) -> dict[str, Tensor]:
-    """Refit each layer by least squares, so that it computes the mean of what the parents' layers compute.
+    """Refit each layer by least squares, so that it computes the mean of what the parents' layers
+    compute.
 
-    Permuted least squares (PLeaS, arXiv:2407.02447): `alloy.refit.least_squares` with all parents on the same
-    data. A parent that is given as a module, of other widths, say, runs as it is: what it computes is
-    brought into the units of the first one with weights (`alloy.refit.units`), which the merged model has.
+    Permuted least squares (PLeaS, arXiv:2407.02447): `alloy.refit.least_squares` with all parents
+    on the same data. A parent that is given as a module, of other widths, say, runs as it is: what
+    it computes is brought into the units of the first one with weights (`alloy.refit.units`), which
+    the merged model has.
 
     Args:
         coefficients: of the mean over parents, equal by default; they sum to 1.
         example_weights: [P, examples] instead of coefficients, of column sums 1: the share of each
-            parent in each example, in the order of the batches. Where parents know different things, a
-            parent should count in what it knows.
-        inputs: "merged", x are what the merged model feeds the layer, which mends what went wrong in
-            the layers before (one pass over the data for each depth); "parents", the mean of what the
-            parents feed theirs (one pass for all).
+            parent in each example, in the order of the batches. Where parents know different
+            things, a parent should count in what it knows.
+        inputs: "merged", x are what the merged model feeds the layer, which mends what went wrong
+            in the layers before (one pass over the data for each depth); "parents", the mean of
+            what the parents feed theirs (one pass for all).
         residual: follow the stream behind a layer that writes into one, not the layer's own output.
         ridge: how strongly the merged weights are kept, positive.
         spec: the symmetries of the merged model, where parents are modules.
@@ -74,8 +76,8 @@ def fit_layers(
     Raises:
         RepairError: coefficients that do not fit, no batches, a ridge that is not positive, modules
             without a spec, without a parent with weights, or with the parents' inputs.
-        MergeError: activations that are not finite; `residual` with the parents' inputs; a module of
-            other layers, or of other outputs where these are fixed.
+        MergeError: activations that are not finite; `residual` with the parents' inputs; a module
+            of other layers, or of other outputs where these are fixed.
     """
     _check(merged, parents, batches)
     if ridge <= 0:
@@ -102,9 +104,9 @@ def match_variance(
 ) -> dict[str, Tensor]:
     """Give every unit that a linear layer or convolution writes the parents' mean and deviation.
 
-    REPAIR (arXiv:2211.08403): both become the mean over the parents of theirs, by an affine
-    map absorbed into the layer; a layer without bias gets the deviation only. LinearLayer after layer, since
-    each changes what the next ones see. Units in front of a batch norm are that norm's
+    REPAIR (arXiv:2211.08403): both become the mean over the parents of theirs, by an affine map
+    absorbed into the layer; a layer without bias gets the deviation only. LinearLayer after layer,
+    since each changes what the next ones see. Units in front of a batch norm are that norm's
     (`reestimate_norms`); outputs that belong to no space of the spec, such as logits, stay.
 
     Raises:
@@ -134,12 +136,13 @@ def match_variance(
 def reestimate_norms(
     model: nn.Module, weights: Weights, batches: Sequence[Batch]
 ) -> dict[str, Tensor]:
-    """Set the running mean and variance of every batch norm to those of its inputs over all batches.
+    """Set the running mean and variance of every batch norm to those of its inputs over all
+    batches.
 
-    Norm after norm, so that each sees what the repaired ones before it give: the result does not depend
-    on how the data are split, unlike that of a pass in training mode. The variance is unbiased, as
-    PyTorch's running variance is. A model without batch norms comes back as it is. Few data run in one
-    batch and one pass; otherwise there is a pass for each norm.
+    Norm after norm, so that each sees what the repaired ones before it give: the result does not
+    depend on how the data are split, unlike that of a pass in training mode. The variance is
+    unbiased, as PyTorch's running variance is. A model without batch norms comes back as it is. Few
+    data run in one batch and one pass; otherwise there is a pass for each norm.
 
     Raises:
         RepairError: no batches.
@@ -195,7 +198,7 @@ def _estimate_in_passing(student: nn.Module, norms: Iterable[nn.Module], batch: 
 
 
 class _NormSums:
-    """What a batch norm's inputs add up to, in float64."""
+    """Sums of a batch norm's inputs, in float64."""
 
     def __init__(self) -> None:
         self.count, self.total, self.square = 0, torch.zeros(()), torch.zeros(())
@@ -215,7 +218,8 @@ class _NormSums:
 
 
 def inverse_temperature(logits_NC: Tensor, targets: Tensor) -> float:
-    """The factor on the logits that minimises their cross-entropy to the targets, within 0.01 to 100.
+    """The factor on the logits that minimises their cross-entropy to the targets, within 0.01 to
+    100.
 
     Temperature scaling (arXiv:1706.04599). With the parents' mean probabilities as targets
     it needs no labels; a model whose own probabilities are the targets gets 1.
@@ -233,7 +237,8 @@ def inverse_temperature(logits_NC: Tensor, targets: Tensor) -> float:
         targets = F.one_hot(targets.long(), logits_NC.shape[1])
     if targets.shape != logits_NC.shape:
         raise RepairError(
-            f"targets of shape {tuple(targets.shape)} for logits of shape {tuple(logits_NC.shape)}; "
+            f"targets of shape {tuple(targets.shape)} for logits of shape "
+            f"{tuple(logits_NC.shape)}; "
             f"give labels [N] or probabilities [N, C]"
         )
     wanted = (targets.double() * logits_NC).sum(1).mean()
@@ -271,7 +276,8 @@ def _teachers(
     for name, module in modules.items():
         if spec is None or inputs != "merged" or not copies:
             raise RepairError(
-                f"{[*modules]} run in their own units: give `spec`, take the merged model's inputs, and give "
+                f"{[*modules]} run in their own units: give `spec`, take the merged model's "
+                "inputs, and give "
                 f"the weights of the parent whose units the merged model has"
             )
         reference = next(iter(copies.values()))
@@ -334,9 +340,9 @@ def _check(
             if isinstance(parent, nn.Module):
                 continue
             if key not in parent or parent[key].shape != weight.shape:
-                found = tuple(parent[key].shape) if key in parent else "nothing"
+                shape = tuple(parent[key].shape) if key in parent else "nothing"
                 raise RepairError(
-                    f"parent {name!r} has {found} for {key!r}, the merged model "
+                    f"parent {name!r} has {shape} for {key!r}, the merged model "
                     f"{tuple(weight.shape)}: parents must be aligned with it"
                 )
 
@@ -358,7 +364,7 @@ def _unit_moments(
     for batch in batches:
         masks = Masks(batch)
         calls = Recorder(modules).run(module, lambda b=batch: module(**b)).calls
-        for name, call in ((name, call) for name, found in calls.items() for call in found):
+        for name, call in ((name, call) for name, of_layer in calls.items() for call in of_layer):
             y_ND = masks.kept(layers[name].outputs(call.output)).double()
             count, total, square = sums.get(name, (0, y_ND.new_zeros(()), y_ND.new_zeros(())))
             sums[name] = (

@@ -1,16 +1,17 @@
-"""How much a model's answers depend on what each of its layers computes.
+"""The sensitivity of a model's answers to the outputs of each of its layers.
 
-Least squares by itself takes every unit of every token to matter alike. To the answers they do not: most
-tokens reach them through attention alone, heads look at few directions, and models that are merged care for
-different ones. To first order, errors e_n of a layer's outputs change the answers by J_n e_n, so the squared
-change is e_nᵀ (J_nᵀ J_n) e_n, and for a random u of covariance 1 that is the mean of (gᵀ e)² with g = J_nᵀ u:
-one backward pass with random u for each batch. As in K-FAC (arXiv:1503.05671), which MaTS
-(arXiv:2312.04339) merges with, size and direction are kept apart:
+Least squares by itself takes every unit of every token to matter alike. To the answers they do not:
+most tokens reach them through attention alone, heads look at few directions, and models that are
+merged care for different ones. To first order, errors e_n of a layer's outputs change the answers
+by J_n e_n, so the squared change is e_nᵀ (J_nᵀ J_n) e_n, and for a random u of covariance 1 that is
+the mean of (gᵀ e)² with g = J_nᵀ u: one backward pass with random u for each batch. As in K-FAC
+(arXiv:1503.05671), which MaTS (arXiv:2312.04339) merges with, size and direction are kept apart:
 
     E (g_nᵀ e)²  ~  s_n eᵀ H e,    s_n = |g_n|² / O,    H = (1 - d) O E[g gᵀ] / E[gᵀ g] + d 1
 
-No labels are needed: the answers themselves are what shall not change. Each answer counts relative to its own
-spread over the data, so a sum of errors reads as the share of the answers' variance that is lost.
+No labels are needed: the answers themselves are what shall not change. Each answer counts relative
+to its own spread over the data, so a sum of errors reads as the share of the answers' variance that
+is lost.
 
 Shape legend: N samples of an answer, C its components, G groups of a layer, O outputs of a group.
 """
@@ -29,7 +30,7 @@ from alloy.refit.lessons import Batch, Sensitivity
 from alloy.refit.linear_layer import LinearLayer
 
 Answers = Callable[[Any, Batch], Sequence[Tensor]]
-"""What shall not change, of a model and a batch: tensors [..., C] whose errors count alike."""
+"""The answers to keep, of a model and a batch: tensors [..., C] whose errors count alike."""
 
 
 def sensitivities(
@@ -49,14 +50,14 @@ def sensitivities(
         module: in evaluation mode; its parameters get no gradients.
         layers: of the module (`alloy.refit.least_squares.layers_in_order` has them).
         batches: read twice; the samples' weights are kept by batch.
-        answers: differentiable. Components that mean nothing by themselves (the mean of logits) are best
-            left out.
+        answers: differentiable. Components that mean nothing by themselves (the mean of logits) are
+            best left out.
         damping: d, how much every unit counts at least.
         generator: draws u.
 
     Raises:
-        MergeError: no data, answers that are no numbers, are not finite or never change, a layer that the
-            data never reach.
+        MergeError: no data, answers that are no numbers, are not finite or never change, a layer
+            that the data never reach.
     """
     spreads = _spreads(module, batches, answers)
     samples: dict[str, list[list[Tensor]]] = {name: [] for name in layers}
@@ -98,13 +99,13 @@ def _spreads(module: nn.Module, batches: Iterable[Batch], answers: Answers) -> l
         raise MergeError(
             "there are no answers to be sensitive to: give batches, and what they lead to"
         )
-    found = []
+    spreads = []
     for i, (total_C, square, count) in enumerate(zip(sums, squares, counts, strict=True)):
         spread = float(square - total_C.square().sum() / max(count, 1))
         if spread <= 1e-12 * float(square) or count == 0:
             raise MergeError(f"answer {i} is the same for all data: there is nothing to keep")
-        found.append((spread / examples) ** 0.5)
-    return found
+        spreads.append((spread / examples) ** 0.5)
+    return spreads
 
 
 def _gradients(
@@ -138,8 +139,10 @@ def _gradients(
         if never := sorted(set(layers) - set(outputs)):
             raise MergeError(f"the data of a model never reaches {never[:3]}")
         flat = [output for calls in outputs.values() for output in calls]
-        found = iter(torch.autograd.grad(total, flat, allow_unused=True, materialize_grads=True))
-    return {name: [next(found) for _ in calls] for name, calls in outputs.items()}
+        gradients = iter(
+            torch.autograd.grad(total, flat, allow_unused=True, materialize_grads=True)
+        )
+    return {name: [next(gradients) for _ in calls] for name, calls in outputs.items()}
 
 
 def _damped(moment_GOO: Tensor, damping: float) -> Tensor:

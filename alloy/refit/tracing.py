@@ -1,4 +1,4 @@
-"""What a forward pass shows of a model's layers: their order, what they read, the sums they write into.
+"""Layers of a model in a forward pass: their order, what they read, which sums they write into.
 
 A pass over one batch is watched (`alloy.refit.calls`), so no architecture is written down.
 """
@@ -20,7 +20,7 @@ from alloy.refit.linear_layer import LinearLayer, batch_norms, fittable_layers
 
 @dataclass(frozen=True)
 class Trace:
-    """What a pass of the student over one batch of a lesson shows of its layers."""
+    """The student's layers in a pass over one batch of a lesson."""
 
     order: list[str]
     calls: Mapping[str, int]
@@ -29,11 +29,13 @@ class Trace:
     norms: Mapping[str, str]
     """Of layers that a batch norm follows."""
     sums: Mapping[str, list[int | None]]
-    """By layer, for each call, which sum of a stream its output goes into; the norm's output, if there is one."""
+    """By layer, for each call, which sum of a stream its output goes into; the norm's output, if
+    there is one.
+    """
 
 
 def layers_in_order(module: nn.Module, lesson: Lesson) -> list[dict[str, LinearLayer]]:
-    """What `fit_layers` would fit, with the batch norms behind; layers that read one tensor together."""
+    """The layers that `fit_layers` would fit, those that read one tensor together."""
     traces = [trace_layers(module, lesson)]
     return [
         {name: layer_of_student(module, name, traces) for name in group}
@@ -42,7 +44,7 @@ def layers_in_order(module: nn.Module, lesson: Lesson) -> list[dict[str, LinearL
 
 
 def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
-    """What a pass over the first batch shows.
+    """Watch the student's layers in a pass over the first batch.
 
     Raises:
         MergeError: as `fit_layers`.
@@ -58,13 +60,13 @@ def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
             raise MergeError(f"the merged model has no layers to fit called {unknown[:3]}")
         if set(mapping) != wanted:
             raise MergeError(f"teachers of one lesson have different layers: {sorted(mapping)[:3]}")
-    found = {name: layer for name, layer in layers.items() if name in wanted}
+    followed = {name: layer for name, layer in layers.items() if name in wanted}
     norms = {n: m for n, m in batch_norms(student).items() if m.affine}
-    recorder = Recorder({**found, **norms}, {**found, **norms}, copies=False)
+    recorder = Recorder({**followed, **norms}, {**followed, **norms}, copies=False)
     calls = recorder.run(student, lambda: lesson.forward(student, batch)).calls
     if named and (never := sorted(wanted - set(calls))):
         raise MergeError(f"the data of a model never reaches {never[:3]}")
-    reached = [name for name in dict.fromkeys(recorder.order) if name in found]
+    reached = [name for name in dict.fromkeys(recorder.order) if name in followed]
     written = {calls[n][0].wrote: n for n in reached if len(calls[n]) == 1}
     behind = {
         written[calls[n][0].read]: n
@@ -101,16 +103,18 @@ def in_groups(traces: Sequence[Trace]) -> list[list[str]]:
 
 
 def stream_layers(traces: Sequence[Trace]) -> list[set[str]]:
-    """For each lesson the layers that can follow a stream: of those that write into one sum the last."""
-    found, groups = [], in_groups(traces)
+    """For each lesson the layers that can follow a stream: of those that write into one sum the
+    last.
+    """
+    following, groups = [], in_groups(traces)
     for trace in traces:
         last: dict[int, str] = {}
         for name in (name for group in groups for name in group if name in trace.calls):
             last |= {place: name for place in trace.sums[name] if place is not None}
         writing = {n: {last.get(p) for p in trace.sums[n] if p is not None} for n in trace.calls}
         whole = {n for n, places in trace.sums.items() if None not in places}
-        found.append({name for name in whole if writing[name] == {name}})
-    return found
+        following.append({name for name in whole if writing[name] == {name}})
+    return following
 
 
 def layer_of_student(student: nn.Module, name: str, traces: Sequence[Trace]) -> LinearLayer:
@@ -124,7 +128,9 @@ def layer_of_student(student: nn.Module, name: str, traces: Sequence[Trace]) -> 
 
 
 class Seen(NamedTuple):
-    """One call of a layer: what it read, and the call that wrote, of the norm behind if there is one."""
+    """One call of a layer: what it read, and the call that wrote, of the norm behind if there is
+    one.
+    """
 
     input: Tensor
     wrote: Call
@@ -132,7 +138,7 @@ class Seen(NamedTuple):
 
     @property
     def target(self) -> Tensor:
-        """What a student should follow: the stream behind, or what the layer computes."""
+        """The target of a student: the stream behind, or the layer's output."""
         return self.wrote.stream() if self.in_stream else self.wrote.output
 
 

@@ -1,15 +1,16 @@
 """Bring what a model of another width computes into the units of a reference, from what both see.
 
 For each space of the reference's spec, the map from the other model's units to the reference's is a
-rotation that keeps as much as fits (orthonormal rows, or columns where the reference is wider), a scale
-and a shift:
+rotation that keeps as much as fits (orthonormal rows, or columns where the reference is wider), a
+scale and a shift:
 
     T = s U Vᵀ,   U Σ Vᵀ = cov(reference, other),   y -> T y + b
 
 with covariances pooled over all layers that write the space, s such that T y varies as much as the
-reference's units do, and b of each layer. Regressing the
-reference's units on the other's would keep only what the reference knows already. A rotation of single units means nothing to an activation function, but it need not: as
-targets of least squares (`alloy.refit.least_squares`) units are followed through the layers that write them alone.
+reference's units do, and b of each layer. Regressing the reference's units on the other's would
+keep only what the reference knows already. A rotation of single units means nothing to an
+activation function, but it need not: as targets of least squares (`alloy.refit.least_squares`)
+units are followed through the layers that write them alone.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def units_between(
 ) -> dict[str, Units]:
     """By layer, what brings the other model's targets for `fit_layers` into the reference's units.
 
-    Layers whose outputs no symmetry moves, such as logits, have none: they mean the same in both models.
+    Layers whose outputs no symmetry moves, such as logits, have none: they mean the same in both
+    models.
 
     Args:
         reference, other: in evaluation mode, with the same layers, of other sizes or not.
@@ -76,17 +78,19 @@ def units_between(
                 _refuse_other_outputs(name, spaces[name], x, y)
                 if spaces[name]:
                     moments[name] = moments.get(name, _Moments.zero(x, y)).update(x, y)
-    found = {}
+    units = {}
     for space in {space for space in spaces.values() if space}:
         writing = [name for name in moments if spaces[name] == space]
         matrix = _rotation([moments[name] for name in writing])
-        found |= {name: moments[name].units(matrix) for name in writing}
-    return found
+        units |= {name: moments[name].units(matrix) for name in writing}
+    return units
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """What one layer computes in both models, D units of the reference and E of the other."""
+    """Moments of one layer's outputs in both models, D units of the reference and E of the
+    other.
+    """
 
     both: CrossMoments
     other: Gram
@@ -99,7 +103,9 @@ class _Moments:
         return _Moments(self.both.update(x_ND, y_NE), self.other.update(y_NE))
 
     def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of both models [D, E], of the other [E, E], and the variances of the reference [D]; as sums."""
+        """Of both models [D, E], of the other [E, E], and the variances of the reference [D]; as
+        sums.
+        """
         m = self.both
         return (
             m.product_DE - torch.outer(m.sum_D, m.sum_E) / m.count,
@@ -114,7 +120,7 @@ class _Moments:
 
 def _rotation(moments: Sequence[_Moments]) -> Tensor:
     """The rotation with its scale, [D, E]; 0 where the other model's units never vary."""
-    parts = zip(*(found.covariances() for found in moments), strict=True)
+    parts = zip(*(of_layer.covariances() for of_layer in moments), strict=True)
     cross_DE, other_EE, variance_D = (torch.stack(part).sum(0) for part in parts)
     u, _, vh = torch.linalg.svd(cross_DE, full_matrices=False)
     rotation_DE = u @ vh
@@ -127,8 +133,8 @@ def _space_written(name: str, layer: LinearLayer, spec: SymmetrySpec) -> Space:
     described, term = layer_of(layer.module), spec.layout.get(f"{name}.weight")
     if term is None or described is None or described.output is None:
         return ()
-    found = tuple(leaf.space for _, leaf in leaves(term[described.output]))
-    return found if any(found) else ()
+    spaces = tuple(leaf.space for _, leaf in leaves(term[described.output]))
+    return spaces if any(spaces) else ()
 
 
 def _refuse_other_depths(trace: Trace, other: Trace) -> None:
@@ -136,7 +142,8 @@ def _refuse_other_depths(trace: Trace, other: Trace) -> None:
     if alone := sorted(ours ^ theirs):
         whose = "the other model" if alone[0] in ours else "the reference"
         raise MergeError(
-            f"{whose} has no layer {alone[0]!r} ({len(ours)} layers in the reference, {len(theirs)} in the "
+            f"{whose} has no layer {alone[0]!r} ({len(ours)} layers in the reference, "
+            f"{len(theirs)} in the "
             f"other): models of different depths have no layers to follow one by one"
         )
 
@@ -144,11 +151,13 @@ def _refuse_other_depths(trace: Trace, other: Trace) -> None:
 def _refuse_other_outputs(name: str, space: Space, x_ND: Tensor, y_NE: Tensor) -> None:
     if len(x_ND) != len(y_NE):
         raise MergeError(
-            f"{name} computes {len(x_ND)} samples in the reference and {len(y_NE)} in the other model: "
+            f"{name} computes {len(x_ND)} samples in the reference and {len(y_NE)} in the other "
+            "model: "
             f"tokens or pixels have no counterparts"
         )
     if not space and x_ND.shape[1] != y_NE.shape[1]:
         raise MergeError(
-            f"{name} writes {x_ND.shape[1]} outputs in the reference and {y_NE.shape[1]} in the other model, "
+            f"{name} writes {x_ND.shape[1]} outputs in the reference and {y_NE.shape[1]} in the "
+            "other model, "
             f"and no symmetry moves them: outputs must mean the same in both"
         )

@@ -1,4 +1,4 @@
-"""What a model computes on calibration data: where its units are read, and streamed sums of them.
+"""Statistics of models on calibration data: the points of their units, and streamed sums.
 
 `collect` runs models side by side and returns their `Statistics`.
 """

@@ -1,16 +1,17 @@
-"""What the units of several models compute on the same calibration data, in one streaming pass.
+"""Statistics of several models' units on the same calibration data, in one streaming pass.
 
-The models run side by side on each batch. Every space is observed where it is computed, at all tokens of
-all blocks (`alloy.statistics.points`), and enters as sums (`alloy.statistics`): of each unit, of its square, and of
-its product with every unit of the other models. Units that are linear in others that are observed
-(queries, keys, values, the units of an MLP before its activation function) need no products of their own:
-cov(Wx, Vy) = W cov(x, y) Vᵀ. Spaces that no module shows are read where a weight is multiplied
-(`alloy.statistics.operands`), mixtures of experts with every expert on every token, so that all models see the same.
+The models run side by side on each batch. Every space is observed where it is computed, at all
+tokens of all blocks (`alloy.statistics.points`), and enters as sums (`alloy.statistics`): of each
+unit, of its square, and of its product with every unit of the other models. Units that are linear
+in others that are observed (queries, keys, values, the units of an MLP before its activation
+function) need no products of their own: cov(Wx, Vy) = W cov(x, y) Vᵀ. Spaces that no module shows
+are read where a weight is multiplied (`alloy.statistics.operands`), mixtures of experts with every
+expert on every token, so that all models see the same.
 
-Products are float32 matrix products of one batch, taken about a fixed centre (the first batch's mean)
-so that large means cancel before they are squared, and added up in float64. Grams, whose small
-eigenvalues least squares divides by, are float64 throughout. Units of experts can be too many to multiply all
-with all: then the first MOST_SAMPLES tokens are kept as they are.
+Products are float32 matrix products of one batch, taken about a fixed centre (the first batch's
+mean) so that large means cancel before they are squared, and added up in float64. Grams, whose
+small eigenvalues least squares divides by, are float64 throughout. Units of experts can be too many
+to multiply all with all: then the first MOST_SAMPLES tokens are kept as they are.
 
 Shape legend: N tokens, D units of a point.
 """
@@ -46,9 +47,10 @@ def collect(
 ) -> Statistics:
     """Run calibration data through models side by side and sum up what their units compute.
 
-    Padding does not count: an `attention_mask` [batch, tokens] applies to every activation with those
-    tokens, a `decoder_attention_mask` to those of the decoder (without one all `decoder_input_ids`
-    count); activations with other tokens, such as image patches or a pooled state, count whole.
+    Padding does not count: an `attention_mask` [batch, tokens] applies to every activation with
+    those tokens, a `decoder_attention_mask` to those of the decoder (without one all
+    `decoder_input_ids` count); activations with other tokens, such as image patches or a pooled
+    state, count whole.
 
     Args:
         models: by name, in evaluation mode; at least one. They must agree in all but sizes.
@@ -58,13 +60,14 @@ def collect(
         grams: also sum the Grams of the inputs of all linear layers.
         pairs: the pairs of models whose units are compared, all by default.
         units: "written", as the linear layers that compute them give them, before any activation
-            function, or "read", as the next layer sees them. The former costs next to nothing, because
-            the moments of a linear image follow from those of what it is an image of
-            (`alloy.statistics.points.linear_images`). Spaces that are no such image are always read.
+            function, or "read", as the next layer sees them. The former costs next to nothing,
+            because the moments of a linear image follow from those of what it is an image of
+            (`alloy.statistics.points.linear_images`). Spaces that are no such image are always
+            read.
 
     Raises:
-        CollectionError: models whose spaces differ, models that see different tokens, activations that
-            are not finite, no batches.
+        CollectionError: models whose spaces differ, models that see different tokens, activations
+            that are not finite, no batches.
         MaskError: a mask that could be of two token sequences.
     """
     specs = dict.fromkeys(models, spec) if isinstance(spec, SymmetrySpec) else dict(spec)

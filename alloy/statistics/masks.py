@@ -1,9 +1,9 @@
-"""Which samples of an activation are padding.
+"""Masks of the samples of an activation that are padding.
 
-An `attention_mask` [batch, tokens] is of every activation with those tokens, a `decoder_attention_mask`
-of those of the decoder; without one all `decoder_input_ids` count. An activation with other tokens
-(image patches, a pooled state) has no padding. Tokens may come before examples (XLNet); where there are
-equally many of both, examples are taken to come first.
+An `attention_mask` [batch, tokens] is of every activation with those tokens, a
+`decoder_attention_mask` of those of the decoder; without one all `decoder_input_ids` count. An
+activation with other tokens (image patches, a pooled state) has no padding. Tokens may come before
+examples (XLNet); where there are equally many of both, examples are taken to come first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Masks:
 
     @property
     def unused(self) -> bool:
-        """Whether there is padding that no activation was found to have."""
+        """True if no activation has the tokens of the mask."""
         return bool(self.pending)
 
     def kept(self, units: Tensor) -> Tensor:
@@ -50,17 +50,18 @@ class Masks:
         fitting = {name: m for name, m in self.masks.items() if m.shape == samples[:2]}
         fitting = fitting or {n: m.T for n, m in self.masks.items() if m.T.shape == samples[:2]}
         flat = {name: m for name, m in self.masks.items() if samples == (m.numel(),)}
-        found = list((fitting or flat).items())
-        if not found:
+        fits = list((fitting or flat).items())
+        if not fits:
             return units.reshape(-1, units.shape[-1])
-        name, mask = found[0]
-        for other, second in found[1:]:
+        name, mask = fits[0]
+        for other, second in fits[1:]:
             if not torch.equal(mask.bool(), second.bool()):
                 raise MaskError(
-                    f"{name} and {other} have the same shape {tuple(mask.shape)} and mask different "
+                    f"{name} and {other} have the same shape {tuple(mask.shape)} and mask "
+                    "different "
                     f"tokens: pad one of them further, so that activations tell which they are of"
                 )
-        self.pending.difference_update(name for name, _ in found)
+        self.pending.difference_update(name for name, _ in fits)
         if mask.all():
             return units.reshape(-1, units.shape[-1])
         where = mask.bool() if fitting else mask.bool().flatten()

@@ -1,7 +1,7 @@
 """Streaming statistics of calibration activations.
 
-Every statistic is an immutable value: `update` returns the next one and `+` joins two of them, so any
-split of the data, over batches or over processes, gives the same sums. Sums are float64.
+Every statistic is an immutable value: `update` returns the next one and `+` joins two of them, so
+any split of the data, over batches or over processes, gives the same sums. Sums are float64.
 
 Shape legend: N tokens or examples, D units of a point, E units of the other model's point.
 """
@@ -27,7 +27,8 @@ class Gram:
     sum_DD: Tensor
     count: int
     dim: int = 1
-    """The dim of the weight that the inputs meet: 1 of `nn.Linear` [out, in], 0 of GPT-2's Conv1D [in, out].
+    """The dim of the weight that the inputs meet: 1 of `nn.Linear` [out, in], 0 of GPT-2's Conv1D
+    [in, out].
 
     A square weight does not tell, so whoever observes the layer says so.
     """
@@ -73,7 +74,9 @@ class CrossMoments:
     product_DE: Tensor
     count: int
     keeps_sign: bool = False
-    """The point shows the same where units of its space change their signs (the gate beside a signed MLP unit)."""
+    """The point shows the same where units of its space change their signs (the gate beside a
+    signed MLP unit).
+    """
 
     @classmethod
     def zero(cls, size: int, other_size: int) -> CrossMoments:
@@ -92,7 +95,8 @@ class CrossMoments:
     def update(self, x_ND: Tensor, y_NE: Tensor) -> CrossMoments:
         if len(x_ND) != len(y_NE):
             raise ValueError(
-                f"cross-moments need the same examples on both sides, got {len(x_ND)} and {len(y_NE)}"
+                f"cross-moments need the same examples on both sides, got {len(x_ND)} and "
+                f"{len(y_NE)}"
             )
         x_ND, y_NE = x_ND.double().cpu(), y_NE.double().cpu()
         batch = CrossMoments(
@@ -150,7 +154,9 @@ class CrossMoments:
 
 @dataclass(frozen=True, eq=False)
 class SampledMoments:
-    """What `CrossMoments` say, as the samples themselves: for more units than their products have room."""
+    """The content of `CrossMoments`, as the samples themselves: for more units than their products
+    have room.
+    """
 
     x_ND: Tensor
     y_NE: Tensor
@@ -190,7 +196,8 @@ def kept_tokens(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
 def example_means(x_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Each example's activations averaged over its kept tokens, as [B, D].
 
-    The unit of comparison where two models see the same example as different tokens: an image and its caption.
+    The unit of comparison where two models see the same example as different tokens: an image and
+    its caption.
     """
     if mask_BT is None:
         return x_BTD.float().mean(1)

@@ -1,4 +1,5 @@
-"""One model on calibration data: each of its units summed up, and what must be multiplied handed over.
+"""One model on calibration data: each of its units summed up, and what must be multiplied handed
+over.
 
 Shape legend: N tokens, D units of a point.
 """
@@ -52,7 +53,7 @@ class Observer:
             unit_key(p): p for p in (*read, *(image.units for image in images))
         }
         self.operands: dict[str, Operand] | None = None
-        """Where the rest is observed; the first batch shows what that is."""
+        """The places of the spaces that no module shows, known after the first batch."""
         self.inputs = _linear_inputs(self.modules) if grams else {}
         self.points = {key: unit.point for key, unit in self.units.items()}
         self.points |= {w: Point(module, "input") for w, (module, _) in self.inputs.items()}
@@ -83,7 +84,7 @@ class Observer:
         return seen
 
     def _operands(self, batch: Batch) -> dict[str, Operand]:
-        """Where to read the spaces that the first batch has shown nowhere."""
+        """Places to read the spaces that the first batch has not shown."""
         unseen = set(self.spec.spaces) - {u.space for k, u in self.units.items() if k in self.fired}
         candidates = operands(self.spec, {s for s in unseen if not self.spec.dependents(s)})
         if not candidates:
@@ -146,7 +147,7 @@ class Observer:
         return seen
 
     def place_of(self, key: str) -> UnitPoint | Operand:
-        """What is read under a key."""
+        """The place that is read under a key."""
         return self.units[key] if key in self.units else (self.operands or {})[key]
 
     def _read(self, unit: UnitPoint, activation: Tensor) -> Tensor:
@@ -158,7 +159,9 @@ class Observer:
         return unit.read(activation)
 
     def _add_units(self, key: str, x_ND: Tensor, call: int = 0) -> Tensor:
-        """Add to the sums; returns the units about their centre, in memory that the next batch reuses."""
+        """Add to the sums; returns the units about their centre, in memory that the next batch
+        reuses.
+        """
         if len(x_ND) == 0:  # a batch of padding alone
             return x_ND
         x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
@@ -245,7 +248,9 @@ def _linear_inputs(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, int
 
 
 def _moments(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over samples; on CPUs several times faster than `torch.var_mean` over rows."""
+    """Mean and variance over samples; on CPUs several times faster than `torch.var_mean` over
+    rows.
+    """
     if x_ND.device.type != "cpu":
         variance_D, mean_D = torch.var_mean(x_ND, 0, correction=0)
         return mean_D, variance_D

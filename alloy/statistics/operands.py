@@ -1,12 +1,13 @@
 """Units that no module's input or output shows, read at the operation that multiplies by a weight.
 
 Some layers keep weights that no module of their own multiplies: the packed projections of
-`nn.MultiheadAttention`, matrices with a dim for heads, the experts of a mixture in one tensor. While the model
-runs, every entry of such a weight is labelled by the unit that it lies on. Labels go wherever operations move
-the weight (views, slices, transposes); at a matrix product they say which entries of the other factor, or of
-the product, are the units.
+`nn.MultiheadAttention`, matrices with a dim for heads, the experts of a mixture in one tensor.
+While the model runs, every entry of such a weight is labelled by the unit that it lies on. Labels
+go wherever operations move the weight (views, slices, transposes); at a matrix product they say
+which entries of the other factor, or of the product, are the units.
 
-Shape legend: D units of a space, those of the spaces it depends on flattened in front; R entries of a unit.
+Shape legend: D units of a space, those of the spaces it depends on flattened in front; R entries of
+a unit.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from alloy.symmetry.spec import Axis, Leaf, SymmetrySpec, leaves, view_axis
 
 Side = Literal["input", "output"]
 See = Callable[[str, Side, Tensor], None]
-"""What is called with a key, whether its units are in what the weight is multiplied with or in the product, and
-the units, [*samples, D] or [*samples, R, D]."""
+"""A function of a key, of whether its units are in what the weight is multiplied with or in the
+product, and the units, [*samples, D] or [*samples, R, D]."""
 
 
 class Operand(NamedTuple):
-    """Where a weight that some operation multiplies by shows the units of a space."""
+    """The place where a weight that some operation multiplies by shows the units of a space."""
 
     space: str
     axis: Axis
@@ -48,44 +49,50 @@ class Operand(NamedTuple):
 
 
 def operands(spec: SymmetrySpec, spaces: Collection[str]) -> dict[str, Operand]:
-    """All the places where some spaces may show, by key; which of them do only the model can say."""
-    found = {}
+    """All the places where some spaces may show, by key; which of them do only the model can
+    say.
+    """
+    candidates = {}
     for space in spec.spaces:
         for axis in owned_axes(spec, space) if space in spaces else ():
             if len(spec.layout[axis.parameter]) > 1 and stands_alone(space, spec, axis):
-                found[f"operand {axis}"] = Operand(space, axis)
-    return found
+                candidates[f"operand {axis}"] = Operand(space, axis)
+    return candidates
 
 
-def preferred(found: Mapping[str, Operand], seen: Mapping[str, Side]) -> dict[str, Operand]:
-    """Of the places that were seen those that read a space; those that write it where none reads it."""
-    known = {key: found[key]._replace(side=side) for key, side in seen.items()}
+def preferred(candidates: Mapping[str, Operand], seen: Mapping[str, Side]) -> dict[str, Operand]:
+    """Of the places that were seen those that read a space; those that write it where none reads
+    it.
+    """
+    known = {key: candidates[key]._replace(side=side) for key, side in seen.items()}
     read = {operand.space for operand in known.values() if operand.side == "input"}
     return {
         key: known[key]
-        for key in found
+        for key in candidates
         if key in known and (known[key].side == "input" or known[key].space not in read)
     }
 
 
 class Follow(TorchDispatchMode):
-    """Call `see(key, side, units)` whenever the model multiplies by one of the weights; products without biases."""
+    """Call `see(key, side, units)` whenever the model multiplies by one of the weights; products
+    without biases.
+    """
 
     def __init__(
-        self, model: nn.Module, spec: SymmetrySpec, found: Mapping[str, Operand], see: See
+        self, model: nn.Module, spec: SymmetrySpec, operands: Mapping[str, Operand], see: See
     ) -> None:
         super().__init__()
         self.see = see
         self.sizes = {
             key: math.prod(spec.batch_shape(o.space)) * spec.spaces[o.space].size
-            for key, o in found.items()
+            for key, o in operands.items()
         }
         self.labels: Any = WeakTensorKeyDictionary()
         """Tensor -> by key the unit of each of its entries, -1 where there is none."""
         self.samples: Any = WeakTensorKeyDictionary()
         """Tensor whose samples a view has flattened -> their shape."""
         weights = model.state_dict(keep_vars=True)
-        for key, operand in found.items():
+        for key, operand in operands.items():
             labels = self.labels.setdefault(weights[operand.axis.parameter], {})
             labels[key] = unit_labels(spec, operand.space, operand.axis)
 
@@ -97,18 +104,19 @@ class Follow(TorchDispatchMode):
         if name in _PRODUCTS:
             first, second = (args[i] for i in _PRODUCTS[name])
             if any(self.labels.get(x) for x in (first, second)):
-                # One product with a bias, or two operations: which, depends on the shape. So without it.
+                # One product with a bias, or two operations: which, depends on the shape. So
+                # without it.
                 added = kwargs.get("beta", 1) * args[0] if _PRODUCTS[name][0] else 0
                 self._multiplied(first, second, result - added)
         elif name in _MOVES | _KEEPS | _VIEWS and args and isinstance(args[0], Tensor):
-            if found := self.labels.get(args[0]):
-                self._move(name, func, found, args, kwargs, result)
+            if labels := self.labels.get(args[0]):
+                self._move(name, func, labels, args, kwargs, result)
             elif name in _VIEWS:
                 self._flattened(args[0], result)
         return result
 
-    def _move(self, name, func, found, args, kwargs, result) -> None:
-        for key, label in found.items():
+    def _move(self, name, func, labels, args, kwargs, result) -> None:
+        for key, label in labels.items():
             if name in _KEEPS:
                 moved = label
             elif name in _VIEWS:
@@ -171,7 +179,9 @@ _MOVES |= {"split", "split_with_sizes", "unbind", "chunk", "narrow", "flip", "in
 
 
 def unit_labels(spec: SymmetrySpec, space: str, axis: Axis) -> Tensor:
-    """The unit of each entry of a weight, as wide as the weight in memory only where labels vary."""
+    """The unit of each entry of a weight, as wide as the weight in memory only where labels
+    vary.
+    """
     layout, parents = spec.layout[axis.parameter], spec.spaces[space].depends_on
 
     def varies(dim: int) -> bool:
@@ -187,14 +197,16 @@ def unit_labels(spec: SymmetrySpec, space: str, axis: Axis) -> Tensor:
 
 
 def _constant(label: Tensor, dim: int) -> bool:
-    """Whether the labels are the same all along a dim."""
+    """True if the labels are the same all along a dim."""
     if label.shape[dim] == 1 or label.stride(dim) == 0:
         return True
     return bool((label == label.narrow(dim, 0, 1)).all())
 
 
 def _columns(units: Tensor, size: int) -> Tensor | None:
-    """Where each of `size` units lies, [D, R]; None where some are missing or lie in fewer places."""
+    """The places of each of `size` units, [D, R]; None where some are missing or lie in fewer
+    places.
+    """
     counts = torch.bincount(units[units >= 0], minlength=size)
     if len(counts) != size or not counts.min() or counts.min() != counts.max():
         return None

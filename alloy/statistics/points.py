@@ -1,7 +1,7 @@
-"""Where the units of a space can be read while a model runs.
+"""Points at which the units of a space can be read while a model runs.
 
-A weight says where its units appear: the columns of a linear layer are the units of its input, its rows
-those of its output, and a convolution's channels are units whose samples are pixels.
+A weight says where its units appear: the columns of a linear layer are the units of its input, its
+rows those of its output, and a convolution's channels are units whose samples are pixels.
 
 Shape legend: N tokens, pixels or positions, D units of a point.
 """
@@ -23,7 +23,7 @@ from alloy.symmetry.spec import Axis, Leaf, Product, Sum, SymmetrySpec, leaves, 
 
 
 class Point(NamedTuple):
-    """Where units are observed: the first input or the output of a module."""
+    """The place where units are observed: the first input or the output of a module."""
 
     module: str
     side: Literal["input", "output"]
@@ -34,7 +34,9 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class UnitPoint:
-    """A point at which the units of a space can be read: which entries of the activation they are."""
+    """A point at which the units of a space can be read: which entries of the activation they
+    are.
+    """
 
     space: str
     axis: Axis
@@ -47,16 +49,19 @@ class UnitPoint:
     dim: int = -1
     """The dim of the activation that the units lie along; all others are samples."""
     whole: bool = False
-    """The R entries are a vector (a query head beside others that share its keys): its length is read.
+    """The R entries are a vector (a query head beside others that share its keys): its length is
+    read.
 
-    Whatever the units of other spaces among the entries, no permutation or rotation of theirs changes it.
+    Whatever the units of other spaces among the entries, no permutation or rotation of theirs
+    changes it.
     """
     keeps_sign: bool = False
-    """What a layer computes stays the same where units of the space change their signs: a gate."""
+    """True if a layer's outputs stay the same where units of the space change their signs: a gate.
+    """
 
     @cached_property
     def least_size(self) -> int:
-        """How many entries the activation must have."""
+        """The number of entries that the activation must have."""
         return int(self.columns.max()) + 1
 
     @cached_property
@@ -77,12 +82,14 @@ class UnitPoint:
         if self.start is not None:
             return entries.narrow(-1, self.start, len(self.columns))
         columns = self.columns.T.to(entries.device)
-        found = entries[..., columns if len(columns) > 1 else columns[0]]
-        return torch.linalg.vector_norm(found, dim=-2) if self.whole else found
+        units = entries[..., columns if len(columns) > 1 else columns[0]]
+        return torch.linalg.vector_norm(units, dim=-2) if self.whole else units
 
 
 class LayerDims(NamedTuple):
-    """How a module's weight meets its activations: the dims of inputs and outputs, if it has them."""
+    """The layout of a module's weight: the dims of inputs and outputs, if it has
+    them.
+    """
 
     input: int | None
     output: int | None
@@ -93,7 +100,7 @@ class LayerDims(NamedTuple):
 
 
 def layer_of(module: nn.Module) -> LayerDims | None:
-    """How a module's weight meets its activations; None for modules of other kinds."""
+    """The layout of a module's weight; None for modules of other kinds."""
     if isinstance(module, nn.Linear):
         return LayerDims(1, 0, -1, 0)
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -126,11 +133,12 @@ def transposed_weights(model: nn.Module) -> set[str]:
 
 
 def unit_points(spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[UnitPoint]:
-    """Where each space can be observed: as the input of the linear layers and convolutions that read it.
+    """Points at which each space can be observed: the input of the linear layers and convolutions
+    that read it.
 
-    A space that none of them reads (queries and keys) is observed where they write it, else where an
-    embedding or a norm does. Heads are observed through the units within them. Units that are vectors in
-    every layer are observed by their lengths.
+    A space that none of them reads (queries and keys) is observed where they write it, else where
+    an embedding or a norm does. Heads are observed through the units within them. Units that are
+    vectors in every layer are observed by their lengths.
 
     Args:
         modules: by name, as in `model.named_modules()`.
@@ -153,7 +161,7 @@ def _reading_and_writing(
 
     Those at which its units are vectors only where there are no others.
     """
-    found: dict[bool, tuple[list[UnitPoint], dict[int, list[UnitPoint]]]] = {}
+    by_kind: dict[bool, tuple[list[UnitPoint], dict[int, list[UnitPoint]]]] = {}
     if spec.dependents(space):  # seen through the units within
         return [], {}
     for axis, name, layer in _layers(space, spec, modules):
@@ -161,7 +169,7 @@ def _reading_and_writing(
         if columns is None:
             continue
         whole = not stands_alone(space, spec, axis)
-        reading, writing = found.setdefault(whole, ([], {}))
+        reading, writing = by_kind.setdefault(whole, ([], {}))
         if axis.dim == layer.input:
             point = Point(name, "input")
             reading.append(UnitPoint(space, axis, point, columns, layer.units, whole, whole))
@@ -171,12 +179,14 @@ def _reading_and_writing(
                 space, axis, Point(name, "output"), columns, layer.units, whole, keeps
             )
             writing.setdefault(layer.rank, []).append(point)
-    single = found.get(False, ([], {}))
-    return single if any(single) else found.get(True, ([], {}))
+    single = by_kind.get(False, ([], {}))
+    return single if any(single) else by_kind.get(True, ([], {}))
 
 
 class LinearImage(NamedTuple):
-    """Units that a linear layer computes from units that are observed: y = W x + b, so moments follow."""
+    """Units that a linear layer computes from units that are observed: y = W x + b, so moments
+    follow.
+    """
 
     units: UnitPoint
     source: UnitPoint
@@ -186,11 +196,12 @@ class LinearImage(NamedTuple):
 def linear_images(spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[LinearImage]:
     """The spaces all of whose units are linear in others, where it is cheaper to observe these.
 
-    In a transformer queries, keys, values and the units of an MLP before its activation function, all
-    computed from the residual stream. Wide spaces come first; what they are computed from stays observed.
+    In a transformer queries, keys, values and the units of an MLP before its activation function,
+    all computed from the residual stream. Wide spaces come first; what they are computed from stays
+    observed.
     """
     read = {p.point.module: p for p in unit_points(spec, modules) if p.point.side == "input"}
-    found: dict[str, list[LinearImage]] = {}
+    by_space: dict[str, list[LinearImage]] = {}
     needed: set[str] = set()
     for space in sorted(spec.spaces, key=lambda name: -_num_units(spec, name)):
         _, writing = _reading_and_writing(space, spec, modules)
@@ -201,10 +212,10 @@ def linear_images(spec: SymmetrySpec, modules: Mapping[str, nn.Module]) -> list[
         images = [LinearImage(units, source) for units, source in sources if source]
         feeds = {image.source.space for image in images}
         whole = set(writing) == {0} and len(images) == len(writing[0])
-        if whole and space not in needed | feeds and not feeds & set(found):
-            found[space] = images
+        if whole and space not in needed | feeds and not feeds & set(by_space):
+            by_space[space] = images
             needed |= feeds
-    return [image for space in spec.spaces for image in found.get(space, ())]
+    return [image for space in spec.spaces for image in by_space.get(space, ())]
 
 
 def _num_units(spec: SymmetrySpec, space: str) -> int:
@@ -214,7 +225,9 @@ def _num_units(spec: SymmetrySpec, space: str) -> int:
 def _source_of(
     units: UnitPoint, read: Mapping[str, UnitPoint], modules: Mapping[str, nn.Module], limit: int
 ) -> UnitPoint | None:
-    """What a layer computes W x + b of, if it does nothing else and x is observed or no wider."""
+    """The source x of a layer that computes W x + b, if it does nothing else and x is observed or
+    no wider.
+    """
     module = modules[units.point.module]
     weight, layer = module.weight, layer_of(module)
     plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
@@ -234,7 +247,9 @@ def _source_of(
 def _layers(
     space: str, spec: SymmetrySpec, modules: Mapping[str, nn.Module]
 ) -> Iterable[tuple[Axis, str, LayerDims]]:
-    """A space's own axes with the modules that their weights belong to, those of tied weights too."""
+    """A space's own axes with the modules that their weights belong to, those of tied weights
+    too.
+    """
     aliases: dict[str, list[str]] = {}
     for alias, first in spec.tied.items():
         aliases.setdefault(first, []).append(alias)
@@ -248,7 +263,9 @@ def _layers(
 
 
 def _owner_of_weight(parameter: str) -> str | None:
-    """The module whose weight a parameter is, or whose directions it is where the weight is normalised."""
+    """The module whose weight a parameter is, or whose directions it is where the weight is
+    normalised.
+    """
     for ending in (".weight", ".weight_v", ".parametrizations.weight.original1"):
         if parameter.endswith(ending):
             return parameter.removesuffix(ending)
@@ -256,7 +273,7 @@ def _owner_of_weight(parameter: str) -> str | None:
 
 
 def _columns(space: str, spec: SymmetrySpec, axis: Axis) -> Tensor | None:
-    """Which entries of the dim are the space's units; None where the dim alone does not say.
+    """The entries of the dim that are the space's units; None where the dim alone does not say.
 
     So it is where the units it depends on lie along another dim (a matrix for each expert).
     """
@@ -270,7 +287,7 @@ def _columns(space: str, spec: SymmetrySpec, axis: Axis) -> Tensor | None:
 
 
 def stands_alone(space: str, spec: SymmetrySpec, axis: Axis) -> bool:
-    """Whether a dim holds no units beside the space's own and those that it depends on.
+    """True if a dim holds no units beside the space's own and those that it depends on.
 
     Between query heads that share keys lie those of a third space: they may be in another order.
     """

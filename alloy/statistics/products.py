@@ -111,12 +111,14 @@ class Products:
 
 
 def _unnumbered(key: str) -> str:
-    """What the points of all experts (and of all blocks) have in common."""
+    """The name that the points of all experts (and of all blocks) share."""
     return re.sub(r"\d+", "#", key)
 
 
 def _differing(ours: Mapping[str, list[Tensor]], theirs: Mapping[str, list[Tensor]]) -> set[str]:
-    """The points at which two models saw different numbers of tokens: each routes them its own way."""
+    """The points at which two models saw different numbers of tokens: each routes them its
+    own way.
+    """
     differing = set(ours) ^ set(theirs)
     for key in set(ours) & set(theirs):
         if [len(x) for x in ours[key]] != [len(x) for x in theirs[key]]:
@@ -138,14 +140,15 @@ def _refuse_other_samples(
 def _noticed(
     observers: Mapping[str, Observer], observed: Collection[str], routed: Collection[str]
 ) -> Iterator[Warned]:
-    """What the sums themselves do not show."""
+    """Warnings that the sums themselves do not show."""
     first = next(iter(observers.values()))
     for space in first.spec.spaces:
         inside = set(observed).intersection(first.spec.dependents(space))  # units stand for heads
         if space not in observed and not inside and owned_axes(first.spec, space):
             yield Warned(
                 "unobserved space",
-                f"no layer and no matrix product of the model shows the units of space {space!r}: only "
+                f"no layer and no matrix product of the model shows the units of space {space!r}: "
+                "only "
                 f"its weights can be compared",
             )
     if routed:

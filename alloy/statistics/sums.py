@@ -22,7 +22,9 @@ from alloy.statistics.moments import CrossMoments, Gram, SampledMoments
 Pair = tuple[str, str]
 
 MOST_SAMPLES = 1024
-"""Tokens that are kept where products of units would not fit (`alloy.alignment.similarity.by_blocks`)."""
+"""Tokens that are kept where products of units would not fit
+(`alloy.alignment.similarity.by_blocks`).
+"""
 
 
 class Warned(NamedTuple):
@@ -44,7 +46,9 @@ class Place:
     """By pair of models (x, y): the sum of x yᵀ, [D, E]; (x, x) only where statistics are joint."""
     count: int
     samples: Mapping[str, Tensor] = field(default_factory=dict)
-    """Instead of products, where they would be too large: what the first MOST_SAMPLES tokens gave, [N, D]."""
+    """Instead of products, where they would be too large: what the first MOST_SAMPLES tokens gave,
+    [N, D].
+    """
     keeps_sign: bool = False
     """As in `alloy.statistics.moments.CrossMoments`."""
 
@@ -90,7 +94,9 @@ class JointMoments(NamedTuple):
         return self.product_DD / self.count - torch.outer(self.sum_D, self.sum_D) / self.count**2
 
     def correlation_DD(self) -> Tensor:
-        """Pearson correlation of every unit with every unit; a constant unit's row and column are 0."""
+        """Pearson correlation of every unit with every unit; a constant unit's row and column are
+        0.
+        """
         square_D = self.product_DD.diagonal()
         return CrossMoments(
             self.sum_D, self.sum_D, square_D, square_D, self.product_DD, self.count
@@ -126,8 +132,8 @@ class Statistics:
         """The moments of all models' units together, at each point of a space.
 
         Raises:
-            CollectionError: statistics without the products within a model (`joint=True` has them), or of units
-                too many to multiply.
+            CollectionError: statistics without the products within a model (`joint=True` has them),
+                or of units too many to multiply.
         """
         for a, b in combinations_with_replacement(self.names, 2):
             self._require(a, b)
@@ -180,14 +186,14 @@ class Statistics:
 
     @property
     def warnings(self) -> tuple[Warned, ...]:
-        """Named doubts about the data: units that never vary, fewer samples than units, ..."""
-        found = [
+        """Named warnings about the data: units that never vary, fewer samples than units, ..."""
+        notes = [
             warned
             for space, places in self.places.items()
             for place in places
-            for warned in _doubts(space, place)
+            for warned in _warnings_of(space, place)
         ]
-        return (*self.noticed, *found)
+        return (*self.noticed, *notes)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat tensors for a safetensors file; `from_tensors` reads them back."""
@@ -239,7 +245,7 @@ class Statistics:
             grams.setdefault(name, {})[weight] = Gram(total, count, int(dim))
         return cls(
             tuple(name for _, name in ordered("name")),
-            {space: tuple(found) for space, found in places.items()},
+            {space: tuple(of_space) for space, of_space in places.items()},
             grams,
             tuple(Warned(name, message) for _, name, message in ordered("noticed")),
         )
@@ -300,7 +306,7 @@ def _place_from(
 
 
 def _outline(statistics: Statistics) -> object:
-    """What two statistics must have in common to be added."""
+    """The outline that two statistics must share to be added."""
     return (
         statistics.names,
         {
@@ -322,7 +328,7 @@ def _outline(statistics: Statistics) -> object:
     )
 
 
-def _doubts(space: str, place: Place) -> Iterator[Warned]:
+def _warnings_of(space: str, place: Place) -> Iterator[Warned]:
     for name, total in place.sums.items():
         moments = CrossMoments(
             total, total, place.squares[name], place.squares[name], total, place.count

@@ -1,7 +1,7 @@
 """Named settings of the search, for any number of models: `align_models` and PRESETS.
 
-A preset is a dataclass of settings that runs them. docs/alignment.md says what each preset is, where
-it comes from and when to use it.
+A preset is a dataclass of settings that runs them. docs/alignment.md says what each preset is,
+where it comes from and when to use it.
 """
 
 from alloy.alignment.presets.descent import SHARES, Descent, Score

@@ -34,10 +34,10 @@ from alloy.symmetry.transforms import Transform, Transforms, identity, transport
 from alloy.types import Weights
 
 Score = Callable[[Mapping[str, Weights]], float]
-"""How good aligned models are, merged as the caller likes; more is better."""
+"""The quality of aligned models, merged as the caller likes; more is better."""
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
-"""What `weight_share="search"` tries."""
+"""The shares that `weight_share="search"` tries."""
 KEPT = 0.95
 """The part of the activation similarity that weights may not cost (docs/alignment.md: measured)."""
 
@@ -47,10 +47,10 @@ class Descent(Preset):
     """Coordinate descent of each model towards the reference."""
 
     weight_share: float | Literal["search"] = 0.5
-    """How much the weights count beside the activations, or the best of SHARES."""
+    """The share of the weights beside the activations, or the best of SHARES."""
     scale: Scale = "tensor"
     start: Start | Literal["best"] = "identity"
-    """Where the search begins, or wherever it ends higher."""
+    """The start of the search, or whichever ends higher."""
     method: str = "permute"
     """A key of `alloy.alignment.matching.MATCHING_METHODS`."""
     keep: Collection[str] = ()
@@ -112,7 +112,7 @@ class Descent(Preset):
         raise AlignmentError(f"weight_share {self.weight_share!r} is neither 'search' nor in 0..1")
 
     def _unfolded(self, given: Given) -> tuple[_Task, tuple[str, ...]]:
-        """What is aligned, with norms folded where the settings ask for it; and notes."""
+        """The models to align, norms folded if the settings say so, and notes."""
         plain = _Task(given.reference, given.models, given.spec, given.moments)
         if not self.fold:
             return plain, ()

@@ -47,7 +47,7 @@ class Zip(Preset):
         planned = plan(spec, self.until)
         kept = frozenset(kept_spaces(spec, self.keep))
         planned = replace(planned, zipped=planned.zipped - kept, permuted=planned.permuted - kept)
-        doubts = _zip_doubts(given, planned)
+        notes = _zip_notes(given, planned)
         correlations = {}
         if given.statistics is not None:
             for space in sorted(planned.zipped | planned.permuted):
@@ -78,7 +78,7 @@ class Zip(Preset):
         return replace(
             alignment,
             report=_reports(given, alignment, dict.fromkeys(given.others, kinds)),
-            warnings=(*reasons, *dict.fromkeys(doubts)),
+            warnings=(*reasons, *dict.fromkeys(notes)),
         )
 
 
@@ -128,29 +128,31 @@ class Transport(Preset):
         return replace(alignment, report=_reports(given, alignment, kinds))
 
 
-def _zip_doubts(given: Given, planned: ZipPlan) -> list[str]:
-    """What may be lost where widths differ.
+def _zip_notes(given: Given, planned: ZipPlan) -> list[str]:
+    """Notes on what may be lost where widths differ.
 
     Raises:
         AlignmentError: models that cannot be zipped.
     """
-    doubts: list[str] = []
+    notes: list[str] = []
     for other in given.others:
         theirs = given.specs[other]
         require_equal_specs(
             {other: theirs, given.reference: given.spec}, given.reference, but_sizes=True
         )
-        doubts += check_sizes(planned, given.spec, theirs, (given.reference, other))
+        notes += check_sizes(planned, given.spec, theirs, (given.reference, other))
         check_statistics(given.moments(other), given.spec, theirs)
     for name, weights in given.models.items():
         check_weights(weights, weights, given.specs[name])
-    return doubts
+    return notes
 
 
 def _reports(
     given: Given, alignment: Alignment, kinds: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Sequence[SpaceAlignment]]:
-    """Similarities of models that maps have brought together; before only where widths are equal."""
+    """Similarities of models that maps have brought together; before only where widths are
+    equal.
+    """
     aligned = alignment.apply(given.models)
     ours = given.reference
     return {

@@ -17,7 +17,7 @@ from alloy.types import Weights
 
 
 class CollectedStatistics(Protocol):
-    """What presets read of the statistics that `alloy.collect` returns."""
+    """The part of `alloy.collect`'s statistics that presets read."""
 
     @property
     def places(self) -> Mapping[str, Sequence[Place]]:
@@ -26,7 +26,7 @@ class CollectedStatistics(Protocol):
 
     @property
     def warnings(self) -> Sequence[Warned]:
-        """Named doubts about the data: constant units, too few samples, ..."""
+        """Named warnings about the data: constant units, too few samples, ..."""
         ...
 
     def between(self, a: str, b: str) -> PairMoments:
@@ -40,7 +40,7 @@ class CollectedStatistics(Protocol):
 
 @dataclass(frozen=True)
 class Given:
-    """What every preset starts from; the reference is the first model."""
+    """Input of every preset; the reference is the first model."""
 
     preset: str
     models: Mapping[str, Weights]
@@ -77,7 +77,7 @@ class Given:
         return self._moments[pair]
 
     def warnings(self) -> Iterator[str]:
-        """What the statistics say about themselves."""
+        """Warnings of the statistics about the data."""
         for warned in () if self.statistics is None else self.statistics.warnings:
             yield f"{warned.name}: {warned.message}"
 
@@ -126,7 +126,7 @@ def kept_spaces(spec: SymmetrySpec, keep: Collection[str]) -> list[str]:
 
 
 def is_stream(spec: SymmetrySpec, space: str) -> bool:
-    """Whether a space is a residual stream: several matrices write it, and several read it."""
+    """True for a residual stream: several matrices write it, and several read it."""
     matrices = [a for a in spec.spaces[space].axes if len(spec.layout[a.parameter]) > 1]
     reading = [a for a in matrices if str(a) in spec.reading]
     return len(reading) > 1 and len(matrices) - len(reading) > 1

@@ -72,7 +72,9 @@ class Universe(Preset):
         )
 
     def _starts(self, given: Given, kept: Collection[str]) -> Iterator[Mapping[str, Transforms]]:
-        """Where the search begins: at each model as the reference of all others, and anywhere."""
+        """Starting points of the search: each model as the reference of all others, and
+        anywhere.
+        """
         star = Descent(
             weight_share=self.weight_share,
             method=self.method,

@@ -1,8 +1,8 @@
 """Optimal transport between two sets of units, all of equal mass: exact, or smoothed by entropy.
 
-The plan [n, no] has rows summing to 1/n and columns to 1/no. Between equally many units an exact plan
-is an assignment; between others it is a linear program, solved as an assignment of copies where few copies
-do. The smooth plan is Sinkhorn's (Cuturi, NeurIPS 2013), iterated on logarithms.
+The plan [n, no] has rows summing to 1/n and columns to 1/no. Between equally many units an exact
+plan is an assignment; between others it is a linear program, solved as an assignment of copies
+where few copies do. The smooth plan is Sinkhorn's (Cuturi, NeurIPS 2013), iterated on logarithms.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def transport_plan(cost_NM: Tensor, regularisation: float = 0.0) -> Tensor:
 
     Args:
         cost_NM: finite, any scale.
-        regularisation: 0 for the exact plan; else the weight of the plan's entropy, in units of the largest cost.
+        regularisation: 0 for the exact plan; else the weight of the plan's entropy, in units of the
+            largest cost.
 
     Returns:
         float64 [N, M], summing to 1.
@@ -55,15 +56,15 @@ def exact_plan(cost_NM: Tensor) -> Tensor:
 def _linear_program(cost_NM: Tensor) -> Tensor:
     n, m = cost_NM.shape
     sums = [kron(eye_array(n), np.ones((1, m))), kron(np.ones((1, n)), eye_array(m))]
-    found = linprog(
+    solution = linprog(
         cost_NM.numpy().ravel(),
         A_eq=vstack(sums).tocsr()[:-1],  # the last sum follows from the others
         b_eq=np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])[:-1],
         method="highs",
     )
-    if not found.success:
-        raise ValueError(f"the transport problem could not be solved: {found.message}")
-    return torch.from_numpy(found.x.reshape(n, m)).clamp(min=0)
+    if not solution.success:
+        raise ValueError(f"the transport problem could not be solved: {solution.message}")
+    return torch.from_numpy(solution.x.reshape(n, m)).clamp(min=0)
 
 
 def sinkhorn(

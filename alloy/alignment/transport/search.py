@@ -1,10 +1,11 @@
 """Fuse a model into another, of the same or another width, by optimal transport (arXiv:1910.05653).
 
-Layer by layer: the plan that moves the units of one model into those of the reference at least cost, all
-units of equal mass, is how much of each unit goes into each unit of the reference. The cost is the distance
-of what the units compute on the calibration data, or of their incoming weights, in which the layers
-before are already mapped. Heads are assigned one to one where both models have equally many, and the units
-within them are transported; where they have not, heads are transported as well.
+Layer by layer: the plan that moves the units of one model into those of the reference at least
+cost, all units of equal mass, is how much of each unit goes into each unit of the reference. The
+cost is the distance of what the units compute on the calibration data, or of their incoming
+weights, in which the layers before are already mapped. Heads are assigned one to one where both
+models have equally many, and the units within them are transported; where they have not, heads are
+transported as well.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ Readers = Literal["average", "sum"]
 
 
 class TransportSettings(NamedTuple):
-    """`residual`: one plan over all that writes a space ("joint"), the mean of one for each ("mean", as
-    arXiv:2310.05719 does where two meet), or none ("identity"), for spaces that several weights write.
-    `readers`: columns that read merged units are averaged, as the paper does, or summed, which keeps the
-    function of a model whose units are copies.
+    """`residual`: one plan over all that writes a space ("joint"), the mean of one for each
+    ("mean", as arXiv:2310.05719 does where two meet), or none ("identity"), for spaces that several
+    weights write. `readers`: columns that read merged units are averaged, as the paper does, or
+    summed, which keeps the function of a model whose units are copies.
     """
 
     weight_share: float
@@ -94,7 +95,7 @@ class TransportSearch:
         return Fused(self.transforms, self.maps, frozenset(self.kept))
 
     def _equally_many(self, root: str) -> bool:
-        """Whether all that carries others is equally large in both models."""
+        """True if all spaces that carry others are equally large in both models."""
         carrying = [n for n in {root, *family(self.spec, root)} if children(self.spec, n)]
         return all(self._size(n) == self._size(n, other=True) for n in carrying)
 
@@ -103,7 +104,7 @@ class TransportSearch:
         return spec.spaces[name].size if name in spec.spaces else spec.fixed[name]
 
     def _plain(self, name: str) -> Tensor:
-        """How much of each unit of the other makes one of ours, [n, no], rows summing to 1."""
+        """The share of each unit of the other in each of ours, [n, no], rows summing to 1."""
         sources = self.sources(name)
         policy = self.settings.residual
         if policy == "joint" or len(sources) < 2:
@@ -117,7 +118,8 @@ class TransportSearch:
     def _keep(self, cost: Tensor, name: str) -> Tensor:
         if cost.shape[0] != cost.shape[1]:
             raise ValueError(
-                f"space {name!r} has {cost.shape[0]} units in the reference and {cost.shape[1]} in the "
+                f"space {name!r} has {cost.shape[0]} units in the reference and {cost.shape[1]} in "
+                "the "
                 "other model: residual='identity' cannot map it"
             )
         return torch.eye(len(cost), dtype=torch.float64)
@@ -145,8 +147,8 @@ class TransportSearch:
         rigid = {n for n in names if children(self.spec, n) or only_permuted(self.spec, n)}
         chosen: dict[str, Operator] = {n: permute if n in rigid else self._transport for n in names}
         chosen |= {n: leave for n in names if self.spec.spaces[n].kind in ROTARY_KINDS}
-        found = match(root, self.spec, self._of_units, chosen)
-        for name, transform in found.transforms.items():
+        matched = match(root, self.spec, self._of_units, chosen)
+        for name, transform in matched.transforms.items():
             if transform.matrix is not None:
                 self._set(name, transform.matrix)
                 continue
@@ -192,25 +194,27 @@ class TransportSearch:
         return sum((w * cost for w, cost in self.sources(name)), torch.zeros(()))
 
     def sources(self, name: str) -> list[tuple[float, Tensor]]:
-        """Distances by what writes the space, and at each point where it is seen, with their weights."""
+        """Distances by what writes the space, and at each point where it is seen, with their
+        weights.
+        """
         share = self.settings.weight_share
-        found = []
+        distances = []
         if share > 0:
             rows = self._incoming(name)
             if self.settings.residual == "joint":
                 rows = (
                     [tuple(torch.cat(side, 1) for side in zip(*rows, strict=True))] if rows else []
                 )
-            found += [(share / len(rows), torch.cdist(*pair)) for pair in rows]
+            distances += [(share / len(rows), torch.cdist(*pair)) for pair in rows]
         if share < 1 and name in self.statistics:
             points = [activation_distance(m) for m in self.statistics[name]]
-            found += [((1 - share) / len(points), d) for d in points]
+            distances += [((1 - share) / len(points), d) for d in points]
         if 0 < share < 1:
-            found = [(w, d / d.max().clamp(min=1e-12)) for w, d in found]
-        if not found:
+            distances = [(w, d / d.max().clamp(min=1e-12)) for w, d in distances]
+        if not distances:
             shape = [num_flat_units(spec, name) for spec in (self.spec, self.other_spec)]
-            found = [(1.0, torch.zeros(shape, dtype=torch.float64))]
-        return [(w, d.double()) for w, d in found]
+            distances = [(1.0, torch.zeros(shape, dtype=torch.float64))]
+        return [(w, d.double()) for w, d in distances]
 
     def _incoming(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """Rows of what writes the space in both models, the other's mapped as far as it is."""
@@ -246,7 +250,8 @@ def activation_distance(moments: CrossMoments | SampledMoments) -> Tensor:
     """
     if isinstance(moments, SampledMoments):
         raise ValueError(
-            f"transport compares all pairs of units, too many for a space of {moments.x_ND.shape[1]}: use "
+            "transport compares all pairs of units, too many for a space of "
+            f"{moments.x_ND.shape[1]}: use "
             "weight_share=1 without statistics of it, or a preset that permutes"
         )
     square = moments.square_D[:, None] + moments.square_E[None] - 2 * moments.product_DE

@@ -1,15 +1,16 @@
 """Search for the clusters of every space: ZipIt on activations alone, MuDSC with weights as well.
 
-Every space is zipped by the correlation of its units in all models, those of one model with each other
-included. Weights are compared as MuDSC does (arXiv:2403.01753): the correlation of the units' stretches of
-all weights, laid end to end, each with its other spaces already merged. Heads are paired by one
-assignment, then zipped within each pair. What cannot lose units is only permuted: heads, spaces that a
-tied weight reads and writes, and with partial zipping those that the unzipped part writes as well.
+Every space is zipped by the correlation of its units in all models, those of one model with each
+other included. Weights are compared as MuDSC does (arXiv:2403.01753): the correlation of the units'
+stretches of all weights, laid end to end, each with its other spaces already merged. Heads are
+paired by one assignment, then zipped within each pair. What cannot lose units is only permuted:
+heads, spaces that a tied weight reads and writes, and with partial zipping those that the unzipped
+part writes as well.
 
-Models may have different widths where units are zipped; the merged model has those of the first. Queries and
-keys meet in a sum over units that no weight takes apart again: where their numbers differ, the keys of a
-cluster are summed, as what reads units is, and scaled by the root of the ratio of widths, because scores are
-divided by the root of the width.
+Models may have different widths where units are zipped; the merged model has those of the first.
+Queries and keys meet in a sum over units that no weight takes apart again: where their numbers
+differ, the keys of a cluster are summed, as what reads units is, and scaled by the root of the
+ratio of widths, because scores are divided by the root of the width.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ from alloy.types import Weights
 
 @dataclass(frozen=True)
 class ZipPlan:
-    """Which spaces are zipped, which are only permuted, and which weights the models share in the end.
+    """Spaces that are zipped, spaces that are only permuted, and the weights shared in the
+    end.
 
     `reasons` says why a space is not zipped.
     """
@@ -59,7 +61,8 @@ class ZipPlan:
 
 
 def plan(spec: SymmetrySpec, until: str | None = None) -> ZipPlan:
-    """What can be zipped, up to the last weight whose name starts with `until` in the model's order.
+    """Spaces that can be zipped, up to the last weight whose name starts with `until` in the
+    model's order.
 
     Raises:
         ValueError: no weight has that name.
@@ -123,12 +126,12 @@ class Found(NamedTuple):
 def check_sizes(
     plan: ZipPlan, spec: SymmetrySpec, other: SymmetrySpec, names: tuple[str, str]
 ) -> list[str]:
-    """Doubts about zipping two models of one structure and different widths.
+    """Notes about zipping two models of one structure and different widths.
 
     Raises:
         ValueError: different numbers of units where none can be lost.
     """
-    doubts = []
+    notes = []
     sizes = {n: (s.size, other.spaces[n].size) for n, s in spec.spaces.items()}
     sizes |= {n: (size, other.fixed.get(n, 0)) for n, size in spec.fixed.items()}
     for name, (ours, theirs) in sizes.items():
@@ -140,7 +143,8 @@ def check_sizes(
             space is None or any(axis.parameter in plan.shared for axis in space.axes)
         ):
             raise ValueError(
-                f"{name!r} has {ours} units in {names[0]!r} and {theirs} in {names[1]!r}, and cannot lose "
+                f"{name!r} has {ours} units in {names[0]!r} and {theirs} in {names[1]!r}, and "
+                "cannot lose "
                 f"any: {why}; preset 'ot_fusion' fuses other numbers"
             )
         if space is None or name not in plan.zipped:
@@ -148,30 +152,34 @@ def check_sizes(
         if unread(spec, name):
             if space.kind != "general linear":
                 raise ValueError(
-                    f"{name!r} has {ours} units in {names[0]!r} and {theirs} in {names[1]!r}, no weight reads "
-                    "them, and the two sides that meet cannot be told apart: only equally many are zipped"
+                    f"{name!r} has {ours} units in {names[0]!r} and {theirs} in {names[1]!r}, no "
+                    "weight reads "
+                    "them, and the two sides that meet cannot be told apart: only equally many are "
+                    "zipped"
                 )
-            doubts.append(
-                f"scores of {name!r} are taken to be divided by the root of their {ours} and {theirs} units"
+            notes.append(
+                f"scores of {name!r} are taken to be divided by the root of their {ours} and "
+                f"{theirs} units"
             )
         if name in spec.unfoldable or any(fold.space == name for fold in spec.folds):
-            doubts.append(
-                f"norms take statistics over the units of {name!r}, {ours} and {theirs}: a merged unit "
+            notes.append(
+                f"norms take statistics over the units of {name!r}, {ours} and {theirs}: a merged "
+                "unit "
                 "counts once in them, however many units it is made of"
             )
-    return doubts
+    return notes
 
 
 def unread(spec: SymmetrySpec, name: str) -> bool:
-    """Whether no weight reads the units of a space: two that weights write meet in a product."""
+    """True if no weight reads the units of a space: two that weights write meet in a product."""
     return not any(str(axis) in spec.reading for axis in spec.spaces[name].axes)
 
 
 class ZipSearch:
     """Coordinate descent over spaces; the first of the models is the reference.
 
-    `specs` are of one structure and may be of different widths where `plan` zips. `correlations` has, by
-    space, the correlation of all models' units end to end.
+    `specs` are of one structure and may be of different widths where `plan` zips. `correlations`
+    has, by space, the correlation of all models' units end to end.
     """
 
     def __init__(
@@ -258,12 +266,15 @@ class ZipSearch:
         return changed
 
     def similarity(self, space: str) -> Tensor:
-        """The similarity of all models' units, flattened and end to end, sources in their own order."""
+        """The similarity of all models' units, flattened and end to end, sources in their own
+        order.
+        """
         size = sum(self.flat_sizes(space))
         total = torch.zeros(size, size)
         stretches = self._stretches(space) if self.weight_share > 0 else None
         if stretches is not None:
-            # A constant row correlates with nothing; weights that are not finite were refused before.
+            # A constant row correlates with nothing; weights that are not finite were refused
+            # before.
             total += self.weight_share * torch.nan_to_num(torch.corrcoef(stretches))
         if self.weight_share < 1 and space in self.correlations:
             total += (1 - self.weight_share) * self.correlations[space]
@@ -309,9 +320,9 @@ class ZipSearch:
             def of_units(space: str, i: int = i) -> OfUnits:
                 return OfUnits(self._pairs(joint[space], space, i))
 
-            found = match(root, self.spec, of_units, self.operators)
-            self.matched[root] = found.value / num_flat_units(self.spec, root)
-            for name, transform in found.transforms.items():
+            matched = match(root, self.spec, of_units, self.operators)
+            self.matched[root] = matched.value / num_flat_units(self.spec, root)
+            for name, transform in matched.transforms.items():
                 if name in self.plan.zipped:
                     continue
                 before = self.transforms[i][name].permutation
@@ -322,7 +333,9 @@ class ZipSearch:
         return changed
 
     def _pairs(self, joint: Tensor, space: str, i: int) -> Tensor:
-        """Similarities of the reference's units and another model's; missing units are similar to none."""
+        """Similarities of the reference's units and another model's; missing units are similar to
+        none.
+        """
         starts = list(accumulate(self.flat_sizes(space), initial=0))
         block = joint[: starts[1], starts[i] : starts[i + 1]]
         batch, (n, m) = self.spec.batch_shape(space), (self.widths(space)[j] for j in (0, i))
@@ -330,7 +343,9 @@ class ZipSearch:
         return pad(split, (0, max(n - m, 0), 0, max(m - n, 0)))
 
     def _zip(self, space: str, joint: Tensor) -> bool:
-        """Zip the units of each group: those that the paired units of the spaces depended on carry."""
+        """Zip the units of each group: those that the paired units of the spaces depended on
+        carry.
+        """
         widths = self.widths(space)
         starts = accumulate(self.flat_sizes(space)[:-1], initial=0)
         sources = [  # by model [group, unit] -> source unit, all models end to end
@@ -346,21 +361,21 @@ class ZipSearch:
             units = torch.cat([s[group][k] for s, k in zip(sources, kept, strict=True)])
             similarity = joint[units][:, units]
             zipped = zip_units(similarity, [int(k.sum()) for k in kept], **self.settings)
-            found = zipped.cluster_R
+            clusters_R = zipped.cluster_R
             if len(set(widths)) == 1:
                 as_is = torch.arange(widths[0]).repeat(len(widths))
-                better = explained(similarity, found) > explained(similarity, as_is) + 1e-6
-                found = found if better else as_is
+                better = explained(similarity, clusters_R) > explained(similarity, as_is) + 1e-6
+                clusters_R = clusters_R if better else as_is
             chosen = torch.full((sum(widths),), -1)
-            chosen[torch.cat(kept)] = found
+            chosen[torch.cat(kept)] = clusters_R
             clusters.append(chosen)
             values.append(zipped.mean_similarity)
-        found = torch.stack(clusters)  # [group, model * unit]
+        clusters_R = torch.stack(clusters)  # [group, model * unit]
         self.matched[space] = sum(values) / len(values)
-        changed = not torch.equal(self.clusters.get(space, torch.empty(0)), found)
-        self.clusters[space] = found
+        changed = not torch.equal(self.clusters.get(space, torch.empty(0)), clusters_R)
+        self.clusters[space] = clusters_R
         batch = self.spec.batch_shape(space)
-        for i, unit_map in enumerate(cluster_maps(found, widths)):
+        for i, unit_map in enumerate(cluster_maps(clusters_R, widths)):
             write, read = (m.reshape(*batch, *m.shape[1:]) for m in (unit_map.write, unit_map.read))
             meets = len(set(widths)) > 1 and unread(self.spec, space)
             meet = read * (widths[0] / widths[i]) ** 0.5 if meets else None
@@ -368,7 +383,9 @@ class ZipSearch:
         return changed
 
     def _idle(self, i: int, space: str) -> Tensor:
-        """The units that a wider model can do without, [all units]: padding, which nothing reads or meets."""
+        """The units that a wider model can do without, [all units]: padding, which nothing reads or
+        meets.
+        """
         spec = self.specs[i]
         idle = torch.zeros(num_flat_units(spec, space), dtype=torch.bool)
         surplus = self.widths(space)[i] - self.widths(space)[0]
@@ -396,8 +413,8 @@ class ZipSearch:
 def cluster_maps(clusters_GR: Tensor, widths: Sequence[int]) -> Sequence[UnitMap]:
     """For each model, the maps [group, cluster, unit] whose mean over models is the merge.
 
-    A unit that is written goes into the mean of its cluster; one that is read takes its cluster's value; one
-    in no cluster (-1) is lost. There are as many clusters as the first model has units.
+    A unit that is written goes into the mean of its cluster; one that is read takes its cluster's
+    value; one in no cluster (-1) is lost. There are as many clusters as the first model has units.
     """
     member = torch.nn.functional.one_hot(clusters_GR + 1, widths[0] + 1)[..., 1:].float()
     mean = member / member.sum(1, keepdim=True)  # [group, model * unit, cluster]

@@ -1,9 +1,9 @@
 """Zip: merge units many to many, within and across models (ZipIt, arXiv:2305.03053, algorithm 1).
 
-The pair of units, of any models, that is most similar becomes one; its similarity to others is the smaller of
-the two, times `repeat`, so that what has been merged is merged again less readily. It ends when as many
-clusters are left as the first model has units. A model may merge only `budget` of its share of merges
-within itself. Nothing in this needs models of one width.
+The pair of units, of any models, that is most similar becomes one; its similarity to others is the
+smaller of the two, times `repeat`, so that what has been merged is merged again less readily. It
+ends when as many clusters are left as the first model has units. A model may merge only `budget` of
+its share of merges within itself. Nothing in this needs models of one width.
 
 Shape legend: R units of all models end to end, C clusters.
 """
@@ -23,7 +23,9 @@ _SPENT = np.float32(-1e30)
 
 
 class Zipped(NamedTuple):
-    """The cluster of each unit, int64 [R], numbered by their first units; the mean similarity of merges."""
+    """The cluster of each unit, int64 [R], numbered by their first units; the mean similarity of
+    merges.
+    """
 
     cluster_R: Tensor
     mean_similarity: float
@@ -37,8 +39,9 @@ def zip_units(
     Args:
         similarity_RR: symmetric, finite, the models' units end to end.
         models: how many units each has, or how many models share the units equally.
-        budget: the part b of (R - C) / num_models merges that a model may spend within itself, as long
-            as there are others to make; a model wider than the first may spend the difference beside.
+        budget: the part b of (R - C) / num_models merges that a model may spend within itself, as
+            long as there are others to make; a model wider than the first may spend the difference
+            beside.
         repeat: the factor a on a merged unit's similarities; 0 lets every unit merge once.
 
     Raises:
@@ -69,7 +72,8 @@ def zip_units(
 
 
 def explained(similarity_RR: Tensor, cluster_R: Tensor) -> float:
-    """What a cluster's mean says of its members, summed over clusters: (1/k) of the off-diagonal sum.
+    """The part of its members that a cluster's mean explains, summed over clusters: (1/k) of the
+    off-diagonal sum.
 
     For correlations, the standardised units' variance that k-means would maximise.
     """

@@ -50,7 +50,9 @@ def test_plans_move_all_mass_at_least_cost(n, m, seed):
 
 
 def test_sinkhorn_stays_finite_where_its_kernel_underflows():
-    """exp(-cost / regularisation) is 0 in float64 for all but the diagonal: logarithms do not mind."""
+    """exp(-cost / regularisation) is 0 in float64 for all but the diagonal: logarithms do not
+    mind.
+    """
     cost = 1 - torch.eye(4, dtype=torch.float64)
     plan = transport_plan(cost, 1e-4)
     torch.testing.assert_close(plan, torch.eye(4, dtype=torch.float64) / 4)

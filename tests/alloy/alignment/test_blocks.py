@@ -1,4 +1,6 @@
-"""Similarities of experts are computed a pair of experts at a time: the same transforms, in bounded memory."""
+"""Similarities of experts are computed a pair of experts at a time: the same transforms, in bounded
+memory.
+"""
 
 import subprocess
 import sys
@@ -93,7 +95,7 @@ def test_block_by_block_gives_the_same_transforms(models, spec, monkeypatch, set
 def test_kept_samples_add_up_in_order_and_survive_a_file(models, spec, monkeypatch):
     monkeypatch.setattr("alloy.symmetry.parts.LARGEST", 1000)
     monkeypatch.setattr("alloy.statistics.sums.MOST_SAMPLES", 30)
-    monkeypatch.setattr("alloy.statistics.collection.MOST_SAMPLES", 30)
+    monkeypatch.setattr("alloy.statistics.products.MOST_SAMPLES", 30)
     whole = alloy.collect(models, [{"input_ids": IDS}], spec)
     first, second = (
         alloy.collect(models, [{"input_ids": part}], spec) for part in IDS.split([2, 4])
@@ -142,7 +144,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 @pytest.mark.slow
 def test_many_experts_need_no_memory_for_all_pairs_of_their_units():
-    """72 experts of 128 units: one matrix over all pairs of units has 340 MB in float32, and several were held."""
+    """72 experts of 128 units: one matrix over all pairs of units has 340 MB in float32, and
+    several were held.
+    """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEMORY], capture_output=True, text=True, check=False
     )

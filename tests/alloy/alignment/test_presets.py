@@ -1,4 +1,6 @@
-"""Each preset is what its paper defines: a transcription of the definition gives the same transforms."""
+"""Each preset is what its paper defines: a transcription of the definition gives the same
+transforms.
+"""
 
 import itertools
 
@@ -38,7 +40,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm stream with attention, read by a head: every kind of space that a transformer has."""
+    """A pre-norm stream with attention, read by a head: every kind of space that a
+    transformer has.
+    """
 
     def __init__(self, width=12, heads=3, hidden=10):
         super().__init__()
@@ -131,7 +135,9 @@ def _visits(generator, sweeps):
 
 
 def test_git_rebasin_is_algorithm_1_of_its_paper():
-    """Visit layers in random order; the best order of one maximises <W_a, P W_b> over what touches it."""
+    """Visit layers in random order; the best order of one maximises <W_a, P W_b> over what touches
+    it.
+    """
     models = _mlps()
     ours, theirs = (_layers(m) for m in models.values())
     orders = [np.arange(SIZE)] * 2
@@ -161,9 +167,11 @@ def test_activation_matching_assigns_correlated_units():
 
 @pytest.mark.parametrize(("weight_share", "pair"), [(0.5, 0), (0.9, 0), (0.9, 8)])
 def test_mudsc_is_coordinate_descent_on_the_mean_of_two_correlations(weight_share, pair):
-    """Start from activations; S = a corr(stretches) + (1 - a) corr(units); keep the best sweep's orders.
+    """Start from activations; S = a corr(stretches) + (1 - a) corr(units); keep the best sweep's
+    orders.
 
-    Of 40 pairs the last is the one in which sweeps that were taken back are followed by a better one.
+    Of 40 pairs the last is the one in which sweeps that were taken back are followed by a better
+    one.
     """
     models = {name: _random(Mlp(), 2 * pair + i) for i, name in enumerate("ab")}
     ours, theirs = (_layers(m) for m in models.values())
@@ -198,7 +206,9 @@ def test_mudsc_is_coordinate_descent_on_the_mean_of_two_correlations(weight_shar
 
 
 def _zip(similarity, num_models, repeat, budget):
-    """Algorithm 1 of ZipIt as its paper and MuDSC's code describe it: lists of clusters, merged greedily."""
+    """Algorithm 1 of ZipIt as its paper and MuDSC's code describe it: lists of clusters, merged
+    greedily.
+    """
     s = np.array(similarity, dtype=np.float32)
     np.fill_diagonal(s, -np.inf)
     sizes = num_models if isinstance(num_models, list) else [len(s) // num_models] * num_models
@@ -278,8 +288,8 @@ def test_zipit_is_its_greedy_matching_and_its_merge(num, budget, repeat):
 
 
 def test_mudsc_zip_zips_the_mean_of_two_correlations():
-    """As MuDSC, with ZipIt's matching: other spaces are merged on the side that writes them (M), and
-    taken apart on the side that reads them (U)."""
+    """As MuDSC, with ZipIt's matching: other spaces are merged on the side that writes them (M),
+    and taken apart on the side that reads them (U)."""
     models = _mlps()
     seen = [_joint(models, space) for space in (0, 1)]
     members = [_zip(s, 2, 0.5, 1.0)[0] for s in seen]
@@ -323,7 +333,9 @@ def _plan(cost):
 @pytest.mark.parametrize("weight_share", [0.0, 1.0])
 @pytest.mark.parametrize("widths", [(SIZE, SIZE), (11, 9)])
 def test_ot_fusion_is_transport_layer_by_layer(weight_share, widths):
-    """W <- W T / beta from the layer before; then T from the distances of neurons; then W <- T' W / beta."""
+    """W <- W T / beta from the layer before; then T from the distances of neurons; then W <- T' W /
+    beta.
+    """
     models = _mlps(widths=widths)
     ours, theirs = (_layers(m) for m in models.values())
     hidden = [m.hidden(DATA) for m in models.values()]
@@ -348,7 +360,9 @@ def test_ot_fusion_is_transport_layer_by_layer(weight_share, widths):
 
 @pytest.mark.parametrize("hard", [True, False])
 def test_units_that_are_copies_fuse_back_into_the_model_they_are_copies_of(hard):
-    """A net whose units were each split in two computes the same; summed over readers, so does the fusion."""
+    """A net whose units were each split in two computes the same; summed over readers, so does the
+    fusion.
+    """
     models = {"a": _random(Mlp(), 0), "b": Mlp((2 * SIZE, 2 * SIZE)).eval()}
     small, wide = models["a"].state_dict(), models["b"].state_dict()
     twice = torch.randperm(2 * SIZE, generator=torch.Generator().manual_seed(0)) % SIZE
@@ -443,7 +457,9 @@ def test_a_model_aligned_with_itself_is_the_identity(preset):
 )
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_planted_transform_of_every_space_is_undone(preset, kind, trained):
-    """On random nets and on briefly trained ones, for the kind of transform that a preset looks for."""
+    """On random nets and on briefly trained ones, for the kind of transform that a preset looks
+    for.
+    """
     model = _random(Block(), 0)
     if trained:
         _train(model)
@@ -525,7 +541,9 @@ def test_one_assignment_for_all_that_hangs_on_a_head():
 
 
 def test_maps_around_a_cycle_compose_to_the_identity():
-    """Models are aligned to one universe: a -> b -> c -> a is where one started. Pairwise it is not."""
+    """Models are aligned to one universe: a -> b -> c -> a is where one started. Pairwise it is
+    not.
+    """
     models, spec, statistics = _transformers(3)
     weights = _weights(models)
     found = alloy.align_models(weights, spec, statistics, preset="cycle_consistent").transforms
@@ -603,7 +621,9 @@ def test_equal_seeds_give_equal_transforms_and_files_give_them_back(preset):
 
 
 def test_the_share_is_chosen_by_a_score_or_by_what_it_costs_the_activations():
-    """A score sees the aligned models; without one, weights may cost a twentieth of what activations share."""
+    """A score sees the aligned models; without one, weights may cost a twentieth of what
+    activations share.
+    """
     models, spec, statistics = _transformers()
     weights = _weights(models)
     wanted = alloy.align_models(weights, spec, statistics, preset="dual", weight_share=0.9)
@@ -635,7 +655,9 @@ def test_the_share_is_chosen_by_a_score_or_by_what_it_costs_the_activations():
 
 @pytest.mark.parametrize("weight_share", [0.3, "search"])
 def test_nothing_moves_unless_the_score_rises(weight_share):
-    """Where leaving the models as they are scores best, or as well as any alignment, that is the alignment."""
+    """Where leaving the models as they are scores best, or as well as any alignment, that is the
+    alignment.
+    """
     models, spec, statistics = _transformers()
     weights = _weights(models)
 
@@ -723,7 +745,9 @@ def test_doubts_about_the_data_reach_the_report():
 
 
 class Plain(nn.Module):
-    """A residual stream without norms, MLPs that read and write it, heads that attend: every width may differ."""
+    """A residual stream without norms, MLPs that read and write it, heads that attend: every width
+    may differ.
+    """
 
     def __init__(self, width=6, hidden=5, heads=2, head_width=3, values=4):
         super().__init__()
@@ -748,7 +772,9 @@ WIDE = {"width": 11, "hidden": 8, "head_width": 5, "values": 7}
 
 
 def _widened(narrow, copies):
-    """A wider model of the same function: units are copied, or padded with units that nothing reads."""
+    """A wider model of the same function: units are copied, or padded with units that nothing
+    reads.
+    """
     wide = Plain(**WIDE).eval()
     source, target = narrow.state_dict(), wide.state_dict()
     generator = torch.Generator().manual_seed(1)
@@ -876,7 +902,9 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize("weight_share", [0.0, 0.3, 1.0])
 def test_orthogonal_is_procrustes_in_closed_form(weight_share):
-    """T = U Vᵀ of S = a sum_p A_p B_pᵀ / (|A_p| |B_p|) + (1 - a) m cov(a, b) / sqrt(tr cov(a) tr cov(b))."""
+    """T = U Vᵀ of S = a sum_p A_p B_pᵀ / (|A_p| |B_p|) + (1 - a) m cov(a, b) / sqrt(tr cov(a) tr
+    cov(b)).
+    """
     models = {name: _random(Normed(), i).double() for i, name in enumerate("ab")}
     x = TOKENS.flatten(0, 1).double()
     spec = alloy.find_symmetries(models["a"], {"x": x[:4]})
@@ -918,7 +946,9 @@ class Heads(nn.Module):
 
 
 def test_orthogonal_pairs_heads_by_their_best_rotations():
-    """The value of a pair is the nuclear norm of QK plus that of OV; one assignment; polar factors within."""
+    """The value of a pair is the nuclear norm of QK plus that of OV; one assignment; polar factors
+    within.
+    """
     models = [_random(Heads(), i).double() for i in range(2)]
     spec = alloy.find_symmetries(models[0], {"x": TOKENS[:4].double()})
     weights = _weights(dict(zip("ab", models, strict=True)))
@@ -944,7 +974,9 @@ def test_orthogonal_pairs_heads_by_their_best_rotations():
 
 
 def _frank_wolfe(tensors, start, num_steps=100):
-    """C2M3's Frank-Wolfe: all models' doubly stochastic maps into the universe, one linear problem each."""
+    """C2M3's Frank-Wolfe: all models' doubly stochastic maps into the universe, one linear problem
+    each.
+    """
 
     def value(maps):
         moved = [
@@ -974,8 +1006,9 @@ def _frank_wolfe(tensors, start, num_steps=100):
 
 @pytest.mark.slow
 def test_the_universe_is_at_least_as_good_as_frank_wolfe():
-    """C2M3 climbs the same objective by Frank-Wolfe from the identity: a transcription ends no higher for any of
-    eight seeds; from the middle of all orders it does for one, by 2 %, and is lower by far on average."""
+    """C2M3 climbs the same objective by Frank-Wolfe from the identity: a transcription ends no
+    higher for any of eight seeds; from the middle of all orders it does for one, by 2 %, and is
+    lower by far on average."""
     ours, theirs, from_the_middle = [], [], []
     for seed in range(8):
         models = {name: _random(Mlp(), 10 * seed + i) for i, name in enumerate("abc")}

@@ -1,4 +1,6 @@
-"""Presets on architectures that nothing in alloy/ names: functions stay, merges have the right shapes."""
+"""Presets on architectures that nothing in alloy/ names: functions stay, merges have the right
+shapes.
+"""
 
 import pytest
 import torch
@@ -123,7 +125,9 @@ def _vit():
 @pytest.mark.parametrize("weight_share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", ["vit", "llama"])
 def test_planted_rotations_signs_and_rotary_turns_are_undone(name, weight_share):
-    """Streams around the ones (LayerNorm) or free (RMSNorm), heads within, pairs of rotary units, gated MLPs."""
+    """Streams around the ones (LayerNorm) or free (RMSNorm), heads within, pairs of rotary units,
+    gated MLPs.
+    """
     build = {"vit": _vit, "llama": _llama}[name]
     inputs = {"llama": TOKENS, "vit": {"pixel_values": torch.randn(32, 3, 16, 16)}}[name]
     torch.manual_seed(0)

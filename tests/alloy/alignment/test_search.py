@@ -73,7 +73,7 @@ def test_a_planted_permutation_of_every_space_is_undone_exactly(model, inputs, s
     recovered = transport(planted, spec, found)
     for name, tensor in model.state_dict().items():
         if name.endswith("key.bias"):
-            continue  # no activation depends on it (softmax cancels it), its order follows the query's
+            continue  # no activation depends on it: its order follows the query's
         torch.testing.assert_close(recovered[name], tensor, rtol=0, atol=0, msg=name)
 
 
@@ -97,7 +97,9 @@ def test_the_aligned_model_computes_what_the_other_model_computed(model, inputs,
 
 
 def test_the_similarity_never_falls_and_is_what_it_says(model, inputs, spec):
-    """J after every sweep is at least J before it, and what a transcription of J gives for the result."""
+    """J after every sweep is at least J before it, and what a transcription of J gives for the
+    result.
+    """
     other = _bert(1).state_dict()
     statistics = _statistics(model, _bert(1), spec, inputs)
     similarity = Similarity.to(model.state_dict(), spec, statistics, 0.5)

@@ -106,9 +106,11 @@ SHORT = {"steps": 12, "max_rounds": 1}
 
 
 def test_the_canonical_form_and_any_gauge_are_undone(spec):
-    """Fold, centre and turn; turn back and unfold: the weights as they were, but for the means of writers.
+    """Fold, centre and turn; turn back and unfold: the weights as they were, but for the means of
+    writers.
 
-    No norm lets those means through, so the function is what it was; folding gives the canonical form again.
+    No norm lets those means through, so the function is what it was; folding gives the canonical
+    form again.
     """
     weights = dict(tower(3).state_dict())
     canonical, folded_spec = folded(tower(3), spec)
@@ -267,7 +269,9 @@ def test_without_a_constant_biases_are_not_merged(three):
 
 
 def test_the_search_begins_at_transforms_that_are_given(spec):
-    """Given the very transforms that hide a copy, inverted, nothing is left to search; held streams stay."""
+    """Given the very transforms that hide a copy, inverted, nothing is left to search; held streams
+    stay.
+    """
     weights, folded_spec = folded(tower(7), spec)
     x = inputs(8)
     drawn = random_transforms(
@@ -319,7 +323,9 @@ def test_refusals(three):
 
 @pytest.mark.slow
 def test_composing_with_a_further_transform_keeps_the_optimum_within_reach(three):
-    """The search from models that were moved ends where the search from the models does, or near."""
+    """The search from models that were moved ends where the search from the models does, or
+    near.
+    """
     models, spec, measured, data = three
     drawn = random_transforms(with_kind(spec, "orthogonal"), torch.Generator().manual_seed(3))
     there, there_grams = moved(models[1], spec, drawn, data[1])

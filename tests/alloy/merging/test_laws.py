@@ -352,7 +352,8 @@ def test_sce_weighs_by_energy_of_what_varies():
     wa, wb = 11 / 18, 7 / 18
     expected = torch.tensor([wa * 3 + wb, 1.0, 2.0, 0.0])
     torch.testing.assert_close(merged, expected)
-    # entry 1 does not vary: selecting half of what varies (3 entries) leaves the single most varying one and its ties
+    # entry 1 does not vary: selecting half of what varies (3 entries) leaves the single most
+    # varying one and its ties
     half = merge("sce", [{"x": a}, {"x": b}], base={"x": base}, density=0.5)["x"]
     assert half.tolist()[1] == 0.0
 
@@ -390,7 +391,9 @@ PATTERNED = [
 
 @pytest.mark.parametrize(("method", "option"), PATTERNED)
 def test_options_by_pattern_are_the_union_of_merges_with_one_value(family, method, option):
-    """Tensor by tensor a merge with an option by pattern is the merge with the value that decides."""
+    """Tensor by tensor a merge with an option by pattern is the merge with the value that
+    decides.
+    """
     about = MERGE_METHODS[method].options[option]
     first, rest = _values_by_block(about)
     others = {"density": 0.5, "epsilon": 0.05, "gamma": 0.1}
@@ -405,6 +408,8 @@ def test_options_by_pattern_are_the_union_of_merges_with_one_value(family, metho
 
 
 def test_every_streamed_method_has_settings_by_pattern():
-    """Coefficients, or options that stand for them: none is one number for the whole model alone."""
+    """Coefficients, or options that stand for them: none is one number for the whole model
+    alone.
+    """
     for name in STREAMED:
         assert MERGE_METHODS[name].coefficients or any(n == name for n, _ in PATTERNED), name

@@ -62,7 +62,9 @@ def test_slerp(setting, t):
 )
 @pytest.mark.parametrize("with_base", [False, True])
 def test_nuslerp(setting, vectors, theirs, with_base):
-    """mergekit's `row_wise` normalises columns (dim 0) of matrices; its other setting is our rows."""
+    """mergekit's `row_wise` normalises columns (dim 0) of matrices; its other setting is our
+    rows.
+    """
     base, (a, b, _) = setting
     base = base if with_base else None
     matrices = [{k: v for k, v in m.items() if v.ndim == 2} for m in (a, b)]

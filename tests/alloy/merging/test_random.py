@@ -61,7 +61,9 @@ def test_masks_keep_the_share_asked_for_and_are_independent():
 
 
 def bits_histogram_threshold(values: torch.Tensor, k: int) -> int:
-    """The k-th largest magnitude by one histogram of 32,768 bins over the bits of a 16-bit float."""
+    """The k-th largest magnitude by one histogram of 32,768 bins over the bits of a 16-bit
+    float.
+    """
     counts = torch.bincount(values.view(torch.int16).long() & 0x7FFF, minlength=1 << 15)
     from_above = counts.flip(0).cumsum(0)
     return (1 << 15) - 1 - int((from_above >= k).nonzero()[0])

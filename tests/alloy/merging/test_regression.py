@@ -163,7 +163,9 @@ def test_wudi_leaves_directions_that_no_task_vector_has_at_the_start():
 
 
 def test_swudi_is_gradient_flow_for_its_time():
-    """Many small gradient steps of the total length t on half the loss, every eigenvector followed."""
+    """Many small gradient steps of the total length t on half the loss, every eigenvector
+    followed.
+    """
     base, deltas = task_matrices()
     found = merged_delta("swudi", base, deltas, rank=1.0, time=3.0)
     flow = sum(deltas).clone().requires_grad_()
@@ -189,7 +191,9 @@ def test_swudi_ends_at_wudi_and_begins_at_its_start():
 
 @pytest.mark.parametrize("learning_rate", [1e-4, 0.3])
 def test_optmerge_is_three_hundred_steps_of_sgd(learning_rate):
-    """The filter gives what the authors' optimiser gives: 300 steps, momentum 0.9, from the mean."""
+    """The filter gives what the authors' optimiser gives: 300 steps, momentum 0.9, from the
+    mean.
+    """
     base, deltas = task_matrices(outputs=6, inputs=6)
     cut = []
     for delta in deltas:
@@ -230,7 +234,9 @@ def test_weights_stored_the_other_way_round_merge_alike(method):
 
 
 def test_the_way_round_that_is_asked_for_stands():
-    """`oriented` fills in what the options leave open, name by name, and changes nothing that they say."""
+    """`oriented` fills in what the options leave open, name by name, and changes nothing that they
+    say.
+    """
     assert oriented({"start": "mean"}, ()) == {"start": "mean", "transposed": False}
     filled = oriented({}, ["h[0].weight"])
     settings = validate("wudi", ["h[0].weight", "other"], num_models=2, base=True, options=filled)

@@ -72,7 +72,9 @@ def state(module: nn.Module) -> dict:
 
 @pytest.mark.parametrize("make", [bert, gpt2])
 def test_equal_models_stay_as_they_are(make):
-    """Merging a model with itself returns it: post-norm and pre-norm, Linear and Conv1D, tied heads."""
+    """Merging a model with itself returns it: post-norm and pre-norm, Linear and Conv1D, tied
+    heads.
+    """
     model = make(0)
     merged = merge(
         "sequential", [state(model)] * 2, module=model, batches=[data(1), data(2)], ridge=1e-3
@@ -83,7 +85,9 @@ def test_equal_models_stay_as_they_are(make):
 
 @torch.no_grad()
 def test_the_first_layer_is_the_least_squares_fit_of_all_outputs():
-    """By hand: normal equations over both models' tokens, affine; the ridge leans to the average, bias free."""
+    """By hand: normal equations over both models' tokens, affine; the ridge leans to the average,
+    bias free.
+    """
     models = [Residual().double() for _ in range(2)]
     batches = [vectors(1), vectors(2)]
     for ridge in (0.0, 0.5):

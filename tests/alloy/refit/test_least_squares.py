@@ -1,4 +1,6 @@
-"""Least squares, layer by layer: which sums are found, what is fitted to them, what stays as it is."""
+"""Least squares, layer by layer: which sums are found, what is fitted to them, what stays as
+it is.
+"""
 
 import pytest
 import torch
@@ -131,7 +133,9 @@ def test_a_sum_is_found_behind_moves_and_gains_alone(kind):
 
 
 class Stream(nn.Sequential):
-    """Two blocks that write into one stream; "activation": into two sums with a function between them."""
+    """Two blocks that write into one stream; "activation": into two sums with a function between
+    them.
+    """
 
     def __init__(self, kind, between=None):
         super().__init__(Block(kind), *([between] if between else []), Block(kind))
@@ -154,7 +158,9 @@ def test_a_stream_is_a_sum_that_is_added_to(kind, between, is_stream):
 @pytest.mark.parametrize("kind", ["gain", "moved"])
 @torch.no_grad()
 def test_the_layer_before_a_gain_makes_the_stream_right(kind):
-    """By hand: least squares of the teacher's stream, in which the layer's output counts gain times."""
+    """By hand: least squares of the teacher's stream, in which the layer's output counts gain
+    times.
+    """
     student, teacher = Stream(kind).double(), Stream(kind).double()
     x = torch.randn(4, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     teacher[1].gain.mul_(0.7).add_(0.1)
@@ -194,7 +200,9 @@ def test_of_two_layers_that_write_one_sum_the_last_corrects_it():
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @torch.no_grad()
 def test_a_convolution_of_any_groups_is_found_again(groups, padding_mode):
-    """The teacher's own weights are the least-squares solution on its own inputs, whatever one starts from."""
+    """The teacher's own weights are the least-squares solution on its own inputs, whatever one
+    starts from.
+    """
     settings = {"kernel_size": 3, "stride": 2, "padding": "valid" if groups == 2 else (1, 2)}
     settings |= {
         "dilation": 2,
@@ -211,7 +219,9 @@ def test_a_convolution_of_any_groups_is_found_again(groups, padding_mode):
 
 @torch.no_grad()
 def test_each_group_is_a_regression_of_its_own():
-    """A grouped convolution is fitted as its groups are, one convolution each; the ridge of each is its own."""
+    """A grouped convolution is fitted as its groups are, one convolution each; the ridge of each is
+    its own.
+    """
     torch.manual_seed(0)
     student, teacher = (nn.Conv2d(6, 4, 3, groups=2, dtype=torch.float64) for _ in range(2))
     x = (
@@ -236,7 +246,9 @@ def test_each_group_is_a_regression_of_its_own():
 
 @pytest.mark.parametrize("make", [_resnet, _convnext, _dinov2])
 def test_equal_models_of_convolutions_stay_as_they_are(make):
-    """Residual sums, LayerScale, depthwise convolutions and batch norms: nothing to repair, nothing changed."""
+    """Residual sums, LayerScale, depthwise convolutions and batch norms: nothing to repair, nothing
+    changed.
+    """
     model, data = make(0), _images(0)
     weights = reestimate_norms(model, _state(model), data)
     merged = merge(
@@ -272,7 +284,9 @@ def test_models_of_convolutions_merge_sequentially(make):
 @pytest.mark.parametrize("make", [_convnext, _dinov2])
 @torch.no_grad()
 def test_layers_in_front_of_gains_follow_the_stream(make):
-    """Every block's last layer is fitted to its sum: the stream ends nearer to the teacher's than without."""
+    """Every block's last layer is fitted to its sum: the stream ends nearer to the teacher's than
+    without.
+    """
     student, teacher, data = make(0), make(1), _images(0, 48)
 
     def distance(residual):

@@ -110,7 +110,9 @@ def test_a_model_merged_with_itself_keeps_every_weight(case, inputs_of):
 
 
 def test_batch_norms_are_those_of_all_data_in_one_pass_or_in_many(monkeypatch):
-    """Small data run as one batch; a pass for each norm over batches of any split gives the same."""
+    """Small data run as one batch; a pass for each norm over batches of any split gives the
+    same.
+    """
     build, data = CASES["resnet"]
     model, inputs = build(0), data()
     splits = [[24], [8, 16], [1, 5, 18]]
@@ -125,7 +127,9 @@ def test_batch_norms_are_those_of_all_data_in_one_pass_or_in_many(monkeypatch):
 
 
 def test_least_squares_brings_a_damaged_layer_back(case):
-    """With a ridge near 0 the least-squares layers are the parent's where its inputs say what they do."""
+    """With a ridge near 0 the least-squares layers are the parent's where its inputs say what they
+    do.
+    """
     model, _, inputs, batches = case
     whole = reestimate_norms(model, _weights(model), batches)
     damaged = {
@@ -155,7 +159,9 @@ def test_least_squares_do_not_depend_on_the_split(case):
 
 
 def test_one_layer_is_the_ridge_regression_on_the_weighted_targets():
-    """Against an explicit least-squares problem whose last rows are the ridge; inputs of large mean."""
+    """Against an explicit least-squares problem whose last rows are the ridge; inputs of large
+    mean.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3)).eval()
     merged, a, b = (

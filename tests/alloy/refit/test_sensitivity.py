@@ -69,7 +69,9 @@ def test_parameters_and_their_gradients_stay():
 
 
 def test_operations_in_place_behind_a_layer_change_nothing():
-    """ReLU in place writes into what the layer computed: the gradient is still that of the layer's outputs."""
+    """ReLU in place writes into what the layer computed: the gradient is still that of the layer's
+    outputs.
+    """
     apart, in_place = (
         nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=where), nn.Linear(5, 3)).double().eval()
         for where in (False, True)
@@ -92,7 +94,9 @@ def test_operations_in_place_behind_a_layer_change_nothing():
 
 @torch.no_grad()
 def test_each_unit_comes_from_the_model_whose_answers_read_it():
-    """Two models answer from different units of one layer; both answers survive the merge, exactly."""
+    """Two models answer from different units of one layer; both answers survive the merge,
+    exactly.
+    """
     models, data = [Two(0).eval(), Two(1).eval()], [_data(2), _data(3)]
     for model, kept in zip(models, ([0, 1], [2, 3]), strict=True):
         unread = [i for i in range(4) if i not in kept]
@@ -121,7 +125,9 @@ def test_each_unit_comes_from_the_model_whose_answers_read_it():
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_where_all_count_alike_they_change_nothing(bias):
-    """Conjugate gradients and Cholesky's factor solve the same equations, of every layer in turn."""
+    """Conjugate gradients and Cholesky's factor solve the same equations, of every layer in
+    turn.
+    """
     torch.manual_seed(0)
 
     def net():
@@ -174,7 +180,9 @@ def _vit(seed):
 
 @torch.no_grad()
 def test_a_merge_for_the_answers_answers_more_as_the_models_did():
-    """Two classifiers of one architecture: logits on each one's own data are nearer than without."""
+    """Two classifiers of one architecture: logits on each one's own data are nearer than
+    without.
+    """
     models = [_vit(0), _vit(1)]
     generator = torch.Generator().manual_seed(3)
     data = [

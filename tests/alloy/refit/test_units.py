@@ -1,4 +1,6 @@
-"""Models of other widths: followed in the reference's units, refused where nothing can be followed."""
+"""Models of other widths: followed in the reference's units, refused where nothing can be
+followed.
+"""
 
 import pytest
 import torch
@@ -33,7 +35,8 @@ def _vit(seed, width=16, *, layers=2, labels=5, patch=4):
 def _resnet(seed, width=6):
     torch.manual_seed(seed)
     config = ResNetConfig(
-        embedding_size=width, hidden_sizes=[width, 2 * width], depths=[1, 1], layer_type="basic", num_labels=3
+        embedding_size=width, hidden_sizes=[width, 2 * width], depths=[1, 1], layer_type="basic",
+        num_labels=3,
     )  # fmt: skip
     return ResNetForImageClassification(config).eval()
 
@@ -87,7 +90,9 @@ def test_a_model_has_its_own_units(name, residual):
 
 @pytest.mark.parametrize("name", CASES)
 def test_units_in_another_order_are_put_back(name):
-    """A copy whose units are permuted is brought back, activation by activation: least squares changes nothing."""
+    """A copy whose units are permuted is brought back, activation by activation: least squares
+    changes nothing.
+    """
     build, data = CASES[name]
     model, batches = build(0), data()
     spec = alloy.symmetry.with_kind(_spec(model, batches), "permutation")
@@ -104,7 +109,9 @@ def test_units_in_another_order_are_put_back(name):
 
 @pytest.mark.parametrize("widths", [(16, 24), (24, 16)])
 def test_a_model_of_another_width_is_followed(widths):
-    """Its answers are met far better than by the reference that one starts from, in either direction."""
+    """Its answers are met far better than by the reference that one starts from, in either
+    direction.
+    """
     reference, other = (_vit(seed, width) for seed, width in enumerate(widths))
     batches = _images(160)
     weights = _state(reference)
@@ -124,7 +131,9 @@ def test_a_model_of_another_width_is_followed(widths):
 
 @torch.no_grad()
 def test_rotations_keep_what_fits_and_vary_as_the_reference_does():
-    """Orthonormal rows up to the scale, equal for all layers that write a space; logits are not moved."""
+    """Orthonormal rows up to the scale, equal for all layers that write a space; logits are not
+    moved.
+    """
     reference, other, batches = _vit(0, 16), _vit(1, 24), _images()
     found = units_between(reference, other, batches, _spec(reference, batches), residual=True)
     assert set(fittable_layers(reference)) - set(found) == {"classifier"}

@@ -118,7 +118,9 @@ def test_correlations_are_numpys_at_every_point(models, ids, spec, units):
 
 
 def test_moments_follow_from_a_stream_that_is_fixed():
-    """A model without a head: nobody may reorder its outputs, yet its MLP units are linear in them."""
+    """A model without a head: nobody may reorder its outputs, yet its MLP units are linear in
+    them.
+    """
     models, images = {"a": _vit(8, 0), "b": _vit(8, 1)}, torch.randn(6, 3, 8, 8)
     spec = _vit_spec(8)
     assert {i.source.space for i in linear_images(spec, dict(models["a"].named_modules()))} == {""}

@@ -1,4 +1,6 @@
-"""Units are read wherever a weight is multiplied, also where no module does it, and found again when moved."""
+"""Units are read wherever a weight is multiplied, also where no module does it, and found again
+when moved.
+"""
 
 import importlib.util
 import sys
@@ -27,7 +29,9 @@ zoo = _zoo()
 
 
 class Packed(nn.Module):
-    """PyTorch's own encoder layer: `nn.MultiheadAttention` multiplies by parameters, and calls no module."""
+    """PyTorch's own encoder layer: `nn.MultiheadAttention` multiplies by parameters, and calls no
+    module.
+    """
 
     def __init__(self, batch_first=True):
         super().__init__()
@@ -106,8 +110,9 @@ def test_a_planted_permutation_is_found_by_activations_alone(name):
     _check_recovered(_noisy(model), zoo.build(name)[0], _more(inputs))
 
 
-MORE = """vit bert gpt2 llama convnext whisper t5 siglip qwen2_moe qwen3_moe gpt_oss resnet bart swin
-roberta distilbert deit dinov2 phi3 gpt_neox opt bloom albert electra gemma cohere wav2vec2 segformer"""
+MORE = """vit bert gpt2 llama convnext whisper t5 siglip qwen2_moe qwen3_moe gpt_oss resnet bart
+swin roberta distilbert deit dinov2 phi3 gpt_neox opt bloom albert electra gemma cohere wav2vec2
+segformer"""
 
 
 @pytest.mark.slow
@@ -149,7 +154,9 @@ def test_statistics_of_operands_do_not_depend_on_how_the_data_are_split():
 
 
 def test_experts_that_see_other_tokens_in_each_model_are_left_out_and_named():
-    """Switch routes tokens to modules: equal numbers of tokens are not equal tokens, so no expert counts."""
+    """Switch routes tokens to modules: equal numbers of tokens are not equal tokens, so no expert
+    counts.
+    """
     models = {}
     for seed, name in enumerate("ab"):
         models[name], inputs = zoo.build("switch")

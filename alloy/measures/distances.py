@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from alloy.errors import MergeError, nearest
-from alloy.merging.apply import check_alike
-from alloy.merging.layers import layer_of
+from alloy.merging.apply import check_alike, layer_of
 from alloy.merging.selection import keep_largest, kth_largest
 from alloy.types import Weights
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from alloy.errors import MergeError
+from alloy.merging.apply import layer_of
 from alloy.merging.averages import combine
-from alloy.merging.layers import layer_of
 from alloy.merging.regression import regmean
 from alloy.merging.selection import accumulator, task_vector
 from alloy.statistics.moments import Gram, kept_tokens

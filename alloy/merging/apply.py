@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,6 +16,8 @@ from alloy.merging.check import few, known_method, validate
 from alloy.merging.method import Coefficients, MergeMethod, MergeSettings
 from alloy.merging.selection import accumulator
 from alloy.types import Weights
+
+_NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 
 def merge(
@@ -304,3 +307,12 @@ def _require_finite(tensor: Tensor, where: str, remedy: str) -> None:
     if tensor.is_floating_point() and not bool(accumulator(tensor).isfinite().all()):
         count = int((~accumulator(tensor).isfinite()).sum())
         raise MergeError(f"{where} has {count} NaN or Inf of {tensor.numel()} entries; {remedy}")
+
+
+def layer_of(name: str) -> str:
+    """A name up to its first number (`encoder.layer.3`): tensors that share it are one layer.
+
+    A tensor without a number is a layer by itself.
+    """
+    numbered = _NUMBERED.match(name)
+    return numbered.group() if numbered else name

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from alloy.errors import CheckpointError
 from alloy.measures.distances import Distances, ModelDistances
-from alloy.merging.layers import layer_of
+from alloy.merging.apply import layer_of
 from tasks.evaluation.loading import load_config, model_class
 from tasks.reports.charts import without_frame
 from tasks.reports.report import Chart, Grid, Report, Section

@@ -180,14 +180,22 @@ def fold_norms(
 ) -> tuple[Any, SymmetrySpec]:
     """Fold norms' gains into the weights beside them; the function stays the same.
 
-    `model` is a state dict or a module; the same kind is returned, a copy. With it comes the spec
-    of the folded weights, in which the spaces have their `folded_kind`: a pre-norm residual stream
-    is orthogonal. Where LayerNorms alone read a stream, its writers are centred too. `spaces`
-    limits the folding; by default all that can be folded are. With `biases` the norms' biases move
-    on into the biases of the layers that read them (they need not: a bias turns with its stream).
+    If LayerNorms alone read a stream, its writers are centred, too.
 
-    Raises SymmetryError with the reason if nothing, or one of `spaces`, cannot be folded, if a
-    gain of zero would have to be divided by, and if a bias has no layer to go to.
+    Args:
+        model: a state dict or a module.
+        spec: the symmetries of the model.
+        spaces: the spaces to fold; by default all that can be folded.
+        biases: whether norms' biases move on into the biases of the layers that read them. They
+            need not, because a bias turns with its stream.
+
+    Returns:
+        A copy, of the same type as `model`, and the spec of the folded weights. In it, spaces have
+        their `folded_kind`: a pre-norm residual stream is orthogonal.
+
+    Raises:
+        SymmetryError: nothing, or one of `spaces`, cannot be folded; a gain that has to be divided
+            by is zero; a bias has no layer to go to. The message has the reason.
     """
     chosen = _chosen(spec, spaces)
     if isinstance(model, nn.Module):
@@ -205,17 +213,24 @@ def unfold_norms(
     spaces: list[str] | None = None,
     biases: bool = False,
 ) -> Any:
-    """Give folded norms gains again, taken out of the weights beside them; the function stays the
-    same.
+    """Give gains back to folded norms, out of the weights beside them; the function stays the same.
 
-    `model` (a state dict or a module; a copy of the same kind is returned) is folded: by
-    `fold_norms`, and perhaps transported or merged since. `spec`, `spaces` and `biases` are those
-    that `fold_norms` was given. `gains` holds the norm weights (and biases) wanted, under their
-    names: with those of the model before folding (its state dict will do) the inverse of
-    `fold_norms`, but for the means that centring removed.
+    With the gains from before this undoes `fold_norms`, except for the means that centring removed.
 
-    Raises SymmetryError if a gain is missing, zero or not finite, and if a norm's gain is not one
-    (its bias not zero).
+    Args:
+        model: a state dict or a module, folded by `fold_norms` and perhaps transported or merged
+            since.
+        spec: as it was passed to `fold_norms`.
+        gains: norm weights (and biases) by name. A state dict will do.
+        spaces: as they were passed to `fold_norms`.
+        biases: as it was passed to `fold_norms`.
+
+    Returns:
+        A copy, of the same type as `model`.
+
+    Raises:
+        SymmetryError: a gain is missing, zero or not finite; a norm is not folded, because its gain
+            is not one or its bias not zero.
     """
     chosen = _chosen(spec, spaces)
     if isinstance(model, nn.Module):
@@ -249,15 +264,19 @@ def _check_bias(fold: Fold) -> None:
 
 
 def add_norm_matrices(model: nn.Module, spec: SymmetrySpec) -> nn.Module:
-    """Put an identity matrix behind each norm whose gain cannot be folded: the function stays.
+    """Put an identity matrix behind each norm whose gain cannot be folded; the function stays.
 
     A norm that writes into a stream (of embeddings, of a post-norm block, of a sublayer before it
     is added) scales units one by one, so the stream cannot be rotated. A matrix in the place of the
-    gain can be: trace the result again, and `fold_norms` folds the gain into it. The model grows by
-    d x d weights for each such norm, called `<norm>.matrix.weight`; names of the others stay.
+    gain can: trace the result again, and `fold_norms` folds the gain into it. The model grows by
+    d x d weights for each such norm, named `<norm>.matrix.weight`; all other names stay.
 
-    Returns a copy. Raises SymmetryError if nothing stands in the way of folding, and if a gain
-    belongs to a module that does more than scale.
+    Returns:
+        A copy of the model.
+
+    Raises:
+        SymmetryError: nothing stands in the way of folding; a gain belongs to a module that does
+            more than scale.
     """
     gains = list(dict.fromkeys(name for names in spec.unfolded.values() for name in names))
     if not gains:

@@ -85,35 +85,38 @@ class Space:
 
 @dataclass(frozen=True, repr=False)
 class SymmetrySpec:
-    """The symmetries of one model: pure data with a JSON round trip. `print` shows a table.
-
-    `layout` gives each weight of the state dict (aliases of tied weights included) one term per
-    dim. `fixed` names dims that cannot move, but per whose units other spaces are transformed
-    (heads that ALiBi tells apart): a space may depend on them, and no transform exists for them.
-    `tied` maps further names of a tied weight to its first one; axes are listed under the first
-    only. `unused` lists weights that the traced forwards never read: their layout is fixed. `folds`
-    are the gains that `fold_norms` can move, `unfoldable` says for each space why it cannot, and
-    `unfolded` by which gains; `folded` lists gains that have been moved: the spec holds only while
-    they stay one. `unknown_operations` maps each operation without a rule to the module that called
-    it first. `warnings` says what a user should know before trusting the spec, one sentence each.
-    `reading` names the axes (`str(axis)`) along which a weight is contracted with what depends on
-    the input, `both` those of them that also write the space (a tied embedding); all others write.
-    """
+    """Symmetries of one model: pure data with a JSON round trip. `print` shows a table."""
 
     spaces: Mapping[str, Space]
+    """Spaces by name."""
     layout: Mapping[str, tuple[Term, ...]]
+    """One term per dim for each weight of the state dict, aliases of tied weights included."""
     fixed: Mapping[str, int] = field(default_factory=dict)
+    """Sizes of dims that cannot move, but per whose units other spaces are transformed (heads that
+    ALiBi tells apart): a space may depend on them, and no transform exists for them."""
     pinned: tuple[Pinned, ...] = ()
+    """Parts of dims that no transform may touch."""
     tied: Mapping[str, str] = field(default_factory=dict)
+    """Further names of a tied weight to its first; axes are listed under the first only."""
     unused: tuple[str, ...] = ()
+    """Weights that the traced forwards never read: their layout is fixed."""
     unknown_operations: Mapping[str, str] = field(default_factory=dict)
+    """Operations without a rule, each to the module that called it first."""
     folds: "tuple[Fold, ...]" = ()
+    """Gains that `fold_norms` can move."""
     folded: tuple[str, ...] = ()
+    """Gains that have been moved: the spec holds only while they stay one."""
     unfoldable: Mapping[str, str] = field(default_factory=dict)
+    """For each space that cannot be folded, the reason."""
     unfolded: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each space that cannot be folded, the gains that stand in the way."""
     reading: frozenset[str] = frozenset()
+    """Axes (`str(axis)`) along which a weight is contracted with what depends on the input; all
+    others write their space."""
     both: frozenset[str] = frozenset()
+    """Axes of `reading` that also write their space (a tied embedding)."""
     warnings: tuple[str, ...] = ()
+    """Sentences that a user should know before trusting the spec."""
 
     def __repr__(self) -> str:
         return f"<SymmetrySpec: {_text().summary(self)}>"
@@ -123,7 +126,7 @@ class SymmetrySpec:
 
     @cached_property
     def order(self) -> tuple[str, ...]:
-        """Names of the spaces, each after those it depends on."""
+        """Names of the spaces, each after those that it depends on."""
         names: list[str] = []
 
         def visit(name: str) -> None:
@@ -196,7 +199,7 @@ class Fold:
 
 
 def unit_view(tensor: Tensor, spec: SymmetrySpec, space: str, axis: Axis) -> Tensor:
-    """The part of a weight that an axis covers, as a view of shape [*batch, units, ...].
+    """View the part of a weight that an axis covers, of shape [*batch, units, ...].
 
     The leading dims are the units of the spaces that `space` depends on
     (`spec.batch_shape(space)`), then the units of `space`; the weight's other dims follow in their

@@ -106,11 +106,14 @@ def _take(source: Tensor, index: Tensor) -> Tensor:
 
 
 def transport(weights: Weights, spec: SymmetrySpec, transforms: Transforms) -> dict[str, Tensor]:
-    """Apply a transform of every space to a state dict; the function of the model stays the same.
+    """Apply a transform to every space of a state dict; the model's function stays the same.
 
-    Returns new tensors for the weights that change, and the given ones for those that do not.
-    Raises SymmetryError when a weight is missing, not in the spec or of another shape, and when a
-    transform does not fit its space.
+    Returns:
+        New tensors for the weights that change, the given tensors for those that do not.
+
+    Raises:
+        SymmetryError: a weight is missing, not in the spec or of another shape; a transform does
+            not fit its space.
     """
     check_weights(weights, spec)
     check_transforms(spec, transforms)
@@ -126,7 +129,7 @@ def transport(weights: Weights, spec: SymmetrySpec, transforms: Transforms) -> d
 
 
 def move(weights: Weights, spec: SymmetrySpec, transforms: Transforms) -> dict[str, Tensor]:
-    """Transport some of a model's weights, unchecked: for loops that do so again and again."""
+    """Transport some of a model's weights without checks, for loops that do so many times."""
     mover = _Mover(spec, transforms)
     return {name: mover.move(tensor, name) for name, tensor in weights.items()}
 
@@ -192,7 +195,7 @@ class _Mover:
 
 
 def identity(spec: SymmetrySpec) -> dict[str, Transform]:
-    """The transforms that change nothing, as permutations."""
+    """Build the transforms that change nothing, as permutations."""
     return {
         name: Transform(
             permutation=torch.arange(space.size).expand(*spec.batch_shape(name), -1).clone(),
@@ -203,12 +206,12 @@ def identity(spec: SymmetrySpec) -> dict[str, Transform]:
 
 
 def random_transforms(spec: SymmetrySpec, generator: Generator) -> dict[str, Transform]:
-    """A random element of the whole group, in float64: every space draws from its own kind."""
+    """Draw a random element of the whole group, in float64: each space from its own kind."""
     return {name: random_transform(spec, name, generator) for name in spec.spaces}
 
 
 def random_transform(spec: SymmetrySpec, name: str, generator: Generator) -> Transform:
-    """A random element of one space's group."""
+    """Draw a random element of one space's group."""
     space = spec.spaces[name]
     batch = spec.batch_shape(name)
     drawn: dict[str, Any] = {"depends_on": space.depends_on}
@@ -262,7 +265,7 @@ def _random_fixing_ones(batch: tuple[int, ...], size: int, generator: Generator)
 
 
 def invert(transforms: Transforms) -> dict[str, Transform]:
-    """Invert transforms: `transport` by one, then by the other, changes nothing."""
+    """Invert transforms: `transport` by them and then by the result changes nothing."""
     return {name: _invert(transform, transforms) for name, transform in transforms.items()}
 
 
@@ -280,7 +283,7 @@ def _invert(transform: Transform, transforms: Transforms) -> Transform:
 
 
 def compose(first: Transforms, second: Transforms) -> dict[str, Transform]:
-    """One transform for two: `transport(w, compose(a, b))` is `transport(transport(w, a), b)`."""
+    """Compose transforms: `transport(w, compose(a, b))` is `transport(transport(w, a), b)`."""
     names = dict.fromkeys([*first, *second])
     return {name: _compose(name, first, second) for name in names}
 
@@ -345,7 +348,7 @@ def _parent_positions(
             )
         places = [transform.depends_on.index(p) for p in moved.depends_on]
         if inverse_of:
-            # Given: result r = source p[r]. Asked: for each source, its result.
+            # Known: result r = source p[r]. Sought: for each source, its result.
             above = tuple(source[j] for j in places)
             source.append(moved.permutation.argsort(-1)[(*above, result[i])])
         else:

@@ -50,12 +50,25 @@ def validate(
     trials: int = 3,
     seed: int = 0,
 ) -> Validation:
-    """Raise SymmetryError, naming the space, unless random transforms leave the outputs unchanged.
+    """Check that random transforms leave a model's outputs unchanged, in float64.
 
-    `trials` random elements of the whole group are tried; if one changes an output by more than
-    1e-9 of its spread (standard deviation over the batch), each space is tried alone to find the
-    culprit. Raises NotProvenError if no output varies enough to prove anything; outputs that do
-    not, among others that do, are listed in the result.
+    If an output changes by more than 1e-9 of its spread (standard deviation over the batch), each
+    space is tried alone to find the culprit.
+
+    Args:
+        model: the module that was traced; it stays as it is.
+        spec: the symmetries to check.
+        example_inputs: keyword inputs of the model, or several.
+        observe: as in `find_symmetries`.
+        trials: number of random elements of the whole group.
+        seed: of the random weights and transforms.
+
+    Returns:
+        The worst change, and the outputs that vary too little to prove anything.
+
+    Raises:
+        SymmetryError: an output changes; the message names the space.
+        NotProvenError: no output varies enough to prove anything.
     """
     prober = Prober(model, spec, example_inputs, observe=observe, seed=seed)
     worst = 0.0

@@ -1,4 +1,4 @@
-"""Draw docs/figures/symmetry.svg: the spaces of an attention block. `python docs/figures/symmetry.py`."""
+"""Draw the spaces of an attention block: `python docs/figures/symmetry.py` writes symmetry.svg."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def bar(x: float, y: float, width: float, height: float, space: str) -> str:
 
 
 def box(name: str, x: float, y: float, columns: list[str], rows: list[str]) -> list[str]:
-    """A weight as a square; a bar along its top for columns (read), along its left for rows (written)."""
+    """Draw a weight as a square, with bars for its columns (top) and its rows (left)."""
     parts = [f'<rect x="{x}" y="{y}" width="{SIZE}" height="{SIZE}" fill="#f2f2f2" stroke="#999"/>']
     parts += [f'<text x="{x + SIZE / 2}" y="{y + SIZE / 2 + 4}" text-anchor="middle">{name}</text>']
     for i, space in enumerate(columns):

@@ -1,40 +1,74 @@
 """The stages of a recipe as DVC sees them: in which order they run, and which must run again.
 
-`Repo().index` is DVC's own, not a public interface; it is read here and nowhere else.
+`Repo().index` and the files in `.dvc/tmp` are DVC's own, not a public interface; they are read here
+and nowhere else. Whatever is asked is asked under DVC's repository lock, which every DVC process
+holds while it writes `dvc.lock`.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import networkx
-from dvc.lock import LockError
+import psutil
+from dvc.dvcfile import LOCK_FILE, Lockfile
+from dvc.exceptions import DvcException
+from dvc.lock import LockError, make_lock
 from dvc.repo import Repo
+from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
+from dvc.stage.cache import _can_hash
 
 from alloy.errors import nearest
+from flows.workspace import tell
 from tasks.recipe.section import ParamsError
+from tasks.storage import write_file
+from tasks.workspace import STATE
+
+COPY = STATE / "dvc.lock"  # dvc.lock as it was when it could last be read
+POLL_SECONDS = 1.0
+
+T = TypeVar("T")
 
 
-class WorkspaceBusyError(RuntimeError):
-    """A DVC process that is not ours works on the files of a stage."""
+class GraphError(RuntimeError):
+    """DVC cannot say what the stages are; the message says why and what helps."""
+
+
+class Stage(NamedTuple):
+    """A stage of a recipe that must run."""
+
+    address: str
+    """`merge@modality`"""
+    replaced: tuple[Path, ...]
+    """The outputs that DVC removes before the stage's command runs."""
 
 
 def stages(recipe: str) -> list[str]:
-    """The addresses (`merge@modality`) of a recipe's stages, each after those whose outputs it reads."""
-    with Repo() as repo:
-        # DVC's edges lead from a reader to what it reads.
-        order = networkx.lexicographical_topological_sort(
-            repo.index.graph.reverse(), key=lambda stage: _position(repo, stage)
-        )
-        return [s.addressing for s in order if s.addressing.endswith(f"@{recipe}")]
+    """The addresses of a recipe's stages, each after those whose outputs it reads."""
+    return _ask(lambda repo: _stages(repo, recipe))
 
 
-def _position(repo: Repo, stage) -> int:
-    """Where `dvc.yaml` declares a stage: what the graph leaves open runs in the order of the file."""
-    return repo.index.stages.index(stage)
+def _stages(repo: Repo, recipe: str) -> list[str]:
+    # DVC's edges lead from a reader to what it reads; what they leave open, dvc.yaml's order decides.
+    order = networkx.lexicographical_topological_sort(
+        repo.index.graph.reverse(), key=repo.index.stages.index
+    )
+    return [stage.addressing for stage in order if stage.addressing.endswith(f"@{recipe}")]
 
 
 def select(recipe: str, *, to: str | None = None, only: str | None = None) -> list[str]:
     """The addresses up to and including stage `to`, or stage `only` alone, or all."""
-    addresses = stages(recipe)
+    return _ask(lambda repo: _select(repo, recipe, to, only))
+
+
+def _select(repo: Repo, recipe: str, to: str | None, only: str | None) -> list[str]:
+    addresses = _stages(repo, recipe)
     for name in (to, only):
         if name is not None and f"{name}@{recipe}" not in addresses:
             known = [address.partition("@")[0] for address in addresses]
@@ -43,27 +77,168 @@ def select(recipe: str, *, to: str | None = None, only: str | None = None) -> li
         return [f"{only}@{recipe}"]
     if to is None:
         return addresses
-    with Repo() as repo:
-        graph = repo.index.graph
-        [target] = [stage for stage in graph if stage.addressing == f"{to}@{recipe}"]
-        needed = {stage.addressing for stage in networkx.descendants(graph, target) | {target}}
+    graph = repo.index.graph
+    target = _stage(repo, f"{to}@{recipe}")
+    needed = {stage.addressing for stage in networkx.descendants(graph, target) | {target}}
     return [address for address in addresses if address in needed]
 
 
-def stale_stages(addresses: Sequence[str], forced: Collection[str] = ()) -> Iterator[str]:
+def stale_stages(addresses: Sequence[str], forced: Collection[str] = ()) -> Iterator[Stage]:
     """Each of these stages that must run, asked of DVC when the caller is done with the one before.
 
-    A stage is stale when its command, params, inputs or outputs are not what DVC recorded, or when it is forced.
+    A stage is stale when its command, params, inputs or outputs are not what DVC recorded, or when
+    it is forced.
     """
-    while (address := _first_stale(addresses, forced)) is not None:
-        yield address
-        addresses = addresses[addresses.index(address) + 1 :]
+    rest = list(addresses)
+    while (stage := _ask(partial(_first_stale, rest, forced))) is not None:
+        yield stage
+        rest = rest[rest.index(stage.address) + 1 :]
 
 
-def _first_stale(addresses: Sequence[str], forced: Collection[str]) -> str | None:
-    with Repo() as repo, repo.lock:
+def _first_stale(addresses: Sequence[str], forced: Collection[str], repo: Repo) -> Stage | None:
+    known = {stage.addressing: stage for stage in repo.index.stages}
+    for address in addresses:
+        stage = known[address]
+        if address in forced or stage.changed():
+            if address not in forced:
+                _drop_rotten(repo, stage)
+            removed = [out.fs_path for out in stage.outs if not out.persist]
+            return Stage(address, tuple(Path(path).relative_to(repo.root_dir) for path in removed))
+    return None
+
+
+def is_recorded(address: str) -> bool:
+    """Whether all that a stage has written is what `dvc.lock` says."""
+
+    def look(repo: Repo) -> bool:
         known = {stage.addressing: stage for stage in repo.index.stages}
+        outs = known[address].outs if address in known else []
+        return bool(outs) and not any(out.workspace_status() for out in outs)
+
+    return _ask(look)
+
+
+def _stage(repo: Repo, address: str):
+    [found] = [stage for stage in repo.index.stages if stage.addressing == address]
+    return found
+
+
+def _ask(question: Callable[[Repo], T]) -> T:
+    """What DVC answers, as soon as no other DVC process works on what is asked about."""
+    waiting = False
+    while True:
         try:
-            return next((a for a in addresses if a in forced or known[a].changed()), None)
+            with Repo() as repo, repo.lock:
+                _drop_dead_holders(repo)
+                _keep_lock_file(repo)
+                return question(repo)
         except LockError as error:
-            raise WorkspaceBusyError(f"another DVC process works here: {error}") from error
+            if not waiting:
+                tell(f"{_holder(error)} works here: waiting until it is done (Ctrl-C gives up).")
+            waiting = True
+            time.sleep(POLL_SECONDS)
+        except DvcException as error:
+            raise GraphError(f"DVC: {error}") from error
+        except OSError as error:
+            raise GraphError(f"DVC cannot work in this folder: {error}") from error
+
+
+def _holder(error: LockError) -> str:
+    blocker = re.search(r"\(PID (\d+)\): (.*)", str(error))
+    return f"`{blocker[2]}` (process {blocker[1]})" if blocker else "Another DVC process"
+
+
+def _keep_lock_file(repo: Repo) -> None:
+    """Keep a copy of a `dvc.lock` that can be read; bring it back where a killed DVC has cut the file.
+
+    DVC writes the file in place, so a kill leaves it empty or cut.
+    """
+    path = Path(repo.root_dir) / LOCK_FILE
+    if not path.exists():
+        return
+    try:
+        Lockfile(repo, str(path)).load()
+    except DvcException as error:
+        copy = Path(repo.root_dir) / COPY
+        if not copy.is_file():
+            raise GraphError(
+                f"{LOCK_FILE} is cut or empty ({error}), and there is no copy of it: take it from git "
+                f"(git checkout {LOCK_FILE}) or remove it, then run the same command; what is in "
+                "DVC's cache comes back in seconds"
+            ) from error
+        with write_file(path) as partial:
+            shutil.copyfile(copy, partial)
+        tell(
+            f"{LOCK_FILE} was cut or empty ({error}): it is again what it was after the last stage."
+        )
+        return
+    copy = Path(repo.root_dir) / COPY
+    if not copy.is_file() or copy.read_bytes() != path.read_bytes():
+        with write_file(copy) as partial:
+            shutil.copyfile(path, partial)
+
+
+def _drop_dead_holders(repo: Repo) -> None:
+    """Take out of DVC's list of readers and writers those that no longer run.
+
+    DVC believes a process number: a zombie's, in a container that reaps none, or one given out anew.
+    """
+    assert repo.tmp_dir is not None
+    path = Path(repo.tmp_dir) / RWLOCK_FILE
+    if not path.is_file():
+        return
+    with make_lock(str(path.with_name(RWLOCK_LOCK)), tmp_dir=repo.tmp_dir):
+        try:
+            held = json.loads(path.read_text())
+            write = {place: one for place, one in held.get("write", {}).items() if _lives(one)}
+            read = {
+                place: list(filter(_lives, all_)) for place, all_ in held.get("read", {}).items()
+            }
+        except (ValueError, AttributeError, TypeError, KeyError):  # cut: its writer was killed
+            write, read = {}, {}
+        path.write_text(json.dumps({"write": write, "read": {p: r for p, r in read.items() if r}}))
+
+
+def _lives(holder: dict) -> bool:
+    """Whether the process that DVC wrote down runs, as the command that it was."""
+    try:
+        process = psutil.Process(holder["pid"])
+        command = " ".join(process.cmdline())
+        zombie = process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+    return not zombie and command.endswith(holder["cmd"].partition(" ")[2])
+
+
+def _drop_rotten(repo: Repo, stage) -> None:
+    """Remove from DVC's cache what is not what its name says, of what it would bring back for a stage.
+
+    DVC trusts its cache: it would bring damage back and record it as what the stage wrote.
+    """
+    if not stage.changed_stage() and stage.deps_cached():
+        names = {out.hash_info.value for out in stage.outs if out.hash_info}
+    else:
+        stage.save_deps(allow_missing=True)
+        entry = _can_hash(stage) and repo.stage_cache._load(stage)
+        names = {out["md5"] for out in entry["outs"]} if entry else set()
+    if rotten := sum(_drop_rotten_object(repo, name) for name in names):
+        tell(
+            f"{rotten} files in DVC's cache are damaged and were removed: {stage.addressing} runs "
+            "instead of being brought back."
+        )
+
+
+def _drop_rotten_object(repo: Repo, name: str) -> int:
+    path = Path(repo.cache.local.oid_to_path(name))
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if digest != name.removesuffix(".dir"):
+        path.unlink()
+        return 1
+    if not name.endswith(".dir"):
+        return 0
+    return sum(_drop_rotten_object(repo, e["md5"]) for e in json.loads(path.read_text()))

@@ -1,16 +1,19 @@
 """`make merge`: run what is stale of a recipe, one DVC stage per Prefect task.
 
-DVC knows the graph and what must run; each stale stage is one `dvc repro --single-item` in a process of its own,
-its output streamed into the Prefect log. Stages write whole outputs or none, so a run that ends early leaves
-nothing to clean up, and the next one goes on where it ended.
+DVC knows the graph and what must run; each stale stage is one `dvc repro --single-item` in a process of
+its own, its output streamed into the Prefect log. What a stage wrote before stands until it has ended
+well (`flows.kept`), so a run that ends early changes nothing, and the next one goes on where it ended.
 """
 
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefect import Task, flow, get_run_logger, task
@@ -19,8 +22,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import TaskRun
 from prefect.states import Completed, Failed, State
 
-from flows.graph import WorkspaceBusyError, select, stale_stages
-from flows.workspace import dvc, only_run, run_streaming
+from flows.graph import GraphError, Stage, is_recorded, select, stale_stages
+from flows.kept import kept, recover
+from flows.workspace import Say, dvc, only_run, run_streaming, tell
 from tasks.recipe.load import load
 from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.plan import check
@@ -32,7 +36,10 @@ RETRIED_AFTER = {"fetch": [2.0, 10.0], "register": [2.0, 10.0]}
 
 UNREACHABLE = "Unreachable"  # the state of a stage to which nothing answered
 
-_VERDICT = "ERROR: failed to reproduce"
+_VERDICT = "ERROR: failed to reproduce"  # opens DVC's last words
+_BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
+_BUSY_SECONDS = 2.0
+_SHELL_SIGNAL = 128  # a shell's exit status for a command that a signal ended, plus the signal
 # What DVC says about itself, of no use to somebody who watches a pipeline.
 _CHATTER = (
     "> ",
@@ -47,7 +54,7 @@ _CHATTER = (
 
 
 class _NoEmptyTraceback(logging.Filter):
-    """Prefect logs a failed state with `exc_info` where there is no exception, which prints as `NoneType: None`."""
+    """Prefect logs a failed state with `exc_info` where there is none; it prints as `NoneType: None`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info == (None, None, None):
@@ -63,11 +70,11 @@ def _is_unreachable(task: Task, run: TaskRun, state: State) -> bool:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=_is_unreachable)
-def reproduce(address: str, lock: int, force: bool = False) -> State:
-    """Run one stage through DVC."""
+def reproduce(stage: Stage, lock: int, force: bool = False) -> State:
+    """Run one stage through DVC; unless it ends well, what it wrote before comes back."""
     log = get_run_logger()
     logging.getLogger("prefect.task_runs").addFilter(_NO_EMPTY_TRACEBACK)
-    heard = [""]
+    output: list[str] = []
 
     def say(line: str) -> None:
         words = line.strip()
@@ -75,19 +82,56 @@ def reproduce(address: str, lock: int, force: bool = False) -> State:
             log.debug(line)
         elif words:
             log.info(line)
-            heard.append(words)
+            output.append(words)
 
-    command = dvc("repro", "--single-item", *(["--force"] if force else []), address)
-    status = run_streaming(command, say, lock=lock)
+    command = dvc("repro", "--single-item", *(["--force"] if force else []), stage.address)
+    try:
+        with kept(stage.address, stage.replaced, is_recorded):
+            while (status := run_streaming(command, say, lock=lock)) and _is_busy(output):
+                log.warning(
+                    "another DVC process works on these files: trying again until it is done"
+                )
+                output.clear()
+                time.sleep(_BUSY_SECONDS)
+    except OSError as error:
+        return Failed(message=f"stage {stage.address} cannot run: {error}; the old state stands")
     if status == 0:
-        return Completed(message=f"{address} is done")
-    # A state, not an exception: the stage has said what happened, a traceback of ours would bury it.
-    verdict = heard[-1]  # DVC's, after the stage's last words
-    reason = next((words for words in reversed(heard) if not words.startswith(_VERDICT)), verdict)
-    unreachable = verdict.endswith(f"exited with {os.EX_TEMPFAIL}")
+        return Completed(message=f"{stage.address} is done")
+    # A state, not an exception: the stage has said what happened, a traceback would bury it.
     return Failed(
-        name=UNREACHABLE if unreachable else None, message=f"stage {address} failed: {reason}"
+        name=UNREACHABLE if _exit_status(output) == os.EX_TEMPFAIL else None,
+        message=f"stage {stage.address} {_reason(status, output)}",
     )
+
+
+def _is_busy(output: Sequence[str]) -> bool:
+    return any(words in line for line in output[-5:] for words in _BUSY)
+
+
+def _exit_status(output: Sequence[str]) -> int | None:
+    """How the stage's command ended, from DVC's last words."""
+    ended = re.search(r"exited with (-?\d+)$", output[-1]) if output else None
+    return int(ended[1]) if ended else None
+
+
+def _reason(status: int, output: Sequence[str]) -> str:
+    """Why a stage failed: the signal that killed it or DVC, or the last that it said."""
+    if status < 0:
+        return f"failed: DVC {_killed(-status)}"
+    command = _exit_status(output) or 0
+    if command < 0 or command > _SHELL_SIGNAL:
+        return _killed(-command if command < 0 else command - _SHELL_SIGNAL)
+    said = (
+        [words for words in output if not words.startswith(_VERDICT)]
+        or output
+        or ["no reason given"]
+    )
+    return f"failed: {said[-1]}"
+
+
+def _killed(number: int) -> str:
+    memory = "; Linux does so where memory runs out" if number == signal.SIGKILL else ""
+    return f"was killed (signal {number}{memory})"
 
 
 @flow(name="pipeline", flow_run_name="{recipe}", persist_result=False)
@@ -96,26 +140,35 @@ def pipeline(
 ) -> State:
     """Run what is stale of a recipe: all of it, up to a stage, or one stage; publish the results table.
 
-    With `refresh` the sources of the checkpoints are resolved anew, so that what changed upstream is found.
+    With `refresh` the sources of the checkpoints are resolved anew, so that what changed upstream is
+    found.
     """
     addresses = plan(recipe, to=to, only=only)
     done = []
-    with only_run(f"{recipe} in Prefect", get_run_logger().warning) as lock:
-        for address in stale_stages(addresses, forced(recipe, refresh)):
-            delays = RETRIED_AFTER.get(address.partition("@")[0], [])
+    with workspace(f"{recipe} in Prefect", get_run_logger().warning) as lock:
+        for stage in stale_stages(addresses, forced(recipe, refresh)):
+            delays = RETRIED_AFTER.get(stage.address.partition("@")[0], [])
             run = reproduce.with_options(
-                task_run_name=address, retries=len(delays), retry_delay_seconds=delays
+                task_run_name=stage.address, retries=len(delays), retry_delay_seconds=delays
             )
-            state = run(address, lock, address in forced(recipe, refresh), return_state=True)
+            state = run(stage, lock, stage.address in forced(recipe, refresh), return_state=True)
             if not state.is_completed():
                 return Failed(message=state.message)
-            done.append(address)
+            done.append(stage.address)
     publish(recipe)
     return Completed(message=f"ran {', '.join(done)}" if done else "nothing was stale")
 
 
+@contextmanager
+def workspace(what: str, say: Say = tell) -> Generator[int]:
+    """The workspace for one run alone, with what a killed run has left put right; yields the lock."""
+    with only_run(what, say) as lock:
+        recover(is_recorded)
+        yield lock
+
+
 def plan(recipe: str, *, to: str | None = None, only: str | None = None) -> list[str]:
-    """The stages that are asked for; `ParamsError` when the recipe or a stage cannot be what is meant."""
+    """The stages that are asked for; `ParamsError` where a recipe or stage is not what is meant."""
     check(recipe)
     return select(recipe, to=to, only=only)
 
@@ -143,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGHUP, signal.default_int_handler)  # a closed terminal is a Ctrl-C
     try:
         return _run(asked)
-    except (ParamsError, WorkspaceBusyError) as error:
+    except (ParamsError, GraphError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -156,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(asked: argparse.Namespace) -> int:
     addresses = plan(asked.recipe, to=asked.to, only=asked.only)
-    with only_run(f"{asked.recipe} in a terminal"):
+    with workspace(f"{asked.recipe} in a terminal"):
         stale = next(stale_stages(addresses, forced(asked.recipe, asked.refresh)), None)
     if stale is None:
         # Said without Prefect, whose server alone takes ten seconds to start.

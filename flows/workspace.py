@@ -1,11 +1,12 @@
 """One run at a time in a workspace, and child processes that end with their run.
 
-The lock is an open file that the processes of a stage inherit: should a run be killed outright, the stage that
-it had started still holds the lock, so the next run waits for that stage and keeps its result.
+The run's lock is an open file that its DVC process inherits: should a run be killed outright, DVC
+still holds it, so the next run waits for the stage and keeps its result. A stage, to which DVC hands
+no open file, holds a lock of its own (`tasks.locks.hold_workspace`): should DVC be killed, too, or
+should the stage have been started by hand, the next run waits all the same.
 """
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -13,12 +14,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-LOCK = Path(".alloy/run.lock")
+import psutil
+
+from tasks.locks import STAGES, lock_holder, open_lock, sign_lock
+from tasks.workspace import STATE
+
+LOCK = STATE / "run.lock"
 GRACE_SECONDS = 10
 POLL_SECONDS = 0.1
 
@@ -32,42 +37,43 @@ def tell(line: str) -> None:
 
 @contextmanager
 def only_run(what: str, say: Say = tell) -> Generator[int]:
-    """Hold the workspace for one run; wait, and say for whom, while another has it. Yields the lock's descriptor."""
-    LOCK.parent.mkdir(exist_ok=True)
-    descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    """Hold the workspace for one run; wait, and say for whom, while another run or a stage has it.
+
+    Yields the lock's descriptor.
+    """
+    run = open_lock(LOCK)
     try:
+        _wait(run, LOCK, say)
+        sign_lock(run, what)
+        stages = open_lock(STAGES)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(
-                f"This workspace is taken by {_holder()}: waiting until it is free (Ctrl-C gives up)."
-            )
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        os.ftruncate(descriptor, 0)
-        since = datetime.now().astimezone().isoformat(timespec="seconds")
-        os.write(descriptor, json.dumps({"pid": os.getpid(), "run": what, "since": since}).encode())
-        yield descriptor
+            _wait(stages, STAGES, say)
+        finally:
+            os.close(stages)
+        yield run
     finally:
-        os.close(descriptor)  # not unlocked: a child that outlives us keeps it
+        os.close(run)  # not unlocked: a child that outlives us keeps it
 
 
-def _holder() -> str:
+def _wait(descriptor: int, path: Path, say: Say) -> None:
     try:
-        holder = json.loads(LOCK.read_text())
-    except ValueError:  # between taking the lock and signing it
-        return "another run"
-    return f"{holder['run']} (process {holder['pid']}, since {holder['since']})"
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = lock_holder(path)
+        say(f"This workspace is taken by {holder}: waiting until it is free (Ctrl-C gives up).")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def dvc(*arguments: str) -> list[str]:
-    """The command that runs DVC; it waits for the moments in which another DVC process has the repository."""
+    """The command that runs DVC; it waits while another DVC process has the repository."""
     return [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
 
 
 def run_streaming(command: Sequence[str], say: Say, *, lock: int | None = None) -> int:
     """Run a command in a process group of its own, hand each line it writes to `say`, return its exit status.
 
-    Whatever ends this call early (Ctrl-C, a termination, a cancelled flow) ends the whole group before it goes on.
+    Whatever ends this call early (Ctrl-C, a termination, a cancelled flow) ends the whole group
+    before it goes on, and so does a command that ends badly.
     """
     # A file, not a pipe: should we be killed, the command can still speak, and so end well.
     output, path = tempfile.mkstemp()
@@ -116,12 +122,27 @@ def _environment() -> dict[str, str]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Interrupt a process group that still runs; kill it when it does not end by itself."""
+    """Interrupt a process group of which something still runs; kill it when it does not end by itself.
+
+    Nothing of a command that ended well is touched.
+    """
     for number in (signal.SIGINT, signal.SIGKILL):
-        if process.poll() is not None:
-            return
-        os.killpg(process.pid, number)
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
+        if process.poll() == 0 or not _members(process.pid):
+            break
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while _members(process.pid) and time.monotonic() < deadline:
+            process.poll()  # reaps the leader
+            time.sleep(POLL_SECONDS)
+    process.wait()
+
+
+def _members(group: int) -> list[int]:
+    """The processes of a group that still run; zombies do not."""
+    members = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+    return members

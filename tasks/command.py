@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 
+from tasks.locks import hold_workspace
 from tasks.recipe.load import Recipe, load, recipes
 from tasks.recipe.section import ParamsError
 
@@ -47,7 +48,8 @@ def run_stage(description: str | None, switches: Mapping[str, str] | None = None
     options = vars(parser.parse_args())
     try:
         recipe = load(options.pop("recipe"))
-        _module(stage, recipe).main(recipe, **options)
+        with hold_workspace(f"{stage} of {recipe.name}"):
+            _module(stage, recipe).main(recipe, **options)
     except ConnectionError as error:
         # Nothing is wrong with what was asked: flows try such a stage again.
         print(f"{stage}: {error}", file=sys.stderr)

@@ -153,12 +153,21 @@ class Workspace:
 
     def processes(self) -> list[str]:
         """What still runs in this folder."""
-        found = []
+        return [" ".join(command) for command in self._commands().values()]
+
+    def pids(self, *words: str) -> list[int]:
+        """The processes in this folder whose command holds these words, one after the other."""
+        return [
+            pid for pid, command in self._commands().items() if " ".join(words) in " ".join(command)
+        ]
+
+    def _commands(self) -> dict[int, list[str]]:
+        found = {}
         for process in psutil.process_iter():
             try:
                 here = process.cwd() == str(self.folder) and process.pid != os.getpid()
                 if here and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(" ".join(process.cmdline()))
+                    found[process.pid] = process.cmdline()
             except psutil.Error:
                 continue
         return found

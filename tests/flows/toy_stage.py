@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from tasks.locks import hold_workspace
 from tasks.storage import write_folder
 
 name = sys.argv[1]
@@ -25,15 +26,16 @@ def setting(kind: str, default: str) -> str:
     return path.read_text() if path.exists() else default
 
 
-remember("start")
-sys.stdout.write(f"{name} speaks\n")
-failures = int(setting("failures", "0"))
-if failures:
-    (control / f"{name}.failures").write_text(str(failures - 1))
-    sys.stderr.write(f"{name}: the toy broke\n")
-    sys.exit(int(setting("status", "1")))
-with write_folder(Path("out") / name) as folder:
-    (folder / "first").write_text(setting("text", "text"))
-    time.sleep(float(setting("seconds", "0")))
-    (folder / "second").write_text("x" * int(setting("bytes", "1")))
-remember("end")
+with hold_workspace(name):
+    remember("start")
+    sys.stdout.write(f"{name} speaks\n")
+    failures = int(setting("failures", "0"))
+    if failures:
+        (control / f"{name}.failures").write_text(str(failures - 1))
+        sys.stderr.write(f"{name}: the toy broke\n")
+        sys.exit(int(setting("status", "1")))
+    with write_folder(Path("out") / name) as folder:
+        (folder / "first").write_text(setting("text", "text"))
+        time.sleep(float(setting("seconds", "0")))
+        (folder / "second").write_text("x" * int(setting("bytes", "1")))
+    remember("end")

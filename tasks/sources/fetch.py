@@ -45,21 +45,20 @@ def resolve(recipe: Recipe) -> dict[str, Snapshot]:
 def fetch(recipe: Recipe, snapshots: Mapping[str, Snapshot]) -> None:
     """Bring what is not here yet, and check all of it."""
     section, folder = recipe.fetch, recipe.workspace.checkpoints
-    # Beside the stage's output: what is under way is no part of it, and survives a failed run.
-    incoming = folder.with_name(folder.name + storage.INCOMPLETE)
     num_bytes = 0
-    for name, snapshot in snapshots.items():
-        if _stands(folder / name, snapshot, section.checkpoints[name]):
-            _refuse_other_architecture(folder / name, snapshot, section.model_type)
-            print(f"{name}: unchanged, nothing moved")
-            continue
-        _bring(snapshot, incoming / name, section.checkpoints[name], section.model_type)
-        _put(incoming / name / "files", folder / name)
-        shutil.rmtree(incoming / name)
-        num_bytes += sum(file.size for file in snapshot.files)
-        if snapshot.left_out:
-            print(f"{name}: left out {', '.join(snapshot.left_out)}")
-    shutil.rmtree(incoming, ignore_errors=True)
+    # Beside the stage's output: what is under way is no part of it, and survives a failed run.
+    with storage.resumable_folder(folder) as incoming:
+        for name, snapshot in snapshots.items():
+            if _stands(folder / name, snapshot, section.checkpoints[name]):
+                _refuse_other_architecture(folder / name, snapshot, section.model_type)
+                print(f"{name}: unchanged, nothing moved")
+                continue
+            _bring(snapshot, incoming / name, section.checkpoints[name], section.model_type)
+            _put(incoming / name / "files", folder / name)
+            shutil.rmtree(incoming / name)
+            num_bytes += sum(file.size for file in snapshot.files)
+            if snapshot.left_out:
+                print(f"{name}: left out {', '.join(snapshot.left_out)}")
     _remove_others(folder, snapshots)
     print(f"fetched {len(snapshots)} checkpoints: {num_bytes:,} bytes moved into {folder}")
 

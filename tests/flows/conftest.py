@@ -196,6 +196,7 @@ def new_toy(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Wo
     }.items():
         shutil.copy(source, folder / target)
     (folder / "params" / "recipes.yaml").write_text("recipes:\n  - toy\n")
+    (folder / "params" / "promote.yaml").write_text("gates: {}\n")
     (folder / ".gitignore").write_text("/out/\n/log\n/.alloy/\n/.prefect/\n")
     workspace = Workspace(folder, _environment(PREFECT_API_URL=prefect_server))
     workspace.control("fetch.text", "checkpoint")

@@ -30,6 +30,7 @@ from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.plan import check
 from tasks.recipe.section import ParamsError
 from tasks.reports import tables
+from tasks.workspace import Workspace
 
 # The stages that meet a network: they alone are tried again, after so many seconds.
 RETRIED_AFTER = {"fetch": [2.0, 10.0], "register": [2.0, 10.0]}
@@ -224,7 +225,7 @@ def _run(asked: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 1
-    table = tables.REPORTS / asked.recipe / "table.md"
+    table = Workspace(asked.recipe).table
     if not (asked.to or asked.only) and table.is_file():
         tables.show(asked.recipe)
     return 0

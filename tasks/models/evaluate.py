@@ -1,9 +1,11 @@
-"""evaluate, for recipes of kind "models": parents, ensemble and every arm of every set and seed, side by side.
+"""evaluate, for recipes of kind "models": parents, ensemble and every arm, side by side.
 
-With labels, accuracy on the validation and test splits; without, a loss and the agreement with the parents on
-calibration data (`tasks.models.measures.yardsticks`). For the alignments that `evaluate.curves` names, the straight path between
-the reference and each other member and its barrier, and the plane through both parents and their merge. For
-every alignment, how far apart the members are. Writes `reports/<recipe>/` (`tasks.models.report`).
+With labels, accuracy on the validation and test splits; without, a loss and the agreement with the
+parents on calibration data (`tasks.models.measures.yardsticks`). For the alignments that
+`evaluate.curves` names, the straight path between the reference and each other member and its
+barrier, and the plane through both parents and their merge. For every alignment, how far apart the
+members are; of members that are merged as they are, that alone. Writes `reports/<recipe>/`
+(`tasks.models.report`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,7 @@ from tasks.evaluation.loading import load_any
 from tasks.models.measures.yardsticks import Yardstick, asked, yardsticks
 from tasks.models.report.build import build
 from tasks.models.report.distances import build as build_distances
+from tasks.models.report.results import BarrierRow, DistanceRow, PathRow, PlaneRow, ScoreRow
 from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.jobs import (
     Job,
@@ -38,77 +41,7 @@ from tasks.reports import report as reports
 from tasks.reports import tables, writer
 
 NORM_EXAMPLES = 256  # of the calibration data, for batch norms along paths and on planes
-CURVE_SPLITS = (
-    "validation",
-    "calibration",
-)  # where paths and planes are looked at: not on test data
-
-
-@dataclass(frozen=True)
-class ScoreRow:
-    """One metric of one model of one set and seed; accuracies and agreements in per cent."""
-
-    split: str
-    set: str
-    seed: int
-    model: str  # an arm, parent_0, parent_1, ..., or ensemble
-    kind: str  # arm, parent or ensemble
-    metric: str
-    value: float
-    standard_error: float
-
-
-@dataclass(frozen=True)
-class PathRow:
-    """One metric of the model at t of the straight path from the reference (0) to another member (1)."""
-
-    set: str
-    seed: int
-    alignment: str
-    other: int  # which member
-    t: float
-    metric: str
-    value: float
-
-
-@dataclass(frozen=True)
-class BarrierRow:
-    """The largest rise of a loss above the straight line between the path's ends, or fall of an accuracy."""
-
-    set: str
-    seed: int
-    alignment: str
-    other: int
-    metric: str
-    value: float
-
-
-@dataclass(frozen=True)
-class PlaneRow:
-    """One metric at a point of the plane through the parents and their merge, in units of weight distance."""
-
-    set: str
-    seed: int
-    alignment: str
-    other: int
-    point: str  # reference, other, merge, or empty: of the grid
-    x: float
-    y: float
-    metric: str
-    value: float
-
-
-@dataclass(frozen=True)
-class DistanceRow:
-    """How far apart two members are under an alignment, over all weights or in one layer."""
-
-    set: str
-    seed: int
-    alignment: str
-    pair: str
-    layer: str  # empty: over all weights
-    measure: str
-    value: float
+CURVE_SPLITS = ("validation", "calibration")  # for paths and planes: not test data
 
 
 def main(recipe: ModelsRecipe) -> None:

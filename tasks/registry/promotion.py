@@ -15,6 +15,7 @@ from alloy.errors import nearest
 from tasks.recipe.load import load_file
 from tasks.recipe.section import ParamsError
 from tasks.recipe.shared import Gates, PromoteParams
+from tasks.reports import markdown
 
 DATA_TAG = "data/"
 MOST_REMEMBERED = 100  # champions that a rollback can go back to
@@ -129,12 +130,16 @@ def decide(gates: Gates, champion: Result, challenger: Result) -> Decision:
 
 def table(decision: Decision) -> str:
     """The comparison as Markdown."""
-    lines = ["| benchmark | champion | challenger | change, standard errors |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {old.value:.1f} ± {old.error:.1f} | {new.value:.1f} ± {new.error:.1f} | {change:+.1f} |"
+    rows = [
+        [
+            name,
+            f"{old.value:.1f} ± {old.error:.1f}",
+            f"{new.value:.1f} ± {new.error:.1f}",
+            f"{change:+.1f}",
+        ]
         for name, old, new, change in decision.comparisons
     ]
-    return "\n".join(lines)
+    return markdown.table(["benchmark", "champion", "challenger", "change, standard errors"], rows)
 
 
 def promoted(history: list[str], champion: str | None, challenger: str) -> list[str]:

@@ -6,14 +6,14 @@ pipeline with nothing to do ends with them: this module imports no torch.
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-REPORTS = Path("reports")
+from tasks.workspace import Workspace
+
 GAP = 2  # columns between two of a table's
 SCORE = re.compile(r"(-?[\d.]+) ± ")
 
@@ -25,7 +25,7 @@ def read(recipe: str) -> str:
 
     Raises ValueError where there was none.
     """
-    path = REPORTS / recipe / "table.md"
+    path = Workspace(recipe).table
     if not path.is_file():
         raise ValueError(f"{path} is missing: run `dvc repro evaluate@{recipe}` first")
     return path.read_text()
@@ -43,7 +43,7 @@ def show(recipe: str) -> None:
                 console.print(_drawn(columns), "")
         elif part.strip():
             console.print(escape(part.strip()))
-    print(f"The whole story: {REPORTS / recipe / 'report.html'}")
+    print(f"The whole story: {Workspace(recipe).page}")
 
 
 def fitting(table: str, width: int) -> Iterator[list[Column]]:

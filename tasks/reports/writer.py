@@ -11,7 +11,7 @@ from tasks.storage import write_file, write_folder, write_json
 
 
 def write(report: Report, folder: Path) -> None:
-    """Write everything that `folder`, which is `reports/<recipe>`, holds.
+    """Write everything that `reports/<recipe>/`, the folder, holds.
 
     The metrics come last: where they are new, everything else is.
     """

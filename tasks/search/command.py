@@ -43,6 +43,7 @@ from rich.table import Column, Table
 from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS
 from tasks.recipe.section import ParamsError
+from tasks.reports import markdown
 from tasks.search.objective import Objective, objective_of
 from tasks.storage import write_file, write_json
 
@@ -264,7 +265,7 @@ def write(
     arm = objective.arm(settle(ranges, best.settings))
     text = yaml.safe_dump(objective.section(arm), sort_keys=False)
     heading = f"# trial {best.number} of {len(trials)}: {best.score:.3f} on validation data; goes into params/<recipe>.yaml\n"
-    for name, content in (("best.yaml", heading + text), ("table.md", markdown(trials))):
+    for name, content in (("best.yaml", heading + text), ("table.md", as_markdown(trials))):
         with write_file(folder / name) as file:
             file.write_text(content)
     with write_file(folder / "plot.png") as file:
@@ -272,11 +273,10 @@ def write(
     return text
 
 
-def markdown(trials: Sequence[Trial]) -> str:
+def as_markdown(trials: Sequence[Trial]) -> str:
     """All trials, best first."""
     head, rows = _cells(trials)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown.table(head, rows, num_names=len(head)) + "\n"
 
 
 def table(trials: Sequence[Trial], most: int = 15) -> Table:

@@ -1,10 +1,10 @@
 """The report of sets of checkpoints that were merged, put together."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tasks.models.report import charts
 from tasks.models.report.grids import (
-    Rows,
     barrier_grids,
     distance_grids,
     metrics,
@@ -24,21 +24,26 @@ STORY = Markup(
 )
 
 
-def build(jobs: Sequence[Job], rows: Mapping[str, Rows]) -> Report:
-    """Everything that an evaluation of a recipe's sets has to show; `rows` by kind.
+def build(jobs: Sequence[Job], rows: Mapping[str, Sequence[Any]]) -> Report:
+    """Everything that an evaluation of a recipe's sets has to show.
 
-    The jobs are all of one recipe: every set with each of its seeds.
+    The jobs are all of one recipe: every set with each of its seeds. `rows` are those of
+    `tasks.models.report.results`: scores and distances, and as far as they were measured paths,
+    barriers and planes.
     """
     recipe = jobs[0].recipe
     overview = overview_grids(recipe, rows["scores"])
     scores = score_grids(recipe, rows["scores"])
     barriers = barrier_grids(recipe, rows.get("barriers", ()))
-    curves = [*charts.paths(rows, recipe), *charts.planes(rows, recipe)]
+    curves = [
+        *charts.paths(rows.get("paths", ()), recipe),
+        *charts.planes(rows.get("planes", ()), recipe),
+    ]
     distances = distance_grids(recipe, rows.get("distances", ()))
     doubts = warnings(jobs)
     sections = [
         Section("", [STORY]),
-        Section("How well they do", [charts.scores(rows, recipe), *overview, *scores]),
+        Section("How well they do", [charts.scores(rows["scores"], recipe), *overview, *scores]),
         Section("Barriers between the parents", [*curves, *barriers]),
         Section("What alignment did", [alignment_grid(jobs)]),
         Section("How far apart the parents are", distances),

@@ -1,12 +1,13 @@
 """The charts of sets that were merged: scores, paths between parents, planes of the loss."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tasks.models.report.grids import SHOWN_SPLITS, Rows, metric_title, model_title, title
+from tasks.models.report.grids import SHOWN_SPLITS, metric_title, model_title, title
+from tasks.models.report.results import PathRow, PlaneRow, ScoreRow
 from tasks.recipe.models import ModelsRecipe
 from tasks.reports.charts import ENSEMBLE, MERGED, NAIVE, PARENT, without_frame
 from tasks.reports.means import means
@@ -16,37 +17,37 @@ MAIN = ("average_accuracy", "joint_accuracy", "agreement", "explained_variance")
 KIND_COLOURS = {"parent": PARENT, "ensemble": ENSEMBLE, "arm": NAIVE, "result": MERGED}
 
 
-def scores(rows: Mapping[str, Rows], params: ModelsRecipe) -> Chart:
+def scores(rows: Sequence[ScoreRow], params: ModelsRecipe) -> Chart:
     text = (
         "Every model of every set; whiskers are the standard deviation over seeds, or of one seed "
         "the standard error over its examples."
     )
-    return Chart("scores", text, scores_chart(rows["scores"], params))
+    return Chart("scores", text, scores_chart(rows, params))
 
 
-def paths(rows: Mapping[str, Rows], params: ModelsRecipe) -> list[Chart]:
+def paths(rows: Sequence[PathRow], params: ModelsRecipe) -> list[Chart]:
     """The paths between parents, where evaluation walked any."""
-    if not rows.get("paths"):
+    if not rows:
         return []
     text = (
         "Along the straight line from parent 0 to another parent, before (identity) and after "
         "alignment; bands are the standard deviation over seeds."
     )
-    return [Chart("paths", text, paths_chart(rows["paths"], params))]
+    return [Chart("paths", text, paths_chart(rows, params))]
 
 
-def planes(rows: Mapping[str, Rows], params: ModelsRecipe) -> list[Chart]:
+def planes(rows: Sequence[PlaneRow], params: ModelsRecipe) -> list[Chart]:
     """The planes of the loss, where evaluation measured any."""
-    if not rows.get("planes"):
+    if not rows:
         return []
     text = (
         "The plane through parent 0, another parent as it was given, and the mean of both aligned; "
         "axes in distances of weights, the first seed of each set."
     )
-    return [Chart("planes", text, planes_chart(rows["planes"], params))]
+    return [Chart("planes", text, planes_chart(rows, params))]
 
 
-def scores_chart(scores: Rows, params: ModelsRecipe) -> Figure:
+def scores_chart(scores: Sequence[ScoreRow], params: ModelsRecipe) -> Figure:
     """One panel a set and main metric, one bar a model."""
     shown = [row for row in scores if row.split in SHOWN_SPLITS and row.metric in MAIN]
     panels = list(dict.fromkeys((row.set, row.metric) for row in shown))
@@ -78,7 +79,7 @@ def scores_chart(scores: Rows, params: ModelsRecipe) -> Figure:
     return figure
 
 
-def paths_chart(paths: Rows, params: ModelsRecipe) -> Figure:
+def paths_chart(paths: Sequence[PathRow], params: ModelsRecipe) -> Figure:
     """One row a set, one panel for the loss and one for the main metric, one line an alignment."""
     sets = list(dict.fromkeys(row.set for row in paths))
     figure = Figure(figsize=(9, 2.8 * len(sets)), layout="constrained")
@@ -94,7 +95,7 @@ def paths_chart(paths: Rows, params: ModelsRecipe) -> Figure:
     return figure
 
 
-def _lines(axis: Axes, rows: Rows) -> None:
+def _lines(axis: Axes, rows: Sequence[PathRow]) -> None:
     several = len({row.other for row in rows}) > 1
     for alignment, other in dict.fromkeys((row.alignment, row.other) for row in rows):
         points = means(
@@ -110,7 +111,7 @@ def _lines(axis: Axes, rows: Rows) -> None:
     without_frame(axis)
 
 
-def planes_chart(planes: Rows, params: ModelsRecipe) -> Figure:
+def planes_chart(planes: Sequence[PlaneRow], params: ModelsRecipe) -> Figure:
     """One row a set, alignment and member, one panel a loss: of all tasks and of each."""
     losses = sorted({row.metric for row in planes if row.metric.endswith("loss")})
     keys = list(dict.fromkeys((row.set, row.alignment, row.other) for row in planes))
@@ -127,7 +128,7 @@ def planes_chart(planes: Rows, params: ModelsRecipe) -> Figure:
     return figure
 
 
-def _plane(axis: Axes, grid: Rows, points: Rows) -> None:
+def _plane(axis: Axes, grid: Sequence[PlaneRow], points: Sequence[PlaneRow]) -> None:
     if not grid:
         axis.set_axis_off()
         return

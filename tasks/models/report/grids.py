@@ -6,8 +6,8 @@ own set and seed.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
+from tasks.models.report.results import BarrierRow, DistanceRow, ScoreRow
 from tasks.recipe.models import ModelsRecipe
 from tasks.reports.means import Mean, mean, means
 from tasks.reports.report import Grid
@@ -16,10 +16,8 @@ SHOWN_SPLITS = ("test", "calibration")
 OVERVIEW = ("joint_accuracy", "average_accuracy")
 MEASURES = {"l2": "L2", "cosine": "1 - cosine", "ssd": "SSD", "tssd": "TSSD"}
 
-Rows = Sequence[Any]
 
-
-def metrics(params: ModelsRecipe, scores: Rows) -> dict:
+def metrics(params: ModelsRecipe, scores: Sequence[ScoreRow]) -> dict:
     """Everything that metrics.json holds."""
     nested: dict = {}
     by_metric = means(scores, lambda row: (row.split, row.model, row.set, row.metric))
@@ -66,7 +64,7 @@ def _digits(metric: str) -> int:
     return 3 if metric.endswith("loss") else 1
 
 
-def score_grids(params: ModelsRecipe, scores: Rows) -> list[Grid]:
+def score_grids(params: ModelsRecipe, scores: Sequence[ScoreRow]) -> list[Grid]:
     """One table a set: a row a model, a column a metric, of test or calibration data."""
     grids = []
     for name in params.sets:
@@ -92,7 +90,7 @@ def score_grids(params: ModelsRecipe, scores: Rows) -> list[Grid]:
     return grids
 
 
-def overview_grids(params: ModelsRecipe, scores: Rows) -> list[Grid]:
+def overview_grids(params: ModelsRecipe, scores: Sequence[ScoreRow]) -> list[Grid]:
     """All sets side by side, a table a metric, a row a model.
 
     Nothing for one set, or for sets without labels.
@@ -127,7 +125,7 @@ def overview_grids(params: ModelsRecipe, scores: Rows) -> list[Grid]:
     ]
 
 
-def barrier_grids(params: ModelsRecipe, barriers: Rows) -> list[Grid]:
+def barrier_grids(params: ModelsRecipe, barriers: Sequence[BarrierRow]) -> list[Grid]:
     """Barriers by set, alignment and metric; the largest over the other members."""
     grids = []
     for name in dict.fromkeys(row.set for row in barriers):
@@ -157,7 +155,7 @@ def _plain(of_seeds: Mean) -> str:
     return f"{of_seeds.value:.3f}" if of_seeds.spread is None else of_seeds.shown(3)
 
 
-def distance_grids(params: ModelsRecipe, distances: Rows) -> list[Grid]:
+def distance_grids(params: ModelsRecipe, distances: Sequence[DistanceRow]) -> list[Grid]:
     """Distances over all weights by set and alignment."""
     grids = []
     for name in dict.fromkeys(row.set for row in distances):

@@ -84,7 +84,7 @@ def test_settings_that_cannot_be_merged_are_told_and_not_scored(tmp_path):
     refused = [t for t in found if t.problem]
     assert refused
     assert all(t.settings["coefficients.v"] > 0.95 and not t.scores for t in refused)
-    assert "too much" in search.markdown(found)
+    assert "too much" in search.as_markdown(found)
 
 
 def test_another_search_in_the_same_place_is_refused(tmp_path):

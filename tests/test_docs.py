@@ -1,0 +1,149 @@
+"""Documents name what exists, their code runs, and their prose is wrapped."""
+
+import importlib
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import alloy
+from alloy.modality import ModalityConfig, ModalityModel
+
+REPOSITORY = Path(__file__).parents[1]
+DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+GUIDES = [path for path in DOCS if path.name != "log.md"]  # the log keeps the names of its day
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[end:]:
+            if not hasattr(value, part):
+                return False
+            value = getattr(value, part)
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in DOCS if p.name != "architecture.md"], ids=lambda path: path.name
+)
+def test_prose_is_wrapped_at_100_columns(path: Path) -> None:
+    """Tables alone may be wider."""
+    lines = enumerate(path.read_text().splitlines(), 1)
+    assert [i for i, line in lines if len(line) > 100 and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
+def test_names_paths_and_links_exist(path: Path) -> None:
+    text = path.read_text()
+    names = set(re.findall(r"\b(?:alloy|tasks|benchmarks|flows)(?:\.\w+)+\b", text))
+    files = {name for name in names if name.endswith((".py", ".yaml"))}
+    assert [name for name in sorted(names - files) if not resolves(name)] == []
+    paths = re.findall(r"`((?:alloy|tasks|benchmarks|flows|tests|params|docs)/[\w./-]+)`", text)
+    assert [name for name in paths if not (REPOSITORY / name).exists()] == []
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+def blocks(name: str) -> list[str]:
+    text = (REPOSITORY / "docs" / name).read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def llama(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=30,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+IDS = torch.randint(0, 30, (16, 6), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_symmetry_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama(0)
+    given = {"model": model, "ids": IDS[:2], "generator": torch.Generator().manual_seed(0)}
+    trace, fold = blocks("symmetry.md")
+    exec("import alloy\n" + trace, given)
+    assert "spaces" in capsys.readouterr().out
+    assert given["weights"].keys() == model.state_dict().keys()
+    given["gains"] = given["weights"]
+    exec(fold, given)
+    for name, tensor in given["back"].items():
+        torch.testing.assert_close(tensor, given["weights"][name])
+
+
+def test_the_alignment_of_the_documentation(tmp_path: Path) -> None:
+    a, b = llama(0), llama(1)
+    batches = [{"input_ids": IDS}]
+    spec = alloy.find_symmetries(a, {"input_ids": IDS[:2]})
+    given = {"a": a, "b": b, "batches": batches, "spec": spec, "path": tmp_path / "alignment"}
+    (block,) = blocks("alignment.md")
+    exec("import alloy\nfrom safetensors.torch import save_file\n" + block, given)
+    assert given["alignment"].exact
+    assert given["merged"].keys() == a.state_dict().keys()
+
+
+def test_the_merges_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = {"a": llama(0), "b": llama(1)}
+    folders = {name: f"models/{name}" for name in models}
+    for name, model in {**models, "seed": llama(2)}.items():
+        model.save_pretrained(f"models/{name}")
+    a, b, seed = (m.state_dict() for m in (*models.values(), llama(2)))
+    (block,) = blocks("methods.md")
+    exec(block, {"a": a, "b": b, "seed": seed})
+    ties = Path("merged/model.safetensors").read_bytes()
+    shutil.rmtree("merged")
+    merge, regmean = blocks("merge_checkpoints.md")
+    exec(merge, {})
+    assert Path("merged/model.safetensors").read_bytes() == ties
+    shutil.rmtree("merged")
+    spec = alloy.find_symmetries(models["a"], {"input_ids": IDS[:2]})
+    given = {"models": models, "folders": folders, "batches": [{"input_ids": IDS}], "spec": spec}
+    exec("import alloy\n" + regmean, given)
+    assert Path("merged/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_gauge_of_the_documentation() -> None:
+    torch.manual_seed(0)
+    config = ModalityConfig(
+        sharing="none",
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_joint_layers=1,
+        num_attention_heads=3,
+        intermediate_size=40,
+        embedding_size=10,
+        image_size=12,
+        patch_size=4,
+        vocab_size=30,
+        max_position_embeddings=7,
+    )
+    batch = {
+        "pixel_values": torch.randint(0, 256, (32, 3, 12, 12), dtype=torch.uint8),
+        "input_ids": torch.randint(1, 30, (32, 7)),
+        "attention_mask": torch.ones(32, 7, dtype=torch.long),
+    }
+    given = {"model": ModalityModel(config).eval(), "batches": [batch]}
+    (block,) = blocks("gauge.md")
+    exec(block, given)
+    assert given["gauge"].error_after < given["gauge"].error_before
+    assert given["merged"].config.sharing == "all"

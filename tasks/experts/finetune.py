@@ -1,9 +1,10 @@
 """finetune: train the merged model, and the arms to compare with, briefly on the benchmarks.
 
-`models/<recipe>/merged/` becomes `models/<recipe>/finetuned/`; each arm that the params name, one of
-merge's or a checkpoint, becomes `models/<recipe>/finetuned_arms/<arm>/`. All learn alike: the same
-batches, rates and steps, and heads that pre-training did not train start the same. Each ends with the weights
-that scored best on validation data. An interrupted run goes on from its last step checkpoint.
+`models/<recipe>/merged/` becomes `models/<recipe>/finetuned/`; each arm that the params name, one
+of merge's or a checkpoint, becomes `models/<recipe>/finetuned_arms/<arm>/`. All learn alike: the
+same batches, rates and steps, and heads that pre-training did not train start the same. Each ends
+with the weights that scored best on validation data. An interrupted run goes on from its last step
+checkpoint.
 """
 
 import hashlib
@@ -56,7 +57,7 @@ def losses(
     params: FinetuneParams,
     step: int,
 ) -> dict[str, Tensor]:
-    """The losses of one step: a batch of each benchmark, its task's loss and the distance to the teacher."""
+    """The losses of one step: of each benchmark's batch its own and the distance to the teacher."""
     generator = step_generator(params.seed, step)
     found = {}
     for name, data in train_data.items():

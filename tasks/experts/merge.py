@@ -40,7 +40,7 @@ def merge_experts(
     base: Mapping[str, Tensor] | None = None,
     grams: Mapping[str, Grams] | None = None,
 ) -> dict[str, Tensor]:
-    """Merge the experts of every block: v and l in the lower ones, `arm.joint_experts` in the joint."""
+    """Merge the experts of every block: v and l, in the joint ones `arm.joint_experts`."""
     joint, every = experts["vl"], list(experts[REFERENCE])
     lower = [name for name in experts[REFERENCE] if name not in joint]
     merged: dict[str, Tensor] = {}
@@ -140,8 +140,8 @@ def card(recipe: str, name: str, arm: ArmParams, checkpoints: Path) -> str:
     return cards.render(
         cards.Card(
             title=f"{name}: a merged modality-agnostic transformer",
-            description="The vision, language and cross-modal experts of one checkpoint merged into "
-            "one model that serves images, texts and pairs (arXiv:2304.14933).",
+            description="The vision, language and cross-modal experts of one checkpoint merged "
+            "into one model that serves images, texts and pairs (arXiv:2304.14933).",
             architecture=cards.MODALITY,
             command=f"python -m tasks.merge {recipe}",
             sources=cards.Sources(["source", "SHA-256 of its files"], rows),

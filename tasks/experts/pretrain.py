@@ -4,11 +4,11 @@
     python -m tasks.experts.pretrain seed specific
 
 The *seed* is a modality-agnostic model after the first part of the schedule. From it two runs go on
-with the same data, rates and optimizer moments to the schedule's end: *agnostic* as it is (so it is one
-uninterrupted run, the baseline), and *specific*, whose experts start as copies of the seed's blocks.
-*specific_unseeded* runs the whole schedule with experts that were initialised apart. All runs take
-equally many steps on the same batches and decay the same parameters. They run side by side, one thread
-each; an interrupted run goes on from its last step checkpoint.
+with the same data, rates and optimizer moments to the schedule's end: *agnostic* as it is (so it is
+one uninterrupted run, the baseline), and *specific*, whose experts start as copies of the seed's
+blocks. *specific_unseeded* runs the whole schedule with experts that were initialised apart. All
+runs take equally many steps on the same batches and decay the same parameters. They run side by
+side, one thread each; an interrupted run goes on from its last step checkpoint.
 """
 
 import argparse

@@ -159,7 +159,7 @@ def scores(
 def distances(
     job: Job, name: str, aligned: Mapping[str, Mapping[str, Tensor]], keep: float
 ) -> Iterator[DistanceRow]:
-    """Between every two members in the alignment's units; tensors without floating point do not count."""
+    """Between every two members in the alignment's units, of floating-point tensors alone."""
     floating = {
         member: {n: t.float() for n, t in found.items() if t.is_floating_point()}
         for member, found in aligned.items()

@@ -1,9 +1,9 @@
-"""merge, for recipes of kind "models": make every arm of every set and seed, `models/<recipe>/arms/`.
+"""merge, for recipes of kind "models": make every arm of every set and seed.
 
-The members are moved as align found best and merged by any method of `alloy.merge`; the repairs of an arm run
-on calibration data. Each arm is a checkpoint that `from_pretrained` loads, with a model card. Where only
-a part of the layers is shared (partial zip), it is one checkpoint a member. The arm that `merge.result` names is
-`models/<recipe>/merged/` as well.
+The members are moved as align found best and merged by any method of `alloy.merge`; the repairs of
+an arm run on calibration data. Each arm, in `models/<recipe>/arms/`, is a checkpoint that
+`from_pretrained` loads, with a model card. Where only a part of the layers is shared (partial zip),
+it is one checkpoint a member.
 """
 
 import copy
@@ -76,7 +76,7 @@ def merge_all(job: Job, folder: Path, report: Report) -> None:
 def merge_arm(
     job: Job, arm: ModelsArm, alignment: Alignment, weights: Mapping[str, Weights]
 ) -> tuple[dict[str, Weights], dict[str, Any]]:
-    """The merged model under the reference's name, or all members where they keep layers of their own.
+    """The merged model by the reference's name, or all members where they keep layers of their own.
 
     Also what its repairs measured. Raises ValueError for an arm that cannot be made.
     """
@@ -189,12 +189,13 @@ def repaired(
 def unaligned(job: Job, arm: ModelsArm, alignment: Alignment) -> dict[str, Weights | nn.Module]:
     """The parents as they are, for an alignment that does not keep their functions.
 
-    The first is the reference, whose units the merged model has; the others run in modules of their own.
+    The first is the reference, whose units the merged model has; the others run in their own
+    modules.
     """
     if alignment.maps.get(alignment.reference):
         raise ValueError(
-            f"permuted_least_squares follows parents in the reference's units, and alignment {arm.alignment!r} "
-            f"({alignment.preset}) gives the merged model other ones"
+            "permuted_least_squares follows parents in the reference's units, and alignment "
+            f"{arm.alignment!r} ({alignment.preset}) gives the merged model other ones"
         )
     parents: dict[str, Weights | nn.Module] = {}
     for name, folder in job.folders.items():
@@ -203,7 +204,7 @@ def unaligned(job: Job, arm: ModelsArm, alignment: Alignment) -> dict[str, Weigh
 
 
 def confidence(job: Job, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """How sure each parent is of each calibration example [P, N], by its own answer and without labels.
+    """Each parent's confidence in its own answer to each calibration example [P, N]; no labels.
 
     Without a benchmark, whose classes say what each parent knows, by its largest log-probability.
     """
@@ -222,7 +223,7 @@ def confidence(job: Job, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
 def temperature(
     model: nn.Module, merged: Weights, job: Job, seen: Sequence[Mapping[str, Tensor]]
 ) -> float:
-    """The factor on the merged model's logits that brings them nearest to the parents' mean answer."""
+    """The factor on the merged logits that brings them nearest to the parents' mean answer."""
     parents = [load_any(folder) for folder in job.folders.values()]
     mean = torch.stack([_logits(parent, seen).softmax(-1) for parent in parents]).mean(0)
     model.load_state_dict(merged)
@@ -230,7 +231,7 @@ def temperature(
 
 
 def _logits(model: nn.Module, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """Logits of all examples [N, C]; of a model that gives some for every token, those are examples."""
+    """Logits of all examples [N, C]; where every token has some, tokens are the examples."""
     return torch.cat([answers(model, batch).rows for batch in seen])
 
 

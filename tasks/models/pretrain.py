@@ -1,15 +1,16 @@
 """Pre-train the classifiers that the multitask recipe merges, and release them.
 
-    dvc repro pretrain/multitask/dvc.yaml             # all families, what is stale of them
-    python -m tasks.models.pretrain mnist_vit      # one family, into models/pretrain_multitask/
-    python -m tasks.models.pretrain --release      # copy the models of all families to released/multitask/
+    dvc repro pretrain/multitask/dvc.yaml        # all families, what is stale of them
+    python -m tasks.models.pretrain mnist_vit    # one family, into models/pretrain_multitask/
+    python -m tasks.models.pretrain --release    # copy all families to released/multitask/
 
-A *family* is one data set and one architecture of Hugging Face's transformers. For every seed it has
-several parents, each of which learns the classes of one task: its outputs point at the codes of the
-classes (`tasks.data.classification`), by the cross-entropy of scaled cosines over its own task's classes, so
-that a parent never hears of the other task's. Parents of the same `start` begin with the same random
-weights, and no others; no training is shared. A model is named `<family>_<parent><seed>`.
-Models are trained side by side, one thread each; an interrupted run goes on from its step checkpoints.
+A *family* is one data set and one architecture of Hugging Face's transformers. For every seed it
+has several parents, each of which learns the classes of one task: its outputs point at the codes of
+the classes (`tasks.data.classification`), by the cross-entropy of scaled cosines over its own
+task's classes, so that a parent never sees the other task's. Parents of the same `start` begin with
+the same random weights, and no others; no training is shared. A model is named
+`<family>_<parent><seed>`. Models are trained side by side, one thread each; an interrupted run goes
+on from its step checkpoints.
 """
 
 import argparse
@@ -78,7 +79,10 @@ class Job(NamedTuple):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The packages that carry or shape the data, and those that train; builds of one version are alike."""
+        """The packages that carry or shape the data, and those that train.
+
+        Builds of one version count as one.
+        """
         packages = (*DATASETS[self.params.dataset].packages, "torch", "transformers")
         return {package: version(package).partition("+")[0] for package in packages}
 
@@ -108,7 +112,7 @@ def build(job: Job, vocabulary: int | None) -> transformers.PreTrainedModel:
 
 
 def varied(images: Tensor, params: FamilyParams, generator: torch.Generator) -> Tensor:
-    """Training images [N, c, h, w] as they are shown in one step: moved, recoloured and mirrored."""
+    """Training images [N, c, h, w] of one step: moved, recoloured and mirrored."""
     if most := params.shift_pixels:
         images = shifted(
             images, torch.randint(-most, most + 1, (2, len(images)), generator=generator)
@@ -123,7 +127,7 @@ def varied(images: Tensor, params: FamilyParams, generator: torch.Generator) -> 
 
 
 def shifted(images: Tensor, offsets: Tensor) -> Tensor:
-    """Images [N, c, h, w] moved up and left by `offsets` pixels [2, N]; what comes in repeats the border."""
+    """Images [N, c, h, w] moved up and left by `offsets` pixels [2, N]; the border is repeated."""
     height, width = images.shape[2:]
     rows = (torch.arange(height) + offsets[0][:, None]).clamp(0, height - 1)
     columns = (torch.arange(width) + offsets[1][:, None]).clamp(0, width - 1)

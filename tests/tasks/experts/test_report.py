@@ -86,7 +86,7 @@ def examples() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def answers() -> dict[str, dict[str, torch.Tensor]]:
-    """The merged model finds every caption's image second; fine-tuned, it answers everything right."""
+    """The merged model finds every image second; fine-tuned, it answers everything right."""
     second = torch.stack([torch.arange(6) + 6, torch.arange(6), (torch.arange(6) + 1) % 6], dim=1)
     found = {model: {"retrieval": second} for model in KINDS}
     maps = examples()["segmentation"]["labels"][:NUM_ANSWERS]
@@ -164,7 +164,7 @@ def test_the_page_says_the_headline_numbers(written, results):
 
 
 def test_differences_are_of_the_scores_with_the_errors_of_both(results):
-    """No headline counts benchmarks within so many points: every difference is there, with its error."""
+    """Every difference is there with its error; no headline counts those within some points."""
     scores = main_scores(results.scores)
     by_other = grids.gains(results)
     assert len(by_other) == 2

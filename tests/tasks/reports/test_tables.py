@@ -24,7 +24,7 @@ def test_a_table_that_fits_is_one() -> None:
 
 
 def test_a_wide_table_becomes_several_that_lose_nothing() -> None:
-    """Each begins with the first column; the others are there once, in order, even too wide ones."""
+    """Each begins with the first column; the others come once, in order, even too wide ones."""
     assert list(tables.fitting(TABLE, 45)) == [COLUMNS[:3], [COLUMNS[0], COLUMNS[3]]]
     assert [len(columns) for columns in tables.fitting(TABLE, 5)] == [2, 2, 2]
 

@@ -145,7 +145,7 @@ def card(recipe: str, name: str, arm: ArmParams, checkpoints: Path) -> str:
             architecture=cards.MODALITY,
             command=f"python -m tasks.merge {recipe}",
             sources=cards.Sources(["source", "SHA-256 of its files"], rows),
-            settings=arm.model_dump(),
+            settings=arm.model_dump(exclude_none=True),
         )
     )
 

@@ -316,8 +316,8 @@ def card(job: Job, account: Mapping[str, Any], architecture: str) -> str:
             command=account["command"],
             sources=cards.Sources(["member", "source", "revision"], rows),
             settings={
-                "alignment": alignment["settings"] or "defaults",
-                "options": merge["options"] or "defaults",
+                "alignment settings": alignment["settings"] or "defaults",
+                "merge options": merge["options"] or "defaults",
                 "calibration data": account["calibration"],
             },
             notes="`alloy_merge.json` has every setting.",

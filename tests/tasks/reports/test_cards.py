@@ -1,13 +1,21 @@
 """A model card says how to load the model, and what comes from files is never markup."""
 
 import re
+from pathlib import Path
 
 import pytest
 import transformers
 import yaml
 
 from alloy.modality import ModalityModel
+from tasks.experts import finetune
+from tasks.experts import pretrain as pretrain_experts
+from tasks.models import pretrain as pretrain_models
 from tasks.reports.cards import MODALITY, Card, Sources, code, load_snippet, plain, render
+from tasks.storage import read_json
+
+
+RELEASED = Path(__file__).parents[3] / "released"
 
 
 def card(**more) -> Card:
@@ -70,3 +78,19 @@ def test_code_is_code_whatever_is_in_it(value, shown):
 
 def test_plain_text_is_no_html():
     assert plain("<script>\n& x") == "&lt;script> &amp; x"
+
+
+def test_cards_of_stages_load_what_they_describe():
+    """From the facts that lie beside the released models, and those of a fine-tuned one."""
+    seed = pretrain_experts.card(read_json(RELEASED / "modality/seed/pretraining.json"))
+    assert "import alloy.modality" in seed
+    assert 'from_pretrained("released/modality/seed")' in seed
+    facts = read_json(RELEASED / "multitask/mnist_vit_a0/pretraining.json")
+    parent = pretrain_models.card("mnist_vit", facts)
+    assert "from transformers import ViTForImageClassification" in parent
+    assert "alloy.modality" not in parent
+    facts = {"source": "<b>", "best_step": 3, "benchmarks": ["vqa"], "validation_score": 1.0}
+    tuned = finetune.card("toy", facts | {"source_sha256": "0123"})
+    assert "import alloy.modality" in tuned
+    assert "# &lt;b>, fine-tuned" in tuned
+    assert "`0123`" in tuned

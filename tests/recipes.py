@@ -61,7 +61,7 @@ def experts(**sections: object) -> dict[str, object]:
         "prepare": {
             "scenes": SCENES,
             "seed": 1,
-            "calibration_examples": 4,
+            "calibration_examples": 12,
             "benchmarks": {"retrieval": {"train": 0, "validation": 4, "test": 4}},
         },
         "collect": {"checkpoints": [first], "calibration_examples": 4, "batch_size": 4},

@@ -33,7 +33,6 @@ from tasks.experts.report.results import (
 from tasks.experts.shared.alignment import aligned
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import ExpertsRecipe
-from tasks.recipe.section import ParamsError
 from tasks.reports import tables, writer
 from tasks.storage import read_json, sha256
 from tasks.workers import num_cores
@@ -91,10 +90,6 @@ def _finetuned(recipe: ExpertsRecipe, before: Mapping[str, Subject]) -> Iterator
     arms = {"merged": workspace.finetuned}
     arms |= {name: workspace.finetuned_arms / name for name in recipe.finetune.arms}
     for arm, folder in arms.items():
-        if arm not in before:
-            raise ParamsError(
-                f"{recipe.where}: evaluate.checkpoints: {arm!r} is fine-tuned, but not named here"
-            )
         folders = {
             benchmark: (facts.parent,)
             for facts in sorted(folder.rglob("finetuning.json"))

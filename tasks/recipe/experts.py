@@ -103,6 +103,12 @@ class ArmParams(Section):
         """Sees the calibration data itself, not only the statistics that collect took of it."""
         return self.gauge is not None or self.method == "sequential"
 
+    @property
+    def reads_statistics(self) -> bool:
+        """Reads what collect took of the checkpoint; in a gauge an arm takes its own statistics."""
+        needs_grams = MERGE_METHODS[self.method].statistics == "gram"
+        return self.align or (needs_grams and self.gauge is None)
+
     def coefficients_of(
         self, modalities: Sequence[str]
     ) -> list[float] | dict[str, list[float]] | None:
@@ -210,6 +216,24 @@ class ExpertsRecipe(Section):
         for name, arm in self.merge.arms.items():
             where = f"{self.where}: merge.arms.{name}"
             check_arm(where, arm)
+            if arm.reads_statistics and arm.checkpoint not in self.collect.checkpoints:
+                raise ParamsError(
+                    f"{where}: it needs statistics of {arm.checkpoint!r}, which collect.checkpoints "
+                    f"does not name (found {self.collect.checkpoints}); add it there"
+                )
+        self._check_calibration()
+        self._check_models()
+
+    def _check_calibration(self) -> None:
+        drawn, read = self.prepare.calibration_examples, self.collect.calibration_examples
+        if read > drawn:
+            raise ParamsError(
+                f"{self.where}: collect.calibration_examples is {read}, yet "
+                f"prepare.calibration_examples is only {drawn}: lower the first, or raise the second"
+            )
+
+    def _check_models(self) -> None:
+        """Refuse a model that no stage makes, and one that the tables could not show."""
         for key, section in (("register", self.registration), ("ship", self.ship)):
             if section is not None and section.model == "finetuned" and self.finetune is None:
                 raise ParamsError(
@@ -223,6 +247,12 @@ class ExpertsRecipe(Section):
                 raise ParamsError(
                     f"{self.where}: evaluate: {name!r} names two models; rename one of them"
                 )
+        for name in self.finetune.arms if self.finetune is not None else ():
+            if name not in titles:
+                raise ParamsError(
+                    f"{self.where}: finetune.arms: evaluate.checkpoints does not name {name!r}, so "
+                    "nothing would say what fine-tuning changed; add it there"
+                )
 
     def _names(self) -> Iterator[tuple[str, str, list[str]]]:
         """Every name that one section takes from another: where it stands, and what there is."""
@@ -234,13 +264,10 @@ class ExpertsRecipe(Section):
             yield f"{where}.checkpoint", arm.checkpoint, checkpoints
             if arm.base is not None:
                 yield f"{where}.base", arm.base, checkpoints
-            reads_statistics = MERGE_METHODS[arm.method].statistics == "gram" and arm.gauge is None
-            if arm.align or reads_statistics:
-                yield f"{where}.checkpoint", arm.checkpoint, self.collect.checkpoints
         measured = self.evaluate
         yield from (("evaluate.checkpoints", n, checkpoints) for n in measured.checkpoints)
-        for names in measured.ensembles.values():
-            yield from (("evaluate.ensembles", name, checkpoints) for name in names)
+        for title, names in measured.ensembles.items():
+            yield from ((f"evaluate.ensembles.{title}", name, checkpoints) for name in names)
         yield "evaluate.naive", measured.naive, arms
         yield "evaluate.baseline", measured.baseline, list(measured.checkpoints)
         if self.finetune is not None:

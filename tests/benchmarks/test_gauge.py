@@ -71,7 +71,7 @@ def test_params_build_the_models_of_the_study(
     text = Path("params/gauge.yaml").read_text().replace("masked_share", "maskd_share")
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "gauge.yaml").write_text(text)
-    monkeypatch.setattr("tasks.recipe.params.PARAMS", tmp_path / "params")
+    monkeypatch.setattr("tasks.recipe.load.PARAMS", tmp_path / "params")
     with pytest.raises(ParamsError, match="unknown key 'maskd_share': did you mean 'masked_share'"):
         load_file("gauge", GaugeStudyParams)
 

@@ -14,10 +14,12 @@ from tasks.experts.evaluate import distances, evaluate
 from tasks.experts.measures.benchmarks import FINETUNED, TRAINING_FREE
 from tasks.experts.prepare import prepare
 from tasks.experts.report.build import build
-from tasks.recipe.experts import EvaluateParams, MergeParams
+from tasks.recipe.experts import EvaluateParams, ExpertsRecipe
+from tasks.recipe.load import load, load_experts
 from tasks.recipe.section import ParamsError
 from tasks.reports import writer
 from tasks.storage import folder_digest, read_json, write_json
+from tests import recipes
 
 PREPARE = {
     "scenes": {
@@ -52,6 +54,12 @@ EVALUATE = {
     "naive": "naive",
     "baseline": "agnostic",
     "tssd_keep": 0.2,
+}
+SECTIONS = {
+    "prepare": PREPARE,
+    "merge": MERGE,
+    "evaluate": EVALUATE,
+    "finetune": recipes.FINETUNE | {"arms": ["naive"]},
 }
 SPECIFIC = ModalityConfig(
     sharing="none",
@@ -89,8 +97,8 @@ def built(tmp_path_factory):
     root = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        _write_recipe(root, prepare=PREPARE)
-        prepare("toy")
+        recipes.write(root, toy=recipes.experts(**SECTIONS))
+        prepare(load_experts("toy"))
         agnostic = new_model(AGNOSTIC, 0)
         specific = ModalityModel(SPECIFIC)
         specific.load_state_dict(copy_to_experts(agnostic.state_dict(), SPECIFIC))
@@ -106,21 +114,12 @@ def built(tmp_path_factory):
     return root
 
 
-def _write_recipe(root: Path, **sections: object) -> None:
-    import yaml
-
-    (root / "params").mkdir(exist_ok=True)
-    (root / "params/recipes.yaml").write_text("recipes: [toy]\n")
-    (root / "params/toy.yaml").write_text(yaml.safe_dump(sections))
-
-
 @pytest.fixture(scope="module")
 def evaluated(built):
     """`built` after its evaluation; tests read it, or change a copy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(built)
-        _write_recipe(built, kind="modality", prepare=PREPARE, merge=MERGE, evaluate=EVALUATE)
-        stage.main("toy")
+        stage.main(load("toy"))
     return built
 
 
@@ -130,10 +129,11 @@ def metrics(evaluated):
 
 
 @pytest.fixture
-def recipe(workspace, built, write_recipe):
+def recipe(workspace, built, write_recipe) -> ExpertsRecipe:
+    """The recipe `toy` in a copy of `built` of one's own."""
     for name in ("data", "models"):
         shutil.copytree(built / name, workspace / name)
-    return write_recipe(kind="modality", prepare=PREPARE, merge=MERGE, evaluate=EVALUATE)
+    return load_experts(write_recipe(**SECTIONS))
 
 
 TRAINING_FREE_MODELS = {
@@ -208,7 +208,7 @@ def test_a_model_is_measured_only_on_what_it_learned_and_the_report_copes(recipe
 
 
 def test_experts_copied_from_a_seed_are_at_no_distance_and_others_are_apart(recipe):
-    rows = distances(recipe, MergeParams.model_validate(MERGE), keep=0.2)
+    rows = distances(recipe)
     assert {(row.model, row.experts) for row in rows} == {
         (model, experts) for model in ("merged", "naive") for experts in ("v-l", "v-vl", "l-vl")
     }
@@ -226,24 +226,29 @@ def test_experts_copied_from_a_seed_are_at_no_distance_and_others_are_apart(reci
     [
         ({"naive": "naiv"}, r"evaluate\.naive: 'naiv': did you mean 'naive'\?"),
         ({"baseline": "agnostik"}, r"'agnostik': did you mean 'agnostic'\?"),
-        ({"ensembles": {"both": ["specific", "sead"]}}, r"checkpoint 'sead'"),
+        (
+            {"ensembles": {"both": ["specific", "sead"]}},
+            r"evaluate\.ensembles\.both: 'sead': did you mean 'seed'\?",
+        ),
         ({"checkpoints": {"specifik": "x"}}, r"'specifik': did you mean 'specific'\?"),
         ({"baseline": "unseeded", "checkpoints": {"agnostic": "x"}}, r"baseline: 'unseeded'"),
         ({"ensembles": {"naive": ["agnostic"]}}, r"'naive' names two models"),
     ],
 )
-def test_unknown_names_are_refused_before_anything_is_written(recipe, write_recipe, wrong, message):
-    write_recipe(kind="modality", merge=MERGE, evaluate=EVALUATE | wrong)
+def test_unknown_names_are_refused_before_any_stage(write_recipe, wrong, message):
+    write_recipe(**SECTIONS | {"evaluate": EVALUATE | wrong})
     with pytest.raises(ParamsError, match=message):
-        stage.main(recipe)
-    assert not Path("reports").exists()
+        load("toy")
 
 
-def test_an_arm_that_was_fine_tuned_must_be_named(recipe):
-    save(new_model(AGNOSTIC, 3), "finetuned_arms/other")
-    with pytest.raises(ParamsError, match=r"checkpoints: 'other' was fine-tuned"):
-        stage.main(recipe)
-    assert not Path("reports").exists()
+def test_an_arm_that_is_fine_tuned_must_be_named(write_recipe):
+    """Fine-tuning shows what it changed only beside what the model was before."""
+    arms = ["naive", "agnostic", "seed"]
+    write_recipe(**SECTIONS | {"finetune": recipes.FINETUNE | {"arms": arms}})
+    with pytest.raises(
+        ParamsError, match=r"finetune\.arms: evaluate\.checkpoints does not name 'seed'"
+    ):
+        load("toy")
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(recipe, evaluated, monkeypatch):

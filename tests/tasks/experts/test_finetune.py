@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from alloy.modality import ModalityConfig, ModalityModel
 from tasks.experts.finetune import Job, _open_run, finetune, losses, main, plan
 from tasks.experts.shared.loading import load_model
-from tasks.recipe.experts import FinetuneParams, MergeParams
+from tasks.recipe.experts import FinetuneParams
+from tasks.recipe.load import load, load_experts
 from tasks.recipe.section import ParamsError
 from tasks.registry import tracking
 from tasks.storage import read_json
@@ -60,8 +61,8 @@ def params(**changes) -> FinetuneParams:
     return FinetuneParams.model_validate({**FINETUNE, **changes})
 
 
-def plan_of(asked: FinetuneParams) -> dict[str, Job]:
-    return plan("toy", asked, MergeParams.model_validate(MERGE))
+def plan_of(finetune: FinetuneParams) -> dict[str, Job]:
+    return plan(load_experts("toy").model_copy(update={"finetune": finetune}))
 
 
 def write_split(folder: Path, split: str, num: int, generator: torch.Generator) -> None:
@@ -121,7 +122,7 @@ def quiet(*_: object) -> None:
 
 def test_every_model_is_trained_and_published(recipe, mlflow_workspace, capsys):
     """merged becomes finetuned, each arm finetuned_arms/<arm>; all load, and their curves are in MLflow."""
-    main(recipe)
+    main(load(recipe))
     models = Path("models/toy")
     for source, target in (
         ("merged", "finetuned"),
@@ -260,7 +261,7 @@ def test_one_model_for_each_benchmark(recipe, mlflow_workspace, write_recipe):
         },
         merge=MERGE,
     )
-    main(recipe)
+    main(load(recipe))
     finetuned = Path("models/toy/finetuned")
     assert sorted(path.name for path in finetuned.iterdir()) == ["retrieval", "vqa"]
     head = weights(Path("models/toy/merged"))["answer_head.out.weight"]
@@ -307,6 +308,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     write_recipe(finetune={**FINETUNE, **changes}, merge=MERGE)
     before = sorted(Path("models").rglob("*"))
     with pytest.raises(ParamsError, match=re.escape(message)):
-        main(recipe)
+        main(load(recipe))
     assert sorted(Path("models").rglob("*")) == before
     assert not Path(".alloy/finetune").exists()

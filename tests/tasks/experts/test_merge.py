@@ -1,4 +1,4 @@
-"""collect, align and merge on a real (tiny) modality transformer, in a workspace of their own."""
+"""collect, align, merge and choose on a real (tiny) modality transformer, in a workspace of their own."""
 
 import contextlib
 import json
@@ -22,11 +22,14 @@ from alloy.modality import (
 from alloy.modality.observe import collect_experts, expert_spec
 from alloy.symmetry import random_transforms
 from alloy.symmetry.spec import with_kind
-from tasks.experts import align, collect
-from tasks.experts import merge as merge_experts
-from tasks.models import stream as merge
+from tasks import choose
+from tasks.experts import align, collect, merge
+from tasks.experts.shared.statistics import load_statistics, save_statistics
 from tasks.recipe.experts import ArmParams
+from tasks.recipe.load import load, load_experts
 from tasks.recipe.section import ParamsError
+from tasks.storage import folder_digest
+from tests import recipes
 
 CONFIG = {
     "hidden_size": 12,
@@ -43,11 +46,9 @@ CONFIG = {
     "num_answers": 4,
     "num_segment_classes": 4,
 }
-RECIPE = {
-    "kind": "modality",
-    "collect": {"checkpoints": ["specific"], "calibration_examples": 10, "batch_size": 4},
-    "align": {"space": "dual", "weight_share": 0.9, "method": "permute", "max_sweeps": 10},
-    "merge": {
+RECIPE = recipes.experts(
+    collect={"checkpoints": ["specific"], "calibration_examples": 10, "batch_size": 4},
+    merge={
         "result": "regmean",
         "arms": {
             "interpolation": {
@@ -70,7 +71,7 @@ RECIPE = {
             },
         },
     },
-}
+)
 
 
 def _model(sharing: str, seed: int) -> ModalityModel:
@@ -95,9 +96,7 @@ def _calibration(num: int = 10) -> dict[str, torch.Tensor]:
 def finished(tmp_path_factory):
     """A folder with a recipe `tiny`, its checkpoints and calibration data, collected, aligned, merged."""
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "params").mkdir()
-    (folder / "params/recipes.yaml").write_text("recipes: [tiny]\n")
-    (folder / "params/tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    recipes.write(folder, tiny=RECIPE)
     checkpoints = folder / "models/tiny/checkpoints"
     _model("none", 0).save_pretrained(checkpoints / "specific")
     _model("all", 1).save_pretrained(checkpoints / "seed")
@@ -122,9 +121,9 @@ def _change(workspace, change):
     (workspace / "params/tiny.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def _run(recipe="tiny"):
-    for stage in (collect, align, merge):
-        stage.main(recipe)
+def _run():
+    for stage in (collect, align, merge, choose):
+        stage.main(load("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +171,8 @@ def test_experts_may_move_their_units_and_heads_but_not_the_stream(spec):
 
 def test_statistics_survive_the_disk(workspace, spec):
     statistics = collect_experts(_model("none", 0), [_calibration()], spec)
-    collect.save_statistics(statistics, workspace)
-    read = collect.load_statistics(workspace)
+    save_statistics(statistics, workspace)
+    read = load_statistics(workspace)
     assert read.grams.keys() == statistics.grams.keys()
     for modality, grams in statistics.grams.items():
         assert grams.keys() == read.grams[modality].keys()
@@ -201,11 +200,11 @@ def test_every_arm_loads_and_the_result_is_one_of_them(workspace):
 
 def test_settings_by_pattern_hold_in_the_blocks_they_match(workspace):
     """An arm's options and coefficients by pattern, of lower and joint blocks: each block as with its value alone."""
-    models = workspace / "models/tiny"
+    recipe = load_experts("tiny")
 
     def merged(**settings):
         arm = ArmParams.model_validate({"checkpoint": "specific", **settings})
-        return merge_experts.merge_arm(arm, models).state_dict()
+        return merge.merge_arm(arm, recipe).state_dict()
 
     for settings in (
         {"method": "interpolation", "options": {"ratio": {"blocks.2.*": 0.9, "*": 0.1}}},
@@ -252,7 +251,7 @@ def test_an_arm_in_a_gauge_loads_with_its_adapters_and_says_what_was_found(works
         recipe["merge"]["arms"] |= {n: {"checkpoint": "specific", **a} for n, a in arms.items()}
 
     _change(workspace, change)
-    merge.main("tiny")
+    merge.main(load("tiny"))
     for name in arms:
         folder = workspace / "models/tiny/arms" / name
         model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
@@ -345,6 +344,22 @@ def test_planted_orders_of_units_and_heads_do_not_change_the_aligned_merge(works
             "arms.regmean.base: 'sead': did you mean 'seed'",
         ),
         (lambda r: r["merge"].update(result="regmeen"), "did you mean 'regmean'"),
+        (
+            lambda r: r["merge"]["arms"]["aligned"].update(checkpoint="unseeded"),
+            "arms.aligned: it needs statistics of 'unseeded', which collect.checkpoints does not",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["regmean"].update(checkpoint="unseeded"),
+            "arms.regmean: it needs statistics of 'unseeded', which collect.checkpoints does not",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["arithmetic"].pop("base"),
+            "arms.arithmetic: method .modality_arithmetic. needs base=",
+        ),
+        (
+            lambda r: r["merge"]["arms"]["only_vl"].update(coefficients={"v": 1}),
+            "arms.only_vl: coefficients {'v': 1.0} lack",
+        ),
         (lambda r: r["merge"]["arms"]["regmean"].update(methd="x"), "did you mean 'method'"),
         (
             lambda r: r["merge"]["arms"]["interpolation"].update(options={"ratoi": 0.5}),
@@ -373,37 +388,57 @@ def test_planted_orders_of_units_and_heads_do_not_change_the_aligned_merge(works
         ),
     ],
 )
-def test_a_wrong_recipe_is_refused_and_the_old_result_stands(workspace, change, message):
-    before = sorted((workspace / "models/tiny/arms").rglob("*"))
+def test_a_wrong_recipe_is_refused_before_any_stage(workspace, change, message):
     _change(workspace, change)
-    with pytest.raises(ValueError, match=message):
-        merge.main("tiny")
-    assert sorted((workspace / "models/tiny/arms").rglob("*")) == before
+    with pytest.raises(ParamsError, match=f"^params/tiny.yaml: .*{message}"):
+        load("tiny")
+
+
+def test_a_merge_that_dies_leaves_the_old_arms(workspace, monkeypatch):
+    """The second arm cannot be written: all arms are as they were, and nothing half-written is left."""
+    before = folder_digest(workspace / "models/tiny/arms")
+    write, written = merge.write_checkpoint, []
+
+    def full_disk(*arguments):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(write(*arguments))
+
+    monkeypatch.setattr(merge, "write_checkpoint", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        merge.main(load("tiny"))
+    assert folder_digest(workspace / "models/tiny/arms") == before
     assert not list((workspace / "models").rglob("*.incomplete"))
 
 
 def test_checkpoints_that_do_not_fit_are_refused_by_name(workspace):
     checkpoints = workspace / "models/tiny/checkpoints"
-    _change(workspace, lambda r: r["collect"].update(checkpoints=["seed"]))
+    _change(workspace, lambda r: r["collect"].update(checkpoints=["specific", "seed"]))
     with pytest.raises(ValueError, match="has no experts to observe"):
-        collect.main("tiny")
-    _change(workspace, lambda r: r["collect"].update(checkpoints=["absent"]))
-    with pytest.raises(ValueError, match=r"absent has no config\.json"):
-        collect.main("tiny")
+        collect.main(load("tiny"))
+    _change(workspace, lambda r: r["collect"].update(checkpoints=["specific", "agnostic"]))
+    with pytest.raises(ValueError, match=r"agnostic has no config\.json"):
+        collect.main(load("tiny"))
     weights = load_file(checkpoints / "specific/model.safetensors")
     weights.pop("norm.weight")
     save_file(weights, checkpoints / "specific/model.safetensors", metadata={"format": "pt"})
     _change(workspace, lambda r: r["collect"].update(checkpoints=["specific"]))
     with pytest.raises(ValueError, match=r"does not fit its own config\.json.*norm\.weight"):
-        collect.main("tiny")
+        collect.main(load("tiny"))
 
 
 def test_too_little_calibration_data_is_refused(workspace):
+    """Before any stage where the recipe tells; and where the data on disk are fewer than it says."""
+    _change(workspace, lambda r: r["collect"].update(calibration_examples=13))
+    with pytest.raises(
+        ParamsError, match=r"examples is 13, yet prepare\.calibration_examples is only 12"
+    ):
+        load("tiny")
     _change(workspace, lambda r: r["collect"].update(calibration_examples=11))
     with pytest.raises(ValueError, match=r"is 11, .* has only 10"):
-        collect.main("tiny")
+        collect.main(load("tiny"))
 
 
 def test_an_unknown_recipe_is_refused(workspace):
     with pytest.raises(ParamsError, match="recipe 'tinyy' is unknown: did you mean 'tiny'"):
-        merge.main("tinyy")
+        load("tinyy")

@@ -23,6 +23,7 @@ from tasks.data.scenes import (
 )
 from tasks.experts.prepare import draw_examples, prepare
 from tasks.recipe.experts import PrepareParams
+from tasks.recipe.load import load_experts
 from tasks.recipe.section import ParamsError
 from tasks.storage import folder_digest, read_json, sha256
 
@@ -195,14 +196,14 @@ def recipe(workspace, write_recipe, bank, cells):
 
 
 def test_equal_params_give_equal_bytes_and_another_seed_gives_others(recipe, write_recipe):
-    first = folder_digest(prepare(recipe))
-    assert folder_digest(prepare(recipe)) == first
+    first = folder_digest(prepare(load_experts(recipe)))
+    assert folder_digest(prepare(load_experts(recipe))) == first
     write_recipe(prepare=SECTION | {"seed": 2})
-    assert folder_digest(prepare(recipe)) != first
+    assert folder_digest(prepare(load_experts(recipe))) != first
 
 
 def test_the_manifest_has_the_digest_of_every_file(recipe):
-    folder = prepare(recipe)
+    folder = prepare(load_experts(recipe))
     files = read_json(folder / "manifest.json")["files"]
     on_disk = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*.safetensors")}
     assert files == {name: sha256(path) for name, path in on_disk.items()}
@@ -210,7 +211,7 @@ def test_the_manifest_has_the_digest_of_every_file(recipe):
 
 
 def test_files_have_the_sizes_and_types_of_the_contract(recipe):
-    folder = prepare(recipe)
+    folder = prepare(load_experts(recipe))
     calibration = load_file(folder / "calibration.safetensors")
     assert {name: (tensor.dtype, len(tensor)) for name, tensor in calibration.items()} == {
         "pixel_values": (torch.uint8, 12),
@@ -226,7 +227,7 @@ def test_a_benchmark_without_training_examples_has_no_training_file(recipe, writ
     sizes = SECTION["benchmarks"] | {"statements": {"train": 0, "validation": 4, "test": 4}}
     section = SECTION | {"benchmarks": {"statements": sizes["statements"]}}
     write_recipe(prepare=section)
-    files = {path.name for path in (prepare(recipe) / "statements").iterdir()}
+    files = {path.name for path in (prepare(load_experts(recipe)) / "statements").iterdir()}
     assert files == {"validation.safetensors", "test.safetensors"}
 
 
@@ -234,7 +235,7 @@ def test_an_unknown_benchmark_is_refused_before_anything_is_written(recipe, writ
     section = SECTION | {"benchmarks": {"vqaa": {"train": 1, "validation": 1, "test": 1}}}
     write_recipe(prepare=section)
     with pytest.raises(ParamsError, match=r"'vqaa' is unknown: did you mean 'vqa'\?"):
-        prepare(recipe)
+        prepare(load_experts(recipe))
     assert not Path("data/toy").exists()
 
 
@@ -244,7 +245,7 @@ def test_an_incomplete_group_of_hard_negatives_is_refused(recipe, write_recipe):
     with pytest.raises(
         ParamsError, match=r"retrieval_hard\.validation: 10 is no multiple of 4.* 8 w"
     ):
-        prepare(recipe)
+        prepare(load_experts(recipe))
     assert not Path("data/toy").exists()
 
 
@@ -262,22 +263,22 @@ def test_every_benchmark_composes_as_many_examples_as_asked(bank):
 
 
 def test_a_prepare_that_dies_leaves_the_old_data(recipe, monkeypatch):
-    digest = folder_digest(prepare(recipe))
+    digest = folder_digest(prepare(load_experts(recipe)))
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tasks.experts.prepare.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        prepare(recipe)
+        prepare(load_experts(recipe))
     assert folder_digest(Path("data/toy")) == digest
     assert sorted(p.name for p in Path("data").iterdir()) == ["cells", "toy"]
 
 
-def test_the_sheet_of_examples_is_a_picture(recipe, tmp_path):
+def test_the_sheet_of_examples_is_a_picture(recipe):
     from PIL import Image
 
-    with Image.open(draw_examples(recipe, tmp_path / "reports")) as sheet:
+    with Image.open(draw_examples(load_experts(recipe))) as sheet:
         assert sheet.format == "PNG"
         assert min(sheet.size) > 500
 

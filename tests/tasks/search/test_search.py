@@ -7,16 +7,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from tasks.search.objectives import Objective, objective_of
 
 from alloy.errors import MergeError
 from alloy.modality import ModalityConfig, ModalityModel
-from tasks.experts import align, collect, evaluate, prepare
-from tasks.models import stream as merge
+from tasks import choose
+from tasks.models import align, collect, evaluate, merge, prepare
+from tasks.recipe.load import load
 from tasks.recipe.section import ParamsError
 from tasks.search import command as search
+from tasks.search.objective import Objective, objective_of
 from tasks.sources import fetch
-from tests import tiny_models
+from tests import recipes, tiny_models
 
 CONFIG = {
     "hidden_size": 12, "num_hidden_layers": 2, "num_joint_layers": 1, "num_attention_heads": 3,
@@ -97,21 +98,25 @@ def test_another_search_in_the_same_place_is_refused(tmp_path):
         search.search(objective, ranges(objective, *BOTH), num_trials=2, seed=0, folder=tmp_path)
 
 
+WHOLE = {
+    "kind": "models",
+    "fetch": {"checkpoints": {"a": "given/a", "b": "given/b"}},
+    "members": ["a", "b"],
+    "merge": {"result": "average", "arms": {"average": {"method": "linear"}}},
+    "evaluate": {"tssd_keep": 0.2},
+    "register": {"name": "whole", "model": "merged"},
+}
+"""Whole checkpoints, merged as they are: nothing says how good the result is."""
+
+
 def _write_recipe(folder):
     """A tiny modality recipe with its checkpoints, and one benchmark of eight pairs."""
     arms = {
         "interpolation": {"checkpoint": "specific", "method": "interpolation", "options": {"ratio": 0.5}},
         "linear": {"checkpoint": "specific", "method": "linear"},
     }  # fmt: skip
-    evaluate = {
-        "batch_size": 4, "checkpoints": {"specific": "parent"}, "ensembles": {}, "naive": "linear",
-        "baseline": "specific", "tssd_keep": 0.2,
-    }  # fmt: skip
-    recipe = {"kind": "modality", "merge": {"result": "linear", "arms": arms}, "evaluate": evaluate}
-    (folder / "params").mkdir()
-    (folder / "params/recipes.yaml").write_text("recipes: [tiny, whole]\n")
-    (folder / "params/tiny.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "params/whole.yaml").write_text("kind: weights\n")
+    tiny = recipes.experts(merge={"result": "linear", "arms": arms})
+    recipes.write(folder, tiny=tiny, whole=WHOLE)
     torch.manual_seed(0)
     model = ModalityModel(ModalityConfig(sharing="none", **CONFIG)).eval()
     for parameter in model.parameters():
@@ -161,7 +166,7 @@ def test_the_command_searches_by_pattern_and_writes_the_best_to_paste(recipe, ca
 
 REFUSED = [
     (["nope", "linear", "options.normalize=true,false"], "'nope' is unknown: .*'tiny'"),
-    (["whole", "linear", "options.normalize=true,false"], "kind 'weights', which has no benchmark"),
+    (["whole", "average", "coefficients.0=0..1"], "average: no set with a benchmark has this arm"),
     (["tiny", "liner", "options.normalize=true,false"], "'liner' is no arm: did you mean 'linear'"),
     (["tiny", "interpolation", "options.ration=0..1"], "did you mean 'ratio'"),
     (["tiny", "interpolation", "options.ratio=0..2"], r"=2.0 is outside \[0, 1\]"),
@@ -208,12 +213,9 @@ def test_a_recipe_of_kind_models_is_searched_by_joint_accuracy(workspace):
     recipe["prepare"]["benchmarks"] = {"digits": {"writer": "mnist", "options": sizes}}
     recipe["collect"]["sets"]["pair"]["benchmark"] = "digits"
     recipe["evaluate"]["curves"] = []
-    (workspace / "params").mkdir()
-    (workspace / "params/recipes.yaml").write_text("recipes: [mine]\n")
-    path = workspace / "params/mine.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    recipes.write(workspace, mine=recipe)
     for stage in (fetch, prepare, collect, align):
-        stage.main("mine")
+        stage.main(load("mine"))
     search.main(["mine", "average", "coefficients.0=0..1", "coefficients.1=0..1", "--trials", "3"])
     folder = workspace / "reports/search/mine/average"
     trials = json.loads((folder / "trials.json").read_text())
@@ -222,9 +224,9 @@ def test_a_recipe_of_kind_models_is_searched_by_joint_accuracy(workspace):
     arm = yaml.safe_load((folder / "best.yaml").read_text())["merge"]["arms"]["average"]
     assert arm["coefficients"] == list(best["settings"].values())
     recipe["merge"]["arms"]["average"] = arm
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    merge.main("mine")
-    evaluate.main("mine")
+    recipes.write(workspace, mine=recipe)
+    for stage in (merge, choose, evaluate):
+        stage.main(load("mine"))
     metrics = json.loads((workspace / "reports/mine/plots/scores.json").read_text())
     found = [
         row["value"]

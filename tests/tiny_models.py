@@ -131,14 +131,10 @@ def recipe(calibration: dict, members: dict[int, list[str]], folder: str = "give
     names = [name for found in members.values() for name in found]
     return {
         "kind": "models",
-        "fetch": {"model_type": None, "checkpoints": {name: f"{folder}/{name}" for name in names}},
+        "fetch": {"checkpoints": {name: f"{folder}/{name}" for name in names}},
+        "sets": {"pair": {"members": members, "calibration": "own"}},
         "prepare": {"seed": 0, "calibration": {"own": {**calibration}}},
-        "collect": {
-            "batch_size": 16,
-            "joint": False,
-            "grams": True,
-            "sets": {"pair": {"members": members, "calibration": "own"}},
-        },
+        "collect": {"batch_size": 16, "joint": False, "grams": True},
         "align": {
             "alignments": {
                 "identity": {"preset": "identity"},
@@ -159,7 +155,5 @@ def recipe(calibration: dict, members: dict[int, list[str]], folder: str = "give
             "plane_points": 2,
             "curves": ["identity", "mudsc"],
         },
-        "finetune": None,
         "register": {"name": "mine", "model": "merged"},
-        "ship": {"target": None, "model": "merged"},
     }

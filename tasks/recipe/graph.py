@@ -79,16 +79,24 @@ FILLS = {
     "align": ("family", "library", "collect", "members"),
     "merge": (
         "family", "library", "data", "statistics", "transforms",
-        "align", "collect", "dtype", "kept", "members",
+        "align", "collect", "dtype", "kept", "members", "code",
     ),
     "finetune": ("family", "library"),
     "evaluate": (
         "family", "library", "data", "statistics", "transforms", "finetuned", "finetuned_arms",
-        "align", "collect", "finetune", "members",
+        "align", "collect", "finetune", "members", "code",
     ),
     "register": ("data", "result"),
 }  # fmt: skip
 """What each stage's entry in `dvc.yaml` fills in."""
+
+OWN_CODE = {
+    ("merge", "experts"): "tasks/data/scenes.py",
+    ("merge", "models"): "tasks/models/stream.py",
+    ("evaluate", "experts"): "alloy/modality",
+    ("evaluate", "models"): "alloy/checkpoint",
+}
+"""The code that a stage runs for one family of recipes and not for the other."""
 
 
 def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
@@ -103,6 +111,7 @@ def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
         members = "members" if "members" in given else "sets"
     values = {
         "family": recipe.kind,
+        "code": OWN_CODE.get((stage, recipe.kind), ""),
         "library": "alignment" if is_models else "modality",  # of alloy, beside what both need
         "data": str(workspace.data) if calibrated else path,
         "statistics": str(workspace.statistics) if calibrated else path,

@@ -237,8 +237,10 @@ class ModelsRecipe(Section):
         """`members: [a, b]` and `kept: [...]` are one set under the recipe's own name."""
         if not isinstance(values, dict) or not {"members", "kept"} & values.keys():
             return values
-        if "sets" in values or "members" not in values:
+        if "sets" in values:
             raise ValueError("give `members` (and `kept`) for one set, or `sets`, not both")
+        if "members" not in values:
+            raise ValueError("kept says which tensors stay the first member's: give `members`, too")
         rest = {key: value for key, value in values.items() if key not in ("members", "kept")}
         prepared = values.get("prepare") if isinstance(values.get("prepare"), dict) else {}
         own = {"members": {0: values["members"]}, "kept": values.get("kept", [])}

@@ -1,8 +1,11 @@
 """The stage graph: DVC's, in an order that runs, and it knows the code that each stage runs."""
 
 import ast
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import grimp
 import pytest
@@ -10,15 +13,16 @@ import yaml
 
 import alloy
 from flows.graph import select, stages
-from tasks.recipe.load import recipes
+from tasks.command import home
+from tasks.recipe.graph import GRAPH, OPTIONAL, STAGES, graph
+from tasks.recipe.load import load, recipes
 from tasks.recipe.section import ParamsError
 
 REPOSITORY = Path(__file__).parents[2]
-STAGES = ["fetch", "prepare", "collect", "align", "merge", "finetune", "evaluate", "register"]
 
-# Modules whose change never changes what a stage writes: settings are tracked as params, the others parse the
-# command line and report to MLflow.
-WITHOUT_EFFECT = {"tasks.recipe.params", "tasks.command", "tasks.registry.tracking"}
+# Modules whose change never changes what a stage writes: settings are tracked as params, the others
+# parse the command line and report to MLflow.
+WITHOUT_EFFECT = {"tasks.command", "tasks.registry.tracking"}
 
 
 @pytest.fixture
@@ -27,11 +31,23 @@ def repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("repository")
-def test_every_recipe_has_every_stage_after_what_it_reads() -> None:
-    """Each recipe's stages are DVC's stages of that name, in an order in which inputs come first."""
-    for recipe in recipes():
-        assert [address.split("@")[0] for address in stages(recipe)] == STAGES
-        assert {address.split("@")[1] for address in stages(recipe)} == {recipe}
+def test_every_recipe_has_the_stages_of_its_sections_after_what_they_read() -> None:
+    """DVC's stages of a recipe are those it has sections for, in an order in which inputs come first."""
+    for name in recipes():
+        recipe = load(name)
+        expected = [
+            stage
+            for stage in STAGES
+            if stage not in OPTIONAL or getattr(recipe, stage, None) is not None
+        ]
+        assert [address.split("@")[0] for address in stages(name)] == expected
+        assert {address.split("@")[1] for address in stages(name)} == {name}
+
+
+@pytest.mark.usefixtures("repository")
+def test_the_graph_is_what_the_recipes_say() -> None:
+    """`params/graph.yaml` is up to date."""
+    assert yaml.safe_load(GRAPH.read_text()) == graph()
 
 
 @pytest.mark.usefixtures("repository")
@@ -58,43 +74,66 @@ def through_alloy(module: str) -> set[str]:
         and isinstance(node.value, ast.Name)
         and node.value.id == "alloy"
     }
-    found = (getattr(alloy, name, None) for name in names)
-    return {thing.__module__ for thing in found if hasattr(thing, "__module__")}
+    things = (getattr(alloy, name, None) for name in names)
+    return {thing.__module__ for thing in things if hasattr(thing, "__module__")}
 
 
-def code_of(stage: str, imports: grimp.ImportGraph) -> set[str]:
-    """The modules of this repository that a stage runs."""
-    found: set[str] = set()
-    todo = {f"tasks.{stage}"}
+def code_of(module: str, imports: grimp.ImportGraph) -> set[str]:
+    """The modules of this repository that a module runs."""
+    code: set[str] = set()
+    todo = {module}
     while todo:
         module = todo.pop()
-        found.add(module)
+        code.add(module)
         reached = imports.find_modules_directly_imported_by(module)
         if "alloy" in reached:
             reached |= through_alloy(module)
-        todo |= reached - found - WITHOUT_EFFECT - {"alloy", "tasks"}
-    return found
+        todo |= {name for name in reached - code if not is_without_effect(name)}
+    return code
 
 
+def is_without_effect(module: str) -> bool:
+    return (
+        module in WITHOUT_EFFECT
+        or module in ("alloy", "tasks")
+        or f"{module}.".startswith("tasks.recipe.")
+    )
+
+
+def declared_code(stage: str) -> dict[str, set[str]]:
+    """By recipe, the code among the deps of its stage in `dvc.yaml`, filled in from the graph."""
+    do = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"][stage]["do"]
+    filled = {}
+    for recipe, item in yaml.safe_load((REPOSITORY / GRAPH).read_text())[stage].items():
+        deps = [fill(dep, {"key": recipe, "item": item}) for dep in do["deps"]]
+        filled[recipe] = {dep for dep in deps if dep.startswith(("alloy/", "tasks/"))}
+    return filled
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """A template of `dvc.yaml` with `${key}` and `${item.NAME}` filled in."""
+    template = template.replace("${key}", values["key"])
+    return re.sub(r"\$\{item\.(\w+)\}", lambda match: values["item"][match[1]], template)
+
+
+def covers(dep: str, file: str) -> bool:
+    return f"{file}.py" == dep or f"{file}/".startswith(f"{dep}/")
+
+
+@pytest.mark.usefixtures("repository")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_the_code_it_runs(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every module that a stage imports, directly or not, is a dependency in dvc.yaml: changed code runs again."""
+    """Changed code runs a stage again: of each family of recipes, every module that the stage
+    imports is a dependency in dvc.yaml; and no dependency is there for no family."""
     monkeypatch.setattr(sys, "path", [str(REPOSITORY), *sys.path])
     imports = grimp.build_graph("alloy", "tasks")
-    declared = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"][stage]["do"]["deps"]
-    code = {dep for dep in declared if dep.endswith(".py") or dep.startswith(("alloy/", "tasks/"))}
-    for dep in code:
-        assert (REPOSITORY / dep).exists(), dep
-    files = {module.replace(".", "/") for module in code_of(stage, imports)}
-    missing = {
-        file
-        for file in files
-        if not any(f"{file}.py" == dep or f"{file}/".startswith(f"{dep}/") for dep in code)
-    }
-    assert not missing
-    unused = {
-        dep
-        for dep in code
-        if not any(f"{file}.py" == dep or f"{file}/".startswith(f"{dep}/") for file in files)
-    }
+    declared, unused = declared_code(stage), None
+    for recipe, deps in declared.items():
+        assert not {dep for dep in deps if not (REPOSITORY / dep).exists()}
+        modules = code_of(home(stage, load(recipe).kind), imports)
+        files = {module.replace(".", "/") for module in modules}
+        missing = {file for file in files if not any(covers(dep, file) for dep in deps)}
+        assert not missing, recipe
+        idle = {dep for dep in deps if not any(covers(dep, file) for file in files)}
+        unused = idle if unused is None else unused & idle
     assert not unused

@@ -19,21 +19,21 @@ from transformers import ConvNextImageProcessor
 
 import alloy
 from alloy.symmetry import with_kind
-from tasks.experts import align, collect, evaluate, prepare
-from tasks.models import merge as merge_models
-from tasks.models import prepare as calibration
-from tasks.models import stream as merge
+from tasks import choose
+from tasks.models import align, collect, evaluate, merge, prepare
 from tasks.models.measures.scores import merge_score, surest
 from tasks.models.measures.yardsticks import Labelled, asked
 from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.jobs import jobs
-from tasks.recipe import params
+from tasks.recipe.load import load, load_models
+from tasks.recipe.models import ModelsCalibration
 from tasks.recipe.section import ParamsError
+from tasks.recipe.shared import Gates
 from tasks.registry import promotion, register, tracking
 from tasks.sources import fetch
 from tests import tiny_models
 
-STAGES = (fetch, prepare, collect, align, merge, evaluate)
+STAGES = (fetch, prepare, collect, align, merge, choose, evaluate)
 OWN = {
     "images": {"images": "photos", "examples": 24},
     "texts": {"texts": "letters", "examples": 24, "tokens": 16},
@@ -78,7 +78,7 @@ def write(workspace: Path, given: Path) -> Callable[..., None]:
 
 def run(*stages) -> None:
     for stage in stages or STAGES:
-        stage.main("mine")
+        stage.main(load("mine"))
 
 
 def change_params(change: Callable[[dict], None]) -> None:
@@ -104,13 +104,13 @@ def test_any_architecture_passes_every_stage_without_code(write, workspace, name
     code = "".join(path.read_text() for path in Path(alloy.__file__).parent.rglob("*.py"))
     assert re.sub(r"(For|Model).*", "", name).lower() not in re.findall(r"\w+", code.lower())
     write(name)
-    params.check("mine")
+    load("mine")
     run()
     _, info = getattr(transformers, name).from_pretrained(
         "models/mine/merged", output_loading_info=True
     )
     assert not any(info.values())
-    (job,) = jobs("mine")
+    (job,) = jobs(load_models("mine"))
     moved = load_alignment(job, "mudsc").apply(job.weights())
     merged = load_file("models/mine/merged/model.safetensors")
     for key, tensor in merged.items():
@@ -149,7 +149,7 @@ def test_units_in_another_order_are_found_again_in_every_seed(write, workspace, 
         plant(given / CONVNEXT / name, workspace / f"given/{name}_moved", seed)
     members = {0: ["a", "a_moved"], 1: ["b", "b_moved"]}
     checkpoints = {name: f"given/{name}" for pair in members.values() for name in pair}
-    change_params(lambda r: r["collect"]["sets"]["pair"].update(members=members))
+    change_params(lambda r: r["sets"]["pair"].update(members=members))
     change_params(lambda r: r["fetch"].update(checkpoints=checkpoints))
     change_params(lambda r: r["evaluate"].update(curves=[]))
     run()
@@ -189,7 +189,7 @@ def write_labelled(write) -> None:
         sizes = {"validation": 40, "test": 60}
         recipe["prepare"]["calibration"]["own"] = {"writer": "mnist", "examples": 32}
         recipe["prepare"]["benchmarks"] = {"digits": {"writer": "mnist", "options": sizes}}
-        recipe["collect"]["sets"]["pair"]["benchmark"] = "digits"
+        recipe["sets"]["pair"]["benchmark"] = "digits"
         recipe["evaluate"]["curves"] = []
 
     write(CONVNEXT, change)
@@ -212,7 +212,7 @@ def test_an_alignment_may_be_chosen_by_its_merge_with_labels_or_without(write, w
         sizes = {"validation": 40, "test": 60}
         recipe["prepare"]["calibration"]["own"] = {"writer": "mnist", "examples": 32}
         recipe["prepare"]["benchmarks"] = {"digits": {"writer": "mnist", "options": sizes}}
-        recipe["collect"]["sets"]["pair"]["benchmark"] = "digits"
+        recipe["sets"]["pair"]["benchmark"] = "digits"
         recipe["evaluate"]["curves"] = []
         change(recipe)
 
@@ -221,7 +221,7 @@ def test_an_alignment_may_be_chosen_by_its_merge_with_labels_or_without(write, w
         model = tiny_models.model(CONVNEXT, seed, num_channels=1, num_labels=32)
         model.save_pretrained(workspace / "given" / name)
     run(fetch, prepare, collect, align)
-    (job,) = jobs("mine")
+    (job,) = jobs(load_models("mine"))
     report = json.loads(Path("models/mine/transforms/pair/0/report.json").read_text())
     assert "was chosen among" in report["searched"]["warnings"][-1]
     for name, score in (("by_merge", "merge"), ("by_labels", "labels")):
@@ -248,12 +248,12 @@ def test_without_labels_a_merge_should_choose_what_its_surest_parent_does(write)
     """A model merged with itself agrees with itself; strangers' merge with some of what they choose."""
     write(CONVNEXT, lambda recipe: recipe["evaluate"].update(curves=[]))
     run(fetch, prepare)
-    (job,) = jobs("mine")
+    (job,) = jobs(load_models("mine"))
     weights = job.weights()
     assert 0 <= merge_score(job, "merge")(weights) < 100
     shutil.rmtree("models/mine/checkpoints/b")
     shutil.copytree("models/mine/checkpoints/a", "models/mine/checkpoints/b")
-    (job,) = jobs("mine")
+    (job,) = jobs(load_models("mine"))
     assert merge_score(job, "merge")({"a": weights["a"], "b": weights["a"]}) == 100
 
 
@@ -323,13 +323,13 @@ def test_parents_of_another_width_are_followed(write) -> None:
     change_params(lambda r: r["merge"]["arms"]["followed"]["repair"].update(repair=True))
     with pytest.raises(ValueError, match=r"merge\.arms\.followed: repair looks at the aligned"):
         run(merge)
-    (job,) = jobs("mine")
+    (job,) = jobs(load_models("mine"))
     zipped = replace(load_alignment(job, "ot_fusion"), reference="b")  # whose units are mapped
     with pytest.raises(ValueError, match="follows parents in the reference's units"):
-        merge_models.unaligned(job, job.params.arms("pair")["followed"], zipped)
+        merge.unaligned(job, job.recipe.arms("pair")["followed"], zipped)
 
 
-def test_what_is_mended_is_better_by_the_measure_it_mends(write) -> None:
+def test_a_repair_improves_the_measure_it_is_made_for(write) -> None:
     """Least squares brings the answers nearer to the parents' mean; temperature does and keeps every choice."""
 
     def change(recipe: dict) -> None:
@@ -354,7 +354,7 @@ def test_what_is_mended_is_better_by_the_measure_it_mends(write) -> None:
     assert scores("tempered")["loss"] < scores("mudsc")["loss"]
     assert scores("tempered")["agreement"] == scores("mudsc")["agreement"]
     account = json.loads(Path("models/mine/arms/pair/0/tempered/alloy_merge.json").read_text())
-    assert account["mended"]["temperature"] > 0
+    assert account["repairs"]["temperature"] > 0
 
 
 def test_a_partial_zip_is_a_model_for_each_member(write) -> None:
@@ -378,7 +378,7 @@ def test_a_partial_zip_is_a_model_for_each_member(write) -> None:
     assert transformers.AutoModelForCausalLM.from_pretrained("models/mine/merged/b")
     assert scores("zip")["loss"] > 0
     with pytest.raises(ParamsError, match=r"holds no model but \['a', 'b'\]"):
-        register.main("mine")
+        register.main(load("mine"))
 
 
 @pytest.mark.slow
@@ -386,14 +386,14 @@ def test_the_result_is_registered_with_what_it_was_measured_on(write, mlflow_wor
     """A version with the parents' hashes, and the data of each set under the name that gates ask for."""
     write(CONVNEXT, lambda recipe: recipe["evaluate"].update(curves=[]))
     run()
-    register.main("mine")
+    register.main(load("mine"))
     version = tracking.aliased("mine", "challenger")
     assert version is not None
     found = tracking.finished_run(version.run_id)
     data = json.loads(Path("data/mine/manifest.json").read_text())["files"]
     assert found.tags["data/pair/calibration.safetensors"] == data["calibration/own.safetensors"]
     assert "parent/a/digest" in found.tags
-    gates = params.Gates(
+    gates = Gates(
         split="calibration",
         model="merged",
         benchmarks={"pair": "agreement"},
@@ -405,8 +405,8 @@ def test_the_result_is_registered_with_what_it_was_measured_on(write, mlflow_wor
 
 
 def text_examples(**changes: object) -> dict[str, torch.Tensor]:
-    given = params.ModelsCalibration(**{**OWN["texts"], **changes})
-    return calibration.calibration("here", given, Path("given/a"), 0)
+    given = ModelsCalibration(**{**OWN["texts"], **changes})
+    return prepare.calibration("here", given, Path("given/a"), 0)
 
 
 def test_texts_are_cut_into_pieces_of_the_models_own_tokens(write, workspace) -> None:
@@ -435,47 +435,47 @@ def test_data_sets_on_disk_give_texts_pictures_and_inputs(write, workspace) -> N
     datasets.Dataset.from_dict({"text": texts, "n": range(9)}).save_to_disk("data_text")
     datasets.Dataset.from_dict({"text": texts}).to_parquet("data.parquet")
     for path in ("data_text", "data.parquet"):
-        given = params.ModelsCalibration(dataset=path, column="text", examples=9, tokens=12)
-        assert calibration.calibration("here", given, Path("given/a"), 0)["input_ids"].shape == (
+        given = ModelsCalibration(dataset=path, column="text", examples=9, tokens=12)
+        assert prepare.calibration("here", given, Path("given/a"), 0)["input_ids"].shape == (
             9,
             12,
         )
     ids = torch.randint(5, 20, (6, 7))
     datasets.Dataset.from_dict({"input_ids": ids.tolist()}).save_to_disk("data_ids")
-    given = params.ModelsCalibration(dataset="data_ids", examples=6)
-    found = calibration.calibration("here", given, Path("given/a"), 0)["input_ids"]
+    given = ModelsCalibration(dataset="data_ids", examples=6)
+    found = prepare.calibration("here", given, Path("given/a"), 0)["input_ids"]
     assert sorted(map(tuple, found.tolist())) == sorted(map(tuple, ids.tolist()))
     write(CONVNEXT)
     shown = [Image.new("RGB", (20, 20), (i, 0, 0)) for i in range(5)]
     datasets.Dataset.from_dict({"image": shown}).save_to_disk("data_image")
-    given = params.ModelsCalibration(dataset="data_image", column="image", examples=5)
-    pixels = calibration.calibration("here", given, Path("given/a"), 0)["pixel_values"]
+    given = ModelsCalibration(dataset="data_image", column="image", examples=5)
+    pixels = prepare.calibration("here", given, Path("given/a"), 0)["pixel_values"]
     assert pixels.shape == (5, 3, 32, 32)
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"a": [1]})}).save_to_disk("splits")
-    given = params.ModelsCalibration(dataset="splits", examples=2)
+    given = ModelsCalibration(dataset="splits", examples=2)
     with pytest.raises(ValueError, match="has splits; name one, such as splits/train"):
-        calibration.calibration("here", given, Path("given/a"), 0)
-    given = params.ModelsCalibration(dataset="data_text", column="txt", examples=9, tokens=12)
+        prepare.calibration("here", given, Path("given/a"), 0)
+    given = ModelsCalibration(dataset="data_text", column="txt", examples=9, tokens=12)
     with pytest.raises(ParamsError, match=r"column: 'txt': did you mean 'text'"):
-        calibration.calibration("here", given, Path("given/a"), 0)
+        prepare.calibration("here", given, Path("given/a"), 0)
 
 
 def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
     """What a newcomer copies is accepted, to the key."""
     write(CONVNEXT)
-    text = (Path(__file__).parents[2] / "docs/bring_your_own.md").read_text()
-    (recipe,) = re.findall(r"```yaml\n(kind: models.*?)```", text, flags=re.DOTALL)
+    text = (Path(__file__).parents[3] / "docs/bring_your_own.md").read_text()
+    recipe, *_ = re.findall(r"```yaml\n(kind: models.*?)```", text, flags=re.DOTALL)
     Path("params/mine.yaml").write_text(recipe)
-    params.check("mine")
+    load("mine")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r["collect"]["sets"]["pair"].update(calibration="ow"), "did you mean 'own'"),
-        (lambda r: r["collect"]["sets"]["pair"]["members"].update({0: ["a", "c"]}), "members.0: 'c'"),
-        (lambda r: r["collect"]["sets"]["pair"]["members"].update({0: ["a"]}), "two or more"),
-        (lambda r: r["collect"]["sets"]["pair"]["members"].update({0: ["a", "a"]}), "named twice"),
+        (lambda r: r["sets"]["pair"].update(calibration="ow"), "did you mean 'own'"),
+        (lambda r: r["sets"]["pair"]["members"].update({0: ["a", "c"]}), "members.0: 'c'"),
+        (lambda r: r["sets"]["pair"]["members"].update({0: ["a"]}), "two or more"),
+        (lambda r: r["sets"]["pair"]["members"].update({0: ["a", "a"]}), "named twice"),
         (lambda r: r["merge"]["arms"]["mudsc"].update(alignment="mudsk"), "did you mean 'mudsc'"),
         (lambda r: r["merge"]["arms"]["mudsc"].update(elsewhere="mudsk"), "elsewhere: 'mudsk'"),
         (lambda r: r["merge"]["result"].update(seed=3), r"result\.seed: 3"),
@@ -518,7 +518,7 @@ def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
         (lambda r: r["prepare"]["calibration"]["own"].update(texts="x"), "give one of images"),
         (lambda r: r["prepare"]["calibration"]["own"].update(tokens=8), "'tokens' is of texts"),
         (lambda r: r["prepare"]["calibration"].update(b=OWN["images"]), "no set has"),
-        (lambda r: r.update(finetune={}), "write `finetune: null`"),
+        (lambda r: r.update(finetune={}), "unknown key 'finetune'"),
     ],
 )  # fmt: skip
 def test_a_recipe_whose_sections_do_not_fit_is_refused_before_the_first_stage(
@@ -526,7 +526,7 @@ def test_a_recipe_whose_sections_do_not_fit_is_refused_before_the_first_stage(
 ) -> None:
     write(CONVNEXT, change)
     with pytest.raises(ParamsError, match=message):
-        params.check("mine")
+        load("mine")
 
 
 def _empty(workspace: Path) -> None:
@@ -567,9 +567,9 @@ def test_pictures_that_cannot_be_used_are_refused(write, workspace, spoil, messa
     """Nothing is written: the message says what was found and what would be right."""
     write(CONVNEXT)
     spoil(workspace)
-    fetch.main("mine")
+    fetch.main(load("mine"))
     with pytest.raises(ValueError, match=message):
-        prepare.main("mine")
+        prepare.main(load("mine"))
     assert not Path("data/mine").exists()
 
 
@@ -577,13 +577,13 @@ def test_tokenizers_that_differ_are_refused_with_the_first_difference(write, wor
     write(OPT)
     shuffled = random.Random(0).sample(tiny_models.LETTERS, 26)
     tiny_models.tokenizer("".join(shuffled)).save_pretrained("given/b")
-    fetch.main("mine")
+    fetch.main(load("mine"))
     with pytest.raises(ValueError, match=r"tokenizer of .*a and .*b differ: token '\w' is number"):
-        prepare.main("mine")
+        prepare.main(load("mine"))
     tiny_models.tokenizer(tiny_models.LETTERS[:-1]).save_pretrained("given/b")
-    fetch.main("mine")
+    fetch.main(load("mine"))
     with pytest.raises(ValueError, match="vocabularies of 31 and 30 tokens"):
-        prepare.main("mine")
+        prepare.main(load("mine"))
 
 
 def spoil_weights(member: str) -> None:
@@ -599,29 +599,29 @@ def test_models_that_cannot_be_merged_are_refused_and_the_old_result_stands(
 ) -> None:
     """NaN weights, another class, other symmetries, settings that a preset or method does not have."""
     write(CONVNEXT)
-    run(fetch, prepare, collect, align, merge)
+    run(fetch, prepare, collect, align, merge, choose)
     stands = Path("models/mine/merged/model.safetensors").read_bytes()
     settings = {"weight_shar": 0.5}
     change_params(lambda r: r["align"]["alignments"]["mudsc"].update(settings=settings))
     with pytest.raises(ValueError, match=r"set 'pair': align\.alignments\.mudsc: .*weight_share"):
-        align.main("mine")
+        align.main(load("mine"))
     change_params(lambda r: r["align"]["alignments"]["mudsc"].update(settings={}))
     change_params(lambda r: r["merge"]["arms"]["mudsc"].update(options={"densty": 1}))
-    with pytest.raises(ValueError, match=r"set 'pair': merge\.arms\.mudsc: .*densty"):
-        merge.main("mine")
+    with pytest.raises(ValueError, match=r"merge\.arms\.mudsc: set 'pair': .*densty"):
+        load("mine")
     change_params(lambda r: r["merge"]["arms"]["mudsc"].update(options={}, method="regmean"))
     change_params(lambda r: r["collect"].update(grams=False))
-    run(collect, align)
     with pytest.raises(ValueError, match=r"set collect\.grams to true"):
-        merge.main("mine")
+        load("mine")
+    change_params(lambda r: r["collect"].update(grams=True))
     tiny_models.save(tiny_models.model(CONVNEXT, 1, depths=[1, 1]), Path("given/b"))
     run(fetch, prepare)
     with pytest.raises(ValueError, match=r"'a' and 'b'"):
         run(collect, align)
     tiny_models.save(tiny_models.model("RegNetForImageClassification", 1), Path("given/b"))
-    fetch.main("mine")
+    fetch.main(load("mine"))
     with pytest.raises(ValueError, match="a is a ConvNextForImageClassification, b a RegNet"):
-        collect.main("mine")
+        collect.main(load("mine"))
     assert Path("models/mine/merged/model.safetensors").read_bytes() == stands
 
 
@@ -631,13 +631,13 @@ def test_nan_is_refused_where_it_is_seen_first(write, workspace) -> None:
     spoil_weights("b")
     run(fetch, prepare, collect)
     with pytest.raises(ValueError, match=r"not finite|NaN|Inf"):
-        align.main("mine")
+        align.main(load("mine"))
     rows = {"input_ids": [[1.0, 2.0], [3.0, float("nan")]]}
     datasets.Dataset.from_dict(rows).save_to_disk("broken")
     write(OPT)
-    given = params.ModelsCalibration(dataset="broken", examples=2)
+    given = ModelsCalibration(dataset="broken", examples=2)
     with pytest.raises(ValueError, match=r"input_ids has NaN or Inf in examples \[[01]\]"):
-        calibration.calibration("here", given, Path("given/a"), 0)
+        prepare.calibration("here", given, Path("given/a"), 0)
 
 
 def test_too_little_and_constant_data_are_warned_of_in_the_report(write, workspace) -> None:

@@ -18,7 +18,7 @@ from tasks.recipe.section import ParamsError
 from tasks.storage import read_json, write_json
 from tests.flows.test_graph import code_of
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 TRAINING = {
     "num_steps": 3,
     "learning_rate": 0.01,
@@ -159,7 +159,7 @@ def test_the_pipeline_names_the_code_it_runs_and_writes_outside_of_released(monk
     pipeline = REPOSITORY / "pretrain/multitask/dvc.yaml"
     found = yaml.safe_load(pipeline.read_text())["stages"]["train"]["do"]
     imports = grimp.build_graph("alloy", "tasks")
-    files = {module.replace(".", "/") for module in code_of("pretrain_multitask", imports)}
+    files = {module.replace(".", "/") for module in code_of("tasks.models.pretrain", imports)}
     missing = {
         file
         for file in files

@@ -18,6 +18,8 @@ from PIL import Image
 from alloy.modality import ModalityConfig, ModalityModel
 from tasks import storage
 from tasks.data import scenes
+from tasks.recipe.load import Recipe
+from tasks.recipe.load import load as load_recipe
 from tasks.registry import register, tracking
 from tasks.sources.fetch import main as fetch
 from tasks.sources.resolve import resolve
@@ -83,11 +85,34 @@ def picture(seed: int = 0, side: int = SIDE) -> tuple[str, np.ndarray]:
 
 
 @pytest.fixture
-def recipe(mlflow_workspace: Path, write_recipe) -> str:
-    return write_recipe(
+def recipe(mlflow_workspace: Path, write_recipe) -> Recipe:
+    training = {
+        "num_steps": 4,
+        "learning_rate": 1e-3,
+        "head_learning_rate": 1e-2,
+        "matrix_learning_rate": 1e-3,
+        "final_share": 0.0,
+        "warmup_steps": 1,
+        "weight_decay": 0.0,
+        "gradient_clip": 1.0,
+        "log_every": 1,
+        "save_every": 2,
+    }
+    finetune = {
+        "arms": [],
+        "joint": True,
+        "batch_sizes": {"vqa": 4},
+        "seed": 0,
+        "task_weight": 1.0,
+        "distillation": {"weight": 0.0},
+        "training": training,
+        "stopping": {"validate_every": 2, "validation_examples": 4, "patience": 1},
+    }
+    name = write_recipe(
         register={"name": "toy-model", "model": "finetuned"},
-        merge={"method": "regmean", "coefficients": [0.5, 0.5]},
+        finetune=finetune,
     )
+    return load_recipe(name)
 
 
 def load(address: str):
@@ -123,7 +148,7 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recip
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     assert run.tags["git"] == head.strip()
     found = tracking.connect().get_run(version.run_id)
-    assert found.data.params["merge.method"] == "regmean"
+    assert found.data.params["merge.arms.average.method"] == "interpolation"
     assert {entry.dataset.name for entry in found.inputs.dataset_inputs} >= {
         "toy/vqa/test.safetensors"
     }
@@ -169,7 +194,7 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recip
     write_recipe(
         fetch={"model_type": "modality", "checkpoints": {"a": "mlflow:models/toy-model@challenger"}}
     )
-    fetch("toy")
+    fetch(load_recipe("toy"))
     fetched = Path("models/toy/checkpoints/a")
     assert storage.read_json(fetched / "manifest.json")["revision"] == "1"
     for name in ("model.safetensors", "config.json", "tokenizer.json"):

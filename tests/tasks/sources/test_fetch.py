@@ -12,11 +12,12 @@ import pytest
 from safetensors.numpy import save
 
 from tasks import storage
+from tasks.recipe.load import Recipe, load
 from tasks.sources import transfer
 from tasks.sources.fetch import fetch, main, resolve
 from tasks.sources.resolve import SourceError, UnreachableError, place
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("small_ranges")
 
 
@@ -51,12 +52,16 @@ def fetched(name: str = "a") -> Path:
     return Path("models/toy/checkpoints") / name
 
 
-def recipe(write_recipe, model_type: str | None = "toy", **checkpoints: object) -> str:
+def recipe(write_recipe, model_type: str = "toy", **checkpoints: object) -> str:
     return write_recipe(fetch={"model_type": model_type, "checkpoints": checkpoints})
 
 
+def written(write_recipe, **checkpoints: object) -> Recipe:
+    return load(recipe(write_recipe, **checkpoints))
+
+
 def run(name: str = "toy") -> None:
-    main(name)
+    main(load(name))
 
 
 @pytest.fixture(params=["folder", "hub", "bucket", "versioned bucket"])
@@ -106,7 +111,7 @@ def test_only_what_changed_upstream_is_moved_again(source, write_recipe, workspa
 
     first = fetched("b").stat().st_ino
     publish(checkpoint(2))
-    main("toy", check=True)
+    main(load("toy"), check=True)
     told = capsys.readouterr().out
     assert "a: changed" in told
     assert "b: unchanged" in told
@@ -131,9 +136,9 @@ def test_a_damaged_copy_is_mended(workspace, write_recipe) -> None:
 def test_a_hub_is_resolved_to_its_commit_and_fetched_there(hub, write_recipe) -> None:
     """What the branch becomes meanwhile does not matter."""
     commit = hub.publish("org/toy", checkpoint(0))
-    snapshots = resolve(recipe(write_recipe, a="hf://org/toy@main"))
+    snapshots = resolve(written(write_recipe, a="hf://org/toy@main"))
     hub.publish("org/toy", checkpoint(1))
-    fetch("toy", snapshots)
+    fetch(load("toy"), snapshots)
     assert storage.read_json(fetched() / "manifest.json")["revision"] == commit
     assert read(fetched()) == checkpoint(0)
 
@@ -151,18 +156,18 @@ def test_a_versioned_bucket_sends_the_version_that_was_resolved(bucket, write_re
         Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"}
     )
     bucket.put("a", checkpoint(0))
-    snapshots = resolve(recipe(write_recipe, a=f"s3://{bucket.name}/a"))
+    snapshots = resolve(written(write_recipe, a=f"s3://{bucket.name}/a"))
     bucket.put("a", checkpoint(1))
-    fetch("toy", snapshots)
+    fetch(load("toy"), snapshots)
     assert read(fetched()) == checkpoint(0)
 
 
 def test_a_plain_bucket_that_changed_since_is_refused(bucket, write_recipe) -> None:
     bucket.put("a", checkpoint(0))
-    snapshots = resolve(recipe(write_recipe, a=f"s3://{bucket.name}/a"))
+    snapshots = resolve(written(write_recipe, a=f"s3://{bucket.name}/a"))
     bucket.put("a", checkpoint(1))
     with pytest.raises(SourceError, match="changed meanwhile; run the stage again"):
-        fetch("toy", snapshots)
+        fetch(load("toy"), snapshots)
     assert not fetched().exists()
 
 
@@ -187,9 +192,9 @@ class TestLines:
 
     def test_a_hub_that_is_busy_is_asked_again(self, hub, write_recipe) -> None:
         hub.publish("org/toy", checkpoint())
-        snapshots = resolve(recipe(write_recipe, a="hf://org/toy"))
+        snapshots = resolve(written(write_recipe, a="hf://org/toy"))
         hub.failures = [503, 429]
-        fetch("toy", snapshots)
+        fetch(load("toy"), snapshots)
         assert read(fetched()) == checkpoint()
 
     def test_a_hub_that_knows_no_ranges_serves_as_well(self, hub, write_recipe) -> None:
@@ -200,9 +205,9 @@ class TestLines:
 
     def test_a_bucket_connection_that_breaks_goes_on(self, s3, bucket, write_recipe) -> None:
         bucket.put("a", checkpoint())
-        snapshots = resolve(recipe(write_recipe, a=f"s3://{bucket.name}/a"))
+        snapshots = resolve(written(write_recipe, a=f"s3://{bucket.name}/a"))
         s3.cut_after, s3.cuts_left = 20_000, 3
-        fetch("toy", snapshots)
+        fetch(load("toy"), snapshots)
         assert s3.cuts_left == 0
         assert read(fetched()) == checkpoint()
 
@@ -222,7 +227,7 @@ class TestLines:
         publish(checkpoint(1))
         run(recipe(write_recipe, a=address))
         publish(files)
-        snapshots = resolve("toy")
+        snapshots = resolve(load("toy"))
 
         moved = 0
 
@@ -242,17 +247,17 @@ class TestLines:
                 ),
             )
             with pytest.raises(KeyboardInterrupt):
-                fetch("toy", snapshots)
+                fetch(load("toy"), snapshots)
         assert read(fetched()) == checkpoint(1)
 
         if where == "hub":
             hub.requests.clear()
-            fetch("toy", snapshots)
+            fetch(load("toy"), snapshots)
             asked = [span for method, path, span in hub.requests if "/cdn/" in path]
             sent = sum(int(s[6:].split("-")[1]) - int(s[6:].split("-")[0]) + 1 for s in asked)
         else:
             before = s3.num_bytes
-            fetch("toy", snapshots)
+            fetch(load("toy"), snapshots)
             sent = s3.num_bytes - before
         assert read(fetched()) == files
         assert sent < 0.6 * 600_000
@@ -409,15 +414,16 @@ class TestRefusals:
         script = """
 import collections, pathlib, shutil, subprocess, sys
 subprocess.run("mount -t tmpfs -o size=1m none models".split(), check=True)
+from tasks.recipe.load import load
 from tasks.sources.fetch import main
-main("toy")
+main(load("toy"))
 before = pathlib.Path("models/toy/checkpoints/a/model.safetensors").read_bytes()
 params = pathlib.Path("params/toy.yaml")
 params.write_text(params.read_text().replace("a: up", "a: big"))
 
 def fails() -> str:
     try:
-        main("toy")
+        main(load("toy"))
     except OSError as error:
         return str(error)
     sys.exit("the disk was not full")

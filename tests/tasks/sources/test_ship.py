@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from tasks.recipe.load import Recipe, load
+from tasks.recipe.section import ParamsError
 from tasks.sources import ship as ship_stage
 from tasks.sources.fetch import main as fetch
 from tasks.sources.resolve import SourceError, resolve
@@ -27,12 +29,13 @@ def write_model(seed: int = 0, num_bytes: int = 100_000) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def recipe(bucket, write_recipe) -> str:
+def recipe(bucket, write_recipe) -> Recipe:
     target = f"s3://{bucket.name}/models/toy"
-    return write_recipe(
+    name = write_recipe(
         ship={"target": target, "model": "merged"},
         fetch={"model_type": "toy", "checkpoints": {"shipped": target}},
     )
+    return load(name)
 
 
 def address(bucket) -> str:
@@ -95,7 +98,7 @@ def test_of_two_that_ship_at_once_one_is_told(bucket, recipe, monkeypatch) -> No
         send(*arguments)
         monkeypatch.setattr(ship_stage, "_send", send)
         write_model(2)
-        ship("toy", Path("models/toy/merged"), address(bucket))
+        ship(recipe, Path("models/toy/merged"), address(bucket))
 
     monkeypatch.setattr(ship_stage, "_send", meet_another)
     with pytest.raises(SourceError, match="changed meanwhile; run the stage again"):
@@ -118,9 +121,9 @@ def test_wrong_credentials_and_a_missing_bucket_are_named(
     bucket, recipe, write_recipe, monkeypatch
 ) -> None:
     write_model()
-    missing = write_recipe(ship={"target": "s3://no-such-bucket/a", "model": "merged"})
+    write_recipe(ship={"target": "s3://no-such-bucket/a", "model": "merged"})
     with pytest.raises(SourceError, match="no such bucket"):
-        main(missing)
+        main(load("toy"))
     write_recipe(ship={"target": address(bucket), "model": "merged"})
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(SourceError, match=r"SignatureDoesNotMatch|403"):
@@ -128,6 +131,11 @@ def test_wrong_credentials_and_a_missing_bucket_are_named(
     assert bucket.listed() == []
 
 
-def test_without_a_target_nothing_is_shipped_and_said_so(write_recipe, capsys) -> None:
-    main(write_recipe(ship={"target": None, "model": "merged"}))
-    assert "ship.target is null: nothing is shipped" in capsys.readouterr().out
+def test_without_a_section_ship_nothing_is_shipped_and_said_so(write_recipe) -> None:
+    with pytest.raises(ParamsError, match=r"has no section ship: add `ship: \{target: s3://"):
+        main(load(write_recipe()))
+
+
+def test_a_target_that_is_no_bucket_is_refused_with_the_recipe(write_recipe) -> None:
+    with pytest.raises(ParamsError, match=r"ship\.target"):
+        load(write_recipe(ship={"target": "models/elsewhere", "model": "merged"}))

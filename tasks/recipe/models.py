@@ -321,6 +321,7 @@ class ModelsRecipe(Section):
             if name not in known:
                 right = nearest(str(name), [*map(str, known)])
                 raise ParamsError(f"{self.where}: {key}: {name!r}: {right}")
+        self._check_used()
         if isinstance(self.merge.result, str) and len(self.jobs()) > 1:
             raise ParamsError(
                 f"{self.where}: merge.result: {self.merge.result!r}: there are {len(self.jobs())} "
@@ -351,6 +352,9 @@ class ModelsRecipe(Section):
                     f"{self.where}: sets.{name}.calibration is missing: which of prepare's data "
                     f"do its members see? {nearest('', list(self.calibrated[0].calibration))}"
                 )
+
+    def _check_used(self) -> None:
+        """Raise ParamsError where prepare makes data that no set has."""
         if self.prepare is not None:
             for part, used in (
                 ("calibration", {entry.calibration for entry in self.sets.values()}),

@@ -4,30 +4,50 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
+from yaml.reader import ReaderError
 
 from tasks.recipe.section import ParamsError
 
 LARGEST_FILE = 2**20  # bytes; a recipe has some thousand
+DEEPEST = 50  # levels of nesting; a recipe has some six
 MOST_NODES = 100_000  # after aliases are resolved; a YAML bomb has billions
+MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses a key that stands twice."""
+    """PyYAML's safe loader, which refuses a key that stands twice or has lost its value."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise ConstructorError(
+                None, None, f"nested more than {DEEPEST} deep", self.peek_event().start_mark
+            )
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        seen: dict[object, yaml.Node] = {}
-        for key in own:
-            name = self.construct_object(key, deep=True)
+        seen: set[object] = set()
+        for key, value in node.value:
+            name = "<<" if key.tag == MERGE else self.construct_object(key, deep=True)
             if not isinstance(name, str | int | float | bool):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{type(name).__name__} is no key", key.start_mark
-                )
+                what = "an empty word" if name is None else f"a {type(name).__name__}"
+                raise ConstructorError(None, None, f"{what} is no key", key.start_mark)
             if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {name!r} stands twice", key.start_mark
+                raise ConstructorError(None, None, f"key {name!r} stands twice", key.start_mark)
+            if node.flow_style and ":" in str(name) and value.value == "" and not value.style:
+                raise ConstructorError(
+                    None,
+                    None,
+                    f"{name!r} has no value: leave a space behind the colon of a key",
+                    key.start_mark,
                 )
-            seen[name] = key
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -62,10 +82,10 @@ def read_yaml(path: Path) -> Any:
             loader.dispose()
     except yaml.YAMLError as error:
         raise ParamsError(_explained(path, text, error)) from error
-    except RecursionError as error:
-        raise ParamsError(f"{path}: it is nested too deeply to be a params file") from error
-    except ValueError as error:  # a date or a number that no calendar or float holds
-        raise ParamsError(f"{path}: {error}") from error
+    except ParamsError:
+        raise
+    except ValueError as error:  # a date or a number that no calendar or integer holds
+        raise ParamsError(f"{path}: {str(error).partition(';')[0]}") from error
 
 
 def _refuse_bomb(path: Path, root: yaml.Node) -> None:
@@ -94,6 +114,9 @@ def _refuse_bomb(path: Path, root: yaml.Node) -> None:
 
 def _explained(path: Path, text: str, error: yaml.YAMLError) -> str:
     """The error with file, line and, where it is a known trap, the way out."""
+    if isinstance(error, ReaderError):
+        number = text[: error.position].count("\n") + 1
+        return f"{path}: line {number}: character {error.character!r} is not allowed in YAML"
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return f"{path} is not YAML: {error}"
     number = error.problem_mark.line + 1

@@ -481,10 +481,10 @@ def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
         (lambda r: r["merge"]["result"].update(seed=3), r"result\.seed: 3"),
         (lambda r: r["merge"]["result"].update(arm="avrage"), "did you mean 'average'"),
         (lambda r: r["merge"]["arms"].update(ensemble=r["merge"]["arms"]["mudsc"]), "'ensemble'"),
-        (lambda r: r["merge"]["arms"]["mudsc"].update(coefficients=[1.0]), "has 2 members; give one"),
+        (lambda r: r["merge"]["arms"]["mudsc"].update(coefficients=[1.0]), "one for each of the 2"),
         (
             lambda r: r["merge"]["arms"]["mudsc"].update(coefficients={"*": [0.2, 0.3, 0.5]}),
-            "has 2 members; give one",
+            "one for each of the 2",
         ),
         (
             lambda r: r["merge"]["arms"]["mudsc"].update(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from alloy.alignment.maps import Maps, UnitMap, apply_maps
+from alloy.alignment.matching import is_identity
 from alloy.alignment.report import SpaceAlignment
+from alloy.alignment.statistics import transport_statistics
 from alloy.errors import AlignmentError
+from alloy.statistics.sums import Statistics
 from alloy.symmetry.fold import fold_norms
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.transforms import (
@@ -20,7 +25,7 @@ from alloy.symmetry.transforms import (
     transforms_to_tensors,
     transport,
 )
-from alloy.types import Weights
+from alloy.types import AlignedWeights, Weights
 
 
 @dataclass(frozen=True)
@@ -53,15 +58,55 @@ class Alignment:
         """True if every model computes after `apply` what it computed before."""
         return not any(self.maps.values())
 
-    def apply(self, models: Mapping[str, Weights]) -> dict[str, dict[str, Tensor]]:
+    @cached_property
+    def units(self) -> str:
+        """The name of the units that the models are brought into; "" where nothing moves."""
+        transforms = [t for own in self.transforms.values() for t in own.values()]
+        if self.exact and not self._folds and all(map(is_identity, transforms)):
+            return ""
+        digest = hashlib.sha256()
+        tensors = self.to_tensors()
+        for name in sorted(set(tensors) - {_DESCRIPTION}):
+            digest.update(name.encode() + tensors[name].cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def _folds(self) -> bool:
+        return any(self.spec.folded != spec.folded for spec in self.specs.values())
+
+    def move(self, statistics: Statistics) -> Statistics:
+        """What the models would collect after `apply`: moments and Grams in the common units.
+
+        Raises:
+            AlignmentError: statistics of other models; an alignment that folds norms, or merges or
+                spreads units, after which the models have to be run again.
+        """
+        if self._folds or not self.exact:
+            why = "folds norms" if self.exact else "merges or spreads units"
+            raise AlignmentError(
+                f"alignment {self.preset!r} {why}: statistics cannot follow it, collect them of "
+                f"the aligned models"
+            )
+        moved = transport_statistics(statistics, self.specs, self.transforms)
+        grams = {
+            name: {weight: replace(gram, units=self.units) for weight, gram in own.items()}
+            for name, own in moved.grams.items()
+        }
+        return replace(moved, grams=grams)
+
+    def apply(self, models: Mapping[str, Weights]) -> dict[str, AlignedWeights]:
         """All models in one space and of one shape: their plain mean is the preset's merge.
+
+        Statistics and Grams of the models are moved by `move`; those from before do not fit.
 
         Raises:
             AlignmentError: models that are not those that were aligned.
             SymmetryError: weights that do not fit the spec.
         """
         require_names(models, self.specs)
-        return {name: self._apply(name, models[name]) for name in self.specs}
+        return {
+            name: AlignedWeights(self._apply(name, models[name]), self.units) for name in self.specs
+        }
 
     def _apply(self, name: str, weights: Weights) -> dict[str, Tensor]:
         spec = self.specs[name]

@@ -15,7 +15,8 @@ from alloy.merging.averages import combine
 from alloy.merging.check import few, known_method, validate
 from alloy.merging.method import Coefficients, MergeMethod, MergeSettings
 from alloy.merging.selection import accumulator
-from alloy.types import Weights
+from alloy.statistics.moments import Gram
+from alloy.types import AlignedWeights, Weights
 
 _NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
@@ -51,7 +52,7 @@ def merge(
 
     Raises:
         MergeError: anything that `validate` refuses; names, shapes, dtypes or ties that differ
-            between models; NaN or Inf in an input or in the result.
+            between models; Grams of other units than the weights' (`Alignment.move`); NaN or Inf in an input or in the result.
     """
     named = {f"models[{i}]": model for i, model in enumerate(models)}
     if base is not None:
@@ -72,6 +73,8 @@ def merge(
     )
     owner = _owners(named, settings)
     measured = _statistics_of_owners(owner, statistics, len(models))
+    if statistics is not None:
+        _check_units(models, statistics)
     owned = list(dict.fromkeys(owner.values()))
     if spec.scope == "model":
         merged = merge_whole(settings, owned, models, base, data)
@@ -290,6 +293,26 @@ def _statistics_of_owners(
     for name in statistics[0]:
         result.setdefault(owner[name], [measured[name] for measured in statistics])
     return result
+
+
+def _check_units(models: Sequence[Weights], statistics: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse Grams of other units than the weights', or moved for some models only."""
+    moved: set[bool] = set()
+    for i, (model, measured) in enumerate(zip(models, statistics, strict=True)):
+        tags = {name: gram.units for name, gram in measured.items() if isinstance(gram, Gram)}
+        moved |= {bool(tag) for tag in tags.values()}
+        if not isinstance(model, AlignedWeights):
+            continue
+        if other := [name for name, tag in tags.items() if tag != model.units]:
+            raise MergeError(
+                f"models[{i}] is aligned, and its Grams are of other units: {few(other)}; take "
+                f"those of alignment.move(statistics), of the alignment that moved the weights"
+            )
+    if len(moved) > 1:
+        raise MergeError(
+            "some models' Grams were moved by an alignment and others' were not: take all of "
+            "alignment.move(statistics)"
+        )
 
 
 def _agreed(name: str, inputs: Mapping[str, Tensor]) -> Tensor:

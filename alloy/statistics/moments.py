@@ -8,7 +8,7 @@ Shape legend: N tokens or examples, D units of a point, E units of the other mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class Gram:
     RegMean (arXiv:2212.09849) and the least-squares merges read it.
 
     Raises:
-        ValueError: a `dim` that is neither 0 nor 1; Grams of different `dim` that are added.
+        ValueError: a `dim` that is neither 0 nor 1; Grams of different `dim` or units that are
+            added.
     """
 
     sum_DD: Tensor
@@ -31,6 +32,11 @@ class Gram:
     [in, out].
 
     A square weight does not tell, so whoever observes the layer says so.
+    """
+    units: str = ""
+    """The alignment whose units the inputs are in; "" for those of the model as it was collected.
+
+    `Alignment.move` sets it, and `alloy.merge` refuses Grams of other units than the weights'.
     """
 
     def __post_init__(self) -> None:
@@ -44,14 +50,16 @@ class Gram:
     def update(self, x_ND: Tensor) -> Gram:
         x_ND = x_ND.double()
         product_DD = (x_ND.T @ x_ND).to(self.sum_DD.device)
-        return Gram(self.sum_DD + product_DD, self.count + len(x_ND), self.dim)
+        return replace(self, sum_DD=self.sum_DD + product_DD, count=self.count + len(x_ND))
 
     def __add__(self, other: Gram) -> Gram:
         if self.dim != other.dim:
             raise ValueError(
                 f"Grams of weights that meet their inputs in dims {self.dim} and {other.dim}"
             )
-        return Gram(self.sum_DD + other.sum_DD, self.count + other.count, self.dim)
+        if self.units != other.units:
+            raise ValueError("Grams of different units: one of them was moved by an alignment")
+        return replace(self, sum_DD=self.sum_DD + other.sum_DD, count=self.count + other.count)
 
     @property
     def mean_DD(self) -> Tensor:

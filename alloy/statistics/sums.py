@@ -221,6 +221,8 @@ class Statistics:
                 at = (name, weight, str(gram.dim))
                 tensors[_key("gram", *at)] = gram.sum_DD.clone()  # layers share those of one input
                 tensors[_key("tokens", *at)] = torch.tensor(gram.count)
+                if gram.units:
+                    tensors[_key("units", name, weight, gram.units)] = torch.tensor(0)
         return tensors
 
     @classmethod
@@ -239,10 +241,13 @@ class Statistics:
         places: dict[str, list[Place]] = {space: [] for (space,) in read.get("space", {})}
         for at, count in sorted(read.get("count", {}).items(), key=lambda item: int(item[0][1])):
             places[at[0]].append(_place_from(read, at, int(count)))
+        units = {(name, weight): tag for name, weight, tag in read.get("units", {})}
         grams: dict[str, dict[str, Gram]] = {}
         for (name, weight, dim), total in read.get("gram", {}).items():
             count = int(read["tokens"][name, weight, dim])
-            grams.setdefault(name, {})[weight] = Gram(total, count, int(dim))
+            grams.setdefault(name, {})[weight] = Gram(
+                total, count, int(dim), units.get((name, weight), "")
+            )
         return cls(
             tuple(name for _, name in ordered("name")),
             {space: tuple(of_space) for space, of_space in places.items()},
@@ -281,7 +286,7 @@ class Statistics:
 
 
 _ADDITIVE = ("sum", "square", "product", "count", "gram", "tokens")
-_KINDS = ("name", "noticed", "space", "sample", "unsigned", *_ADDITIVE)
+_KINDS = ("name", "noticed", "space", "sample", "unsigned", "units", *_ADDITIVE)
 
 
 def _key(*parts: str) -> str:

@@ -9,6 +9,7 @@ it is one checkpoint a member.
 import copy
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import alloy
-from alloy.alignment.grams import transport_grams
 from alloy.alignment.result import Alignment
-from alloy.errors import MergeError
+from alloy.errors import AlignmentError, MergeError
 from alloy.merging import MERGE_METHODS, oriented
 from alloy.refit import repair
 from alloy.statistics.points import transposed_weights
@@ -120,22 +120,22 @@ def grams_of(
         return None
     if MERGE_METHODS[arm.method].statistics != "gram":
         raise MergeError(f"{arm.method} needs labels; use alloy.merge with your own statistics")
-    grams = load_statistics(job).grams
-    if not grams:
+    statistics = load_statistics(job)
+    if not statistics.grams:
         raise MergeError(
             f"{arm.method} needs Grams of the layers' inputs: set collect.grams to true"
         )
-    folded = alignment.spec.folded != alignment.specs[alignment.reference].folded
-    if folded or not alignment.exact:
+    try:
+        moved = alignment.move(replace(statistics, places={})).grams
+    except AlignmentError as error:
         raise MergeError(
             f"{arm.method} needs Grams in the common units, which alignment {arm.alignment!r} "
-            f"({alignment.preset}) does not give; choose one that permutes"
-        )
-    moved = {
-        name: transport_grams(grams[name], alignment.specs[name], alignment.transforms[name])
+            f"does not give; choose one that permutes: {error}"
+        ) from error
+    return [
+        {weight: gram for weight, gram in moved[name].items() if weight in names}
         for name in alignment.names
-    }
-    return [{n: gram for n, gram in found.items() if n in names} for found in moved.values()]
+    ]
 
 
 def repaired(

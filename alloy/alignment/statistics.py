@@ -1,0 +1,114 @@
+"""Statistics of models, moved as an alignment moves the models.
+
+Sums over the units of a space follow its units, and the Grams of a layer's inputs the spaces that
+the layer reads: what a model collected before it was aligned becomes what it would collect after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from alloy.alignment.grams import transport_grams
+from alloy.alignment.moves import move_units
+from alloy.errors import AlignmentError
+from alloy.statistics.sums import Place, Statistics
+from alloy.symmetry.spec import SymmetrySpec
+from alloy.symmetry.transforms import Transforms
+
+
+def transport_statistics(
+    statistics: Statistics,
+    specs: Mapping[str, SymmetrySpec],
+    transforms: Mapping[str, Transforms],
+) -> Statistics:
+    """The statistics that models would have after `transport` of each, by model.
+
+    Raises:
+        AlignmentError: statistics of models without transforms; a space that a matrix turns, if it
+            is not orthogonal or the statistics lack the products within a model.
+    """
+    if missing := sorted(set(statistics.names) - set(transforms)):
+        raise AlignmentError(
+            f"statistics of {missing} cannot be moved: the alignment is of {sorted(transforms)}"
+        )
+    return replace(
+        statistics,
+        places={
+            space: tuple(_Mover(space, specs, transforms, place).moved() for place in places)
+            for space, places in statistics.places.items()
+        },
+        grams={
+            name: transport_grams(grams, specs[name], transforms[name])
+            for name, grams in statistics.grams.items()
+        },
+    )
+
+
+class _Mover:
+    """Moves the sums of one place."""
+
+    def __init__(
+        self,
+        space: str,
+        specs: Mapping[str, SymmetrySpec],
+        transforms: Mapping[str, Transforms],
+        place: Place,
+    ) -> None:
+        self.space, self.specs, self.place = space, specs, place
+        self.transforms = {name: _without_signs(t) for name, t in transforms.items()}
+        if not place.keeps_sign:
+            self.transforms = transforms
+
+    def moved(self) -> Place:
+        place = self.place
+        return replace(
+            place,
+            sums={name: self._rows(total, name) for name, total in place.sums.items()},
+            squares={name: self._squares(name) for name in place.squares},
+            products={
+                (a, b): self._rows(self._rows(product, a).T, b).T.contiguous()
+                for (a, b), product in place.products.items()
+            },
+            samples={name: self._rows(x.T, name).T for name, x in place.samples.items()},
+        )
+
+    def _rows(self, units: Tensor, name: str) -> Tensor:
+        """Units along the first dim, the batch of the spaces depended on flattened with them."""
+        spec, transforms = self.specs[name], self.transforms[name]
+        shape = (*spec.batch_shape(self.space), spec.spaces[self.space].size)
+        moved = move_units(units.reshape(*shape, *units.shape[1:]), self.space, spec, transforms)
+        return moved.reshape(units.shape)
+
+    def _squares(self, name: str) -> Tensor:
+        transform = self.transforms[name].get(self.space)
+        if transform is None or transform.matrix is None:
+            plain = {n: _without_signs({n: t})[n] for n, t in self.transforms[name].items()}
+            spec = self.specs[name]
+            shape = (*spec.batch_shape(self.space), spec.spaces[self.space].size)
+            squares = self.place.squares[name]
+            return move_units(squares.reshape(shape), self.space, spec, plain).flatten()
+        matrix = transform.matrix
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+        if (matrix @ matrix.mT - eye).abs().max() > 1e-6:
+            raise AlignmentError(
+                f"the alignment stretches space {self.space!r}, and sums do not say which side of "
+                f"it they are of: collect again, of the aligned models"
+            )
+        if (name, name) not in self.place.products:
+            raise AlignmentError(
+                f"the alignment rotates space {self.space!r}: to move its sums of squares, collect "
+                f"with joint=True, or collect again, of the aligned models"
+            )
+        product = self.place.products[name, name]
+        return self._rows(self._rows(product, name).T, name).diagonal().clone()
+
+
+def _without_signs(transforms: Transforms) -> Transforms:
+    return {
+        name: t if t.matrix is not None or t.permutation is None else replace(t, signs=None)
+        for name, t in transforms.items()
+    }

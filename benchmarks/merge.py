@@ -39,6 +39,7 @@ from pathlib import Path
 import numpy as np
 
 from alloy.checkpoint.format import INDEX, encode_header
+from tasks.workers import num_cores
 
 RESULTS = Path("benchmarks/results/merge.md")
 BASE, MODELS = "base", ("a", "b", "c")
@@ -480,7 +481,7 @@ def _machine() -> str:
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "numba", "mergekit"))
     return (
-        f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB, "
+        f"{model}, {num_cores()} cores, {memory:.0f} GiB, "
         f"Linux {platform.release()}, Python {platform.python_version()}, {packages}; "
         f"load at the end {load}."
     )

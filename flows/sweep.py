@@ -27,6 +27,7 @@ from flows.workspace import dvc, run_streaming
 from tasks.recipe.load import read
 from tasks.recipe.plan import check
 from tasks.recipe.section import ParamsError
+from tasks.reports import markdown
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
@@ -51,12 +52,12 @@ def sweep(recipe: str, settings: list[str], to: str = "evaluate", name: str = "s
         for key, combination in runs.items()
     }
     failed = [key for key, future in futures.items() if not _end(future).is_completed()]
-    lines = [f"| {key} | {', '.join(combination)} |" for key, combination in runs.items()]
+    lines = [[key, ", ".join(combination)] for key, combination in runs.items()]
     shown = subprocess.run(
         dvc("exp", "show", "--md", "--only-changed", "--sha"), capture_output=True, text=True
     )
     create_markdown_artifact(
-        "\n".join(["| experiment | settings |", "|---|---|", *lines, "", shown.stdout]),
+        f"{markdown.table(['experiment', 'settings'], lines, num_names=2)}\n\n{shown.stdout}",
         key=f"{recipe}-sweep",
     )
     if failed:

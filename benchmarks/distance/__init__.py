@@ -1,1 +1,1 @@
-"""Does the distance between weights foretell how well they merge?"""
+"""The study of distances: whether they predict how well weights merge."""

@@ -1,4 +1,4 @@
-"""Does the distance between weights foretell how well they merge?
+"""The study of distances: whether they predict how well weights merge.
 
 arXiv:2304.14933 claims so; this study tests it on a sweep of merges. For every distance and outcome
 it gives Pearson's and Spearman's correlation over the merges of the sweep, each with a 95 %
@@ -20,8 +20,8 @@ checkpoints:
         base: models/seed                  # null: distances of weights; otherwise of task vectors
         outcomes: {accuracy: 61.2}
 
-or a YAML file that asks for merges of a modality recipe whose units were reordered, as
-benchmarks/distance/permuted.yaml: they are made, measured and merged now.
+or a YAML file that describes merges of a modality recipe whose units are reordered, such as
+benchmarks/distance/permuted.yaml; they are then made, measured and merged.
 
 Writes the table to the terminal and to reports/distance/<SWEEP>.json.
 """
@@ -41,7 +41,7 @@ REPORTS = Path("reports")
 
 
 def main(sweep: Path) -> Path:
-    """Measure, print and write; the path of what was written."""
+    """Measure the merges of a sweep, print and write the correlations; return the file's path."""
     if not sweep.exists():
         raise ParamsError(
             f"{sweep} does not exist; give a folder of reports or a YAML file of merges"

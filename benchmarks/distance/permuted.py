@@ -1,4 +1,4 @@
-"""A sweep of merges whose experts compute the same and lie apart by as much as one likes.
+"""A sweep of merges whose experts compute the same and lie apart by any chosen amount.
 
 Units and heads of an expert may be reordered without changing what it computes (docs/symmetry.md).
 Each merge of the sweep reorders a random share of them in the language and the cross-modal experts
@@ -40,7 +40,7 @@ Experts = Mapping[str, Mapping[str, Tensor]]
 def permuted_merges(
     params: PermutedSweepParams,
 ) -> Iterator[tuple[str, str, dict[str, float], dict[str, float]]]:
-    """Name, arm, mean distances of the experts' pairs and scores in per cent of every merge."""
+    """Make the merges: yields name, arm, mean distances of the experts' pairs, scores in %."""
     arms = load_experts(params.recipe).merge.arms
     data = {name: load_split(params.recipe, name, "validation") for name in TRAINING_FREE}
     for name in params.arms:
@@ -81,7 +81,7 @@ def permuted_merges(
 
 
 def reordered(spec: SymmetrySpec, share: float, generator: Generator) -> dict[str, Transform]:
-    """A random share of every space's units, permuted among themselves."""
+    """Permute a random share of every space's units among themselves."""
     result = identity(spec)
     for transform in result.values():
         order = transform.permutation
@@ -98,7 +98,7 @@ def _score(benchmark: str, model: ModalityModel, examples: Mapping[str, Tensor])
 
 
 def _apart(experts: Experts, params: PermutedSweepParams) -> dict[str, float]:
-    """Each distance, averaged over the pairs of experts; of the matrices that both have."""
+    """Average each distance over the pairs of experts, of the matrices that both have."""
     values_of: dict[str, list[float]] = {}
     for one, other in combinations((m for m in experts if experts[m]), 2):
         a, b = experts[one], experts[other]

@@ -1,4 +1,4 @@
-"""Settings of the study, one YAML file a sweep."""
+"""Settings of the study: one YAML file per sweep."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from tasks.recipe.section import Section
 
 
 class SweptMerge(Section):
-    """One merge of a sweep: the checkpoints that were merged, and what came out."""
+    """One merge of a sweep: the checkpoints that were merged, and the outcomes."""
 
     name: str
     checkpoints: list[str] = Field(min_length=2)

@@ -1,4 +1,4 @@
-"""Correlations of distances with outcomes over a sweep of merges, and where the sweep comes from."""
+"""Correlations of distances with outcomes over a sweep of merges, and sources of sweeps."""
 
 import math
 from collections import defaultdict
@@ -27,7 +27,7 @@ ALL = "all merges"
 
 @dataclass(frozen=True)
 class Merge:
-    """One point of a sweep: what was merged, how far apart it was, what came out."""
+    """One point of a sweep: the distances of what was merged, and the outcomes."""
 
     name: str
     group: str  # merges of one group differ in what they merge alone
@@ -46,7 +46,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Correlation:
-    """How one distance goes with one outcome over the merges of a group."""
+    """Correlation of one distance with one outcome over the merges of a group."""
 
     group: str
     measure: str
@@ -57,7 +57,7 @@ class Correlation:
 
 
 def correlations(merges: Sequence[Merge]) -> list[Correlation]:
-    """Every distance with every outcome, over all merges and over each group of several."""
+    """Correlate every distance with every outcome, over all merges and over each larger group."""
     groups: dict[str, list[Merge]] = {ALL: list(merges)}
     for merge in merges:
         groups.setdefault(merge.group, []).append(merge)
@@ -78,7 +78,7 @@ def correlations(merges: Sequence[Merge]) -> list[Correlation]:
 
 
 def correlate(x: np.ndarray, y: np.ndarray) -> tuple[Interval, Interval]:
-    """Pearson's and Spearman's correlation of two samples [n], with intervals.
+    """Compute Pearson's and Spearman's correlation of two samples [n], with intervals.
 
     Intervals are normal on Fisher's z: variance 1/(n-3) for Pearson, (1 + r²/2)/(n-3) for Spearman
     (Bonett and Wright, Psychometrika 65, 2000); they need n > 3. A constant sample has no
@@ -104,7 +104,7 @@ def _interval(r: float, n: int, variance: float) -> Interval:
 
 
 def from_reports(folder: Path) -> list[Merge]:
-    """The merges of every report below a folder; arms of one name form a group."""
+    """Collect the merges of every report below a folder; arms of one name form a group."""
     merges = []
     for scores_file in sorted(folder.rglob("plots/scores.json")):
         distances_file = scores_file.with_name("distances.json")
@@ -139,7 +139,7 @@ def from_reports(folder: Path) -> list[Merge]:
 
 
 def from_file(path: Path) -> list[Merge]:
-    """The merges that a YAML file lists, their distances measured now."""
+    """Read the merges that a YAML file lists, and measure their distances."""
     try:
         given = yaml.safe_load(path.read_text())
         if isinstance(given, dict) and "recipe" in given:

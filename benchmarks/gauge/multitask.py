@@ -2,8 +2,8 @@
 
 The embeddings are merged here, too. In them both models see the same inputs, which no gauge can lay
 side by side; tasks read different directions only in the layers behind. A parent counts in each
-example as much as it is sure of it (`tasks.evaluation.accuracy.confidence`), in Grams and in least squares
-alike, so no labels are needed.
+example as much as it is sure of it (`tasks.evaluation.accuracy.confidence`), in Grams and in least
+squares alike, so no labels are needed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

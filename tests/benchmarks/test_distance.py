@@ -188,8 +188,9 @@ def test_what_is_no_sweep_is_refused(tmp_path):
 def test_reordering_changes_the_place_of_units_and_not_what_an_expert_computes():
     """Share 0 moves nothing, share 1 nearly everything, any share leaves the model's outputs."""
     config = ModalityConfig(
-        sharing="all", hidden_size=12, num_hidden_layers=2, num_joint_layers=1, num_attention_heads=3,
-        intermediate_size=24, layer_scale=None, image_size=8, patch_size=4, vocab_size=12,
+        sharing="all", hidden_size=12, num_hidden_layers=2, num_joint_layers=1,
+        num_attention_heads=3, intermediate_size=24, layer_scale=None,
+        image_size=8, patch_size=4, vocab_size=12,
         max_position_embeddings=6, embedding_size=12, num_answers=4, num_segment_classes=4,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -2,7 +2,9 @@
 
 import contextlib
 import gc
-from collections.abc import Generator, Iterator, Sequence
+import math
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -51,7 +53,10 @@ def find_symmetries(
     traced (compiled, quantised, sharded, custom kernels).
     """
     with _without_garbage_collection():  # nothing is freed here, and looking for it costs a third
-        return spec_of(trace(model, example_inputs, observe or observe_outputs))
+        spec = spec_of(trace(model, example_inputs, observe or observe_outputs))
+    for warning in spec.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return spec
 
 
 @contextlib.contextmanager
@@ -90,6 +95,7 @@ def spec_of(log: Log) -> SymmetrySpec:
     free = {atom: leaf for atom, leaf in on_weights.items() if leaf.reason is None}
     kinds = Kinds(engine, free)
     free = {atom: leaf for atom, leaf in free.items() if not _pin_pairs(kinds, atom, leaf)}
+    free = {a: leaf for a, leaf in free.items() if not _pin_tables(engine, kinds, a, leaf)}
     turned = {
         atom for atom in free if kinds.facts[atom].strides
     }  # only what permutes carries others
@@ -132,17 +138,59 @@ def spec_of(log: Log) -> SymmetrySpec:
         pinned=tuple(_pinned(log, engine, primary)),
         tied={n: first[v.id] for n, v in log.weights.items() if first[v.id] != n},
         unused=tuple(name for name, value in log.weights.items() if value.id not in engine.dims),
-        unknown_operations=dict(engine.unknown),
+        unknown_operations=_unknown(engine, on_weights.values()),
         folds=tuple(folds),
         unfoldable=unfoldable,
         unfolded=unfolded,
         reading=reading,
         both=both,
-        warnings=tuple(_warnings(engine)),
+        warnings=tuple(_warnings(log, engine)),
     )
 
 
-def _warnings(engine: Engine) -> Iterator[str]:
+def _pin_tables(engine: Engine, kinds: Kinds, atom: int, leaf: Node) -> bool:
+    """Pin the units of a buffer beside which others of their size are not read; say if it did.
+
+    What the configuration made in one order (decays of linear attention, one a head) must stay in
+    it: a path that no example takes, such as cached decoding, reads it from the other buffers.
+    """
+    for name, _, _, _ in kinds.weight_variables(atom):
+        if name not in engine.log.tables:
+            continue
+        owner = name.rpartition(".")[0]
+        beside = [
+            other
+            for other, value in engine.log.tables.items()
+            if other.rpartition(".")[0] == owner
+            and value.id not in engine.dims
+            and leaf.size in value.shape
+        ]
+        if beside:
+            pin(leaf, f"order of buffer {name}, beside which {beside[0]} is not read")
+            return True
+    return False
+
+
+def _unknown(engine: Engine, atoms: Iterable[Node]) -> dict[str, str]:
+    """The operations without a rule that pinned part of a weight; the others did no harm."""
+    reasons = {leaf.reason for leaf in atoms if leaf.reason}
+    return {
+        operation: module
+        for operation, module in engine.unknown.items()
+        if any(f" {operation} " in f" {reason} " for reason in reasons)
+    }
+
+
+def _warnings(log: Log, engine: Engine) -> Iterator[str]:
+    sizes = {value.id: math.prod(value.shape) for value in log.weights.values()}
+    reached = {i for i in sizes if i in engine.dims}
+    total, used = sum(sizes.values()), sum(sizes[i] for i in reached)
+    if 2 * used < total:
+        yield (
+            f"the example inputs reach {len(reached)} of {len(sizes)} weights ({used / total:.0%} "
+            "of their elements): what no example reaches keeps its order, and is wrong as soon as "
+            "something reads it. Give a list of examples, one for each part of the model"
+        )
     for operation, failure in engine.faults.items():
         yield (
             f"the rule for {operation} failed ({failure}): all that it touches is pinned. "

@@ -31,7 +31,10 @@ NAMES = {
     "qwen2": {"model.layers.0 queries of each head", "model.layers.1 v_proj units of each head"},
     "mixtral": {"model.layers.0 experts", "model.layers.0 experts+0 units of each expert"},
     "clip": {"text_model stream", "vision_model stream", "vision_model.encoder.layers.1 heads"},
-    "whisper": {"model.decoder.layers.0.self_attn heads", "model.decoder.layers.0.encoder_attn heads"},
+    "whisper": {
+        "model.decoder.layers.0.self_attn heads",
+        "model.decoder.layers.0.encoder_attn heads",
+    },
     "wav2vec2": {"groups", "projection units of each group"},
     "resnet": {"resnet.encoder.stages.0.layers.0 channels"},
 }  # fmt: skip

@@ -59,10 +59,22 @@ class Log:
     roots: list[Value] = field(default_factory=list)
     read: set[int] = field(default_factory=set)  # ids whose numbers left the log: `.item()`, numpy
     buffers: dict[int, Tensor] = field(default_factory=dict)  # floating buffers with their numbers
+    tables: dict[str, Value] = field(default_factory=dict)  # all buffers, saved or not, by name
     fake: bool = False
 
     def mutated_storages(self) -> set[int]:
         return {v.storage for call in self.calls for v in written(call)}
+
+    def reached(self) -> set[int]:
+        """Ids of the values that depend on a weight, by their numbers or their memory."""
+        ids = set(self.trainable)
+        storages = {v.storage for v in self.weights.values() if v.id in ids}
+        for call in self.calls:
+            if any(v.id in ids or v.storage in storages for v in call.tensors()):
+                changed = [*call.outputs, *written(call)]
+                ids.update(v.id for v in changed)
+                storages.update(v.storage for v in changed)
+        return ids
 
 
 _SCHEMAS: dict[Any, tuple[list[str], dict[str, Any], list[str]]] = {}

@@ -28,15 +28,24 @@ def observe_outputs(output: Any) -> Any:
         )
         and key not in ("hidden_states", "state", "rnn_state")
     }
-    internal = ["hidden_state", "_states", "pooler", "embeds", "pooled", "_output"]
+    internal = ["hidden_state", "_states", "pooler", "embeds", "pooled"]
     if any("logits_per" in key for key in state):
         internal.append("embeddings")
     heads = {
         key: value
         for key, value in state.items()
-        if not any(word in key for word in internal) and _floating(value)
+        if not any(word in key for word in internal)
+        and not _is_of_a_part(key, value)
+        and _floating(value)
     }
     return _floating(heads or {k: v for k, v in state.items() if "hidden_states" not in k})
+
+
+def _is_of_a_part(key: str, value: Any) -> bool:
+    """Tell the outputs of a part of the model from heads such as `prediction_outputs`."""
+    if "_outputs" in key:
+        return not isinstance(value, Tensor)
+    return key.endswith("_output") and key != "prediction_output"
 
 
 def _floating(output: Any) -> list[Tensor]:

@@ -19,6 +19,8 @@ _SMALL = 4096  # values of integer constants up to this many elements are kept
 class Recorder(TorchDispatchMode):
     """Appends every operation to a log. Tensors are kept alive, so that their ids stay unique."""
 
+    supports_higher_order_operators = True  # to refuse them in words of our own
+
     def __init__(self, model: nn.Module, log: Log) -> None:
         super().__init__()
         self.log = log

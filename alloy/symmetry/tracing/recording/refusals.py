@@ -3,9 +3,17 @@
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
 
 from alloy.errors import SymmetryError
 
+_QUANTISED = {
+    "quantized", "bitsandbytes", "torchao", "quanto", "gptq", "gptqmodel", "auto_gptq", "awq",
+    "hqq", "aqlm", "eetq", "vptq", "spqr_quant", "compressed_tensors", "fbgemm",
+}  # fmt: skip
+"""Packages, or parts of torch, whose modules hold packed weights."""
+_PACKED_TYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 _PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
 
@@ -33,6 +41,17 @@ def refuse_untraceable(model: nn.Module) -> None:
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise SymmetryError(f"{place} is TorchScript: pass the Python module it was made from")
+        if _is_packed(module):
+            raise SymmetryError(
+                f"{place} is quantised: load the model in float32 or bfloat16, or call "
+                "model.dequantize()"
+            )
+        pruned = [h for h in module._forward_pre_hooks.values() if isinstance(h, BasePruningMethod)]
+        if pruned:
+            raise SymmetryError(
+                f"{place} is pruned: make it permanent with torch.nn.utils.prune.remove(module, "
+                f"{pruned[0]._tensor_name!r})"
+            )
         hook = getattr(module, "_hf_hook", None)
         if getattr(hook, "offload", False):
             raise SymmetryError(f"{place} is offloaded: load the model without device_map")
@@ -42,7 +61,22 @@ def refuse_untraceable(model: nn.Module) -> None:
                     _refuse_tensor(tensor, f"{key!r} of {place}")
 
 
+def _is_packed(module: nn.Module) -> bool:
+    """Check whether a module keeps its weights in a form that only its kernels read."""
+    packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+    return packed or not _QUANTISED.isdisjoint(type(module).__module__.lower().split("."))
+
+
 def _refuse_tensor(tensor: Tensor, place: str) -> None:
+    if is_lazy(tensor):
+        raise SymmetryError(f"{place} has no shape yet: run the model once on an example")
+    if tensor.layout != torch.strided:
+        raise SymmetryError(f"{place} is sparse ({tensor.layout}): make it dense with to_dense()")
+    if isinstance(tensor, nn.Parameter) and tensor.dtype in _PACKED_TYPES and tensor.ndim > 1:
+        raise SymmetryError(
+            f"{place} holds whole numbers ({tensor.dtype}), as a quantised weight does: load the "
+            "model in float32 or bfloat16"
+        )
     if type(tensor) not in _PLAIN_TENSORS:
         name = type(tensor).__name__
         advice = (

@@ -37,6 +37,19 @@ def trace(model: nn.Module, example_inputs: Inputs | Sequence[Inputs], observe: 
             "example_inputs must be a dict of the model's keyword arguments, or a list of such "
             "dicts"
         )
+    log = _trace(model, examples, observe)
+    reached = log.reached()
+    if not any(root.id in reached for root in log.roots):
+        shapes = ", ".join(str(list(root.shape)) for root in log.roots)
+        raise SymmetryError(
+            f"no weight reaches the observed outputs (of shapes {shapes}): they depend on the "
+            "inputs alone, and say nothing of the model. Pass observe=, a function from the output "
+            "to the tensors that count"
+        )
+    return log
+
+
+def _trace(model: nn.Module, examples: list[Inputs], observe: Observe) -> Log:
     with plain_kernels(model):
         try:
             with _unchanged(model):
@@ -101,7 +114,7 @@ def _trace_real(model: nn.Module, examples: list[Inputs], observe: Observe) -> L
     log = Log()
     recorder = Recorder(model, log)
     _register_weights(recorder, model, {})
-    _register_buffers(recorder, list(model.buffers()), list(model.buffers()))
+    _register_buffers(recorder, dict(model.named_buffers()), lambda buffer: buffer)
     try:
         with torch.random.fork_rng(), Reads(recorder):
             torch.manual_seed(0)
@@ -164,10 +177,10 @@ def _trace_fake(model: nn.Module, examples: list[Inputs], observe: Observe) -> L
         return memo[id(tensor)]
 
     examples = [tree_map(fake, dict(example)) for example in examples]
-    buffers = list(model.buffers())
+    buffers = dict(model.named_buffers())
     with _swapped(model, fake), mode:
         _register_weights(recorder, model, memo)
-        _register_buffers(recorder, buffers, [fake(buffer) for buffer in buffers])
+        _register_buffers(recorder, buffers, fake)
         _run(recorder, model, examples, observe)
     return log
 
@@ -205,12 +218,13 @@ def _register_weights(recorder: Recorder, model: nn.Module, fakes: Mapping[int, 
 
 
 def _register_buffers(
-    recorder: Recorder, buffers: Sequence[Tensor], twins: Sequence[Tensor]
+    recorder: Recorder, buffers: Mapping[str, Tensor], twin: Callable[[Tensor], Tensor]
 ) -> None:
-    """Keep the numbers of buffers (finished tables), where there are any."""
-    for buffer, twin in zip(buffers, twins, strict=True):
+    """Keep the names of buffers, and the numbers of finished tables where there are any."""
+    for name, buffer in buffers.items():
+        value = recorder.log.tables[name] = recorder.value(twin(buffer))
         if buffer.is_floating_point() and not buffer.is_meta:
-            recorder.log.buffers[recorder.value(twin).id] = buffer
+            recorder.log.buffers[value.id] = buffer
 
 
 def _run(recorder: Recorder, model: nn.Module, examples: list[Inputs], observe: Observe) -> None:

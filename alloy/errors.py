@@ -48,6 +48,10 @@ class CheckpointError(AlloyError):
     """A checkpoint that is not what its format says, or a result that cannot be written."""
 
 
+class MeasureError(AlloyError):
+    """Answers of models that cannot be compared."""
+
+
 class LandscapeError(AlloyError):
     """Points of a loss landscape that cannot be measured."""
 

@@ -1,0 +1,147 @@
+"""The choice among merges of the same models: the simplest, unless measures favour another.
+
+A challenger replaces the incumbent if some measure rises by more than its standard error allows
+for chance, and none falls by as much. Examples are compared in pairs, on data that none of the
+merges was fitted to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from alloy.errors import MeasureError
+from alloy.measures.encoders import ENCODER_MEASURES, Measure
+from alloy.types import Weights
+
+
+class Gain(NamedTuple):
+    """The mean difference of a measure over examples, and its standard error."""
+
+    mean: float
+    error: float
+
+    def exceeds(self, num_errors: float) -> bool:
+        """True if the gain is above 0 by more than so many standard errors, and than rounding."""
+        return self.mean > num_errors * self.error + 1e-9
+
+    def __neg__(self) -> Gain:
+        return Gain(-self.mean, self.error)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidate that won, and why the others did not."""
+
+    chosen: str
+    scores: Mapping[str, Mapping[str, float]]
+    """By candidate and measure, the mean over examples and parents."""
+    gains: Mapping[str, Mapping[str, Gain]]
+    """Of each candidate over the one that held the place when its turn came."""
+    reasons: Mapping[str, str]
+    """Of each candidate but the simplest: what it won or lost by."""
+
+
+def choose(
+    candidates: Mapping[str, Tensor],
+    parents: Mapping[str, Tensor],
+    *,
+    measures: Mapping[str, Measure] = ENCODER_MEASURES,
+    num_errors: float = 2.0,
+) -> Choice:
+    """Choose a merge by its answers to held-out examples.
+
+    Args:
+        candidates: by name, answers [N, D] to the same examples, from the simplest merge to the
+            most involved.
+        parents: by name, what the models that were merged answer; measures are averaged over them.
+        measures: by name; each must say more for better.
+        num_errors: how many standard errors of the paired difference count as a difference.
+
+    Raises:
+        MeasureError: no candidates, parents or measures; answers that the measures refuse, values
+            that are not one for each example.
+    """
+    for what, given in (("candidates", candidates), ("parents", parents), ("measures", measures)):
+        if not given:
+            raise MeasureError(f"there are no {what} to choose by")
+    values = {
+        name: {key: _mean_over(parents, answers, measure) for key, measure in measures.items()}
+        for name, answers in candidates.items()
+    }
+    incumbent = next(iter(candidates))
+    gains: dict[str, dict[str, Gain]] = {}
+    reasons: dict[str, str] = {}
+    for name in list(candidates)[1:]:
+        gains[name] = {key: _gain(values[name][key] - values[incumbent][key]) for key in measures}
+        better = [key for key, gain in gains[name].items() if gain.exceeds(num_errors)]
+        worse = [key for key, gain in gains[name].items() if (-gain).exceeds(num_errors)]
+        reasons[name] = _reason(incumbent, gains[name], better, worse)
+        if better and not worse:
+            incumbent = name
+    scores = {
+        name: {key: float(value.mean()) for key, value in own.items()}
+        for name, own in values.items()
+    }
+    return Choice(incumbent, scores, gains, reasons)
+
+
+@torch.no_grad()
+def answers_of(
+    model: nn.Module,
+    weights: Weights,
+    batches: Iterable[Mapping[str, Tensor]],
+    read: Callable[[Any, Mapping[str, Tensor]], Tensor],
+) -> Tensor:
+    """The answers of a model under some weights, [N, D].
+
+    Args:
+        model: of the weights' architecture, in evaluation mode; its own weights do not count.
+        batches: keyword inputs; moved to the weights' device.
+        read: one row for each example from the model's output and the batch.
+
+    Raises:
+        MeasureError: no batches.
+    """
+    device = next(iter(weights.values())).device
+    rows = []
+    for batch in batches:
+        here = {key: value.to(device) for key, value in batch.items()}
+        rows.append(read(functional_call(model, dict(weights), (), here), here))
+    if not rows:
+        raise MeasureError("there are no batches: choose by held-out data")
+    return torch.cat(rows)
+
+
+def _mean_over(parents: Mapping[str, Tensor], answers: Tensor, measure: Measure) -> Tensor:
+    values = [measure(answers, parent) for parent in parents.values()]
+    for value in values:
+        if value.shape != (len(answers),):
+            raise MeasureError(
+                f"a measure gave {tuple(value.shape)} values for {len(answers)} examples: it must "
+                f"give one for each"
+            )
+    return torch.stack(values).mean(0)
+
+
+def _gain(difference_N: Tensor) -> Gain:
+    error = float(difference_N.std()) / len(difference_N) ** 0.5
+    return Gain(float(difference_N.mean()), error)
+
+
+def _reason(incumbent: str, gains: Mapping[str, Gain], better: list[str], worse: list[str]) -> str:
+    def shown(keys: list[str]) -> str:
+        return ", ".join(f"{key} {gains[key].mean:+.3g} ± {gains[key].error:.2g}" for key in keys)
+
+    if better and worse:
+        return f"better than {incumbent} in {shown(better)}, worse in {shown(worse)}"
+    if better:
+        return f"better than {incumbent} in {shown(better)}"
+    if worse:
+        return f"worse than {incumbent} in {shown(worse)}"
+    return f"no different from {incumbent}, which is simpler"

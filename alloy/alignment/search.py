@@ -59,8 +59,9 @@ def align(
     """Find the transforms of `other` that make its units most similar to the reference's.
 
     Args:
-        reference, other: weights that the spec describes, of the same shapes. A spec restricted to
-            some weights (`alloy.symmetry.parts.restrict`) aligns those.
+        reference: weights that the spec describes. A spec restricted to some weights
+            (`alloy.symmetry.parts.restrict`) aligns those.
+        other: weights of the same shapes.
         statistics: cross-moments of each space's units, reference first; not needed for "weight".
         space: where similarity is measured. "dual" is a * weight + (1 - a) * activation.
         weight_share: a of the dual space, default 0.5.
@@ -68,15 +69,15 @@ def align(
         scale: how weights enter (`alloy.alignment.similarity.Scale`).
         start: where the search begins; "activation" is where matching by activations alone ends.
         keep: spaces that stay as they are.
-        generator: draws the order in which spaces are visited; in the spec's order without one.
+        generator: draws the order in which spaces are visited; by default it is the spec's.
         tolerance: a step must gain more than this part of J. Rotations never reach their optimum.
 
     Returns:
-        one transform per space; spaces that are best left alone have the identity.
+        One transform per space; spaces that are best left alone have the identity.
 
     Raises:
-        AlignmentError: unknown settings, statistics missing, of other sizes, of fewer than two
-            samples or not finite, weights that the spec does not describe, NaN weights.
+        AlignmentError: unknown settings; statistics that are missing, of other sizes, of fewer than
+            two samples or not finite; weights that the spec does not describe or that are NaN.
     """
     share = checked_share(space, weight_share, statistics)
     check_method(method)

@@ -40,20 +40,23 @@ def align_models(
     reference: str | None = None,
     **settings: Any,
 ) -> Alignment:
-    """Find what brings all models into the space of a reference.
+    """Find the transforms and maps that bring all models into the space of a reference.
 
     Args:
-        models: state dicts that their spec describes, by name.
-        spec: the symmetries of all models, or of each by name.
+        models: state dicts by name, two or more.
+        spec: the symmetries of all models, or those of each by name.
         statistics: of the models side by side (`alloy.collect`); presets that use no activations
             need none.
         preset: a key of PRESETS.
-        reference: the model that stays as it is; the first without a name.
-        settings: instead of the preset's own; what a preset does not know is an error.
+        reference: name of the model that stays as it is; by default the first.
+        settings: replace those of the preset (`PRESETS[preset].settings` lists them).
+
+    Returns:
+        An alignment, to apply to the models (`Alignment.apply`).
 
     Raises:
-        AlignmentError: unknown preset, setting or reference, fewer than two models, specs that
-            differ, statistics missing or broken, weights that are not finite.
+        AlignmentError: an unknown preset, setting or reference; fewer than two models; specs that
+            differ; statistics that are missing or broken; weights that are not finite.
     """
     if preset not in PRESETS:
         raise AlignmentError(f"preset {preset!r} is unknown; choose one of {sorted(PRESETS)}")

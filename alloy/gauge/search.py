@@ -69,22 +69,24 @@ def search_gauge(
 ) -> Gauge:
     """Find the transforms of each model that minimise J; the reference model stays as it is.
 
-    The time is that of `max_rounds * steps` evaluations of J: per layer matrix products and one
-    Cholesky factorisation of its inputs' width, so width³ x layers x models.
+    The search takes the time of `max_rounds * steps` evaluations of J. Each needs, per layer,
+    matrix products and one Cholesky factorisation of its inputs' width: width³ x layers x models.
 
     Args:
-        models: each with all of the spec's weights or a part of them (an expert has some blocks).
+        models: state dicts, each with all of the spec's weights or some (as an expert has).
         spec: what may move. Fold norms first, so that streams may turn.
-        grams: by weight, of the inputs of each model's linear layers; with a constant 1 as last
-            input the biases are merged by least squares too.
-        fixed: spaces that stay as they are in every model (the stream, where models share it).
-        held: a model and a space with nothing below it that stays as it is in that model.
-        starts: of `STARTS`; axes are the principal axes of what each model reads from a stream,
-            brought together or apart.
-        initial: further starts by name: transforms of each model, such as an alignment. The
-            reference's, and fixed spaces, count as the identity.
-        ridge: λ of J in units of a layer's mean eigenvalue.
-        steps: continuous steps a round. A round that lowers J by less than `tolerance` is the last.
+        grams: for each model, Grams of the inputs of its linear layers, by weight. With a constant
+            1 as the last input, biases are merged by least squares, too.
+        fixed: spaces that stay as they are in every model (the stream, if models share it).
+        held: pairs of a model's number and a space without dependents that stays as it is in that
+            model.
+        starts: names from `STARTS`; axes are the principal axes of what each model reads from a
+            stream, brought together or apart.
+        initial: further starts by name: transforms of each model, such as an alignment. Those of
+            the reference and of fixed spaces count as the identity.
+        ridge: λ of J, in units of a layer's mean eigenvalue.
+        steps: continuous steps per round; a round that lowers J by less than `tolerance` is the
+            last.
         generator: shuffles the order in which discrete spaces are visited.
 
     Raises:

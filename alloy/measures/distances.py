@@ -63,18 +63,22 @@ def distance(
     zeros: Literal["exclude", "agree"] = "exclude",
     truncation: Literal["tensor", "model"] = "tensor",
 ) -> ModelDistances:
-    """Distances between two models, or with a base between their task vectors, summed in float64.
+    """Measure distances between two models, or with a base between their task vectors.
+
+    Sums are in float64. Tensors that are not floating-point are left out.
 
     Args:
-        first, second, base: state dicts with the same names, shapes and dtypes; tensors that are
-            not floating-point are left out.
-        keep: the share of largest magnitudes that truncation leaves, (0, 1].
+        first: a state dict.
+        second: a state dict with the same names, shapes and dtypes.
+        base: the checkpoint that both were trained from; without it weights are compared.
+        keep: the share of largest magnitudes that truncation leaves, in (0, 1].
         zeros: whether an entry that is 0 in both vectors is left out of the mean, or counts as
             agreement.
         truncation: whether magnitudes are ranked within each tensor or within the whole model.
 
     Returns:
-        l2, cosine, ssd and tssd (arXiv:2304.14933) per tensor, per layer and overall.
+        The distances l2, cosine, ssd and tssd (arXiv:2304.14933), per tensor, per layer and
+        overall.
 
     Raises:
         MergeError: names, shapes, dtypes or devices that differ; a setting outside its range; NaN

@@ -47,28 +47,30 @@ def collect(
 ) -> Statistics:
     """Run calibration data through models side by side and sum up what their units compute.
 
-    Padding does not count: an `attention_mask` [batch, tokens] applies to every activation with
-    those tokens, a `decoder_attention_mask` to those of the decoder (without one all
-    `decoder_input_ids` count); activations with other tokens, such as image patches or a pooled
+    Padding does not count. An `attention_mask` [batch, tokens] applies to every activation with
+    those tokens, a `decoder_attention_mask` to those of the decoder (without one, all
+    `decoder_input_ids` count). Activations with other tokens, such as image patches or a pooled
     state, count whole.
 
     Args:
-        models: by name, in evaluation mode; at least one. They must agree in all but sizes.
+        models: modules by name, in evaluation mode; at least one. They may differ in sizes alone.
         batches: keyword inputs of the models' forward; moved to each model's device.
         spec: the symmetries of all models, or those of each by name where their widths differ.
         joint: also sum the products of units within a model, as merging units within a model needs.
         grams: also sum the Grams of the inputs of all linear layers.
         pairs: the pairs of models whose units are compared, all by default.
-        units: "written", as the linear layers that compute them give them, before any activation
-            function, or "read", as the next layer sees them. The former costs next to nothing,
-            because the moments of a linear image follow from those of what it is an image of
-            (`alloy.statistics.points.linear_images`). Spaces that are no such image are always
-            read.
+        units: "written", as linear layers compute them, before any activation function; or "read",
+            as the next layer sees them. The former costs next to nothing, because the moments of a
+            linear image follow from those of its source (`alloy.statistics.points.linear_images`).
+            Spaces that are no linear image are always read.
+
+    Returns:
+        The sums, as one immutable value.
 
     Raises:
-        CollectionError: models whose spaces differ, models that see different tokens, activations
-            that are not finite, no batches.
-        MaskError: a mask that could be of two token sequences.
+        CollectionError: models whose spaces differ or that see different tokens; activations that
+            are not finite; no batches.
+        MaskError: a mask that may belong to either of two token sequences.
     """
     specs = dict.fromkeys(models, spec) if isinstance(spec, SymmetrySpec) else dict(spec)
     _check(models, specs)

@@ -4,7 +4,8 @@ Each error is a `ValueError` as well. Its message says what was given, what was 
 be right; what only a fault of ours can cause is an `AssertionError`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -54,6 +55,16 @@ class MeasureError(AlloyError):
 
 class LandscapeError(AlloyError):
     """Points of a loss landscape that cannot be measured."""
+
+
+@contextmanager
+def system_errors() -> Generator[None]:
+    """Turn what the system refuses, a disk that is full or a file that may not be read, into ours."""
+    try:
+        yield
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        raise CheckpointError(f"{place}{error.strerror or error}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,18 +1,38 @@
-"""The card and the record of a merge: sources, revisions, hashes, method, coefficients, command."""
+"""The card and the record of a merge: sources, revisions, hashes, method, coefficients, command.
+
+Text that came from files or arguments is escaped: a card is a page.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import html
+import re
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from alloy.checkpoint.hash import known_sha256, manifest, sha256
+from alloy.checkpoint.hash import Origin, origin_of, sha256
 from alloy.checkpoint.plan import MergePlan
+
+Origins = Mapping[str, Origin]
+
+
+def origins_of(plan: MergePlan, *, trust_manifests: bool) -> Origins:
+    """Where each source is from, looked up before anything is written."""
+    return {
+        name: origin_of(source.path, source.files, trust_manifest=trust_manifests)
+        for name, source in plan.sources.items()
+    }
 
 
 def record(
-    plan: MergePlan, files: Mapping[str, str], *, hash_sources: bool, command: str | None
+    plan: MergePlan,
+    files: Mapping[str, str],
+    origins: Origins,
+    *,
+    hash_sources: bool,
+    command: str | None,
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     """Everything about a merge, as data."""
     rows = {t.coefficients: t.name for t in plan.tensors if t.coefficients}
@@ -27,11 +47,11 @@ def record(
             else {t.name: list(t.coefficients) for t in plan.tensors if t.coefficients}
         ),
         "settings": dict(plan.choices),
-        "sources": _sources(plan, hash_sources),
+        "sources": _sources(plan, origins, hash_sources),
         "command": command,
         "num_tensors": len(plan.tensors),
         "num_bytes": plan.num_bytes,
-        "notes": list(plan.notes),
+        "notes": list(notes),
         "files": dict(files),
     }
 
@@ -41,26 +61,31 @@ def model_card(plan: MergePlan, account: Mapping[str, Any], title: str) -> str:
     models = [name for name in plan.sources if name != plan.base]
     coefficients = account["coefficients"]
     if isinstance(coefficients, list):
-        weights = "\n".join(f"- `{n}`: {c:.6g}" for n, c in zip(models, coefficients, strict=True))
+        weights = "\n".join(
+            f"- {_code(n)}: {c:.6g}" for n, c in zip(models, coefficients, strict=True)
+        )
     else:
         weights = "by tensor, see `alloy_merge.json`" if coefficients else "none"
     options = "\n".join(
-        f"- {k}: `{v}`" for k, v in (account["options"] | account["settings"]).items()
+        f"- {k}: {_code(v)}" for k, v in (account["options"] | account["settings"]).items()
     )
     sources = "\n".join(
-        f"| {name} | `{s['source']}` | {s['revision'] or 'unknown'} | {_hashes(s['files'])} |"
+        f"| {_text(name)} | {_code(s['source'])} | {_text(s['revision'] or 'unknown')} "
+        f"| {_hashes(s['files'])} |"
         for name, s in account["sources"].items()
     )
     base = f" on the base `{plan.base}`" if plan.base else ""
-    written = "\n".join(f"| {name} | `{digest}` |" for name, digest in account["files"].items())
-    notes = "\n".join(f"- {note}" for note in account["notes"])
+    written = "\n".join(
+        f"| {_text(name)} | `{digest}` |" for name, digest in account["files"].items()
+    )
+    notes = "\n".join(f"- {_text(note)}" for note in account["notes"])
     return f"""---
 library_name: transformers
 tags: [merge, alloy]
 ---
-# {title}
+# {_text(title)}
 
-{" + ".join(models)} merged by `{account["method"]}`{base}.
+{_text(" + ".join(models))} merged by `{account["method"]}`{base}.
 
 ## Sources
 | name | source | revision | SHA-256 |
@@ -74,9 +99,7 @@ tags: [merge, alloy]
 {options or "none"}
 {f"{chr(10)}## Notes{chr(10)}{notes}{chr(10)}" if notes else ""}
 ## Command
-```
-{account["command"] or "alloy.merge_checkpoints"}
-```
+{_block(account["command"] or "alloy.merge_checkpoints")}
 
 ## Files
 | file | SHA-256 |
@@ -85,39 +108,54 @@ tags: [merge, alloy]
 """
 
 
-def _sources(plan: MergePlan, hash_all: bool) -> dict[str, dict[str, Any]]:
+def _sources(plan: MergePlan, origins: Origins, hash_all: bool) -> dict[str, dict[str, Any]]:
     """Where each source is from, and its files' hashes: known ones, the others on demand.
 
-    Hashing three sources takes longer than merging them; without it the sizes are told.
+    Hashing three sources takes longer than merging them; without it the record has the sizes.
     """
-    known = {f: known_sha256(f) for source in plan.sources.values() for f in source.files}
+    known = {
+        file: origins[name].hashes.get(file.name)
+        for name, source in plan.sources.items()
+        for file in source.files
+    }
     if hash_all:
         unknown = [file for file, digest in known.items() if digest is None]
         with ThreadPoolExecutor() as pool:
             known |= dict(zip(unknown, pool.map(sha256, unknown), strict=True))
-    result = {}
-    for name, source in plan.sources.items():
-        told = manifest(source.path if source.path.is_dir() else source.path.parent)
-        told = told or _hub_snapshot(source.path)
-        result[name] = {
-            "source": told.get("source") or source.path.name,
-            "revision": told.get("revision"),
+    return {
+        name: {
+            "source": origins[name].source,
+            "revision": origins[name].revision,
             "files": {file.name: known[file] or file.stat().st_size for file in source.files},
         }
-    return result
-
-
-def _hub_snapshot(folder: Path) -> dict[str, str]:
-    """Source and revision of a folder `models--org--name/snapshots/<commit>` of the hub's cache."""
-    repository = folder.parent.parent.name
-    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
-        return {}
-    name = repository.removeprefix("models--").replace("--", "/")
-    return {"source": f"hf://{name}", "revision": folder.name}
+        for name, source in plan.sources.items()
+    }
 
 
 def _hashes(files: Mapping[str, str | int]) -> str:
     return "<br>".join(
-        f"{name} `{value}`" if isinstance(value, str) else f"{name} ({value:,} bytes, not hashed)"
+        f"{_text(name)} `{value}`"
+        if isinstance(value, str)
+        else f"{_text(name)} ({value:,} bytes, not hashed)"
         for name, value in files.items()
     )
+
+
+def _text(value: object) -> str:
+    """Text within a line of Markdown: no tag, no cell, no link, no code, no new line."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    line = html.escape(line, quote=False).replace("`", "'")
+    return re.sub(r"([\\|\[\]*_])", r"\\\1", line)
+
+
+def _code(value: object) -> str:
+    """Text as inline code within a table or a list."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return f"`{line.replace('`', chr(39)).replace('|', '¦')}`"
+
+
+def _block(text: str) -> str:
+    """A block of code whose fence is longer than any in the text."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"

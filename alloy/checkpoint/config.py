@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from alloy.checkpoint.format import source_file
+
 # Files of the reference that the result needs too; no weights, optimizers, logs or cards.
 COPIED = (
     "generation_config.json",
@@ -93,6 +95,7 @@ def files_like(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     """Files of a folder whose names match one of the patterns."""
     if not folder.is_dir():
         return []
-    return sorted(
-        p for p in folder.iterdir() if p.is_file() and any(fnmatchcase(p.name, q) for q in patterns)
+    names = sorted(
+        p.name for p in folder.iterdir() if any(fnmatchcase(p.name, q) for q in patterns)
     )
+    return [file for name in names if (file := source_file(folder, name)) is not None]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from alloy.errors import CheckpointError
 
@@ -28,9 +29,21 @@ MERGEABLE = ("F64", "F32", "F16", "BF16")
 DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """torch's names for the mergeable dtypes, as configs and users write them."""
 
+QUANTISED = frozenset(
+    ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I4", "U4")
+)
+"""Dtypes of the format that hold a part of a number: codes without their scale, or a scale alone."""
+DEQUANTISE = (
+    "load the model with transformers, dequantise it (model.dequantize()) and call save_pretrained"
+)
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
+_MAX_JSON_BYTES = 256 << 20  # no tokenizer is that large
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+ADAPTER = "adapter_config.json"
+_ADAPTER_TENSOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|hada_w\d)\b")
 _UNREADABLE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
@@ -81,14 +94,141 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             index that names a missing file or disagrees with the files, a name stored twice.
     """
     path = Path(path)
-    if path.is_file():
-        return Checkpoint(path, {e.name: e for e in read_header(path)}, None)
-    if not path.is_dir():
+    try:
+        if path.is_dir():
+            return Checkpoint(path, _entries(path), _config(path))
+        if path.exists():
+            return Checkpoint(path, {e.name: e for e in _refuse_adapter(read_header(path))}, None)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    raise CheckpointError(
+        f"{path}: no such folder or file; give a folder with config.json and safetensors "
+        "(fetch models of a hub first)"
+    )
+
+
+def source_file(folder: Path, name: str) -> Path | None:
+    """A file of a checkpoint's folder, or None where there is none.
+
+    Raises:
+        CheckpointError: a folder, a pipe or a device of that name; a link to nowhere, or to a file
+            outside the folder that is not in the same repository of the hub's cache.
+    """
+    path = folder / name
+    if not path.exists():
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a link to nowhere ({path.readlink()}); fetch it again")
+        return None
+    _require_regular(path)
+    target, home = path.resolve(), folder.resolve()
+    if not target.is_relative_to(home) and not _is_hub_blob(target, home):
         raise CheckpointError(
-            f"{path}: no such folder or file; give a folder with config.json and safetensors "
-            "(fetch models of a hub first)"
+            f"{path}: a link that leaves its folder, to {target}; copy the file here if it belongs "
+            "to the checkpoint"
         )
-    return Checkpoint(path, _entries(path), _config(path))
+    return path
+
+
+def _require_regular(path: Path) -> None:
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise CheckpointError(f"{path}: {what}, where a file is due; remove it or fetch it again")
+
+
+def _is_hub_blob(target: Path, snapshot: Path) -> bool:
+    """Whether a link follows the hub's cache: `snapshots/<commit>/` points into `blobs/` beside."""
+    return snapshot.parent.name == "snapshots" and target.parent == snapshot.parent.parent / "blobs"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: not UTF-8, not JSON, a key given twice, a value that is no number, nested
+            beyond reason, or no object.
+    """
+    _require_regular(path)
+    size = path.stat().st_size
+    if size > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: {size:,} bytes are no {path.name}; fetch it again")
+    return parse_object(path.read_bytes(), str(path))
+
+
+def read_text(path: Path) -> str:
+    """A text file's content.
+
+    Raises:
+        CheckpointError: no file, or not UTF-8.
+    """
+    _require_regular(path)
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not text in UTF-8 ({error.reason})") from error
+
+
+def parse_object(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that bytes hold; `where` names them in messages."""
+    try:
+        value = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number
+        )
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise CheckpointError(f"{where}: corrupt ({what}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{where}: corrupt (a JSON object is due, this is {_shown(value)}); fetch it again"
+        )
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return result
+
+
+def _no_number(text: str) -> float:
+    if text in ("Infinity", "-Infinity"):  # Python's json writes them, and configs have them
+        return float(text.replace("Infinity", "inf"))
+    raise ValueError(f"{text} is no number")
+
+
+_KINDS = {
+    "text": str,
+    "true or false": bool,
+    "a whole number": int,
+    "an object": dict,
+    "a list": list,
+}
+
+
+def typed(data: Mapping[str, Any], key: str, kind: str, where: Path) -> Any:
+    """A key's value if it is of this kind, None if the key is missing or null.
+
+    Args:
+        kind: a key of `_KINDS`, for the message too.
+
+    Raises:
+        CheckpointError: a value of another kind, with the file, the key and the value.
+    """
+    value = data.get(key)
+    if value is None:
+        return None
+    right = type(value) is _KINDS[kind]
+    if not right:
+        raise CheckpointError(f"{where}: {key} is {_shown(value)}; it must be {kind}")
+    return value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read_header(path: Path) -> list[Entry]:
@@ -97,6 +237,7 @@ def read_header(path: Path) -> list[Entry]:
     Raises:
         CheckpointError: the file is truncated or corrupt, with what was expected and found.
     """
+    _require_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -110,14 +251,14 @@ def read_header(path: Path) -> list[Entry]:
                 "fetch it again"
             )
         header = file.read(length)
+    fields = parse_object(header, f"{path}: header")
+    fields.pop("__metadata__", None)
     try:
-        fields = json.loads(header)
-        if not isinstance(fields, dict):
-            raise ValueError("the header is no JSON object")
-        fields.pop("__metadata__", None)
         spans = [_span(name, value) for name, value in fields.items()]
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: corrupt header ({error}); fetch it again") from error
+        raise CheckpointError(f"{path}: corrupt header ({error!r}); fetch it again") from error
 
     spans.sort(key=lambda span: span[3])
     position, entries = 0, []
@@ -171,10 +312,14 @@ def natural_order(name: str) -> list:
 
 def _span(name: str, value: dict) -> tuple[str, str, tuple[int, ...], int, int]:
     dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-    if dtype not in ITEM_BYTES:
+    if dtype in QUANTISED:
+        raise CheckpointError(
+            f"{name!r} is {dtype}, a quantised type that cannot be merged; {DEQUANTISE}"
+        )
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise ValueError(f"{name!r} has dtype {dtype!r}; known are {sorted(ITEM_BYTES)}")
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
-        raise ValueError(f"{name!r} has a negative or fractional size")
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop)):
+        raise ValueError(f"{name!r} has a negative, fractional or excessive size")
     return name, dtype, shape, start, stop
 
 
@@ -182,12 +327,11 @@ def _entries(folder: Path) -> dict[str, Entry]:
     files, index = _weight_files(folder)
     entries: dict[str, Entry] = {}
     for file in files:
-        for entry in read_header(file):
+        for entry in _refuse_adapter(read_header(file)):
             if entry.name in entries:
                 raise CheckpointError(
                     f"{folder}: {entry.name!r} is stored in {entries[entry.name].file.name} and in "
-                    f"{file.name}; "
-                    "remove the file that does not belong"
+                    f"{file.name}; remove the file that does not belong"
                 )
             entries[entry.name] = entry
     if index is not None:
@@ -206,34 +350,53 @@ def _entries(folder: Path) -> dict[str, Entry]:
     return entries
 
 
+def _refuse_adapter(entries: list[Entry]) -> list[Entry]:
+    """The entries, unless they are an adapter's: low-rank factors must not be averaged apart."""
+    factors = [e.name for e in entries if _ADAPTER_TENSOR.search(e.name)]
+    if factors:
+        raise CheckpointError(
+            f"{entries[0].file}: an adapter ({few(factors, 2)}), no whole weights; load it on its "
+            "base with peft, call merge_and_unload and save the result"
+        )
+    return entries
+
+
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The files that hold the weights, and the index if there is one."""
-    if (folder / INDEX).exists():
-        try:
-            index = json.loads((folder / INDEX).read_text())["weight_map"]
-            names = sorted(set(index.values()), key=natural_order)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{folder / INDEX}: corrupt ({error!r}); fetch it again"
-            ) from error
-        for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(
-                    f"{folder / INDEX}: {name!r} leaves the folder; fetch it again"
-                )
-            if not (folder / name).is_file():
-                raise CheckpointError(
-                    f"{folder / name}: missing, {INDEX} names it; fetch the checkpoint again"
-                )
-        return [folder / name for name in names], index
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE], None
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found, None
-    if found:
+    if source_file(folder, ADAPTER) is not None:
         raise CheckpointError(
-            f"{folder}: {len(found)} safetensors files and no {INDEX}; add the index, or name one "
+            f"{folder}: {ADAPTER} makes it an adapter, which loaders put on the weights; load it "
+            "on its base with peft, call merge_and_unload and save the result"
+        )
+    single = source_file(folder, SINGLE)
+    shards = [p.name for p in sorted(folder.iterdir()) if _SHARD.fullmatch(p.name)]
+    if source_file(folder, INDEX) is not None:
+        index = _index(folder / INDEX)
+        if single is not None and SINGLE not in index.values():
+            raise CheckpointError(
+                f"{folder}: {SINGLE} stands beside {INDEX}, which does not name it: loaders take "
+                "one or the other; remove what does not belong"
+            )
+        names = sorted(set(index.values()), key=natural_order)
+        if strays := [name for name in shards if name not in names]:
+            raise CheckpointError(
+                f"{folder}: {INDEX} does not name {few(strays)}; remove what does not belong"
+            )
+        return [_named_by_index(folder, name) for name in names], index
+    if single is not None:
+        if shards:
+            raise CheckpointError(
+                f"{folder}: {few(shards)} beside {SINGLE}, without {INDEX}: loaders take one or "
+                "the other; remove what does not belong"
+            )
+        return [single], None
+    weights = sorted(p.name for p in folder.iterdir() if p.name.endswith(".safetensors"))
+    files = [file for name in weights if (file := source_file(folder, name)) is not None]
+    if len(files) == 1:
+        return files, None
+    if files:
+        raise CheckpointError(
+            f"{folder}: {len(files)} safetensors files and no {INDEX}; add the index, or name one "
             "file"
         )
     others = sorted(p.name for p in folder.iterdir() if p.suffix in _UNREADABLE)
@@ -248,14 +411,56 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     )
 
 
-def _config(folder: Path) -> dict | None:
-    path = folder / "config.json"
-    if not path.exists():
+def _index(path: Path) -> dict[str, str]:
+    """The file of every tensor, as an index says."""
+    index = typed(read_json(path), "weight_map", "an object", path)
+    if not index:
+        raise CheckpointError(f"{path}: weight_map names no tensor; fetch it again")
+    for name in index:
+        file = typed(index, name, "text", path)
+        if not file or Path(file).name != file or "\0" in file:
+            raise CheckpointError(f"{path}: {file!r} leaves the folder; fetch it again")
+    return index
+
+
+def _named_by_index(folder: Path, name: str) -> Path:
+    file = source_file(folder, name)
+    if file is None:
+        raise CheckpointError(
+            f"{folder / name}: missing, {INDEX} names it; fetch the checkpoint again"
+        )
+    return file
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    """The config, its keys that a merge reads checked."""
+    path = source_file(folder, "config.json")
+    if path is None:
         return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: corrupt ({error}); fetch it again") from error
+    config = read_json(path)
+    parts = [config, *(typed(config, k, "an object", path) or {} for k in _PARTS)]
+    for part in parts:
+        for key, kind in _CONFIG_KEYS.items():
+            typed(part, key, kind, path)
+    for name in config.get("architectures") or ():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: architectures holds {_shown(name)}; it must be text")
+    if config.get("quantization_config") or config.get("compression_config"):
+        raise CheckpointError(
+            f"{path}: quantization_config says that the weights are quantised, which cannot be "
+            f"merged; {DEQUANTISE}"
+        )
+    return config
+
+
+_PARTS = ("text_config", "vision_config", "audio_config")
+_CONFIG_KEYS = {
+    "architectures": "a list",
+    "auto_map": "an object",
+    "model_type": "text",
+    "tie_word_embeddings": "true or false",
+    "vocab_size": "a whole number",
+}
 
 
 def few(names: Sequence[str], limit: int = 5) -> str:

@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from alloy.checkpoint.checks.configs import compare_configs, compare_processors
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.checks.places import check_output, check_room
 from alloy.checkpoint.checks.rows import common_vocabulary, has_row_per_token
-from alloy.checkpoint.checks.sources import BASE, Sources, named_paths, open_sources
+from alloy.checkpoint.checks.settings import TextSettings, common_settings
+from alloy.checkpoint.checks.sources import BASE, Sources, open_sources
 from alloy.checkpoint.checks.tensors import PlannedTensor, Selection, plan_tensors
 from alloy.checkpoint.config import (
     COPIED,
@@ -29,12 +30,13 @@ from alloy.checkpoint.config import (
     stored_transposed,
 )
 from alloy.checkpoint.display import plan_table
-from alloy.checkpoint.format import INDEX, SINGLE, Checkpoint, Entry
-from alloy.checkpoint.request import MergeRequest, num_bytes
+from alloy.checkpoint.format import INDEX, SINGLE, Checkpoint
+from alloy.checkpoint.request import MergeRequest
 from alloy.checkpoint.statistics import Measurements, open_statistics
 from alloy.checkpoint.tokenizer import Vocabulary
-from alloy.errors import MergeError, nearest
+from alloy.errors import system_errors
 from alloy.merging import MERGE_METHODS, MergeSettings, oriented, validate
+from alloy.merging.method import Coefficients
 
 
 @dataclass(frozen=True)
@@ -100,24 +102,34 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     Raises:
         MergeError, CheckpointError: everything that is wrong, with names and fixes.
     """
-    if request.method not in MERGE_METHODS:
-        raise MergeError(
-            f"method {request.method!r} is unknown: {nearest(request.method, MERGE_METHODS)}"
-        )
-    findings, output = Findings(), Path(request.output)
-    paths = named_paths(request.sources, request.base)
+    with system_errors():
+        return _plan(request)
+
+
+def _plan(request: MergeRequest) -> MergePlan:
+    findings = Findings()
+    request = request.checked(findings)
+    findings.stop()
+    output = Path(request.output)
+    paths = _paths(request)
     sources = open_sources(findings, paths)
-    request.check(findings)
     check_output(findings, paths, output)
     findings.stop()
 
     compare_configs(findings, sources.configs, request.allow)
-    compare_processors(
+    models = {n: sources.folders[n] for n in sources.models if n in sources.folders}
+    processors = compare_processors(findings, models, request.allow)
+    vocabulary = common_vocabulary(findings, sources, request.tokenizer)
+    by_base = vocabulary is not None and request.tokenizer == "base" and BASE in sources.folders
+    speaker = BASE if by_base else sources.reference
+    text_settings = common_settings(
         findings,
-        {n: sources.folders[n] for n in sources.configs if n in sources.folders},
+        sources.folders,
+        speaker,
+        sources.models,
+        None if request.chat_template is None else str(request.chat_template),
         request.allow,
     )
-    vocabulary = common_vocabulary(findings, sources, request.tokenizer)
     selection = Selection(request.copy, request.drop, request.dtype)
     tensors = plan_tensors(findings, sources, vocabulary, selection)
     _check_scope(findings, request.method, tensors)
@@ -130,21 +142,27 @@ def plan_merge(request: MergeRequest) -> MergePlan:
     findings.stop()
     files_of = {} if measured is None else measured.files_of
     statistics = {name: str(opened.path) for name, opened in files_of.items()}
-    shard_bytes = None if request.shard_bytes is None else num_bytes(request.shard_bytes)
     return MergePlan(
         settings=settings,
         sources=sources.checkpoints,
         base=BASE if sources.has_base else None,
         output=output,
         tensors=tensors,
-        layout=_layout(tensors, sources.checkpoints[sources.reference].entries, shard_bytes),
-        files=_files(sources, request.tokenizer, vocabulary, request.dtype),
+        layout=_layout(tensors, sources, request.shard_bytes),
+        files=processors | _files(sources, speaker, vocabulary, text_settings, request.dtype),
         vocabulary=vocabulary,
         statistics=measured,
         notes=tuple(findings.notes),
         choices=request.choices | ({"statistics": statistics} if statistics else {}),
         data=data,
     )
+
+
+def _paths(request: MergeRequest) -> dict[str, Path]:
+    """Every checkpoint of a checked request, the base first."""
+    base = {} if request.base is None else {BASE: Path(request.base)}
+    assert isinstance(request.sources, Mapping), "a checked request names its sources"
+    return base | {name: Path(path) for name, path in request.sources.items()}
 
 
 def _check_scope(findings: Findings, method: str, tensors: Sequence[PlannedTensor]) -> None:
@@ -182,7 +200,7 @@ def _settings(
         num_models=len(sources.models),
         base=sources.has_base,
         statistics=measured is not None,
-        coefficients=request.coefficients,
+        coefficients=cast("Coefficients | None", request.coefficients),  # checked
         options=options,
         inputs=data,
     )
@@ -226,9 +244,11 @@ def _note_unskipped(
 
 
 def _layout(
-    tensors: Sequence[PlannedTensor], reference: Mapping[str, Entry], shard_bytes: int | None
+    tensors: Sequence[PlannedTensor], sources: Sources, shard_bytes: int | str | None
 ) -> dict[str, tuple[str, ...]]:
     """Which file holds which tensors: as the reference's files, or at most `shard_bytes` each."""
+    assert not isinstance(shard_bytes, str), "a checked request has a number"
+    reference = sources.checkpoints[sources.reference].entries
     groups: list[list[str]] = []
     last: Path | None = None
     size = 0
@@ -250,18 +270,24 @@ def _layout(
 
 
 def _files(
-    sources: Sources, policy: str, vocabulary: Vocabulary | None, dtype: str | None
+    sources: Sources,
+    speaker: str,
+    vocabulary: Vocabulary | None,
+    text_settings: TextSettings,
+    dtype: str | None,
 ) -> dict[str, Path | bytes]:
     """What the result needs beside its weights."""
     result: dict[str, Path | bytes] = {}
     reference, folders = sources.reference, sources.folders
     config = sources.configs[reference]
     if reference in folders:
-        by_base = vocabulary is not None and policy == "base" and BASE in folders
-        left_out = vocabulary.left_out if vocabulary is not None else ()
+        left_out = (
+            *(vocabulary.left_out if vocabulary is not None else ()),
+            *text_settings.left_out,
+        )
         for path in files_like(folders[reference], COPIED):
             result[path.name] = path
-        for path in files_like(folders[BASE if by_base else reference], TOKENIZER):
+        for path in files_like(folders[speaker], TOKENIZER):
             if path.name not in left_out and path.name != INDEX:
                 result[path.name] = path
         if config is not None and "auto_map" in json.dumps(config):
@@ -269,6 +295,7 @@ def _files(
                 result[path.name] = path
     if vocabulary is not None:
         result |= vocabulary.files
+    result |= text_settings.files
     if config is not None:
         size = vocabulary.size if vocabulary is not None else None
         merged = result_config(config, dtype=dtype, vocab_size=size)

@@ -1,19 +1,31 @@
-"""The settings of a merge: one value that the API, the command line and recipes make."""
+"""The settings of a merge: one value that the API, the command line and recipes make.
+
+An argument means what it says or is refused: no string is taken for the list of its letters, no
+truth for a number, no number for a path. The checks are here, once, whoever calls.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
-from alloy.checkpoint.checks.sources import Paths
+from alloy.checkpoint.checks.sources import BASE
 from alloy.checkpoint.format import DTYPE_NAMES
 from alloy.checkpoint.tokenizer import POLICIES
 from alloy.errors import MergeError, nearest
+from alloy.merging import MERGE_METHODS
+
+Paths = Sequence[str | Path] | Mapping[str, str | Path]
+Coefficients = Sequence[float] | Mapping[str, Sequence[float]] | Mapping[str, float]
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_LARGEST_SHARD = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -24,37 +36,52 @@ class MergeRequest:
     sources: Paths
     output: str | Path
     base: str | Path | None = field(default=None, kw_only=True)
-    coefficients: Sequence[float] | Mapping[str, Sequence[float]] | None = field(
-        default=None, kw_only=True
-    )
-    statistics: Mapping[str, str | Path] | Sequence[str | Path] | None = field(
-        default=None, kw_only=True
-    )
+    coefficients: Coefficients | None = field(default=None, kw_only=True)
+    statistics: Paths | None = field(default=None, kw_only=True)
     dtype: str | None = field(default=None, kw_only=True)
     shard_bytes: int | str | None = field(default=None, kw_only=True)
     tokenizer: str = field(default="same", kw_only=True)
+    chat_template: str | Path | None = field(default=None, kw_only=True)
     copy: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     drop: Sequence[str] = field(default=(), kw_only=True)
     allow: Sequence[str] = field(default=(), kw_only=True)
     options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     """The method's settings, and what a method that runs the model is given to run."""
 
-    def check(self, findings: Findings) -> None:
-        """Every argument has one of its values."""
-        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
-            findings.problem(f"dtype={self.dtype!r}: {nearest(str(self.dtype), DTYPE_NAMES)}")
-        if self.tokenizer not in POLICIES:
-            findings.problem(f"tokenizer={self.tokenizer!r}: {nearest(self.tokenizer, POLICIES)}")
-        if self.shard_bytes is not None and num_bytes(self.shard_bytes) < 1:
-            findings.problem(f"shard_bytes={self.shard_bytes!r}: give a positive number of bytes")
+    def checked(self, findings: Findings) -> MergeRequest:
+        """This request in one form, every argument of its kind; a problem for each that is not.
+
+        Sources are a mapping from name to path, without the base; coefficients by source are a
+        list; a size is a number; a dtype has its name.
+        """
+        one_of(self.method, MERGE_METHODS, "method")  # raises: all else depends on it
+        sources = named_paths(self.sources)
+        attempt = findings.attempt
+        return replace(
+            self,
+            sources=sources,
+            output=attempt(a_path, self.output, "output"),
+            base=None if self.base is None else attempt(a_path, self.base, "base"),
+            coefficients=attempt(_coefficients, self.coefficients, list(sources)),
+            statistics=attempt(_statistics, self.statistics, list(sources)),
+            dtype=attempt(_dtype, self.dtype),
+            shard_bytes=None if self.shard_bytes is None else attempt(num_bytes, self.shard_bytes),
+            tokenizer=attempt(one_of, self.tokenizer, POLICIES, "tokenizer"),
+            chat_template=attempt(_text_or_path, self.chat_template, "chat_template"),
+            copy=attempt(_texts_by_text, self.copy, "copy") or {},
+            drop=attempt(patterns, self.drop, "drop") or (),
+            allow=attempt(patterns, self.allow, "allow") or (),
+            options=attempt(_options, self.options) or {},
+        )
 
     @property
     def choices(self) -> dict[str, Any]:
         """The settings that are not the defaults, for the record."""
         choices = {
             "dtype": self.dtype,
-            "shard_bytes": None if self.shard_bytes is None else num_bytes(self.shard_bytes),
+            "shard_bytes": self.shard_bytes,
             "tokenizer": self.tokenizer,
+            "chat_template": None if self.chat_template is None else str(self.chat_template),
             "copy": dict(self.copy),
             "drop": list(self.drop),
             "allow": list(self.allow),
@@ -62,18 +89,193 @@ class MergeRequest:
         return {k: v for k, v in choices.items() if v not in (None, "same", {}, [])}
 
 
-def num_bytes(size: int | str) -> int:
+def one_of(value: object, known: Any, what: str) -> str:
+    """The value, which must be one of these names."""
+    if not isinstance(value, str):
+        raise MergeError(f"{what}={value!r}: it must be text; choose one of {sorted(known)}")
+    if value not in known:
+        if what == "method":
+            raise MergeError(f"method {value!r} is unknown: {nearest(value, known)}")
+        raise MergeError(f"{what}={value!r}: {nearest(value, known)}")
+    return value
+
+
+def named_paths(sources: object) -> dict[str, Path]:
+    """The sources by name: as given, or after their folders (`#2` and so on where those repeat)."""
+    if isinstance(sources, str | Path):
+        raise MergeError("give several sources, as a list of paths or a mapping from name to path")
+    if not isinstance(sources, Mapping | list | tuple):
+        raise MergeError(
+            f"sources={_shown(sources)}: give a list of paths or a mapping from name to path"
+        )
+    if not sources:
+        raise MergeError("no source: give at least one checkpoint")
+    if isinstance(sources, Mapping):
+        named = {}
+        for name, path in sources.items():
+            if not isinstance(name, str) or not name.strip() or not name.isprintable():
+                raise MergeError(f"a source is called {name!r}; give it a name of one line of text")
+            if name == BASE:
+                raise MergeError(
+                    f"a source is called {BASE!r}, which means the base; give it another name"
+                )
+            named[name] = a_path(path, f"source {name!r}")
+        return named
+    named = {}
+    for i, given in enumerate(sources):
+        path = a_path(given, f"sources[{i}]")
+        stem = path.stem if path.suffix == ".safetensors" else path.name or path.resolve().name
+        count = sum(name == stem or name.startswith(f"{stem}#") for name in named)
+        named[f"{stem}#{count + 1}" if count or stem == BASE else stem] = path
+    return named
+
+
+def a_path(value: object, what: str) -> Path:
+    """A path of the file system."""
+    if not isinstance(value, str | os.PathLike) or isinstance(value, bytes):
+        raise MergeError(f"{what}={_shown(value)}: give a path")
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise MergeError(f"{what}={_shown(text)}: give a path")
+    return Path(text)
+
+
+def patterns(value: object, what: str) -> tuple[str, ...]:
+    """A list of texts."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        raise MergeError(f"{what}={value!r}: give a list, {what}=[{value!r}]")
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v for v in value):
+        raise MergeError(f"{what}={_shown(value)}: give a list of patterns")
+    return tuple(value)
+
+
+def num_bytes(size: object) -> int:
     """A size as a number, or as people write it: `5GB`.
 
     Raises:
-        MergeError: no number, or an unknown unit.
+        MergeError: no number, an unknown unit, or no size that a file can have.
     """
-    if isinstance(size, int):
-        return size
-    unit = next((unit for unit in _UNITS if size.endswith(unit)), "")
-    try:
-        return int(float(size.removesuffix(unit)) * _UNITS.get(unit, 1))
-    except ValueError:
+    number: float | int
+    if isinstance(size, str):
+        unit = next((unit for unit in _UNITS if size.strip().endswith(unit)), "")
+        try:
+            number = float(size.strip().removesuffix(unit)) * _UNITS.get(unit, 1)
+        except ValueError:
+            raise MergeError(
+                f"shard_bytes={size!r}: write a number and one of {', '.join(_UNITS)}"
+            ) from None
+    elif isinstance(size, Integral) and not isinstance(size, bool):
+        number = int(size)
+    else:
+        raise MergeError(f"shard_bytes={_shown(size)}: give a whole number, or a size as '5GB'")
+    if not 1 <= number <= _LARGEST_SHARD:
+        raise MergeError(f"shard_bytes={size!r}: give a positive number of bytes")
+    return int(number)
+
+
+def num_threads(threads: object) -> int | None:
+    """A number of workers, or None for all cores."""
+    if threads is None:
+        return None
+    if not isinstance(threads, Integral) or isinstance(threads, bool) or threads < 1:
         raise MergeError(
-            f"shard_bytes={size!r}: write a number and one of {', '.join(_UNITS)}"
-        ) from None
+            f"threads={_shown(threads)}: give at least 1, or leave it out for all cores"
+        )
+    return int(threads)
+
+
+def _coefficients(value: object, sources: Sequence[str]) -> Any:
+    """Numbers in the order of the sources, or such rows by pattern."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        return _row(value, "coefficients", sources)
+    if not value:
+        raise MergeError("coefficients={}: give one number for each source")
+    if any(isinstance(row, Real) or row is None for row in value.values()):
+        if value.keys() != set(sources):
+            raise MergeError(
+                f"coefficients={_shown(dict(value))}: give one number for each of the sources "
+                f"{list(sources)}, or a list of numbers for each pattern of tensor names"
+            )
+        return _row([value[name] for name in sources], "coefficients", sources)
+    rows = {}
+    for pattern, row in value.items():
+        if not isinstance(pattern, str) or not pattern:
+            raise MergeError(f"coefficients: {pattern!r} is no pattern of tensor names")
+        if isinstance(row, Mapping):
+            if row.keys() != set(sources):
+                raise MergeError(
+                    f"coefficients of {pattern!r}: give one number for each of {list(sources)}"
+                )
+            row = [row[name] for name in sources]
+        rows[pattern] = _row(row, f"coefficients of {pattern!r}", sources)
+    return rows
+
+
+def _row(value: Any, what: str, sources: Sequence[str]) -> list[float]:
+    if isinstance(value, Real | str | bytes) or not _is_sequence(value):
+        raise MergeError(
+            f"{what}={_shown(value)}: give a list with one number for each of the sources "
+            f"{list(sources)}"
+        )
+    row = []
+    for number in value:
+        if not isinstance(number, Real) or isinstance(number, bool):
+            raise MergeError(f"{what}: {_shown(number)} is no number")
+        row.append(float(number))
+        if not math.isfinite(row[-1]):
+            raise MergeError(f"{what}: they must be finite, this is {row[-1]}")
+    return row
+
+
+def _is_sequence(value: Any) -> bool:
+    """A list, a tuple, an array or a tensor of one dimension."""
+    return isinstance(value, Sequence) or getattr(value, "ndim", 0) == 1
+
+
+def _statistics(value: object, sources: Sequence[str]) -> Paths | None:
+    """One file for each source, by name."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): a_path(path, f"statistics[{name!r}]") for name, path in value.items()}
+    if not isinstance(value, list | tuple):
+        raise MergeError(f"statistics={_shown(value)}: give one file for each of {list(sources)}")
+    return [a_path(path, f"statistics[{i}]") for i, path in enumerate(value)]
+
+
+def _dtype(value: object) -> str | None:
+    """A dtype's name; torch's own dtypes have one too."""
+    if value is None:
+        return None
+    return one_of(str(value).removeprefix("torch."), DTYPE_NAMES, "dtype")
+
+
+def _text_or_path(value: object, what: str) -> str | None:
+    if value is None:
+        return None
+    return str(a_path(value, what))
+
+
+def _texts_by_text(value: object, what: str) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(
+        isinstance(text, str) and text for pair in value.items() for text in pair
+    ):
+        raise MergeError(f"{what}={_shown(value)}: give a mapping, {what}={{'pattern': 'source'}}")
+    return dict(value)
+
+
+def _options(value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise MergeError(f"options={_shown(value)}: give a mapping from name to value")
+    return dict(value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

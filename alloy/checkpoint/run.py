@@ -13,18 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alloy.checkpoint.card import model_card, record
+from alloy.checkpoint.card import model_card, origins_of, record
 from alloy.checkpoint.checks.places import INCOMPLETE
-from alloy.checkpoint.checks.sources import Paths
 from alloy.checkpoint.checks.tensors import PlannedTensor
 from alloy.checkpoint.engine.execute import chunk_bytes_for, execute
 from alloy.checkpoint.engine.steps import Shard, Step
+from alloy.checkpoint.engine.underflow import Underflows
 from alloy.checkpoint.engine.work import Copy, Function, Held, Tensors, merged_whole, work_for
 from alloy.checkpoint.format import INDEX
 from alloy.checkpoint.hash import sha256
 from alloy.checkpoint.plan import MergePlan, plan_merge
-from alloy.checkpoint.request import MergeRequest
-from alloy.errors import CheckpointError, MergeError
+from alloy.checkpoint.request import Coefficients, MergeRequest, Paths, num_threads
+from alloy.errors import CheckpointError, MergeError, system_errors
 
 RECORD = "alloy_merge.json"
 """The result's own account of how it was made, beside its card."""
@@ -52,11 +52,12 @@ def merge_checkpoints(
     output: str | Path,
     *,
     base: str | Path | None = None,
-    coefficients: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
-    statistics: Mapping[str, str | Path] | Sequence[str | Path] | None = None,
+    coefficients: Coefficients | None = None,
+    statistics: Paths | None = None,
     dtype: str | None = None,
     shard_bytes: int | str | None = None,
     tokenizer: str = "same",
+    chat_template: str | Path | None = None,
     copy: Mapping[str, str] | None = None,
     drop: Sequence[str] = (),
     allow: Sequence[str] = (),
@@ -89,12 +90,14 @@ def merge_checkpoints(
         tokenizer: what to do where vocabularies differ: "same" refuses, "base" keeps the base's
             (else the first source's), "union" takes every token of every source. A row that a
             source lacks counts as the base's, or as the mean of those that have it.
+        chat_template: where the sources' chat templates differ, the source whose template is
+            taken, or a file that holds one.
         copy: glob pattern of tensor names to the source whose tensors are taken as they are.
         drop: glob patterns of tensors that the result shall not have.
         allow: glob patterns of config keys (and processor files) that may differ.
         threads: workers; by default the cores this process may use.
-        hash_sources: also record the SHA-256 of source files of which no manifest or hub cache
-            tells it.
+        hash_sources: also record the SHA-256 of source files that the hub's cache does not name
+            by it.
         command: how this was called, for the model card.
         title: of the model card; by default the output's name.
         on_bytes: called with the number of bytes just computed, from the workers.
@@ -111,7 +114,8 @@ def merge_checkpoints(
     plan = plan_merge(
         MergeRequest(
             method, sources, output, base=base, coefficients=coefficients, statistics=statistics,
-            dtype=dtype, shard_bytes=shard_bytes, tokenizer=tokenizer, copy=copy or {}, drop=drop,
+            dtype=dtype, shard_bytes=shard_bytes, tokenizer=tokenizer,
+            chat_template=chat_template, copy=copy or {}, drop=drop,
             allow=allow, options=options,
         )
     )  # fmt: skip
@@ -130,26 +134,35 @@ def run_plan(
     *,
     threads: int | None = None,
     hash_sources: bool = False,
+    trust_manifests: bool = False,
     command: str | None = None,
     title: str | None = None,
     on_bytes: Callable[[int], None] = lambda _: None,
     chunk_bytes: int | None = None,
     compiled: bool = True,
 ) -> MergeReport:
-    """Carry out a plan; `compiled` False computes with the methods' own functions, in torch."""
+    """Carry out a plan.
+
+    Args:
+        trust_manifests: the `manifest.json` beside a source was written by the caller's own fetch,
+            which verified the files: its source, revision and hashes go into the record.
+        compiled: whether compiled loops are used; without, the methods' own functions, in torch.
+        threads, hash_sources, command, title, on_bytes: as `merge_checkpoints`.
+    """
     start = time.perf_counter()
-    if threads is not None and threads < 1:
-        raise MergeError(f"threads={threads}: give at least 1, or leave it out for all cores")
-    threads = threads or _num_cores()
+    if not callable(on_bytes):
+        raise MergeError(f"on_bytes={on_bytes!r}: give a function of the number of bytes")
+    threads = num_threads(threads) or _num_cores()
     folder = plan.output.with_name(plan.output.name + INCOMPLETE)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    underflows = Underflows()
+    with system_errors(), _locked(folder):
+        origins = origins_of(plan, trust_manifests=trust_manifests)
         try:
             journal = _Journal(folder, plan.digest, _files_of(plan))
             shards = _shards(plan, compiled)
             with _single_threaded_torch(shards):
                 execute(
-                    [shard for shard in shards if shard.file not in journal.finished],
+                    [underflows.watch(s) for s in shards if s.file not in journal.finished],
                     folder,
                     threads=threads,
                     chunk_bytes=chunk_bytes or chunk_bytes_for(threads),
@@ -158,7 +171,10 @@ def run_plan(
                 )
             files = {shard.file: journal.finished[shard.file] for shard in shards}
             files |= _write_beside(plan, folder, shards)
-            account = record(plan, files, hash_sources=hash_sources, command=command)
+            notes = (*plan.notes, *underflows.notes())
+            account = record(
+                plan, files, origins, hash_sources=hash_sources, command=command, notes=notes
+            )
             _write(folder / RECORD, (json.dumps(account, indent=2) + "\n").encode())
             card = model_card(plan, account, title or plan.output.name)
             _write(folder / "README.md", card.encode())
@@ -175,7 +191,7 @@ def run_plan(
         plan.num_bytes,
         time.perf_counter() - start,
         journal.resumed,
-        plan.notes,
+        notes,
     )
 
 
@@ -193,7 +209,10 @@ def _shards(plan: MergePlan, compiled: bool) -> list[Shard]:
         merged = [_about(t) for t in plan.tensors if t.how == plan.settings.name]
         whole = merged_whole(merged, plan.settings, plan.data, base=plan.base is not None)
     return [
-        Shard(file, tuple(_step(plan, tensors[name], compiled, whole) for name in names))
+        Shard(
+            file,
+            tuple(_step(plan, tensors[name], compiled, whole) for name in names),
+        )
         for file, names in plan.layout.items()
     ]
 
@@ -346,7 +365,7 @@ def refuse_foreign(folder: Path) -> None:
 def _locked(folder: Path) -> Generator[None]:
     """The unfinished folder, ours alone; what it holds stays for the next run if this one dies."""
     refuse_foreign(folder)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
     with os.fdopen(descriptor, "w") as file:
         try:

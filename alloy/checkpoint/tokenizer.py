@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from alloy.checkpoint.format import read_json, read_text, source_file, typed
 from alloy.errors import CheckpointError
 
 POLICIES = ("same", "base", "union")
@@ -41,40 +42,88 @@ class Tokenizer:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a folder, or None where there is none."""
-    if (path := folder / "tokenizer.json").is_file():
-        data = _json(path)
-        vocab = data["model"].get("vocab", {})
-        if isinstance(vocab, list):  # Unigram: position is the id
-            vocab = {token: i for i, (token, _) in enumerate(vocab)}
-        added = {entry["content"]: entry["id"] for entry in data.get("added_tokens") or []}
-        tokens = {**vocab, **added}
+    """The tokenizer in a folder, or None where there is none.
+
+    Raises:
+        CheckpointError: a file that is not what a tokenizer's file is, with file and key.
+    """
+    if (path := source_file(folder, "tokenizer.json")) is not None:
+        data = read_json(path)
+        model = typed(data, "model", "an object", path)
+        if model is None:
+            raise CheckpointError(f"{path}: model is missing; save the tokenizer again")
+        typed(model, "type", "text", path)
+        tokens = {**_vocabulary(model, path), **_added(data, path)}
+        merges = [_merge(m, path) for m in typed(model, "merges", "a list", path) or []]
         rest = {key: data.get(key) for key in ("normalizer", "pre_tokenizer")}
-        merges = [
-            m if isinstance(m, str) else " ".join(m) for m in data["model"].get("merges") or []
-        ]
         behaviour = json.dumps(
-            [data["model"].get("type"), sorted(tokens.items()), merges, rest], sort_keys=True
+            [model.get("type"), sorted(tokens.items()), merges, rest], sort_keys=True
         )
         return Tokenizer(folder, tokens, behaviour, data)
     tokens = None
-    if (path := folder / "vocab.json").is_file():
-        tokens = _json(path)
-    elif (path := folder / "vocab.txt").is_file():
-        tokens = {token: i for i, token in enumerate(path.read_text().splitlines())}
-    if tokens is not None and (path := folder / "added_tokens.json").is_file():
-        tokens = {**tokens, **_json(path)}
-    binary = [
-        p
-        for p in (folder / "tokenizer.model", folder / "spiece.model", folder / "merges.txt")
-        if p.is_file()
-    ]
+    if (path := source_file(folder, "vocab.json")) is not None:
+        tokens = _ids(read_json(path), path)
+    elif (path := source_file(folder, "vocab.txt")) is not None:
+        tokens = {token: i for i, token in enumerate(read_text(path).splitlines())}
+    if tokens is not None and (path := source_file(folder, "added_tokens.json")) is not None:
+        tokens = {**tokens, **_ids(read_json(path), path)}
+    names = ("tokenizer.model", "spiece.model", "merges.txt")
+    binary = [p for name in names if (p := source_file(folder, name)) is not None]
     if tokens is None and not binary:
         return None
     behaviour = json.dumps(sorted((tokens or {}).items())) + "".join(
         p.read_bytes().hex() for p in binary
     )
     return Tokenizer(folder, tokens, behaviour, None)
+
+
+def _vocabulary(model: Mapping, path: Path) -> dict[str, int]:
+    """Token to id of a model, whose vocabulary is a mapping or, of Unigram, a list of pieces."""
+    vocab = model.get("vocab")
+    if vocab is None:
+        return {}
+    if isinstance(vocab, dict):
+        return _ids(vocab, path)
+    pieces = vocab if isinstance(vocab, list) else [vocab]
+    for piece in pieces:
+        if not (
+            isinstance(piece, list)
+            and len(piece) == 2
+            and isinstance(piece[0], str)
+            and isinstance(piece[1], int | float)
+        ):
+            raise CheckpointError(
+                f"{path}: model.vocab holds {piece!r:.60}; it must be pairs of token and score"
+            )
+    return {token: i for i, (token, _) in enumerate(pieces)}
+
+
+def _ids(vocab: Mapping, path: Path) -> dict[str, int]:
+    for token, i in vocab.items():
+        if type(i) is not int or i < 0:
+            raise CheckpointError(f"{path}: the id of {token!r} is {i!r:.60}; it must be a number")
+    return dict(vocab)
+
+
+def _added(data: Mapping, path: Path) -> dict[str, int]:
+    """Added tokens and their ids."""
+    result = {}
+    for entry in typed(data, "added_tokens", "a list", path) or []:
+        content = entry.get("content") if isinstance(entry, dict) else None
+        if not isinstance(content, str) or type(entry.get("id")) is not int:
+            raise CheckpointError(
+                f"{path}: added_tokens holds {entry!r:.60}; each has content and id"
+            )
+        result[content] = entry["id"]
+    return result
+
+
+def _merge(merge: object, path: Path) -> str:
+    """A merge as text; newer files write it as a pair."""
+    parts = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(p, str) for p in parts):
+        raise CheckpointError(f"{path}: model.merges holds {merge!r:.60}; each is two tokens")
+    return " ".join(parts)
 
 
 def difference(reference: str, first: Tokenizer, source: str, other: Tokenizer) -> str | None:
@@ -244,10 +293,3 @@ def _add_merges(model: dict, merges: Sequence, tokens: set[str]) -> None:
 
 def _token_of(tokens: Mapping[str, int], wanted: int) -> str:
     return next(token for token, i in tokens.items() if i == wanted)
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: corrupt ({error}); fetch it again") from error

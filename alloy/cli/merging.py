@@ -104,6 +104,13 @@ TokenizerPolicy = Annotated[
         autocompletion=_of("same", "base", "union"),
     ),
 ]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="Where chat templates differ: the source whose template is taken, or a file.",
+    ),
+]
 Copy = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN=NAME", help="Tensors taken as they are from one source."),
@@ -128,6 +135,7 @@ def merge(
     dtype: Dtype = None,
     shard_bytes: ShardBytes = None,
     tokenizer: TokenizerPolicy = "same",
+    chat_template: ChatTemplate = None,
     copy: Copy = None,
     drop: Drop = None,
     allow: Allow = None,
@@ -144,7 +152,7 @@ def merge(
         plan = plan_merge(
             _request(
                 method, output, sources, base, coefficients, options, statistics, dtype,
-                shard_bytes, tokenizer, copy, drop, allow,
+                shard_bytes, tokenizer, chat_template, copy, drop, allow,
             )
         )  # fmt: skip
         lock = threading.Lock()
@@ -185,6 +193,7 @@ def plan(
     dtype: Dtype = None,
     shard_bytes: ShardBytes = None,
     tokenizer: TokenizerPolicy = "same",
+    chat_template: ChatTemplate = None,
     copy: Copy = None,
     drop: Drop = None,
     allow: Allow = None,
@@ -197,7 +206,7 @@ def plan(
         planned = plan_merge(
             _request(
                 method, output, sources, base, coefficients, options, statistics, dtype,
-                shard_bytes, tokenizer, copy, drop, allow,
+                shard_bytes, tokenizer, chat_template, copy, drop, allow,
             )
         )  # fmt: skip
     typer.echo(replace(planned, notes=tuple(map(in_options, planned.notes))))
@@ -214,6 +223,7 @@ def _request(
     dtype: str | None,
     shard_bytes: str | None,
     tokenizer: str,
+    chat_template: str | None,
     copy: Sequence[str] | None,
     drop: Sequence[str] | None,
     allow: Sequence[str] | None,
@@ -229,6 +239,7 @@ def _request(
         dtype=dtype,
         shard_bytes=shard_bytes,
         tokenizer=tokenizer,
+        chat_template=chat_template,
         copy=_pairs(copy or (), "--copy", "PATTERN=NAME", str),
         drop=drop or (),
         allow=allow or (),

@@ -118,6 +118,8 @@ def _deciders(what: str, patterns: Iterable[str], names: Sequence[str]) -> dict[
 
 
 def known_method(name: str) -> MergeMethod:
+    if not isinstance(name, str):
+        raise MergeError(f"method {name!r}: it must be text; choose one of {sorted(MERGE_METHODS)}")
     if name not in MERGE_METHODS:
         raise MergeError(f"method {name!r} is unknown: {nearest(name, MERGE_METHODS)}")
     return MERGE_METHODS[name]
@@ -196,6 +198,12 @@ def _checked(
     method: MergeMethod, pattern: str, row: Sequence[float], num_models: int
 ) -> tuple[float, ...]:
     """One row of coefficients as given, if the method can take it."""
+    if isinstance(row, str | bytes | Mapping) or not (
+        isinstance(row, Sequence) or getattr(row, "ndim", 0) == 1
+    ):
+        raise MergeError(f"coefficients {row!r}: give a list with one number for each model")
+    if wrong := [c for c in row if isinstance(c, bool) or not hasattr(c, "__float__")]:
+        raise MergeError(f"coefficients {list(row)}: {wrong[0]!r} is no number")
     row = [float(c) for c in row]
     where = _where(pattern, row)
     if len(row) != num_models:

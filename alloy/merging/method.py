@@ -51,6 +51,8 @@ class Option:
             value = tuple(value)
         if type(value) is not self.type:
             raise MergeError(f"option {name}={value!r}: it must be a {self.type.__name__}")
+        if isinstance(value, tuple) and not all(isinstance(v, str) and v for v in value):
+            raise MergeError(f"option {name}={value!r}: give a list of glob patterns")
         if self.choices and value not in self.choices:
             raise MergeError(f"option {name}={value!r}: {nearest(str(value), self.choices)}")
         number = isinstance(value, float | int) and not isinstance(value, bool)

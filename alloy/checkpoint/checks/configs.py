@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.config import flatten
+from alloy.checkpoint.format import read_json, source_file
 
 _MUST_AGREE = (
     "preprocessor_config.json",
@@ -19,7 +21,7 @@ _MUST_AGREE = (
 
 _NO_MATTER = re.compile(
     r"(^|\.)(_?name_or_path|transformers_version|torch_dtype|dtype|use_cache|_commit_hash"
-    r"|architectures|vocab_size|return_dict|output_\w+|gradient_checkpointing|problem_type"
+    r"|architectures|vocab_size|return_dict|output_(attentions|hidden_states|past|scores|router_logits)|gradient_checkpointing|problem_type"
     r"|finetuning_task|task_specific_params|_attn_implementation\w*)$"
 )
 """Keys that do not change what the model computes, or that have a check of their own."""
@@ -55,12 +57,22 @@ def compare_configs(
         if first.get("model_type") != config.get("model_type"):
             continue
         ours, theirs = dict(flatten(first)), dict(flatten(config))
-        for key in sorted(ours.keys() | theirs.keys()):
-            a, b = ours.get(key), theirs.get(key)
-            if a == b or _NO_MATTER.search(key) or key in ("model_type",) or _allowed(key, allow):
+        differing = [
+            key
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+            and key != "model_type"
+            and not _NO_MATTER.search(key)
+            and not _allowed(key, allow)
+        ]
+        one_sided = [key for key in differing if key not in ours or key not in theirs]
+        defaults = _equal_by_default(one_sided, first, config)
+        for key in differing:
+            if key in defaults:
                 continue
+            a, b = ours.get(key, "missing"), theirs.get(key, "missing")
             text = f"config {key} is {a!r} in {reference!r} and {b!r} in {source!r}"
-            if _TRAINING_ONLY.search(key) or key not in ours or key not in theirs:
+            if _TRAINING_ONLY.search(key):
                 findings.note(f"{text}: the result has that of {reference!r}")
             elif "tie_word_embeddings" in key:
                 findings.problem(
@@ -74,17 +86,68 @@ def compare_configs(
                 )
 
 
+def _equal_by_default(keys: Sequence[str], first: Mapping, other: Mapping) -> set[str]:
+    """Those of the keys, which one config lacks, whose value is the default of the architecture.
+
+    transformers writes what differs from its defaults, and reads old keys as new ones. Both configs
+    are completed by it; of an architecture that it lacks no default is known.
+    """
+    if not keys:
+        return set()
+    complete = [_completed(config) for config in (first, other)]
+    ours, theirs = complete
+    if ours is None or theirs is None:
+        return set()
+    same = {k for k in ours.keys() | theirs.keys() if ours.get(k) == theirs.get(k)}
+    differing = [
+        k
+        for k in (ours.keys() | theirs.keys()) - same
+        if not _NO_MATTER.search(k) and not _TRAINING_ONLY.search(k)
+    ]
+    return {k for k in keys if k in same or (k not in ours and k not in theirs and not differing)}
+
+
+def _completed(config: Mapping) -> dict[str, Any] | None:
+    """A config with the defaults of its architecture, as dotted keys; None where none are known."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        return None
+    try:
+        known = AutoConfig.for_model(**json.loads(json.dumps(config)))
+    except Exception:  # a configuration that its own class refuses has no defaults
+        return None
+    return dict(flatten(known.to_dict()))
+
+
 def compare_processors(
     findings: Findings, folders: Mapping[str, Path], allow: Sequence[str]
-) -> None:
-    """Processors see alike, and generation settings are those of the first source."""
+) -> dict[str, Path]:
+    """Processors see alike, and generation settings are those of the first source.
+
+    Returns:
+        files that the first source lacks and another has: nobody else's can be meant.
+    """
+    elsewhere: dict[str, Path] = {}
     if not folders:
-        return
+        return elsewhere
     (reference, first), *others = folders.items()
-    for source, folder in others:
-        for name in (*_MUST_AGREE, "generation_config.json"):
-            a, b = _read(first / name), _read(folder / name)
-            if a is None or b is None:
+    for name in (*_MUST_AGREE, "generation_config.json"):
+        for source, folder in others:
+            a, b = _read(first, name), _read(folder, name)
+            if b is None:
+                continue
+            if a is None:
+                if name in elsewhere and _read(elsewhere[name].parent, name) != b:
+                    owner = elsewhere[name].parent
+                    findings.problem(
+                        f"{name} of {str(owner)!r} and {source!r} differ and {reference!r} has "
+                        "none; list the source first whose file the result shall have"
+                    )
+                elif name not in elsewhere and not _allowed(name, allow):
+                    elsewhere[name] = folder / name
+                    findings.note(f"{name} is that of {source!r}: {reference!r} has none")
                 continue
             keys = sorted(
                 k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not _NO_MATTER.search(k)
@@ -96,11 +159,13 @@ def compare_processors(
                 findings.problem(f"{text}; take models that see alike, or say allow=[{name!r}]")
             else:
                 findings.note(f"{text}: the result has that of {reference!r}")
+    return elsewhere
 
 
 def _allowed(key: str, allow: Sequence[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in allow)
 
 
-def _read(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+def _read(folder: Path, name: str) -> dict[str, Any] | None:
+    path = source_file(folder, name)
+    return None if path is None else read_json(path)

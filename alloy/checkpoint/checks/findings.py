@@ -29,10 +29,10 @@ class Findings:
         self.notes += notes
 
     def attempt(self, function: Callable[..., T], *arguments: object) -> T | None:
-        """The function's result, or None and a problem where it refuses a file."""
+        """The function's result, or None and a problem where it refuses."""
         try:
             return function(*arguments)
-        except CheckpointError as error:
+        except (CheckpointError, MergeError) as error:
             self.problem(str(error))
             return None
 

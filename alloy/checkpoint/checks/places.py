@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,26 @@ from alloy.checkpoint.checks.findings import Findings
 
 INCOMPLETE = ".incomplete"
 """Beside the output, where a merge keeps its work."""
+_LONGEST_NAME = 255  # of every file system in use
+_LONGEST_PATH = 4000  # Linux takes 4096, files within the folder included
 
 
 def check_output(findings: Findings, paths: Mapping[str, Path], output: Path) -> None:
     """The output is absent or empty, and no source may be, hold or lie in what the merge writes."""
+    longest = max(len(os.fsencode(part)) for part in (*output.parts, output.name + INCOMPLETE))
+    if longest > _LONGEST_NAME or len(os.fsencode(output.absolute())) > _LONGEST_PATH:
+        findings.problem(
+            f"{str(output)[:60]}...: too long a name for a file system ({longest} bytes with "
+            f"{INCOMPLETE!r}, at most {_LONGEST_NAME}); choose a shorter one"
+        )
+        return
+    if not output.name or output.name == "..":
+        findings.problem(f"{output}: name the folder that the merge makes")
+        return
+    standing = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    if not standing.is_dir():
+        findings.problem(f"{output}: {standing} is a file where a folder is due")
+        return
     if output.is_symlink():
         findings.problem(f"{output} is a link; name the folder itself")
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):

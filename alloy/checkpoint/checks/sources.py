@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.format import Checkpoint, open_checkpoint
-from alloy.errors import MergeError
 
 BASE = "base"
 """The name of the base among the sources."""
-
-Paths = Sequence[str | Path] | Mapping[str, str | Path]
 
 
 @dataclass(frozen=True)
@@ -47,27 +44,6 @@ class Sources:
         """By source, the reference's first."""
         configs = {name: c.config for name, c in self.checkpoints.items()}
         return {self.reference: configs[self.reference], **configs}
-
-
-def named_paths(sources: Paths, base: str | Path | None) -> dict[str, Path]:
-    """The sources by name: as given, or after their folders (`#2` and so on where those repeat)."""
-    if isinstance(sources, str | Path):
-        raise MergeError("give several sources, as a list of paths or a mapping from name to path")
-    if not sources:
-        raise MergeError("no source: give at least one checkpoint")
-    named: dict[str, Path] = {} if base is None else {BASE: Path(base)}
-    if isinstance(sources, Mapping):
-        if BASE in sources:
-            raise MergeError(
-                f"a source is called {BASE!r}, which means the base; give it another name"
-            )
-        return named | {name: Path(path) for name, path in sources.items()}
-    repeated: dict[str, Path] = {}
-    for path in map(Path, sources):
-        stem = path.stem if path.suffix == ".safetensors" else path.name
-        count = sum(name == stem or name.startswith(f"{stem}#") for name in repeated)
-        repeated[f"{stem}#{count + 1}" if count or stem == BASE else stem] = path
-    return named | repeated
 
 
 def open_sources(findings: Findings, paths: Mapping[str, Path]) -> Sources:

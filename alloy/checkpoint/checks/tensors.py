@@ -94,17 +94,11 @@ def plan_tensors(
             planned = _merged(findings, name, stored, sources, vocabulary, selection)
         if planned is not None:
             result.append(planned)
-    for missing, absent in lacking.items():
-        holders = [source for source in entries if source not in missing]
-        findings.problem(
-            f"{len(absent)} tensor{'s' * (len(absent) > 1)} missing in {few(missing)} that "
-            f"{few(holders)} {'has' if len(holders) == 1 else 'have'}: {few(absent)}; are these "
-            "one architecture? To keep them as they are say "
-            f"copy={{{absent[0]!r}: {holders[0]!r}}}, "
-            f"to leave them out drop=[{absent[0]!r}] (patterns work)"
-        )
+    _report_lacking(findings, entries, lacking)
     if not result and not findings.problems:
         findings.problem("drop leaves no tensor")
+    if not findings.problems:
+        _check_agreement(findings, result, reference)
     return tuple(result)
 
 
@@ -149,6 +143,66 @@ def _same_bytes(a: Entry, b: Entry) -> bool:
                 return False
             remaining -= size
     return True
+
+
+def _report_lacking(
+    findings: Findings,
+    entries: Mapping[str, Mapping[str, Entry]],
+    lacking: Mapping[tuple[str, ...], Sequence[str]],
+) -> None:
+    """Tensors that some sources lack, or one model's under the names of two versions."""
+    for missing, absent in lacking.items():
+        holders = [source for source in entries if source not in missing]
+        others = [names for other, names in lacking.items() if set(other) == set(holders)]
+        if others and _shapes(entries[holders[0]], absent) == _shapes(
+            entries[missing[0]], others[0]
+        ):
+            if holders[0] == next(iter(entries)):
+                findings.problem(
+                    f"{len(absent)} tensors have other names in {few(missing)} ({others[0][0]!r}) "
+                    f"than in {few(holders)} ({absent[0]!r}) and the same shapes: one architecture "
+                    "as two versions of transformers save it; load and save all with one version"
+                )
+            continue
+        findings.problem(
+            f"{len(absent)} tensor{'s' * (len(absent) > 1)} missing in {few(missing)} that "
+            f"{few(holders)} {'has' if len(holders) == 1 else 'have'}: {few(absent)}; are these "
+            f"one architecture? To keep them as they are say "
+            f"copy={{{absent[0]!r}: {holders[0]!r}}}, "
+            f"to leave them out drop=[{absent[0]!r}] (patterns work)"
+        )
+
+
+def _shapes(entries: Mapping[str, Entry], names: Sequence[str]) -> list[tuple[int, ...]]:
+    return sorted(entries[name].shape for name in names)
+
+
+def _check_agreement(findings: Findings, tensors: Sequence[PlannedTensor], reference: str) -> None:
+    """Tensors that cannot be merged hold the same bytes in all sources."""
+    differing = {
+        t.name: source
+        for t in tensors
+        if t.how == "agree"
+        for source, entry in zip(t.sources[1:], t.inputs[1:], strict=True)
+        if not _same_bytes(t.inputs[0], entry)
+    }
+    if not differing:
+        return
+    name, source = next(iter(differing.items()))
+    tensor = next(t for t in tensors if t.name == name)
+    patterns = dict.fromkeys(_pattern(n, tensors) for n in differing)
+    more = f", {len(differing) - 1} more such tensors too" if len(differing) > 1 else ""
+    findings.problem(
+        f"{name} is {tensor.dtype} and differs between {tensor.sources[0]!r} and {source!r}{more}; "
+        f"say whose to take: copy={dict.fromkeys(patterns, reference)}"
+    )
+
+
+def _pattern(name: str, tensors: Sequence[PlannedTensor]) -> str:
+    """A pattern for the tensors of every layer that are called so, if it hits no merged ones."""
+    pattern = f"*{name.rpartition('.')[2]}"
+    hit = [t for t in tensors if fnmatchcase(t.name, pattern)]
+    return pattern if len(hit) > 1 and all(t.how == "agree" for t in hit) else name
 
 
 def _check_selection(

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -143,7 +144,7 @@ def test_every_file_is_hashed_on_the_way(sources, tmp_path):
 
 
 def test_the_card_tells_sources_revisions_hashes_coefficients_and_command(write, weights, tmp_path):
-    """What `fetch` wrote about a source is in the card; without it the size, or on demand the hash."""
+    """What our own fetch wrote about a source is in the card; else the size, or on demand the hash."""
     a, b = write("a", weights(1)), write("b", weights(2))
     content = (a / "model.safetensors").read_bytes()
     manifest = {
@@ -154,14 +155,8 @@ def test_the_card_tells_sources_revisions_hashes_coefficients_and_command(write,
     (a / "manifest.json").write_text(json.dumps(manifest))
     for i, hash_sources in enumerate((False, True)):
         out = tmp_path / f"out{i}"
-        alloy.merge_checkpoints(
-            "linear",
-            [a, b],
-            out,
-            coefficients=[3, 1],
-            hash_sources=hash_sources,
-            command="make it so",
-        )
+        plan = plan_merge(MergeRequest("linear", [a, b], out, coefficients=[3, 1]))
+        run_plan(plan, hash_sources=hash_sources, trust_manifests=True, command="make it so")
         card = (out / "README.md").read_text()
         for part in (
             "hf://org/a@main",
@@ -176,14 +171,80 @@ def test_the_card_tells_sources_revisions_hashes_coefficients_and_command(write,
         assert (digest in card) == hash_sources
 
 
+FOREIGN = [
+    "{",
+    "[1]",
+    "{}",
+    json.dumps({"source": "x", "revision": None, "files": [1]}),
+    json.dumps({"source": ["x"], "files": {}}),
+    json.dumps({"source": "x", "files": {"model.safetensors": {"size": 1, "sha256": "short"}}}),
+    json.dumps({"name": "another tool", "version": 3, "files": ["a.js"]}),
+]
+
+
+@pytest.mark.parametrize("manifest", FOREIGN)
+@pytest.mark.parametrize("trust", [False, True])
+def test_another_tools_manifest_is_neither_believed_nor_in_the_way(
+    manifest, trust, write, weights, tmp_path
+):
+    """A file called manifest.json of any content changes nothing of the record."""
+    folders = [write("a", weights(1)), write("b", weights(2))]
+    (folders[0] / "manifest.json").write_text(manifest)
+    run_plan(plan_merge(MergeRequest("linear", folders, tmp_path / "out")), trust_manifests=trust)
+    source = json.loads((tmp_path / "out" / "alloy_merge.json").read_text())["sources"]["a"]
+    size = (folders[0] / "model.safetensors").stat().st_size
+    assert source == {"source": "a", "revision": None, "files": {"model.safetensors": size}}
+
+
+def test_a_forged_manifest_is_not_believed(write, weights, tmp_path):
+    """A hash is recorded only if it was computed, or verified by our own fetch."""
+    folders = [write("a", weights(1)), write("b", weights(2))]
+    size = (folders[0] / "model.safetensors").stat().st_size
+    entry = {"size": size, "sha256": "0" * 64}
+    forged = {
+        "source": "hf://famous/a",
+        "revision": "1" * 40,
+        "files": {"model.safetensors": entry},
+    }
+    (folders[0] / "manifest.json").write_text(json.dumps(forged))
+    for hash_sources in (False, True):
+        out = tmp_path / f"out{hash_sources}"
+        alloy.merge_checkpoints("linear", folders, out, hash_sources=hash_sources)
+        written = (out / "README.md").read_text() + (out / "alloy_merge.json").read_text()
+        assert "famous" not in written
+        assert "0" * 64 not in written
+
+
+def test_text_from_files_and_arguments_is_escaped_in_the_card(write, weights, config, tmp_path):
+    """Names, notes, titles and commands can hold no tag, table cell, link or end of a code block."""
+    evil = "<img src=x>|](http://x)`"
+    folders = {
+        evil: write("a", weights(1), config={**config, "attention_dropout": "<script>|\n# hi"}),
+        "b": write("b", weights(2), config={**config, "attention_dropout": 0.1}),
+    }
+    alloy.merge_checkpoints(
+        "linear", folders, tmp_path / "out", title=f"t {evil}\n## injected", command="a\n```\n<b>"
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    outside = re.sub(r"(`{3,})\n.*?\n\1\n", "", card, flags=re.DOTALL)
+    outside = re.sub(r"`[^`\n]*`", "", outside).replace("<br>", "")
+    assert "<" not in outside
+    assert not re.search(r"(?<!\\)\]\(", outside)
+    assert "\n## injected" not in card
+    rows = [line for line in outside.splitlines() if line.startswith("| ")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) in (3, 5) for row in rows)
+
+
 def test_the_hubs_cache_tells_repository_commit_and_hashes(write, weights, tmp_path):
     """`models--org--name/snapshots/<commit>` links to blobs that are named by their SHA-256."""
     folder = write("plain", weights(1))
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    snapshot = tmp_path / "models--org--name" / "snapshots" / ("c" * 40)
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / ("c" * 40)
     snapshot.mkdir(parents=True)
-    (folder / "model.safetensors").rename(tmp_path / digest)
-    (snapshot / "model.safetensors").symlink_to(tmp_path / digest)
+    (repository / "blobs").mkdir()
+    (folder / "model.safetensors").rename(repository / "blobs" / digest)
+    (snapshot / "model.safetensors").symlink_to(f"../../blobs/{digest}")
     alloy.merge_checkpoints("linear", [snapshot], tmp_path / "out")
     (source,) = json.loads((tmp_path / "out" / "alloy_merge.json").read_text())["sources"].values()
     assert source == {
@@ -191,6 +252,20 @@ def test_the_hubs_cache_tells_repository_commit_and_hashes(write, weights, tmp_p
         "revision": "c" * 40,
         "files": {"model.safetensors": digest},
     }
+
+
+def test_what_float16_cannot_hold_is_told(write, load, tmp_path):
+    """Entries below 2**-25 become 0: the report, the record and the card say how many, of what."""
+    small = torch.tensor([1.0, 1e-9, -2e-9, 0.0, 6e-8])
+    folders = [write(n, {"w": small, "v": torch.ones(3)}, config=None) for n in "ab"]
+    report = alloy.merge_checkpoints("linear", folders, tmp_path / "out", dtype="float16")
+    assert int((load(tmp_path / "out")["w"] == 0).sum()) == 3
+    (note,) = report.notes
+    assert note.startswith("2 of 5 entries of 'w' are smaller than float16 can hold")
+    assert note in json.loads((tmp_path / "out" / "alloy_merge.json").read_text())["notes"]
+    assert (
+        alloy.merge_checkpoints("linear", folders, tmp_path / "wide", dtype="bfloat16").notes == ()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])

@@ -221,7 +221,7 @@ PROBED = [  # what mergekit 0.1.5 was given
     Case("one coefficient too few", call(coefficients=[1.0]), "one for each of the 2 models"),
     Case("too many models", call("nearswap", base=True), "'nearswap' merges 1 models"),
     Case("output occupied", spoil(occupied), "not an empty folder"),
-    Case("corrupt header", spoil(corrupt), "b/model.safetensors: corrupt header"),
+    Case("corrupt header", spoil(corrupt), "b/model.safetensors: header: corrupt"),
 ]  # fmt: skip
 
 OURS = [

@@ -1,0 +1,210 @@
+"""How the sources' tokenizers are used: chat templates, special tokens, padding, what is put around.
+
+Two tokenizers that cut text alike may still begin and end it with other tokens, pad on other sides
+or speak in other turns. The result has one source's files, so a setting that would be lost is
+refused, and of several chat templates one is chosen by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from alloy.checkpoint.checks.findings import Findings
+from alloy.checkpoint.format import few, read_json, read_text, source_file
+from alloy.errors import CheckpointError
+
+_SETTINGS = "tokenizer_config.json"
+_SPECIAL = "special_tokens_map.json"
+_TEMPLATE = "chat_template.jinja"
+_TEMPLATE_JSON = "chat_template.json"
+_SPECIAL_TOKENS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+    "additional_special_tokens", "extra_special_tokens",
+)  # fmt: skip
+_USE = (
+    *_SPECIAL_TOKENS,
+    "add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "legacy",
+    "padding_side", "truncation_side", "split_special_tokens", "strip_accents",
+    "tokenize_chinese_chars", "clean_up_tokenization_spaces", "use_default_system_prompt",
+)  # fmt: skip
+"""Settings that change which tokens a text becomes; the others are names, versions and limits."""
+_AROUND = ("post_processor", "truncation", "padding", "decoder")
+"""Parts of tokenizer.json around the model."""
+
+Template = str | list[Any]
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What the result's tokenizer files need beyond the source whose files they are."""
+
+    files: Mapping[str, bytes]
+    """Files to write instead of that source's."""
+    left_out: tuple[str, ...] = ()
+    """Files of that source that no longer hold."""
+
+
+def common_settings(
+    findings: Findings,
+    folders: Mapping[str, Path],
+    speaker: str,
+    models: Sequence[str],
+    chat_template: str | None,
+    allow: Sequence[str],
+) -> TextSettings:
+    """Compare how the tokenizers are used, and choose the chat template.
+
+    Args:
+        speaker: the source whose tokenizer files the result has.
+        models: the sources that are merged; the base counts where it speaks.
+        chat_template: the source whose template is taken, or a file.
+    """
+    read = {name: findings.attempt(_read, folder) for name, folder in folders.items()}
+    settings = {name: value for name, value in read.items() if value is not None}
+    if speaker in settings:
+        for name in models:
+            if name != speaker and name in settings:
+                _compare(findings, speaker, settings[speaker], name, settings[name], allow)
+    templates = {name: findings.attempt(_template, folder) for name, folder in folders.items()}
+    known = {name: template for name, template in templates.items() if template}
+    chosen = _chosen(findings, known, speaker, chat_template, bool(settings))
+    if chosen is None or chosen == known.get(speaker) or speaker not in folders:
+        return TextSettings({})
+    return _with_template(folders[speaker], chosen)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """The settings of a folder's tokenizer by name, or None where there are none."""
+    result: dict[str, Any] = {}
+    for name in (_SPECIAL, _SETTINGS):
+        if (path := source_file(folder, name)) is not None:
+            data = read_json(path)
+            result |= {key: _plain(data[key]) for key in _USE if data.get(key) is not None}
+    if (path := source_file(folder, "tokenizer.json")) is not None:
+        data = read_json(path)
+        result |= {key: _without_ids(data[key]) for key in _AROUND if data.get(key) is not None}
+    return {key: value for key, value in result.items() if value not in ([], {}, "")} or None
+
+
+def _plain(value: Any) -> Any:
+    """A special token's text, whatever else is said of it."""
+    if isinstance(value, dict):
+        return value["content"] if "content" in value else {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _without_ids(value: Any) -> Any:
+    """A part of a tokenizer without its ids, which differ where vocabularies do."""
+    if isinstance(value, dict):
+        return {k: _without_ids(v) for k, v in value.items() if k not in ("ids", "pad_id")}
+    if isinstance(value, list):
+        return [_without_ids(item) for item in value if type(item) is not int]
+    return value
+
+
+def _compare(
+    findings: Findings,
+    speaker: str,
+    ours: Mapping[str, Any],
+    name: str,
+    theirs: Mapping[str, Any],
+    allow: Sequence[str],
+) -> None:
+    """What another source says and the speaker does not is refused, unless it is allowed."""
+    lost = [
+        key
+        for key, value in theirs.items()
+        if ours.get(key) != value
+        and (key in ours or key in _SPECIAL_TOKENS or key in _AROUND)
+        and not any(fnmatchcase(f"tokenizer.{key}", pattern) for pattern in allow)
+    ]
+    if lost:
+        said = ", ".join(
+            f"{key} is {_short(ours.get(key))} in {speaker!r} and {_short(theirs[key])} in {name!r}"
+            for key in lost[:3]
+        )
+        more = f", {few(lost[3:])} too" if len(lost) > 3 else ""
+        keys = [f"tokenizer.{key}" for key in lost]
+        findings.problem(
+            f"tokenizers are used differently: {said}{more}; make them agree, or say "
+            f"allow={keys} to take what {speaker!r} says"
+        )
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "missing"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 50 else text[:47] + "..."
+
+
+def _template(folder: Path) -> Template | None:
+    """The chat template of a folder: a file of its own, or a key of the settings."""
+    if (path := source_file(folder, _TEMPLATE)) is not None:
+        return read_text(path)
+    for name in (_TEMPLATE_JSON, _SETTINGS):
+        if (path := source_file(folder, name)) is not None:
+            template = read_json(path).get("chat_template")
+            if isinstance(template, str | list) and template:
+                return template
+            if template:
+                raise CheckpointError(f"{path}: chat_template is {template!r:.60}; it must be text")
+    return None
+
+
+def _chosen(
+    findings: Findings,
+    templates: Mapping[str, Template],
+    speaker: str,
+    wanted: str | None,
+    tokenizers: bool,
+) -> Template | None:
+    """The template of the result, or None where no source has one."""
+    if wanted is not None:
+        if wanted in templates:
+            return templates[wanted]
+        path = Path(wanted)
+        if path.is_file():
+            if not tokenizers:
+                findings.problem(f"chat_template={wanted!r}: no source has a tokenizer to use it")
+            return findings.attempt(read_text, path)
+        findings.problem(
+            f"chat_template={wanted!r}: no file, and no source with a chat template; "
+            f"{few(list(templates)) or 'none'} has one"
+        )
+        return None
+    different: list[Template] = []
+    for template in templates.values():
+        if template not in different:
+            different.append(template)
+    if len(different) > 1:
+        findings.problem(
+            f"the chat templates of {few(list(templates))} differ; say which the result shall have: "
+            f"chat_template={next(iter(templates))!r}, or a file"
+        )
+        return None
+    if different and speaker not in templates:
+        findings.note(f"the chat template is that of {few(list(templates))}: {speaker!r} has none")
+    return different[0] if different else None
+
+
+def _with_template(folder: Path, template: Template) -> TextSettings:
+    """The files that give a folder's tokenizer this template and no other."""
+    files: dict[str, bytes] = {}
+    path = source_file(folder, _SETTINGS)
+    settings = {} if path is None else read_json(path)
+    if isinstance(template, str):
+        settings.pop("chat_template", None)
+        files[_TEMPLATE] = template.encode()
+    else:
+        settings["chat_template"] = template
+    if path is not None or not isinstance(template, str):
+        files[_SETTINGS] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+    return TextSettings(files, (_TEMPLATE, _TEMPLATE_JSON))

@@ -1,6 +1,7 @@
 """Recipes by name: `params/recipes.yaml` lists them, `params/<name>.yaml` says what each does."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,11 @@ def load(name: str) -> Recipe:
     Raises:
         ParamsError: names the file, the key and what would be right.
     """
-    sections = read(name)
+    return parse(name, read(name))
+
+
+def parse(name: str, sections: Mapping[str, Any]) -> Recipe:
+    """The recipe of these sections, as `load` checks it."""
     where = str(PARAMS / f"{name}.yaml")
     kind = sections.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:

@@ -4,7 +4,8 @@ from tasks.recipe.graph import write_graph
 from tasks.recipe.load import Recipe, check_alone, load, load_file
 from tasks.recipe.section import ParamsError
 from tasks.recipe.shared import PromoteParams
-from tasks.sources.resolve import SourceError, place
+from tasks.sources.place import place
+from tasks.sources.source import SourceError
 
 
 def check(name: str) -> Recipe:

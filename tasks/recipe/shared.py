@@ -10,7 +10,7 @@ from tasks.recipe.section import Name, Section
 class CheckpointParams(Section):
     """Where a checkpoint comes from, and what it must be; a plain string is a source without conditions."""
 
-    source: str  # see `tasks/sources/resolve.py`
+    source: str  # see `tasks/sources/place.py`
     revision: str | None = None  # the immutable revision that it must resolve to
     sha256: dict[str, str] = Field(default={})  # what the hash of a file must be
 

@@ -22,7 +22,8 @@ from tasks.recipe.load import Recipe
 from tasks.recipe.shared import CheckpointParams
 from tasks.sources import resolve as sources
 from tasks.sources import transfer
-from tasks.sources.resolve import MANIFEST, RemoteFile, Snapshot, SourceError
+from tasks.sources.place import is_pinned
+from tasks.sources.source import MANIFEST, RemoteFile, Snapshot, SourceError
 
 _CHUNK_BYTES = 1 << 20
 
@@ -82,7 +83,7 @@ def _manifest(folder: Path) -> dict:
 def _snapshot(wanted: CheckpointParams, here: Path) -> Snapshot:
     manifest = _manifest(here)
     # A commit cannot change: a recipe that names one needs no network once it is here.
-    if sources.is_pinned(wanted.source) and manifest.get("source") == wanted.source:
+    if is_pinned(wanted.source) and manifest.get("source") == wanted.source:
         return Snapshot(
             source=wanted.source,
             revision=manifest["revision"],

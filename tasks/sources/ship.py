@@ -19,15 +19,9 @@ from tasks import storage
 from tasks.recipe.load import Recipe
 from tasks.recipe.section import ParamsError
 from tasks.registry.register import find_parents, refuse_many_models
-from tasks.sources.resolve import (
-    MANIFEST,
-    ShipManifest,
-    ShippedFile,
-    SourceError,
-    read_manifest,
-    s3_client,
-    s3_errors,
-)
+from tasks.sources.s3 import s3_client, s3_errors
+from tasks.sources.shipped import ShipManifest, ShippedFile, read_manifest
+from tasks.sources.source import MANIFEST, SourceError
 
 PART_BYTES = 16 << 20
 CONNECTIONS = 8

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tasks.registry import tracking
-from tasks.sources import resolve as sources
-from tasks.sources import transfer
+from tasks.sources import source, transfer
+from tasks.sources.s3 import s3_client
 from tests import recipes, servers
 
 
@@ -35,7 +35,7 @@ def write_recipe(workspace: Path) -> Callable[..., str]:
 def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges and pauses that fit files of a few hundred kilobytes."""
     monkeypatch.setattr(transfer, "RANGE_BYTES", 1 << 16)
-    for module in (transfer, sources):
+    for module in (transfer, source):
         monkeypatch.setattr(module, "PAUSE_SECONDS", 0.01)
 
 
@@ -79,7 +79,7 @@ class Bucket:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.client = sources.s3_client()
+        self.client = s3_client()
         self.client.create_bucket(Bucket=name)
 
     def put(self, prefix: str, files: dict[str, bytes], **metadata: str) -> None:

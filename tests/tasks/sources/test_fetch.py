@@ -15,7 +15,8 @@ from tasks import storage
 from tasks.recipe.load import Recipe, load
 from tasks.sources import transfer
 from tasks.sources.fetch import fetch, main, resolve
-from tasks.sources.resolve import SourceError, UnreachableError, place
+from tasks.sources.place import place
+from tasks.sources.source import SourceError, UnreachableError
 
 REPOSITORY = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("small_ranges")

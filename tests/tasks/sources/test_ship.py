@@ -10,8 +10,9 @@ from tasks.recipe.load import Recipe, load
 from tasks.recipe.section import ParamsError
 from tasks.sources import ship as ship_stage
 from tasks.sources.fetch import main as fetch
-from tasks.sources.resolve import SourceError, resolve
+from tasks.sources.resolve import resolve
 from tasks.sources.ship import main, ship
+from tasks.sources.source import SourceError
 
 
 def write_model(seed: int = 0, num_bytes: int = 100_000) -> dict[str, bytes]:

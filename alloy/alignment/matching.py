@@ -361,7 +361,7 @@ def _on_the_diagonal(total: Tensor, depth: int) -> float:
 
 
 def _grid(shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """For each dim, the index along it of every place."""
+    """Index every place along each dim."""
     return torch.meshgrid(*map(torch.arange, shape), indexing="ij") if shape else ()
 
 

@@ -102,7 +102,7 @@ def _by_tensor(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, dic
 
 
 def _deciders(what: str, patterns: Iterable[str], names: Sequence[str]) -> dict[str, str]:
-    """For each name the first pattern that matches it; every pattern must decide something."""
+    """Map each name to the first pattern that matches it; every pattern must decide something."""
     patterns = list(patterns)
     decides = {name: next((p for p in patterns if fnmatchcase(name, p)), None) for name in names}
     if undecided := [name for name, pattern in decides.items() if pattern is None]:

@@ -1,4 +1,4 @@
-"""How much the answers depend on each layer of the experts, and Grams that count tokens so.
+"""Sensitivity of the answers to each layer of the experts, and Grams weighted by it.
 
 Most tokens reach the answers through attention alone, and heads look at few directions. Weighted by
 the sensitivities, an error of a layer counts as much as it changes the answers

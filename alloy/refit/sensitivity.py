@@ -77,7 +77,7 @@ def sensitivities(
 
 @torch.no_grad()
 def _spreads(module: nn.Module, batches: Iterable[Batch], answers: Answers) -> list[float]:
-    """For each answer the root of its summed squared distance to its mean, for one example."""
+    """Root of each answer's summed squared distance to its mean, per example."""
     sums: list[Tensor] = []
     squares: list[Tensor] = []
     counts: list[int] = []

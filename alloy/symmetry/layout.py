@@ -49,7 +49,7 @@ Term = Leaf | Product | Sum
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Where a space meets a weight: a dim, and the path inside the dim's term.
+    """Place where a space meets a weight: a dim, and the path inside the dim's term.
 
     A step of the path is `*i` (factor i of a product) or `+i` (part i of a sum).
     """

@@ -1,4 +1,4 @@
-"""Which axes of which weights share one transform: the result of tracing, as data.
+"""Axes of weights that share one transform: the result of tracing, as data.
 
 A *unit* is one coordinate of a hidden space: a neuron of an MLP, a head, a coordinate of the
 residual stream. A *space* is a set of units that may be transformed together. A dim of a weight is

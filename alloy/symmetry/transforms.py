@@ -331,7 +331,7 @@ def _reindex(transform: Transform, parents: Transforms, *, inverse_of: bool) -> 
 def _parent_positions(
     transform: Transform, parents: Transforms, *, inverse_of: bool
 ) -> tuple[Tensor, ...]:
-    """For each unit of the parents' result, the units of their source."""
+    """Map each unit of the parents' result to the units of their source."""
     shape = transform.batch_shape
     result = torch.meshgrid(*[torch.arange(n) for n in shape], indexing="ij")
     source: list[Tensor] = []

@@ -72,7 +72,7 @@ def _neighbours_in(factors: list[Node], outside: list[Node]) -> Iterator[tuple[A
 
 
 def dependencies(engine: Engine, atoms: Mapping[Atom, Node]) -> dict[Atom, set[Atom]]:
-    """For each free leaf, the leaves of weights per whose units it may be transformed."""
+    """Map each free leaf to the leaves of weights per whose units it may be transformed."""
     depends: dict[Atom, set[Atom]] = {}
     seen: set[tuple[int, ...]] = set()
     for dims in engine.dims.values():

@@ -22,7 +22,7 @@ from alloy.symmetry import identity
 from benchmarks.gauge.params import Calibration, study
 from benchmarks.gauge.train import MADE
 from benchmarks.gauge.widen import widen
-from tasks.data import scenes
+from tasks.data.scenes.bank import load_bank
 from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
 from tasks.experts.prepare import calibration_examples
 from tasks.experts.shared.loading import load_model
@@ -88,7 +88,7 @@ def calibration(draw: int, settings: Calibration) -> Batches:
             "calibration_examples": settings.examples,
         }
     )
-    tensors = calibration_examples(scenes.load_bank(params.scenes), drawn)
+    tensors = calibration_examples(load_bank(params.scenes), drawn)
     size = settings.batch_size
     generator = torch.Generator().manual_seed(draw)
     return [

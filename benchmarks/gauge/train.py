@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.gauge.params import study
-from tasks.data import scenes
+from tasks.data.scenes.bank import load_bank
 from tasks.experts.pretrain import FROM_SEED, pretrain
 from tasks.recipe.load import load_experts
 from tasks.storage import write_folder, write_json
@@ -16,7 +16,7 @@ WORK = Path(".alloy/gauge")
 def train(name: str) -> None:
     """Pre-train a model into `models/gauge/<name>`, after the seed of its experts if it has one."""
     params = study()
-    bank = scenes.load_bank(load_experts(params.recipe).prepare.scenes)
+    bank = load_bank(load_experts(params.recipe).prepare.scenes)
     arm, made = params.pretrain(name)
     if arm in FROM_SEED:
         pretrain("seed", made, bank, WORK / name, _say)

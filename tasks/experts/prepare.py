@@ -13,9 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alloy.errors import nearest
-from tasks.data import scenes
 from tasks.data.examples import EXAMPLES, GROUPED, Arrays, coloured, describe, retrieval, words
-from tasks.data.scenes import SEGMENTATION_CLASSES, SPLITS, Bank, SceneGenerator, load_bank
+from tasks.data.scenes.bank import Bank, load_bank
+from tasks.data.scenes.drawings import SPLITS
+from tasks.data.scenes.generator import SceneGenerator
+from tasks.data.scenes.packages import source_versions
+from tasks.data.scenes.words import SEGMENTATION_CLASSES
 from tasks.recipe.experts import ExpertsRecipe, PrepareParams
 from tasks.recipe.section import ParamsError
 from tasks.storage import read_json, sha256, write_file, write_folder, write_json
@@ -130,7 +133,7 @@ def _manifest(folder: Path, params: PrepareParams, bank: Bank) -> dict[str, obje
     return {
         "files": {path.relative_to(folder).as_posix(): sha256(path) for path in paths},
         "cells": bank.sha256,
-        "packages": scenes.source_versions(),
+        "packages": source_versions(),
         "prepare": params.model_dump(),
     }
 

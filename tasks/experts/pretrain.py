@@ -32,7 +32,19 @@ from alloy.modality import (
 )
 from alloy.modality.configuration import Sharing
 from alloy.modality.objectives import pretraining_losses
-from tasks.data import scenes
+from tasks.data.scenes.bank import Bank, load_bank
+from tasks.data.scenes.generator import SceneGenerator
+from tasks.data.scenes.packages import source_versions
+from tasks.data.scenes.words import (
+    ANSWERS,
+    MAX_TOKENS,
+    PAD,
+    SEGMENTATION_CLASSES,
+    TOKEN,
+    VOCABULARY,
+    tokenizer,
+)
+from tasks.recipe.experts import SceneParams
 from tasks.recipe.load import load_experts, load_file
 from tasks.recipe.pretraining import PretrainParams, TransformerParams
 from tasks.recipe.section import ParamsError
@@ -55,19 +67,17 @@ FROM_SEED = ("agnostic", "specific")
 CHAINS = (("seed", *FROM_SEED), ("specific_unseeded",))  # each one after the other
 
 
-def model_config(
-    params: TransformerParams, scene: scenes.SceneParams, sharing: Sharing
-) -> ModalityConfig:
+def model_config(params: TransformerParams, scene: SceneParams, sharing: Sharing) -> ModalityConfig:
     """The model for these scenes, their words, answers and classes."""
     return ModalityConfig(
         sharing=sharing,
         **params.model_dump(),
         image_size=2 * scene.cell_pixels,
-        vocab_size=len(scenes.VOCABULARY),
-        max_position_embeddings=scenes.MAX_TOKENS,
-        pad_token_id=scenes.PAD,
-        num_answers=len(scenes.ANSWERS),
-        num_segment_classes=len(scenes.SEGMENTATION_CLASSES),
+        vocab_size=len(VOCABULARY),
+        max_position_embeddings=MAX_TOKENS,
+        pad_token_id=PAD,
+        num_answers=len(ANSWERS),
+        num_segment_classes=len(SEGMENTATION_CLASSES),
         segment_cells=params.patch_size // scene.label_pixels,
         attn_implementation="eager",  # faster than sdpa on a CPU for sequences this short
     )
@@ -107,14 +117,14 @@ def _by_moment(moments: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return grouped
 
 
-def identity(arm: str, params: PretrainParams, bank: scenes.Bank) -> str:
+def identity(arm: str, params: PretrainParams, bank: Bank) -> str:
     """A digest of all that determines an arm's weights, the code apart."""
     parts = [arm, params.model_dump(), bank.sha256, torch.__version__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def pretrain(
-    arm: str, params: PretrainParams, bank: scenes.Bank, work: Path, report: Report
+    arm: str, params: PretrainParams, bank: Bank, work: Path, report: Report
 ) -> tuple[ModalityModel, Progress]:
     """Train one arm, reporting (arm, "say", line) and (arm, "curves", values, step).
 
@@ -122,13 +132,13 @@ def pretrain(
     """
     config = model_config(params.model, bank.params, SHARING[arm])
     model = ModalityModel(config)
-    generator = scenes.SceneGenerator(bank, "train", params.seed)
+    generator = SceneGenerator(bank, "train", params.seed)
 
     def losses_at(step: int) -> dict[str, Tensor]:
         return pretraining_losses(
             model,
             generator.batch(params.batch_size, step),
-            mask_token_id=scenes.TOKEN["[MASK]"],
+            mask_token_id=TOKEN["[MASK]"],
             mask_probability=params.mask_probability,
             generator=step_generator(params.seed, step),
         )
@@ -152,13 +162,13 @@ def release(
     model: ModalityModel,
     progress: Progress,
     params: PretrainParams,
-    bank: scenes.Bank,
+    bank: Bank,
     target: Path,
 ) -> None:
     """Write the checkpoint, its tokenizer, how it was made, and its card."""
     with write_folder(target) as partial:
         model.save_pretrained(partial)
-        scenes.tokenizer().save_pretrained(partial)
+        tokenizer().save_pretrained(partial)
         facts = {
             "arm": arm,
             "identity": identity(arm, params, bank),
@@ -169,7 +179,7 @@ def release(
             "parameters": sum(p.numel() for p in model.parameters()),
             "model_sha256": sha256(partial / "model.safetensors"),
             "cells_sha256": bank.sha256,
-            "versions": {**scenes.source_versions(), "torch": torch.__version__},
+            "versions": {**source_versions(), "torch": torch.__version__},
             "params": params.model_dump(),
             "scenes": bank.params.model_dump(),
         }
@@ -208,7 +218,7 @@ def card(facts: Mapping) -> str:
                 "steps": f"{facts['first_step']} to {facts['last_step']} of a schedule of "
                 f"{training['num_steps']}, {batch_size} scenes a step",
                 "objectives": "image-text contrast, masked words and statements",
-                "data": "scenes composed on the fly from the train cells of tasks/data/scenes.py",
+                "data": "scenes composed on the fly from the train cells of tasks/data/scenes",
                 "SHA-256 of model.safetensors": facts["model_sha256"],
                 "SHA-256 of the cells": facts["cells_sha256"],
                 "versions": versions,
@@ -222,7 +232,7 @@ def card(facts: Mapping) -> str:
 
 def run_chain(arms: Sequence[str], params: PretrainParams, report: Report) -> None:
     """Pre-train and release the arms one after the other, but for those that are there already."""
-    bank = scenes.load_bank(load_experts(params.recipe).prepare.scenes)
+    bank = load_bank(load_experts(params.recipe).prepare.scenes)
     stale = [arm for arm in arms if not _is_made(RELEASED / arm / FACTS, arm, params, bank)]
     if set(stale) & set(FROM_SEED) and "seed" not in stale and not _has_state(params, bank):
         stale = ["seed", *stale]
@@ -236,11 +246,11 @@ def run_chain(arms: Sequence[str], params: PretrainParams, report: Report) -> No
         report(arm, "say", f"wrote {RELEASED / arm}, {size / 1e6:.1f} MB")
 
 
-def _is_made(facts: Path, arm: str, params: PretrainParams, bank: scenes.Bank) -> bool:
+def _is_made(facts: Path, arm: str, params: PretrainParams, bank: Bank) -> bool:
     return facts.exists() and read_json(facts)["identity"] == identity(arm, params, bank)
 
 
-def _has_state(params: PretrainParams, bank: scenes.Bank) -> bool:
+def _has_state(params: PretrainParams, bank: Bank) -> bool:
     """Whether the seed's optimizer moments, which are not released, are still here."""
     facts = WORK / "seed" / PROGRESS
     made = _is_made(facts, "seed", params, bank)
@@ -252,7 +262,7 @@ def main(arms: Sequence[str]) -> None:
         if arm not in SHARING:
             raise ParamsError(f"{arm!r} is no checkpoint: {nearest(arm, list(SHARING))}")
     params = load_file("pretrain", PretrainParams)
-    scenes.load_bank(load_experts(params.recipe).prepare.scenes)  # built once, for all
+    load_bank(load_experts(params.recipe).prepare.scenes)  # built once, for all
     chains = [[arm for arm in chain if arm in arms] for chain in CHAINS]
     with ExitStack() as stack:
         logs: dict[str, tracking.Log] = {}

@@ -14,11 +14,10 @@ from tasks.workspace import Workspace
 
 Modality = Literal["v", "l", "vl"]
 LOWER_EXPERTS = ("v", "l")  # the blocks below the joint ones have no others
-SPLITS = ("train", "validation", "test")
 
 
 class SceneParams(Section):
-    """What scenes look like (`tasks/data/scenes.py`); pre-training and `prepare` share it."""
+    """What scenes look like (`tasks/data/scenes`); pre-training and `prepare` share it."""
 
     seed: int = Field(ge=0)
     cell_pixels: int = Field(gt=0)  # a scene is two cells high and wide

@@ -91,7 +91,7 @@ FILLS = {
 """What each stage's entry in `dvc.yaml` fills in."""
 
 OWN_CODE = {
-    ("merge", "experts"): "tasks/data/scenes.py",
+    ("merge", "experts"): "tasks/data/scenes",
     ("merge", "models"): "tasks/models/stream.py",
     ("evaluate", "experts"): "alloy/modality",
     ("evaluate", "models"): "alloy/checkpoint",

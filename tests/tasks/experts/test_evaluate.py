@@ -8,7 +8,7 @@ import torch
 
 from alloy.modality import ModalityConfig, ModalityModel, agnostic_config, copy_to_experts
 from tasks.data.examples import EXAMPLES
-from tasks.data.scenes import ANSWERS, MAX_TOKENS, SEGMENTATION_CLASSES, VOCABULARY
+from tasks.data.scenes.words import ANSWERS, MAX_TOKENS, SEGMENTATION_CLASSES, VOCABULARY
 from tasks.experts import evaluate as stage
 from tasks.experts.evaluate import distances, evaluate
 from tasks.experts.measures.benchmarks import FINETUNED, TRAINING_FREE

@@ -9,18 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from tasks.data.examples import EXAMPLES, PAIR_KINDS, SIBLINGS, words
-from tasks.data.scenes import (
-    ANSWERS,
-    CONCEPTS,
-    EMPTY,
-    POSITIONS,
-    SEGMENTATION_CLASSES,
-    SPLITS,
-    VOCABULARY,
-    SceneGenerator,
-    load_bank,
-    split_of,
-)
+from tasks.data.scenes.arrangement import split_of
+from tasks.data.scenes.bank import load_bank
+from tasks.data.scenes.drawings import CONCEPTS, EMPTY, SPLITS
+from tasks.data.scenes.generator import SceneGenerator
+from tasks.data.scenes.words import ANSWERS, POSITIONS, SEGMENTATION_CLASSES, VOCABULARY
 from tasks.experts.prepare import draw_examples, prepare
 from tasks.recipe.experts import PrepareParams
 from tasks.recipe.load import load_experts

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from alloy.modality import FRESH_HEADS, ModalityModel, copy_to_experts, split_experts
-from tasks.data.scenes import load_bank
+from tasks.data.scenes.bank import load_bank
 from tasks.experts import pretrain as stage
 from tasks.experts.pretrain import RELEASED, SHARING, WORK, initial_state, model_config, run_chain
 from tasks.recipe.experts import PrepareParams

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tasks.data.examples import coloured
-from tasks.data.scenes import SEGMENTATION_CLASSES, TOKEN
+from tasks.data.scenes.words import SEGMENTATION_CLASSES, TOKEN
 from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, TRAINING_FREE
 from tasks.experts.report import charts, grids
 from tasks.experts.report.build import build

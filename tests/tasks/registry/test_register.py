@@ -17,7 +17,7 @@ from PIL import Image
 
 from alloy.modality import ModalityConfig, ModalityModel
 from tasks import storage
-from tasks.data import scenes
+from tasks.data.scenes.words import ANSWERS, MAX_TOKENS, VOCABULARY, tokenizer
 from tasks.recipe.load import Recipe
 from tasks.recipe.load import load as load_recipe
 from tasks.registry import register, tracking
@@ -46,15 +46,15 @@ def save_model(folder: Path, seed: int = 0) -> ModalityModel:
         intermediate_size=32,
         image_size=SIDE,
         patch_size=8,
-        vocab_size=len(scenes.VOCABULARY),
-        max_position_embeddings=scenes.MAX_TOKENS,
+        vocab_size=len(VOCABULARY),
+        max_position_embeddings=MAX_TOKENS,
         embedding_size=8,
-        num_answers=len(scenes.ANSWERS),
+        num_answers=len(ANSWERS),
         num_segment_classes=3,
     )
     model = ModalityModel(config).eval()
     model.save_pretrained(folder)
-    scenes.tokenizer().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return model
 
 
@@ -164,7 +164,7 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recip
     import pandas as pd
 
     rows = pd.DataFrame({"image": [first, second], "text": texts})
-    tokens = scenes.tokenizer()(texts, padding=True, return_tensors="pt")
+    tokens = tokenizer()(texts, padding=True, return_tensors="pt")
     pixels = torch.from_numpy(np.stack([first_pixels, second_pixels])).permute(0, 3, 1, 2)
     with torch.no_grad():
         image = model.encode_image(pixels)
@@ -177,7 +177,7 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recip
     scored = served.predict(rows, params={"output": "scores"})
     np.testing.assert_allclose([r["scores"] for r in scored], text @ image.T, atol=1e-5)
     answered = served.predict(rows)
-    assert [r["answer"] for r in answered] == [scenes.ANSWERS[i] for i in answers]
+    assert [r["answer"] for r in answered] == [ANSWERS[i] for i in answers]
     only_texts = served.predict(rows[["text"]], params={"output": "embeddings"})
     assert [set(row) for row in only_texts] == [{"text_embedding"}] * 2
 
@@ -258,7 +258,7 @@ def test_mlflow_serves_the_model_over_http(recipe, tmp_path) -> None:
         image, _ = picture()
         body = {"dataframe_records": [{"image": image, "text": "where is cat"}]}
         answer = _post(port, body)
-        assert answer["predictions"][0]["answer"] in scenes.ANSWERS
+        assert answer["predictions"][0]["answer"] in ANSWERS
         answer = _post(port, {**body, "params": {"output": "scores"}})
         assert len(answer["predictions"][0]["scores"]) == 1
         with pytest.raises(urllib.error.HTTPError) as refused:

@@ -27,7 +27,7 @@ from flows.kept import kept, recover
 from flows.workspace import Say, dvc, only_run, run_streaming, tell
 from tasks.recipe.load import load
 from tasks.recipe.models import ModelsRecipe
-from tasks.recipe.plan import check
+from tasks.recipe.plan import check, check_contents
 from tasks.recipe.section import ParamsError
 from tasks.reports import tables
 from tasks.workspace import Workspace
@@ -148,6 +148,8 @@ def pipeline(
     done = []
     with workspace(f"{recipe} in Prefect", get_run_logger().warning) as lock:
         for stage in stale_stages(addresses, forced(recipe, refresh)):
+            if not done:
+                check_contents(load(recipe))
             delays = RETRIED_AFTER.get(stage.address.partition("@")[0], [])
             run = reproduce.with_options(
                 task_run_name=stage.address, retries=len(delays), retry_delay_seconds=delays
@@ -216,6 +218,7 @@ def _run(asked: argparse.Namespace) -> int:
         # Said without Prefect, whose server alone takes ten seconds to start.
         print(f"Nothing to do: {len(addresses)} stages of {asked.recipe} are up to date.")
     else:
+        check_contents(load(asked.recipe))
         state = pipeline(
             asked.recipe, to=asked.to, only=asked.only, refresh=asked.refresh, return_state=True
         )

@@ -49,7 +49,8 @@ def as_tensors(arrays: Arrays) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
 
 
-def _params(recipe: ExpertsRecipe) -> PrepareParams:
+def checked(recipe: ExpertsRecipe) -> PrepareParams:
+    """The section, after ParamsError was raised for benchmarks that do not exist."""
     params, where = recipe.prepare, f"{recipe.where}: prepare.benchmarks"
     for benchmark, sizes in params.benchmarks.items():
         if benchmark not in EXAMPLES:
@@ -72,7 +73,7 @@ def prepare(recipe: ExpertsRecipe) -> Path:
     Raises:
         ParamsError: a benchmark that does not exist.
     """
-    params = _params(recipe)
+    params = checked(recipe)
     bank = load_bank(params.scenes, CELLS)
     with write_folder(recipe.workspace.data) as folder:
         save_file(calibration_examples(bank, params), folder / "calibration.safetensors")
@@ -90,7 +91,7 @@ def draw_examples(recipe: ExpertsRecipe) -> Path:
     """Draw some test examples of every benchmark on one sheet, `reports/<recipe>/examples.png`."""
     from matplotlib.figure import Figure  # slow to import, and only this needs it
 
-    params = _params(recipe)
+    params = checked(recipe)
     bank = load_bank(params.scenes)
     rows = list(params.benchmarks)
     figure = Figure(figsize=(17, 2.6 * len(rows)), layout="tight")

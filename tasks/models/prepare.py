@@ -137,21 +137,32 @@ def _checked(where: str, num_examples: int, inputs: Inputs) -> Inputs:
     return {name: tensor[:num_examples].contiguous() for name, tensor in inputs.items()}
 
 
-def _write(where: str, writer: str, part: str, options: Mapping[str, Any], **given: Any) -> Any:
-    """What a writer makes of its options."""
+GIVEN = {
+    "calibration": ("num_examples", "seed", "checkpoint"),
+    "benchmark": ("seed", "checkpoint"),
+}
+"""The arguments of each part of a writer that are no options of a recipe."""
+
+
+def refuse_options(where: str, writer: str, part: str, options: Mapping[str, Any]) -> None:
+    """Raise ParamsError for a writer that does not exist, and for options that it does not take."""
     if writer not in WRITERS:
         raise ParamsError(f"{where}.writer: {writer!r}: {nearest(writer, [*WRITERS])}")
-    function = getattr(WRITERS[writer], part)
-    signature = inspect.signature(function)
-    own = [key for key in signature.parameters if key not in given]
+    signature = inspect.signature(getattr(WRITERS[writer], part))
+    own = [key for key in signature.parameters if key not in GIVEN[part]]
     for name in options:
         if name not in own:
             raise ParamsError(f"{where}.options: {name!r} is unknown: {nearest(name, own)}")
     try:
-        signature.bind(**given, **options)
+        signature.bind(**dict.fromkeys(GIVEN[part]), **options)
     except TypeError as error:
         raise ParamsError(f"{where}.options: {error}; there are {own}") from error
-    return function(**given, **options)
+
+
+def _write(where: str, writer: str, part: str, options: Mapping[str, Any], **given: Any) -> Any:
+    """The data that a writer makes with its options."""
+    refuse_options(where, writer, part, options)
+    return getattr(WRITERS[writer], part)(**given, **options)
 
 
 def images(

@@ -1,7 +1,7 @@
 """Recipes of kind "experts": the experts of one modality transformer are merged with each other."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -159,7 +159,8 @@ class FinetuneParams(Section):
 
     arms: list[str]  # merge's arms or fetch's checkpoints, beside the merged model
     joint: bool  # one model for all benchmarks; false: one for each
-    batch_sizes: dict[str, int] = Field(min_length=1)  # examples a step, by benchmark
+    # examples a step, by benchmark
+    batch_sizes: dict[str, Annotated[int, Field(gt=0)]] = Field(min_length=1)
     seed: int
     task_weight: float = Field(ge=0)
     distillation: Distillation

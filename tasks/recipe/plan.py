@@ -1,9 +1,11 @@
 """Everything that can be known of a recipe before its first stage runs."""
 
+from importlib import import_module
+
+from tasks.recipe.gates import check_gates
 from tasks.recipe.graph import write_graph
-from tasks.recipe.load import Recipe, check_alone, load, load_file
+from tasks.recipe.load import Recipe, check_alone, load
 from tasks.recipe.section import ParamsError
-from tasks.recipe.shared import PromoteParams
 from tasks.sources.place import place
 from tasks.sources.source import SourceError
 
@@ -21,6 +23,17 @@ def check(name: str) -> Recipe:
             place(checkpoint.source)
         except SourceError as error:
             raise ParamsError(f"{recipe.where}: fetch.checkpoints.{key}: {error}") from error
-    load_file("promote", PromoteParams)
+    check_gates(recipe)
     write_graph()
     return recipe
+
+
+def check_contents(recipe: Recipe) -> None:
+    """Refuse presets, writers, benchmarks and their options that do not exist.
+
+    It imports torch and the data's modules, which takes seconds: for when a stage is going to run.
+
+    Raises:
+        ParamsError: as `check`.
+    """
+    import_module(f"tasks.{recipe.kind}.checks").check(recipe)

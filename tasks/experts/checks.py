@@ -1,0 +1,30 @@
+"""Whatever only the stages' own modules can tell of a recipe of experts: benchmarks and their sizes."""
+
+from tasks.experts.finetune import plan
+from tasks.experts.prepare import checked
+from tasks.recipe.experts import ExpertsRecipe
+from tasks.recipe.section import ParamsError
+
+
+def check(recipe: ExpertsRecipe) -> None:
+    """Refuse benchmarks that do not exist, and a fine-tuning on data that are not prepared.
+
+    Raises:
+        ParamsError: names the key and what would be right.
+    """
+    prepared = checked(recipe).benchmarks
+    if recipe.finetune is None:
+        return
+    plan(recipe)
+    for name, batch_size in recipe.finetune.batch_sizes.items():
+        where = f"{recipe.where}: finetune.batch_sizes.{name}"
+        if name not in prepared:
+            raise ParamsError(
+                f"{where}: prepare.benchmarks has no {name!r}, so there is nothing to learn from: "
+                f"it has {', '.join(prepared)}"
+            )
+        if prepared[name].train < batch_size:
+            raise ParamsError(
+                f"{where}: a step of {batch_size} examples takes more than the "
+                f"{prepared[name].train} that prepare.benchmarks.{name}.train gives"
+            )

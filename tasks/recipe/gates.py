@@ -1,0 +1,74 @@
+"""Gates of promotion that fit their recipe: what they compare is something that evaluate measures."""
+
+from collections.abc import Collection, Iterator, Mapping
+
+from alloy.errors import nearest
+from tasks.recipe.experts import ExpertsRecipe
+from tasks.recipe.load import Recipe, load_file, recipes
+from tasks.recipe.section import ParamsError
+from tasks.recipe.shared import Gates, PromoteParams
+
+WHERE = "params/promote.yaml"
+MEASURED = ("validation", "test")  # the splits of benchmarks with labels
+
+
+def check_gates(recipe: Recipe) -> None:
+    """Refuse gates that no result of the recipe could pass, and gates of recipes that are not there.
+
+    Raises:
+        ParamsError: names the key and the nearest right name.
+    """
+    gates, known = load_file("promote", PromoteParams).gates, recipes()
+    for name in gates:
+        if name not in known:
+            raise ParamsError(
+                f"{WHERE}: gates.{name}: no recipe has this name: {nearest(name, known)}"
+            )
+    if recipe.name in gates:
+        for key, name, choices in _names(recipe, gates[recipe.name]):
+            if name not in choices:
+                raise ParamsError(
+                    f"{WHERE}: gates.{recipe.name}.{key}: {name!r}: {nearest(name, list(choices))}"
+                )
+
+
+def _names(recipe: Recipe, gates: Gates) -> Iterator[tuple[str, str, Collection[str]]]:
+    """Every name that gates take from the recipe: where it stands, and what there is."""
+    if not isinstance(recipe, ExpertsRecipe) and not recipe.is_calibrated:
+        raise ParamsError(
+            f"{WHERE}: gates.{recipe.name}: {recipe.where} has no sections prepare, collect and "
+            "align: its members are merged as they are and have no scores; leave out its gates"
+        )
+    splits = _splits(recipe)
+    yield "model", gates.model, _models(recipe)
+    measured = list(splits)
+    if (
+        isinstance(recipe, ExpertsRecipe)
+        and recipe.finetune
+        and gates.model.startswith("finetuned")
+    ):
+        measured = list(recipe.finetune.batch_sizes)
+    for benchmark in gates.benchmarks:
+        yield "benchmarks", benchmark, measured
+        yield "split", gates.split, splits[benchmark]
+
+
+def _splits(recipe: Recipe) -> Mapping[str, Collection[str]]:
+    """The splits on which each benchmark is measured."""
+    if isinstance(recipe, ExpertsRecipe):
+        return dict.fromkeys(recipe.prepare.benchmarks, MEASURED)
+    return {
+        name: MEASURED if found.benchmark else ("calibration",)
+        for name, found in recipe.sets.items()
+    }
+
+
+def _models(recipe: Recipe) -> list[str]:
+    """The models of `metrics.json`."""
+    arms = ["merged", *recipe.merge.arms]
+    if not isinstance(recipe, ExpertsRecipe):
+        members = max(len(m) for entry in recipe.sets.values() for m in entry.members.values())
+        return [*arms, "ensemble", *(f"parent_{number}" for number in range(members))]
+    finetuned = [] if recipe.finetune is None else ["finetuned"]
+    finetuned += [f"finetuned_{arm}" for arm in (recipe.finetune.arms if recipe.finetune else ())]
+    return [*arms, *recipe.evaluate.checkpoints, *recipe.evaluate.ensembles, *finetuned]

@@ -99,7 +99,7 @@ def test_a_clean_environment_traces_aligns_merges_and_saves(sources, tmp_path) -
     said = run(python, "-W", "error", "-c", TWELVE_LINES + SHOWN, cwd=tmp_path)
     assert float(said.split()[-1]) < 1e-5
     packages = ("prefect", "dvc", "mlflow", "boto3", "tasks", "flows", "optuna")
-    code = "import importlib.util, sys; print([n for n in sys.argv[1:] if importlib.util.find_spec(n)])"
+    code = "import importlib.util as u, sys; print([n for n in sys.argv[1:] if u.find_spec(n)])"
     assert run(python, "-c", code, *packages, cwd=tmp_path) == "[]\n"
     missing = subprocess.run(
         [tmp_path / "venv" / "bin" / "alloy", "merge"], capture_output=True, text=True

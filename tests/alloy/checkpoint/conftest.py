@@ -27,7 +27,7 @@ Write = Callable[..., Path]
 def tensors(
     seed: int = 0, dtype: torch.dtype = torch.bfloat16, spread: float = 1.0
 ) -> dict[str, Tensor]:
-    """Weights near a common origin: an embedding, matrices and vectors of odd sizes, a scalar, nothing."""
+    """Weights near a common origin: matrices and vectors of odd sizes, a scalar, nothing."""
     shapes = {
         "model.embed_tokens.weight": (40, 24),
         "model.layers.0.mlp.up.weight": (37, 24),

@@ -30,10 +30,12 @@ def test_arguments_reach_the_merge(folders, tmp_path, load, weights, monkeypatch
     """All of them are in the record, with the command itself."""
     out = tmp_path / "out"
     arguments = [
-        "merge", "ties", str(out), f"x={folders['a']}", f"y={folders['b']}", "--base", folders["seed"],
+        "merge", "ties", str(out), f"x={folders['a']}", f"y={folders['b']}",
+        "--base", folders["seed"],
         "--coefficients", "model.layers.*=0.25,0.75", "--coefficients", "*=1,1",
         "--set", "density=0.5", "--set", "election=count", "--set", "normalize=false",
-        "--dtype", "float32", "--shard-bytes", "300KB", "--copy", "lm_head*=y", "--drop", "model.scale",
+        "--dtype", "float32", "--shard-bytes", "300KB",
+        "--copy", "lm_head*=y", "--drop", "model.scale",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["alloy", *arguments])
     status, shown, said = run(*arguments)
@@ -48,8 +50,11 @@ def test_arguments_reach_the_merge(folders, tmp_path, load, weights, monkeypatch
     assert account["coefficients"]["model.layers.0.norm.weight"] == [0.25, 0.75]
     assert account["coefficients"]["model.embed_tokens.weight"] == [1, 1]
     assert account["settings"] == {
-        "dtype": "float32", "shard_bytes": 300_000, "copy": {"lm_head*": "y"}, "drop": ["model.scale"],
-    }  # fmt: skip
+        "dtype": "float32",
+        "shard_bytes": 300_000,
+        "copy": {"lm_head*": "y"},
+        "drop": ["model.scale"],
+    }
     assert account["command"].startswith("alloy merge ties")
     assert len(list(out.glob("*.safetensors"))) == 2
     merged = load(out)
@@ -68,9 +73,10 @@ def test_plan_prints_and_writes_nothing(folders, tmp_path):
 def test_options_by_pattern_are_planned_and_merged_tensor_by_tensor(
     folders, tmp_path, load, weights
 ):
-    """The plan shows each tensor's value; the result is the merge in memory with the same options."""
+    """The plan shows each tensor's value; the result is the merge in memory with these options."""
     arguments = [
-        "modality_arithmetic", str(tmp_path / "out"), folders["a"], folders["b"], "--base", folders["seed"],
+        "modality_arithmetic", str(tmp_path / "out"), folders["a"], folders["b"],
+        "--base", folders["seed"],
         "--set", 'scale={"model.layers.*": 0.25, "*": 0.75}',
     ]  # fmt: skip
     lines = run("plan", *arguments)[1].splitlines()
@@ -171,7 +177,10 @@ def test_help_shows_an_example_and_completion():
 
 def test_python_m_alloy_is_the_command(folders, tmp_path):
     """Without Typer it says how to get it; with it, it merges."""
-    hidden = "import sys; sys.modules['typer'] = None; import runpy; runpy.run_module('alloy', run_name='__main__')"
+    hidden = (
+        "import sys, runpy; sys.modules['typer'] = None; "
+        "runpy.run_module('alloy', run_name='__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "alloy: the command needs Typer: pip install 'alloy-merge[cli]'\n"

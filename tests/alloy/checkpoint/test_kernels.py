@@ -17,7 +17,7 @@ HALVES = {kernels.BF16: torch.bfloat16, kernels.F16: torch.float16}
 
 @pytest.mark.parametrize("kind", HALVES)
 def test_decoding_is_exact_for_every_16_bit_number(kind):
-    """All 65,536 bfloat16 and float16 numbers become the float32 that torch gives; NaN and Inf stay that."""
+    """All 65,536 bfloat16 and float16 numbers become torch's float32; NaN and Inf stay."""
     halves = np.arange(1 << 16, dtype=np.uint16)
     decoded = np.empty(1 << 16, np.float32)
     kernels._decode(halves.view(np.uint8), kind, 0, decoded)
@@ -29,7 +29,7 @@ def test_decoding_is_exact_for_every_16_bit_number(kind):
 
 @pytest.mark.parametrize("kind", HALVES)
 def test_encoding_rounds_to_nearest_even(kind):
-    """float32 numbers of every size, ties, subnormals and the largest round to the bits that torch gives."""
+    """float32 of every size, ties, subnormals and the largest round to the bits of torch."""
     bits = np.concatenate(
         [
             np.random.default_rng(0).integers(0, 1 << 32, 300_000, dtype=np.uint32),
@@ -134,7 +134,7 @@ def test_compiled_loops_give_the_bits_of_the_torch_functions(
 def test_compiled_mixtures_differ_from_torch_in_the_order_of_a_sum_only(
     method, with_base, write, weights, load, tmp_path
 ):
-    """Coefficients from inner products agree to float32, so at most 1 in 10,000 entries rounds to its neighbour."""
+    """Inner products agree to float32: at most 1 in 10,000 entries rounds to its neighbour."""
     folders = [write(name, weights(i)) for i, name in enumerate(("seed", "a", "b"))]
     outputs = []
     for compiled in (True, False):

@@ -1,4 +1,4 @@
-"""The engine's laws: streaming changes nothing, results are whole or absent, an interrupted run goes on."""
+"""Laws of the engine: streaming changes nothing, results are whole or absent, runs resume."""
 
 import fcntl
 import hashlib
@@ -38,7 +38,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def statistics_of(kind: str, weights: dict[str, torch.Tensor], seed: int) -> dict[str, Any]:
-    """Random statistics of one model: Grams of the first layer's matrices, or a Fisher diagonal of everything."""
+    """Random statistics of a model: Grams of the first layer, or a Fisher diagonal of all."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "fisher":
         return {name: torch.rand(w.shape, generator=generator) for name, w in weights.items()}
@@ -51,7 +51,7 @@ def statistics_of(kind: str, weights: dict[str, torch.Tensor], seed: int) -> dic
 
 @pytest.mark.parametrize("method", STREAMED)
 def test_streamed_merge_is_the_merge_in_memory(method, write, weights, load, tmp_path):
-    """Every method that works tensor by tensor gives from disk what `alloy.merge` gives from memory."""
+    """Every method that works tensor by tensor gives from disk what it gives from memory."""
     spec = MERGE_METHODS[method]
     n = min(3, spec.max_models or 3)
     models = [weights(i + 1) for i in range(n)]
@@ -81,7 +81,7 @@ def test_streamed_merge_is_the_merge_in_memory(method, write, weights, load, tmp
     for name, tensor in expected.items():
         if spec.mix is None:
             assert torch.equal(merged[name], tensor), name
-        else:  # inner products summed in another order: at most a neighbour (test_kernels.py counts)
+        else:  # inner products in another order: at most a neighbour (test_kernels.py counts)
             torch.testing.assert_close(merged[name], tensor, rtol=2**-7, atol=1e-6)
 
 
@@ -144,7 +144,7 @@ def test_every_file_is_hashed_on_the_way(sources, tmp_path):
 
 
 def test_the_card_tells_sources_revisions_hashes_coefficients_and_command(write, weights, tmp_path):
-    """What our own fetch wrote about a source is in the card; else the size, or on demand the hash."""
+    """The card has what our own fetch wrote about a source; else the size, or the hash."""
     a, b = write("a", weights(1)), write("b", weights(2))
     content = (a / "model.safetensors").read_bytes()
     manifest = {
@@ -216,7 +216,7 @@ def test_a_forged_manifest_is_not_believed(write, weights, tmp_path):
 
 
 def test_text_from_files_and_arguments_is_escaped_in_the_card(write, weights, config, tmp_path):
-    """Names, notes, titles and commands can hold no tag, table cell, link or end of a code block."""
+    """Names, notes, titles and commands hold no tag, table cell, link or end of a code block."""
     evil = "<img src=x>|](http://x)`"
     folders = {
         evil: write("a", weights(1), config={**config, "attention_dropout": "<script>|\n# hi"}),
@@ -270,7 +270,7 @@ def test_what_float16_cannot_hold_is_told(write, load, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_dtype_is_as_asked(dtype, write, weights, load, tmp_path):
-    """Weights, copied ones too, have the dtype asked for, computed in float32 from the inputs; so says the config."""
+    """All weights, copied ones too, get the requested dtype from float32; so says the config."""
     folders = []
     for i in (1, 2):
         integers = {"ids": torch.arange(5)}
@@ -386,7 +386,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(killed):
 
 
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(killed, tmp_path):
-    """Finished files are not made again; a damaged one is; the result equals that of an undisturbed run."""
+    """Finished files are kept, a damaged one is made again; the result is an undisturbed run's."""
     sources, output, unfinished = killed
     entries = [
         json.loads(line) for line in (unfinished / "journal.jsonl").read_text().splitlines()[1:]
@@ -433,7 +433,7 @@ def test_two_runs_do_not_share_an_output(sources, tmp_path):
 
 
 def test_a_failed_merge_leaves_no_folder(write, weights, tmp_path):
-    """NaN in an input is met after writing began; neither the output nor an unfinished folder stays."""
+    """NaN that is met after writing began leaves neither the output nor an unfinished folder."""
     bad = weights(2)
     bad["model.layers.2.mlp.up.weight"].view(-1)[12345] = torch.nan
     folders = [write("a", weights(1), num_shards=3), write("b", bad)]
@@ -454,13 +454,14 @@ def test_a_source_that_shrinks_is_noticed(sources, tmp_path):
 
 
 def test_the_compiled_path_needs_no_torch(write, weights, tmp_path):
-    """Linear, TIES and DARE through the command: torch, which takes longer to import than the merge, stays out."""
+    """Linear, TIES and DARE by command do not import torch, which takes longer than the merge."""
     folders = [str(write(n, weights(i))) for i, n in enumerate(("seed", "a", "b"))]
     code = (
         "import sys; from alloy.cli.app import app\n"
         "for method in ('linear', 'ties', 'dare_ties'):\n"
         "    base = [] if method == 'linear' else ['--base', sys.argv[1]]\n"
-        "    app(['merge', method, f'{sys.argv[4]}/{method}', *sys.argv[2:4], *base], standalone_mode=False)\n"
+        "    arguments = ['merge', method, f'{sys.argv[4]}/{method}', *sys.argv[2:4], *base]\n"
+        "    app(arguments, standalone_mode=False)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     done = subprocess.run(
@@ -472,7 +473,7 @@ def test_the_compiled_path_needs_no_torch(write, weights, tmp_path):
 @settings(max_examples=60)
 @given(data=st.data())
 def test_rows_are_looked_up_by_token(data, tmp_path_factory):
-    """Any maps, any cut: each row is the mapped one; a lacking one is the base's, or the mean of those there are."""
+    """Any maps, any cut: rows follow the map; a missing one is the base's or the others' mean."""
     num_rows, width = data.draw(st.integers(1, 8)), 3
     maps = [
         np.array(data.draw(st.lists(st.integers(-1, 4), min_size=num_rows, max_size=num_rows)))
@@ -505,7 +506,7 @@ def test_rows_are_looked_up_by_token(data, tmp_path_factory):
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_file_that_bypasses_the_page_cache_holds_the_same_bytes(direct, tmp_path, monkeypatch):
-    """Pieces of any size, over several stages and a tail that is no whole block, arrive in order."""
+    """Pieces of any size, over several stages and a tail that is no block, arrive in order."""
     monkeypatch.setattr(writing, "DIRECT_BYTES", 0 if direct else 1 << 40)
     content = np.random.default_rng(0).integers(0, 256, 3 * 8192 + 4096 + 77, dtype=np.uint8)
     with ThreadPoolExecutor(1) as writer:
@@ -520,7 +521,7 @@ def test_a_file_that_bypasses_the_page_cache_holds_the_same_bytes(direct, tmp_pa
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    """Beyond what the imports take, merging three 0.6 GB checkpoints by TIES holds less than 64 MB."""
+    """Besides the imports, merging three 0.6 GB checkpoints by TIES holds less than 64 MB."""
     code = """
 import sys, threading
 from pathlib import Path
@@ -537,7 +538,8 @@ for name in ("base", "a", "b"):
             file.write(np.roll(values, i + len(name)).data)
 del values
 def anonymous():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("RssAnon")).split()[1]) / 1024
 for size in ("warm", "big"):
     peak, before = [0.0], anonymous()
     paths = [folder / f"{n}.safetensors" for n in ("a", "b")]

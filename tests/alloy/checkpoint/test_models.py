@@ -1,4 +1,4 @@
-"""The result is a model: transformers loads it whole, it computes, and what surrounds it came along."""
+"""The result is a model: transformers loads it, it computes, and its surroundings come along."""
 
 import json
 
@@ -38,7 +38,14 @@ TEXT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}  # fmt: skip
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
 IDS = torch.arange(12).reshape(2, 6)
 PIXELS = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
 SOUND = torch.linspace(-1, 1, 2 * 400).reshape(2, 400)
@@ -54,18 +61,25 @@ ARCHITECTURES = {
     "ViT": (ViTForImageClassification, ViTConfig(**VISION, num_labels=5), {"pixel_values": PIXELS}),
     "CLIP": (
         CLIPModel,
-        CLIPConfig(text_config={**TEXT, "max_position_embeddings": 8, "eos_token_id": 11}, vision_config=VISION, projection_dim=16),
+        CLIPConfig(
+            text_config={**TEXT, "max_position_embeddings": 8, "eos_token_id": 11},
+            vision_config=VISION, projection_dim=16,
+        ),
         {"input_ids": IDS, "pixel_values": PIXELS},
     ),
     "T5": (
         T5ForConditionalGeneration,
-        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0),
+        T5Config(
+            vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+            decoder_start_token_id=0,
+        ),
         {"input_ids": IDS, "decoder_input_ids": IDS},
     ),
     "Wav2Vec2": (
         Wav2Vec2Model,
         Wav2Vec2Config(
-            vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=32, hidden_size=32, intermediate_size=48,
+            num_hidden_layers=2, num_attention_heads=4,
             conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 8), num_conv_pos_embeddings=4,
             num_conv_pos_embedding_groups=4, num_feat_extract_layers=2,
         ),
@@ -88,7 +102,7 @@ def first_output(model, inputs):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_transformers_loads_the_result_whole(architecture, method, tmp_path):
-    """No missing and no unexpected key; what it computes is what the merge of the state dicts computes."""
+    """No key is missing or unexpected; it computes what the merge of the state dicts computes."""
     kind, config, inputs = ARCHITECTURES[architecture]
     built = {name: build(kind, config, seed) for seed, name in enumerate(("seed", "a", "b"))}
     for i, (name, model) in enumerate(built.items()):
@@ -128,7 +142,7 @@ def word_tokenizer(words):
 
 
 def test_what_surrounds_the_weights_comes_along(tmp_path):
-    """Tokenizer, generation config and processor files are there and load; the dtype is as asked, in config and weights."""
+    """Tokenizer, generation config and processors load; config and weights have the dtype."""
     kind, config, _ = ARCHITECTURES["Llama"]
     for seed, name in enumerate("ab"):
         model = build(kind, config, seed)
@@ -150,7 +164,7 @@ def test_what_surrounds_the_weights_comes_along(tmp_path):
 
 @pytest.fixture
 def differing(tmp_path):
-    """Three Llamas over different vocabularies: `b` has another order, lacks a word and has a new one."""
+    """Three Llamas of different vocabularies: `b` is reordered, lacks a word and has a new one."""
     words = {
         "seed": ["cat", "dog", "sun"],
         "a": ["cat", "dog", "sun"],
@@ -168,7 +182,7 @@ def differing(tmp_path):
 
 
 def test_union_takes_every_token_and_pairs_rows_by_token(differing, tmp_path):
-    """A shared word is the mean of both sources' rows, a word of one source keeps that source's row; it tokenizes."""
+    """A shared word has the mean of both rows, any other its own row; the result tokenizes."""
     alloy.merge_checkpoints(
         "linear", [tmp_path / "a", tmp_path / "b"], tmp_path / "out", tokenizer="union"
     )
@@ -194,7 +208,7 @@ def test_union_takes_every_token_and_pairs_rows_by_token(differing, tmp_path):
 
 
 def test_base_policy_keeps_the_bases_tokenizer(differing, tmp_path):
-    """The base's ids and padding stay; a word that a model lacks adds no task vector; its new words are gone."""
+    """The base's ids and padding stay; missing words add no task vector, new ones are gone."""
     alloy.merge_checkpoints(
         "task_arithmetic",
         [tmp_path / "a", tmp_path / "b"],
@@ -215,7 +229,7 @@ def test_base_policy_keeps_the_bases_tokenizer(differing, tmp_path):
 
 
 def test_hidden_size_equal_to_the_vocabulary_confuses_nothing(tmp_path):
-    """4 tokens in another order, hidden size 4: embeddings and head are paired by token, square weights as they are."""
+    """4 reordered tokens, hidden size 4: embeddings and head are paired, square weights are not."""
     kind, _, _ = ARCHITECTURES["Llama"]
     config = LlamaConfig(
         vocab_size=4, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
@@ -239,7 +253,7 @@ def test_hidden_size_equal_to_the_vocabulary_confuses_nothing(tmp_path):
 
 
 def test_byte_pair_union_merges_what_only_one_source_could(tmp_path):
-    """A BPE union has both sources' merges: text that either wrote as one token is one token again."""
+    """A BPE union has both sources' merges: what was one token for either is one token again."""
     kind, _, _ = ARCHITECTURES["Llama"]
     for seed, (name, pair) in enumerate((("a", ("c", "a")), ("b", ("d", "o")))):
         vocab = {c: i for i, c in enumerate(["c", "a", "d", "o", "".join(pair)])}
@@ -256,7 +270,7 @@ def test_byte_pair_union_merges_what_only_one_source_could(tmp_path):
 
 
 def unigram_tokenizer(pieces, added=()):
-    """A SentencePiece-like tokenizer: words begin with the mark ▁, the likeliest pieces are taken."""
+    """A SentencePiece-like tokenizer: words begin with ▁, and the likeliest pieces are taken."""
     tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *pieces], unk_id=0, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.add_special_tokens(list(added))
@@ -264,7 +278,7 @@ def unigram_tokenizer(pieces, added=()):
 
 
 def test_unigram_union_cuts_text_as_the_source_that_knows_its_pieces(tmp_path):
-    """Each source's words are cut as by its own tokenizer, added tokens stay whole, rows follow their pieces."""
+    """Words are cut as by the source's own tokenizer, added tokens stay whole, rows follow."""
     kind, _, _ = ARCHITECTURES["Llama"]
     letters = [(c, -8.0) for c in "▁abcdnort"]
     tokenizers = {
@@ -299,7 +313,7 @@ def test_unigram_union_cuts_text_as_the_source_that_knows_its_pieces(tmp_path):
 
 
 def test_sentencepiece_without_tokenizer_json_is_compared_by_its_bytes(tmp_path):
-    """Equal models merge and come along; different ones are refused, and a union says which file it needs."""
+    """Equal models come along; different ones are refused, and a union names the file it needs."""
     kind, config, _ = ARCHITECTURES["Llama"]
     for seed, name in enumerate("ab"):
         build(kind, config, seed).save_pretrained(tmp_path / name)
@@ -331,7 +345,7 @@ def test_embeddings_are_skipped_by_name_and_told_of_by_shape(tmp_path):
 
 
 def test_gpt2_is_merged_by_what_its_layers_read(tmp_path):
-    """WUDI finds which weights are stored [in, out]: the files give what their transposes give in memory."""
+    """WUDI knows weights stored [in, out]: files give what their transposes give in memory."""
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=16)
     built = {n: build(GPT2LMHeadModel, config, seed) for seed, n in enumerate(("seed", "a", "b"))}
     for name, model in built.items():
@@ -363,7 +377,9 @@ def test_methods_that_run_the_model_merge_checkpoints_as_they_merge_in_memory(me
         return functional_call(module, dict(weights), kwargs=batch).logits
 
     given = {
-        "regmean_plus_plus": {"module": module, "batches": batches, "blocks": ["model.layers.0", "model.layers.1"]},
+        "regmean_plus_plus": {
+            "module": module, "batches": batches, "blocks": ["model.layers.0", "model.layers.1"],
+        },
         "adamerging": {"forward": forward, "batches": batches, "num_steps": 2},
         "sequential": {"module": module, "batches": batches},
     }[method]  # fmt: skip

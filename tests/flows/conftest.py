@@ -40,7 +40,7 @@ def wait_until(holds: Callable[[], object], seconds: float = 300) -> None:
 
 
 def cpu_seconds() -> float:
-    """Of all children that have ended; unlike the time on the wall it does not depend on who else computes."""
+    """CPU time of all children that have ended; unlike wall time it ignores other processes."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -182,7 +182,7 @@ def _environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def new_toy(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Workspace:
-    """A recipe `toy` of three stages that do nothing but can be slow and can fail; none of them has run."""
+    """A recipe `toy` of three stages that do nothing but may be slow and may fail; none has run."""
     folder = tmp_path_factory.mktemp("new") / "toy"
     for name in ("params", "control", ".dvc"):
         (folder / name).mkdir(parents=True)
@@ -235,7 +235,7 @@ def run_here(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> Callable[..., tuple[int, str]]:
-    """`python -m flows.pipeline` in this process, which saves the imports: its exit status and what it said."""
+    """Run `python -m flows.pipeline` in this process, to save imports: exit status and output."""
     monkeypatch.chdir(toy.folder)
 
     def run(*arguments: str) -> tuple[int, str]:
@@ -280,7 +280,7 @@ SMALL = {
 
 
 def updated(params: dict, changes: dict) -> dict:
-    """Nested settings with some of them changed; a change of what is not there is a mistake of the test."""
+    """Change some of nested settings; a change of a missing one is a mistake of the test."""
     assert changes.keys() <= params.keys(), changes.keys() - params.keys()
     return params | {
         key: updated(params[key], value) if isinstance(value, dict) else value
@@ -289,7 +289,7 @@ def updated(params: dict, changes: dict) -> dict:
 
 
 def small_checkpoints(folder: Path) -> None:
-    """Models of the released checkpoints' kinds, tiny and hardly trained: related as the released ones are."""
+    """Tiny, hardly trained models of the released checkpoints' kinds, related as those are."""
     generator = torch.Generator().manual_seed(0)
     params = load_file("pretrain", PretrainParams)
     scene = load(params.recipe, "prepare", PrepareParams).scenes

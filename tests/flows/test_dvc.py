@@ -1,4 +1,4 @@
-"""What the flows ask of DVC, and what they mend of it: run cache, dvc.lock, damaged caches, locks."""
+"""What flows use of DVC and repair in it: run cache, dvc.lock, damaged caches, locks."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_a_parameter_switched_back_runs_nothing(toy: Workspace, run_here: Here) 
 
 
 def test_damage_in_the_cache_is_never_brought_back(toy: Workspace, run_here: Here) -> None:
-    """A result whose copy in DVC's cache has rotted is made again; the damage is named and removed."""
+    """A result whose copy in DVC's cache is damaged is made again; the damage is named."""
     toy.control("merge.text", "another method")
     assert run_here("toy", "--to", "merge")[0] == 0
     [copy] = [
@@ -92,7 +92,7 @@ def test_dead_holders_of_dvcs_locks_are_forgotten(toy: Workspace, run_here: Here
 
 @pytest.mark.slow
 def test_a_run_waits_for_dvc_by_hand(toy: Workspace) -> None:
-    """`dvc repro` by hand has the workspace: a run says for whom it waits and finds the work done."""
+    """While `dvc repro` has the workspace, a run says so and waits, then finds the work done."""
     toy.control("merge.text", "another method")
     toy.control("merge.seconds", 8)
     by_hand = toy.start("dvc", "repro", "merge@toy")
@@ -129,7 +129,7 @@ def test_a_kill_is_told_as_a_kill(toy: Workspace, victim: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_waits_for_a_stage_whose_run_and_dvc_were_killed(toy: Workspace) -> None:
-    """A stage that outlives its run and its DVC still has the workspace; the next run does it again."""
+    """A stage that outlives its run and its DVC keeps the workspace; the next run repeats it."""
     toy.control("merge.text", "another method")
     toy.control("merge.seconds", 8)
     first = toy.start(*RUN)

@@ -32,7 +32,7 @@ def repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("repository")
 def test_every_recipe_has_the_stages_of_its_sections_after_what_they_read() -> None:
-    """DVC's stages of a recipe are those it has sections for, in an order in which inputs come first."""
+    """DVC's stages of a recipe are those it has sections for, ordered so that inputs come first."""
     for name in recipes():
         recipe = load(name)
         expected = [

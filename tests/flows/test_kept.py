@@ -37,7 +37,7 @@ def run_that_dies() -> None:
 
 
 def test_a_failure_brings_the_old_outputs_back(written: dict[str, bytes], tmp_path: Path) -> None:
-    """During the run the places are empty; after a failure they hold what they held, and no more."""
+    """During the run the places are empty; after a failure they hold what they held before."""
     with pytest.raises(Killed):
         run_that_dies()
     assert snapshot(tmp_path / "out") == written

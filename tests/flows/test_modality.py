@@ -23,7 +23,7 @@ def results(folder: Path) -> dict[str, bytes]:
 def test_one_command_makes_a_registered_model_and_its_report(
     small_run: tuple[Workspace, str],
 ) -> None:
-    """Every stage runs once; the merged and the fine-tuned model, the report and the registration are on disk."""
+    """Every stage runs once; models, report and registration are on disk."""
     workspace, said = small_run
     positions = [said.index(f"Running stage '{stage}@modality'") for stage in STAGES]
     assert sorted(positions) == positions
@@ -46,7 +46,7 @@ def test_one_command_makes_a_registered_model_and_its_report(
 
 
 def test_the_second_command_has_nothing_to_do(small_run: tuple[Workspace, str]) -> None:
-    """Right after a run nothing is stale; the command says so, shows the table again, and takes seconds."""
+    """Right after a run nothing is stale; the command says so, shows the table, takes seconds."""
     workspace, _ = small_run
     before = results(workspace.folder)
     start = cpu_seconds()
@@ -61,7 +61,7 @@ def test_the_second_command_has_nothing_to_do(small_run: tuple[Workspace, str]) 
 def test_a_result_is_registered_once_mlflow_answers(
     small_run: tuple[Workspace, str], tmp_path: Path
 ) -> None:
-    """With MLflow unreachable register fails after its retries and the model stands; the next run registers it."""
+    """Without MLflow register fails after retries and the model stands; the next run registers."""
     done, _ = small_run
     shutil.copytree(done.folder, tmp_path / "alloy")
     workspace = Workspace(tmp_path / "alloy", done.environment)

@@ -1,4 +1,4 @@
-"""A newcomer's recipe of kind "models", from two folders and some pictures to a registered model."""
+"""A recipe of kind "models", from two folders and some pictures to a registered model."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from tests.flows.test_modality import STAGES
 def test_one_file_makes_a_registered_model_of_any_two_checkpoints(
     new_small: Workspace, tmp_path: Path
 ) -> None:
-    """Every stage runs once, side by side for two seeds; then nothing is stale until the pictures change."""
+    """Every stage runs once, two seeds side by side; nothing is stale until the pictures change."""
     folder = tmp_path / "alloy"
     shutil.copytree(new_small.folder, folder)
     workspace = Workspace(folder, new_small.environment)

@@ -24,7 +24,7 @@ Here = Callable[..., tuple[int, str]]
 def test_a_first_run_runs_every_stage_in_order(
     first_run: tuple[Workspace, str], prefect_server: str
 ) -> None:
-    """Each stage is one task run, its output is in Prefect's log, the results table is an artifact."""
+    """Each stage is one task run with its output in Prefect's log; the table is an artifact."""
     toy, said = first_run
     assert toy.text("log").splitlines() == ran("fetch", "merge", "register")
     assert "merge@toy | merge speaks" in said
@@ -89,7 +89,7 @@ def test_only_a_network_that_does_not_answer_is_tried_again(toy: Workspace, run_
 def test_refresh_asks_the_sources_and_stops_there_when_they_are_the_same(
     toy: Workspace, run_here: Here
 ) -> None:
-    """With --refresh fetch runs although DVC finds it unchanged; what it did not change does not run."""
+    """With --refresh fetch runs although it is unchanged; what it did not change does not run."""
     status, said = run_here("toy", "--refresh")
     assert status == 0, said
     assert toy.log() == ran("fetch")
@@ -105,7 +105,7 @@ def test_stages_can_be_chosen(toy: Workspace, run_here: Here) -> None:
 
 
 def test_ctrl_c_leaves_nothing_half_done(toy: Workspace, run_here: Here) -> None:
-    """Ctrl-C, which a terminal sends to the whole foreground group, ends the stage's processes and the run.
+    """Ctrl-C, sent to the whole foreground group, ends the stage's processes and the run.
 
     The old output stands, and the next run goes on with that stage.
     """
@@ -133,7 +133,7 @@ def test_ctrl_c_leaves_nothing_half_done(toy: Workspace, run_here: Here) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_termination_is_as_clean_as_ctrl_c(toy: Workspace, number: signal.Signals) -> None:
-    """A worker that cancels a run, a terminal that closes: no process of the stage is left, the old output stands."""
+    """A cancelled run or a closed terminal leaves no process; the old output stands."""
     before = snapshot(toy.folder / "out")
     toy.control("merge.text", "another method")
     toy.control("merge.seconds", 60)
@@ -148,7 +148,7 @@ def test_a_termination_is_as_clean_as_ctrl_c(toy: Workspace, number: signal.Sign
 
 
 def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who asks for a workspace that is taken says for whom it waits, and goes on when that run has ended."""
+    """A run whose workspace is taken says for whom it waits, and goes on after that run."""
     monkeypatch.chdir(tmp_path)
     said: list[str] = []
     events: list[str] = []
@@ -169,7 +169,7 @@ def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_the_second_of_two_runs_waits(toy: Workspace) -> None:
-    """Of two runs in one workspace the second says for whom it waits, then finds nothing to do: nothing runs twice."""
+    """Of two runs in one workspace the second says for whom it waits; nothing runs twice."""
     toy.control("merge.text", "another method")
     toy.control("merge.seconds", 15)
     first = toy.start(*RUN)
@@ -185,7 +185,7 @@ def test_the_second_of_two_runs_waits(toy: Workspace) -> None:
 
 @pytest.mark.slow
 def test_a_killed_run_loses_nothing(toy: Workspace) -> None:
-    """The stage of a run that was killed outright ends well; the next run waits for it and keeps its result."""
+    """The stage of a killed run ends well; the next run waits for it and keeps its result."""
     toy.control("fetch.text", "another checkpoint")
     toy.control("fetch.seconds", 20)
     first = toy.start(*RUN)

@@ -19,7 +19,7 @@ IDENTITY = {
 
 
 def test_links_and_paths_exist() -> None:
-    """Every relative link, and every path of the table "Where things are" that a clone has, leads somewhere."""
+    """Every relative link, and every path of "Where things are" that a clone has, exists."""
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     table = README.partition("## Where things are")[2].partition("##")[0]
     paths = [
@@ -33,7 +33,7 @@ def test_links_and_paths_exist() -> None:
 
 
 def as_cloned(workspace: Workspace) -> Workspace:
-    """With an environment that `make` finds ready: this one's packages under the workspace's own stamp."""
+    """Give a workspace an environment that `make` finds ready: links to this one's packages."""
     venv = workspace.folder / ".venv"
     venv.mkdir()
     for entry in (REPOSITORY / ".venv").iterdir():
@@ -87,7 +87,7 @@ def serve_and_stop(workspace: Workspace, command: str) -> str:
 
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs(new_small: Workspace, tmp_path: Path) -> None:
-    """All blocks, in their order, in a clone with the small configuration; the tests within test the Makefile only."""
+    """All blocks run in order in a clone with small settings; `make test` is the Makefile's."""
     workspace = as_cloned(new_small)
     said = {}
     for number, block in enumerate(BLOCKS):

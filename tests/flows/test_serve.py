@@ -32,7 +32,7 @@ def test_a_port_that_is_taken_is_refused() -> None:
 
 @pytest.mark.slow
 def test_a_schedule_fires_and_ctrl_c_ends_everything(toy: Workspace) -> None:
-    """The worker runs the stale stages when their time has come, then the promotion; Ctrl-C leaves no process."""
+    """The worker runs stale stages on schedule, then the promotion; Ctrl-C leaves no process."""
     gates = (REPOSITORY / "params" / "promote.yaml").read_text()
     (toy.folder / "params" / "promote.yaml").write_text(gates.replace("  modality:", "  toy:"))
     schedule = (REPOSITORY / "prefect.yaml").read_text()

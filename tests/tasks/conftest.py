@@ -56,7 +56,7 @@ def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @pytest.fixture
 def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[servers.Relay]:
-    """The environment of somebody who may use the server; what passes the line is counted, or cut."""
+    """Environment of somebody who may use the server; traffic is counted, or cut."""
     relay = servers.Relay(s3_port)
     for name in list(os.environ):
         if name.startswith("AWS_"):

@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> Path:
 def test_the_old_folder_stands_until_the_new_one_is_complete(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While files are written and flushed the old folder is read; after the renames, the new one."""
+    """While files are written and flushed, the old folder is read; after the renames, the new."""
     flushed = []
 
     def flush(path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_name_of_special_characters_is_no_pattern(tmp_path: Path) -> None:
 
 
 def test_long_work_goes_on_where_it_stopped(place: Path) -> None:
-    """A resumable folder survives a failure, is refused to a second process, and goes at the end."""
+    """A resumable folder survives a failure, refuses a second process, and goes at the end."""
 
     def work(end: str | None) -> list[str]:
         with storage.resumable_folder(place) as folder:

@@ -1,4 +1,4 @@
-"""Laws of the classification data: fixed splits that share nothing, two tasks, codes that do not overlap."""
+"""Laws of the classification data: disjoint splits, two tasks, codes that do not overlap."""
 
 from collections import Counter
 
@@ -75,7 +75,7 @@ def test_every_character_is_a_token_and_padding_is_masked(tokenizer_folder):
 
 
 def test_a_benchmark_is_a_function_of_its_seed(tokenizer_folder):
-    """Labels fit their tasks; equal seeds give equal examples, others do not; no example comes twice."""
+    """Labels fit their tasks; equal seeds alone give equal examples; no example comes twice."""
     options = {"checkpoint": tokenizer_folder, "validation": 40, "test": 60}
     first = WRITERS["languages"].benchmark(seed=3, **options)
     again = WRITERS["languages"].benchmark(seed=3, **options)
@@ -99,7 +99,7 @@ def test_more_examples_than_there_are_is_refused(tokenizer_folder):
 
 
 def test_drawings_lie_on_white(monkeypatch, tmp_path):
-    """Where a cell shows nothing it is white, and no colour is brighter than white or darker than black."""
+    """An empty cell is white, and no colour is brighter than white or darker than black."""
     small = {"seed": 0, "cell_pixels": 8, "label_pixels": 4, "train_cells": 2, "cells": 2}
     params = SceneParams(**small, duplicates=0.2, drop=0.3, noise=4)
     monkeypatch.setattr(classification, "CELLS", params)

@@ -1,4 +1,4 @@
-"""Laws of the scenes: what is said is true, what is held out is held out, equal seeds give equal bytes."""
+"""Laws of the scenes: statements are true, splits are disjoint, equal seeds give equal bytes."""
 
 import os
 import pickle

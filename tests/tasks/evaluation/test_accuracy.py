@@ -12,7 +12,7 @@ TWO = {"class_tasks": torch.tensor([0, 0, 1, 1])}
 
 
 def test_an_output_that_points_at_a_code_is_that_class_at_any_length():
-    """Logits are cosines: the length of an output does not count, its own code's logit is the scale."""
+    """Logits are cosines: an output's length does not count, its own code's logit is the scale."""
     known = classes("mnist")
     lengths = torch.rand(10, 1) * 100 + 0.01
     logits = accuracy.logits(known["codes"] * lengths, known)

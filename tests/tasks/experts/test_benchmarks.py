@@ -1,4 +1,4 @@
-"""Laws of the benchmarks: right answers score 100, guesses score what guessing scores, errors are errors."""
+"""Laws of the benchmarks: right answers score 100, guesses at chance, errors count."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Laws of evaluation: every model on every benchmark and split, equal bytes, nothing unknown, nothing half-written."""
+"""Laws of evaluation: every model on every benchmark and split, equal bytes, whole files."""
 
 import shutil
 from pathlib import Path

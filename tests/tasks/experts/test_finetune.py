@@ -1,4 +1,4 @@
-"""Laws of fine-tuning: alike for all arms, resumable to the bit, refused before anything is written."""
+"""Laws of fine-tuning: alike for all arms, resumable to the bit, refused before writing."""
 
 import re
 from pathlib import Path
@@ -121,7 +121,7 @@ def quiet(*_: object) -> None:
 
 
 def test_every_model_is_trained_and_published(recipe, mlflow_workspace, capsys):
-    """merged becomes finetuned, each arm finetuned_arms/<arm>; all load, and their curves are in MLflow."""
+    """merged becomes finetuned, arms finetuned_arms/<arm>; all load, their curves are in MLflow."""
     main(load(recipe))
     models = Path("models/toy")
     for source, target in (
@@ -237,7 +237,7 @@ def test_distillation_needs_no_labels(recipe):
 
 
 def test_each_arm_learns_from_its_own_parent(recipe):
-    """A merge's teacher is the checkpoint it was made of; a checkpoint has none; without distillation nobody."""
+    """A merge's teacher is its checkpoint; a checkpoint has none, nor has anything undistilled."""
     parents = {
         name: job.teacher for name, job in plan_of(params(distillation={"weight": 1})).items()
     }

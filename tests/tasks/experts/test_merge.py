@@ -1,4 +1,4 @@
-"""collect, align, merge and choose on a real (tiny) modality transformer, in a workspace of their own."""
+"""Collect, align, merge and choose on a real (tiny) modality transformer, in a workspace."""
 
 import contextlib
 import json
@@ -94,7 +94,7 @@ def _calibration(num: int = 10) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with a recipe `tiny`, its checkpoints and calibration data, collected, aligned, merged."""
+    """A folder with a recipe `tiny`, its checkpoints and data, collected, aligned, merged."""
     folder = tmp_path_factory.mktemp("finished")
     recipes.write(folder, tiny=RECIPE)
     checkpoints = folder / "models/tiny/checkpoints"
@@ -199,7 +199,7 @@ def test_every_arm_loads_and_the_result_is_one_of_them(workspace):
 
 
 def test_settings_by_pattern_hold_in_the_blocks_they_match(workspace):
-    """An arm's options and coefficients by pattern, of lower and joint blocks: each block as with its value alone."""
+    """Options and coefficients by pattern: each block is merged as with its value alone."""
     recipe = load_experts("tiny")
 
     def merged(**settings):
@@ -395,7 +395,7 @@ def test_a_wrong_recipe_is_refused_before_any_stage(workspace, change, message):
 
 
 def test_a_merge_that_dies_leaves_the_old_arms(workspace, monkeypatch):
-    """The second arm cannot be written: all arms are as they were, and nothing half-written is left."""
+    """If the second arm cannot be written, all arms are as before, and nothing is half-written."""
     before = folder_digest(workspace / "models/tiny/arms")
     write, written = merge.write_checkpoint, []
 
@@ -428,7 +428,7 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(workspace):
 
 
 def test_too_little_calibration_data_is_refused(workspace):
-    """Before any stage where the recipe tells; and where the data on disk are fewer than it says."""
+    """Refused before any stage if the recipe tells, or if the data on disk are too few."""
     _change(workspace, lambda r: r["collect"].update(calibration_examples=13))
     with pytest.raises(
         ParamsError, match=r"examples is 13, yet prepare\.calibration_examples is only 12"

@@ -1,4 +1,4 @@
-"""Laws of the benchmarks' data: labels are right, answers are balanced, equal params give equal bytes."""
+"""Laws of the benchmarks' data: right labels, balanced answers, equal bytes for equal params."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Laws of pre-training: one schedule for all arms, experts that start as the seed, whole releases."""
+"""Laws of pre-training: one schedule for all arms, experts start as the seed, whole releases."""
 
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def test_experts_start_as_copies_of_the_seed(params):
 
 
 def test_experts_without_a_seed_start_apart(params):
-    """No two experts are alike; the heads that only fine-tuning trains are those of the other arms."""
+    """No two experts are alike; heads that only fine-tuning trains equal those of other arms."""
     bank = load_bank(PrepareParams.model_validate(PREPARE).scenes)
     config = model_config(params.model, bank.params, "none")
     apart = initial_state("specific_unseeded", config, params.seed, WORK / "seed").weights
@@ -146,7 +146,7 @@ def test_all_four_are_released_once(params, mlflow_workspace):
 
 
 def test_what_needs_the_seeds_moments_makes_the_seed_again(params):
-    """The released seed has no moments: without its step checkpoint the specific arm trains it first."""
+    """The released seed has no moments: without its step checkpoint, specific trains it first."""
     run_chain(["seed", "specific"], params, quiet)
     before = weights(RELEASED / "specific")
     import shutil

@@ -1,4 +1,4 @@
-"""Recipes of kind "models": checkpoints of any architecture, from folders to a merged model and its report."""
+"""Recipes of kind "models": any architecture, from folders to a merged model and its report."""
 
 import json
 import random
@@ -100,7 +100,7 @@ def scores(model: str, split: str = "calibration") -> dict[str, float]:
     ],
 )
 def test_any_architecture_passes_every_stage_without_code(write, workspace, name) -> None:
-    """Folders in, a model that transformers loads and a report out, for classes that alloy never names."""
+    """Folders become a model that transformers loads and a report, for classes unknown to alloy."""
     code = "".join(path.read_text() for path in Path(alloy.__file__).parent.rglob("*.py"))
     assert re.sub(r"(For|Model).*", "", name).lower() not in re.findall(r"\w+", code.lower())
     write(name)
@@ -142,8 +142,10 @@ def plant(source: Path, target: Path, seed: int) -> None:
 
 
 def test_units_in_another_order_are_found_again_in_every_seed(write, workspace, given) -> None:
-    """Merged with itself in another order a model is itself, in sets of two seeds that run side by side; its
-    plain average is not. Seeds give a mean and a spread."""
+    """Merged with itself in another order a model is itself; its plain average is not.
+
+    Sets of two seeds run side by side and give a mean and a spread.
+    """
     write(CONVNEXT)
     for seed, name in enumerate("ab"):
         plant(given / CONVNEXT / name, workspace / f"given/{name}_moved", seed)
@@ -167,7 +169,7 @@ def test_units_in_another_order_are_found_again_in_every_seed(write, workspace, 
 
 
 def test_labels_give_accuracies_of_all_tasks(write, workspace) -> None:
-    """With a benchmark, joint, per-task and average accuracy; a model merged with itself keeps them all."""
+    """A benchmark gives joint, per-task and average accuracy; a self-merge keeps them all."""
     model = tiny_models.model(CONVNEXT, 0, num_channels=1, num_labels=32)
     for name in "ab":
         model.save_pretrained(workspace / "given" / name)
@@ -196,8 +198,11 @@ def write_labelled(write) -> None:
 
 
 def test_an_alignment_may_be_chosen_by_its_merge_with_labels_or_without(write, workspace) -> None:
-    """A share that is given, searched by similarity, or searched by what the merge answers or gets right; the
-    choice is the best of all candidates, among them to align nothing, and the report has every score."""
+    """A weight share is given, or searched by similarity, by the merge's answers or by labels.
+
+    The choice is the best of all candidates, among them to align nothing, and the report has every
+    score.
+    """
 
     def change(recipe: dict) -> None:
         shares = {"weight_share": "search"}
@@ -235,7 +240,7 @@ def test_an_alignment_may_be_chosen_by_its_merge_with_labels_or_without(write, w
 
 
 def test_the_surest_parent_answers() -> None:
-    """Row by row, the parent with the largest probability, whatever the scale of the others' logits."""
+    """Row by row the parent with the largest probability counts, at any scale of the logits."""
     sure, unsure = (
         torch.tensor([[4.0, 0, 0], [0.1, 0, 0]]),
         torch.tensor([[9.0, 9, 9], [0, 0.5, 0]]),
@@ -245,7 +250,7 @@ def test_the_surest_parent_answers() -> None:
 
 
 def test_without_labels_a_merge_should_choose_what_its_surest_parent_does(write) -> None:
-    """A model merged with itself agrees with itself; strangers' merge with some of what they choose."""
+    """A model merged with itself agrees with itself, a merge of strangers only in part."""
     write(CONVNEXT, lambda recipe: recipe["evaluate"].update(curves=[]))
     run(fetch, prepare)
     (job,) = jobs(load_models("mine"))
@@ -258,7 +263,7 @@ def test_without_labels_a_merge_should_choose_what_its_surest_parent_does(write)
 
 
 def test_padding_does_not_count_and_is_not_computed() -> None:
-    """Texts of any order and padding score alike, and the model sees no column that is padding alone."""
+    """Texts of any order and padding score alike; the model sees no column of padding alone."""
     config = transformers.BertConfig(
         vocab_size=20,
         hidden_size=8,
@@ -297,8 +302,10 @@ def test_padding_does_not_count_and_is_not_computed() -> None:
 
 
 def test_parents_of_another_width_are_followed(write) -> None:
-    """Where the arm's alignment is not made for a set, `elsewhere` is; least squares then follows both parents,
-    each in its own module. What has no counterparts is refused."""
+    """For sets without the arm's alignment there is `elsewhere`; least squares follows both.
+
+    Each parent runs in its own module. Layers without counterparts are refused.
+    """
 
     def change(recipe: dict) -> None:
         recipe["align"]["alignments"] |= {"ot_fusion": {"preset": "ot_fusion"}}
@@ -330,7 +337,7 @@ def test_parents_of_another_width_are_followed(write) -> None:
 
 
 def test_a_repair_improves_the_measure_it_is_made_for(write) -> None:
-    """Least squares brings the answers nearer to the parents' mean; temperature does and keeps every choice."""
+    """Least squares and temperature near the parents' mean answers; temperature keeps choices."""
 
     def change(recipe: dict) -> None:
         arm = recipe["merge"]["arms"]["mudsc"]
@@ -383,7 +390,7 @@ def test_a_partial_zip_is_a_model_for_each_member(write) -> None:
 
 @pytest.mark.slow
 def test_the_result_is_registered_with_what_it_was_measured_on(write, mlflow_workspace) -> None:
-    """A version with the parents' hashes, and the data of each set under the name that gates ask for."""
+    """A version has the parents' hashes, and each set's data under the name that gates use."""
     write(CONVNEXT, lambda recipe: recipe["evaluate"].update(curves=[]))
     run()
     register.main(load("mine"))
@@ -410,7 +417,7 @@ def text_examples(**changes: object) -> dict[str, torch.Tensor]:
 
 
 def test_texts_are_cut_into_pieces_of_the_models_own_tokens(write, workspace) -> None:
-    """Every piece has its special tokens and is padded; without padding token only whole pieces count."""
+    """Pieces have special tokens and are padded; without a padding token only whole ones count."""
     write(OPT)
     padded = text_examples(examples=80)
     assert padded["input_ids"].shape == (80, 16)
@@ -429,7 +436,7 @@ def test_texts_are_cut_into_pieces_of_the_models_own_tokens(write, workspace) ->
 
 
 def test_data_sets_on_disk_give_texts_pictures_and_inputs(write, workspace) -> None:
-    """A column of texts or pictures passes the models' processors; columns named as inputs pass as they are."""
+    """Texts or pictures of a column are processed; columns named as inputs pass as they are."""
     write(OPT)
     texts = ["a b c d e f g", "h i j", "k l m n o p"] * 3
     datasets.Dataset.from_dict({"text": texts, "n": range(9)}).save_to_disk("data_text")
@@ -597,7 +604,7 @@ def spoil_weights(member: str) -> None:
 def test_models_that_cannot_be_merged_are_refused_and_the_old_result_stands(
     write, workspace
 ) -> None:
-    """NaN weights, another class, other symmetries, settings that a preset or method does not have."""
+    """NaN weights, other classes or symmetries, and unknown settings are refused."""
     write(CONVNEXT)
     run(fetch, prepare, collect, align, merge, choose)
     stands = Path("models/mine/merged/model.safetensors").read_bytes()

@@ -95,7 +95,7 @@ def test_a_parent_sees_its_own_classes_only(params):
 
 
 def test_training_twice_gives_the_same_bits_and_a_whole_model(params):
-    """What is written loads as the model it says, half precision, with the digest of its weights."""
+    """What is written loads as the model it names, in half precision, with its weights' digest."""
     job = jobs(params)["toy_vit_a0"]
     for run in ("one", "two"):
         stage.pretrain(job, Path(run), Path(f"work_{run}"), quiet)
@@ -123,7 +123,7 @@ def test_only_what_changed_is_made_again(params):
 
 
 def test_a_release_is_whole_or_nothing(params, monkeypatch):
-    """All models with cards; a missing or stale one, or too many bytes, and the old release stands."""
+    """All models get cards; if one is missing, stale or too large, the old release stands."""
     with pytest.raises(ValueError, match=r"toy_vit_a0, toy_vit_b0, .*dvc repro"):
         stage.release()
     train_all(params)
@@ -154,7 +154,7 @@ def test_shifted_images_move_whole_and_repeat_the_border():
 
 
 def test_the_pipeline_names_the_code_it_runs_and_writes_outside_of_released(monkeypatch):
-    """A stage for each family that reruns when its code changes; no stage at the top reads what it writes."""
+    """Each family's stage reruns when its code changes; no stage at the top reads its output."""
     monkeypatch.setattr(sys, "path", [str(REPOSITORY), *sys.path])
     pipeline = REPOSITORY / "pretrain/multitask/dvc.yaml"
     found = yaml.safe_load(pipeline.read_text())["stages"]["train"]["do"]
@@ -179,7 +179,7 @@ def released_jobs() -> list[stage.Job]:
 
 
 def test_what_is_released_is_what_the_params_make():
-    """Every parent of the params is released, with the weights that its record names, and no other."""
+    """The parents of the params are released, with the weights in their records, and no others."""
     folder = REPOSITORY / stage.RELEASED
     assert {job.name for job in released_jobs()} == {path.name for path in folder.iterdir()}
     stale = [job.name for job in released_jobs() if not stage.is_made(job, folder)]

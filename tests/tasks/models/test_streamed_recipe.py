@@ -96,7 +96,7 @@ def test_two_checkpoints_become_one_that_transformers_loads(workspace, capsys) -
 
 
 def test_kept_tensors_stay_the_first_members(workspace) -> None:
-    """A pattern of `kept` names tensors that are the first member's to the bit; others are merged."""
+    """Tensors that match `kept` are the first member's to the bit; others are merged."""
     change_params(lambda r: r.update(kept=["embeddings.*"]))
     run(fetch, merge)
     a, merged = load_file("given/a/model.safetensors"), load_file(ARM)

@@ -83,7 +83,8 @@ def test_a_result_is_read_from_its_run_or_what_lacks_is_named() -> None:
     del tags["data/vqa/test.safetensors"]
     with pytest.raises(
         IncomparableError,
-        match="version 3 has no metric test/finetuned/vqa/accuracy_standard_error and no tag data/vqa",
+        match="version 3 has no metric test/finetuned/vqa/accuracy_standard_error "
+        "and no tag data/vqa",
     ):
         read_result("3", GATES, metrics, tags)
 

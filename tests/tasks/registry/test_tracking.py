@@ -1,4 +1,4 @@
-"""Curves arrive, runs say how they ended, and a missing MLflow is noticed within seconds; a real SQLite store."""
+"""Curves arrive, runs say how they ended, a missing MLflow is noticed within seconds."""
 
 import socket
 import time

@@ -1,4 +1,4 @@
-"""search: proposals depend on seed and number alone, what is asked is checked, the best is written to paste."""
+"""Search: proposals depend on seed and number, ranges are checked, the best is written."""
 
 import json
 import re
@@ -21,8 +21,9 @@ from tests import recipes, tiny_models
 
 CONFIG = {
     "hidden_size": 12, "num_hidden_layers": 2, "num_joint_layers": 1, "num_attention_heads": 3,
-    "intermediate_size": 12, "layer_scale": None, "image_size": 8, "patch_size": 4, "vocab_size": 12,
-    "max_position_embeddings": 6, "embedding_size": 12, "num_answers": 4, "num_segment_classes": 4,
+    "intermediate_size": 12, "layer_scale": None, "image_size": 8, "patch_size": 4,
+    "vocab_size": 12, "max_position_embeddings": 6,
+    "embedding_size": 12, "num_answers": 4, "num_segment_classes": 4,
 }  # fmt: skip
 
 
@@ -59,7 +60,7 @@ BOTH = ("coefficients.v=0..1", "coefficients.l=0..1")
 
 
 def test_a_search_that_goes_on_proposes_what_it_would_have_proposed(tmp_path):
-    """Trials 0..15 at once, and 0..8 then the rest: the same settings and scores; the first are the arm's own."""
+    """Trials 0..15 at once equal 0..8 and then the rest; the first settings are the arm's own."""
     whole, parts = Bowl(), Bowl()
     at_once = search.search(
         whole, ranges(whole, *BOTH), num_trials=16, seed=3, folder=tmp_path / "a"
@@ -112,9 +113,13 @@ WHOLE = {
 def _write_recipe(folder):
     """A tiny modality recipe with its checkpoints, and one benchmark of eight pairs."""
     arms = {
-        "interpolation": {"checkpoint": "specific", "method": "interpolation", "options": {"ratio": 0.5}},
+        "interpolation": {
+            "checkpoint": "specific",
+            "method": "interpolation",
+            "options": {"ratio": 0.5},
+        },
         "linear": {"checkpoint": "specific", "method": "linear"},
-    }  # fmt: skip
+    }
     tiny = recipes.experts(merge={"result": "linear", "arms": arms})
     recipes.write(folder, tiny=tiny, whole=WHOLE)
     torch.manual_seed(0)
@@ -140,7 +145,7 @@ def recipe(workspace):
 
 
 def test_the_command_searches_by_pattern_and_writes_the_best_to_paste(recipe, capsys):
-    """A trial's score is what the arm that is pasted scores; validation data alone is there to be read."""
+    """A trial scores what the pasted arm scores; only validation data can be read."""
     settings = ["options.ratio[blocks.0.*]=0..1", "options.ratio[*]=0.25,0.5,0.75"]
     search.main(["tiny", "interpolation", *settings, "--trials", "4", "--benchmarks", "retrieval"])
     folder = recipe / "reports/search/tiny/interpolation"

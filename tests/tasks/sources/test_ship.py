@@ -68,7 +68,7 @@ def _stamp(bucket, key: str):
 def test_a_reader_sees_the_old_model_until_the_new_one_is_whole(
     bucket, recipe, monkeypatch
 ) -> None:
-    """An interrupted ship changes nothing for readers; the next sends what is missing and points there."""
+    """An interrupted ship changes nothing for readers; the next sends the rest and points there."""
     write_model(0)
     main(recipe)
     old = resolve(address(bucket))

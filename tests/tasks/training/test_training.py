@@ -103,7 +103,7 @@ def same(left, right):
 
 @pytest.mark.parametrize("step", [3, 5, 7, 11])
 def test_an_interrupted_run_ends_with_the_same_bits(step, tmp_path):
-    """Whenever it is interrupted, the continued run is the run that never stopped, dropout included."""
+    """A run that is interrupted anywhere equals one that never stopped, dropout included."""
     straight = Run(tmp_path / "straight")
     straight.go()
     broken = Run(tmp_path / "broken")
@@ -127,7 +127,7 @@ def test_a_run_of_other_params_starts_anew(tmp_path):
 
 
 def test_two_parts_of_a_schedule_are_the_whole(tmp_path):
-    """Stopping at a step and starting another run from its state gives the uninterrupted run's bits."""
+    """Stopping at a step and continuing from its state gives the uninterrupted run's bits."""
     straight = Run(tmp_path / "straight")
     straight.go()
     Run(tmp_path / "first", "first").go(stop_step=7)
@@ -155,7 +155,7 @@ def stopping(every, patience):
 
 
 def test_the_best_validated_weights_are_kept(tmp_path):
-    """Scores that fall after the second validation: the run stops in time and ends with the best."""
+    """If scores fall after the second validation, the run stops in time with the best."""
     scores, seen = iter([1.0, 3.0, 2.0, 2.5, 9.0]), []
     run = Run(tmp_path)
 
@@ -193,7 +193,7 @@ def test_the_rate_warms_up_to_the_peak_and_falls_to_the_final_share():
 
 
 def test_only_matrices_of_linear_layers_decay():
-    """With no gradient norms, biases and embeddings stay as they are and all linear matrices shrink."""
+    """Without a gradient, norms, biases and embeddings stay, and all linear matrices shrink."""
     model = Toy()
     optimizer = MuonAdamW(parameter_groups(model, weight_decay=0.5), lr=0.1)
     before = bits(model)

@@ -1,4 +1,4 @@
-"""Settings of the whole suite: no phoning home, no time limit on a single property, Ctrl-C that works."""
+"""Settings of the suite: no telemetry, no time limit on a property, Ctrl-C that works."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Complete recipes of kind "experts", as small as they can be; a test overrides the sections it is about."""
+"""Complete recipes of kind "experts", as small as possible; tests override sections."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,8 +44,8 @@ def experts(**sections: object) -> dict[str, object]:
     """A recipe with one arm, the average of the experts of its first checkpoint.
 
     The sections that are not given agree with those that are: they name the first of `fetch`'s
-    checkpoints and the result of `merge`, and there is a section finetune if the model registered or
-    shipped is `finetuned`. A section given as None is left out.
+    checkpoints and the result of `merge`, and there is a section finetune if the model registered
+    or shipped is `finetuned`. A section given as None is left out.
     """
     fetch = _mapping(sections.get("fetch", {"checkpoints": CHECKPOINTS}))
     first = next(iter(_mapping(fetch["checkpoints"])))

@@ -1,4 +1,4 @@
-"""Real servers on loopback: S3 (SeaweedFS), a hub that speaks Hugging Face's API, a line that breaks.
+"""Real servers on loopback: S3 (SeaweedFS), a hub with Hugging Face's API, a line that breaks.
 
 `Relay` stands between a client and a server and cuts connections in the middle of an answer.
 """
@@ -51,7 +51,7 @@ def wait_for_port(port: int, process: subprocess.Popen, seconds: float = 60) -> 
 
 
 class Relay:
-    """Passes bytes between clients and one server; cuts what it is told to cut, counts what it passed."""
+    """Passes bytes between clients and one server; cuts on request, counts what it passed."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -141,8 +141,9 @@ class _QuietServer(ThreadingHTTPServer):
 class HubServer:
     """A hub with the part of Hugging Face's API that fetching a model uses.
 
-    `repos[name][commit][path]` is a file's content; `refs[name][branch]` is a commit. Files that end in
-    `.safetensors` are in LFS: their hash is told, and they are sent from another address.
+    `repos[name][commit][path]` is a file's content; `refs[name][branch]` is a commit. Files that
+    end in `.safetensors` are in LFS: the hub answers their hash, and sends them from another
+    address.
     """
 
     def __init__(self) -> None:

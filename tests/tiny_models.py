@@ -29,7 +29,12 @@ ARCHITECTURES: dict[str, tuple[str, Callable]] = {
     "ConvNextForImageClassification": (
         "images",
         lambda: ConvNextConfig(
-            patch_size=4, hidden_sizes=[8, 12], depths=[1, 2], num_stages=2, image_size=32, num_labels=5
+            patch_size=4,
+            hidden_sizes=[8, 12],
+            depths=[1, 2],
+            num_stages=2,
+            image_size=32,
+            num_labels=5,
         ),
     ),
     "RegNetForImageClassification": (
@@ -41,7 +46,12 @@ ARCHITECTURES: dict[str, tuple[str, Callable]] = {
     "DistilBertForMaskedLM": (
         "texts",
         lambda: DistilBertConfig(
-            vocab_size=SIZE, dim=24, n_layers=2, n_heads=2, hidden_dim=20, max_position_embeddings=32
+            vocab_size=SIZE,
+            dim=24,
+            n_layers=2,
+            n_heads=2,
+            hidden_dim=20,
+            max_position_embeddings=32,
         ),
     ),
     "OPTForCausalLM": (

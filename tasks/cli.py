@@ -23,7 +23,8 @@ def new(
         typer.Option(
             metavar="MEMBER...",
             help="What is merged, the reference first: `hf://org/name@revision`, "
-            "`s3://bucket/prefix`, `mlflow:models/NAME@alias` or a folder; `NAME=SOURCE` names one.",
+            "`s3://bucket/prefix`, `mlflow:models/NAME@alias` or a folder; "
+            "`NAME=SOURCE` names one.",
         ),
     ] = None,
     kind: Annotated[

@@ -1,4 +1,4 @@
-"""Whatever only the stages' own modules can tell of a recipe of experts: benchmarks and their sizes."""
+"""Checks of a recipe of experts that need the stages' own modules: benchmarks, their sizes."""
 
 from tasks.experts.finetune import plan
 from tasks.experts.prepare import checked

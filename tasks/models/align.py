@@ -1,8 +1,8 @@
-"""align, for recipes of kind "models": bring the units of the models of each set together, in every way named.
+"""align, for recipes of kind "models": bring the units of each set's models together.
 
-Writes, for each set and seed, `<alignment>.safetensors` (all that applies it) and `report.json`: each space's
-similarity before and after, and for alignments that keep every model's function by how much they changed its
-outputs on calibration examples, in float64.
+Writes, for each set and seed, `<alignment>.safetensors` (all that applies it) and `report.json`:
+each space's similarity before and after, and for alignments that keep every model's function by how
+much they changed its outputs on calibration examples, in float64.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,9 @@ from tasks.models.shared.statistics import load_statistics
 from tasks.recipe.models import ModelsAlignment, ModelsRecipe
 from tasks.storage import write_folder, write_json
 
-TOLERANCE = 1e-5  # of an output's spread: what an exact alignment may change; norms of Llama compute in float32 (2e-6)
+# of an output's spread: what an exact alignment may change; norms of Llama compute in float32
+# (2e-6)
+TOLERANCE = 1e-5
 
 
 def main(recipe: ModelsRecipe) -> None:
@@ -59,7 +61,8 @@ def align_all(job: Job, folder: Path, report: Report) -> None:
             )
         except AlignmentError as error:
             raise AlignmentError(
-                f"set {job.set!r}: align.alignments.{name}: {error}; an alignment that some sets cannot "
+                f"set {job.set!r}: align.alignments.{name}: {error}; an alignment that "
+                "some sets cannot "
                 "have names the others in `sets`"
             ) from error
         change = functions.largest_change(alignment) if alignment.exact else None
@@ -115,7 +118,8 @@ class Functions:
     def largest_change(self, alignment: Alignment) -> float:
         """By how much an exact alignment changes any model's outputs, of their spread.
 
-        Raises AlignmentError where that is more than TOLERANCE: then the alignment is not what it says.
+        Raises AlignmentError where that is more than TOLERANCE: then the alignment is not what it
+        says.
         """
         worst = 0.0
         for name, moved in alignment.apply(self.weights).items():
@@ -124,7 +128,8 @@ class Functions:
                 worst = max(worst, float((ours - theirs).abs().max() / spread))
             if not worst <= TOLERANCE:
                 raise AlignmentError(
-                    f"set {self.set!r}: {alignment.preset} changes the outputs of {name} by {worst:.1e} of "
+                    f"set {self.set!r}: {alignment.preset} changes the outputs of {name} by "
+                    f"{worst:.1e} of "
                     f"their spread, {TOLERANCE:.0e} is allowed: report this, with the model"
                 )
         return worst

@@ -1,4 +1,4 @@
-"""Whatever only the stages' own modules can tell of a recipe of models: presets, writers, options."""
+"""Checks of a recipe of models that need the stages' own modules: presets, writers, options."""
 
 from collections.abc import Collection
 from typing import get_type_hints
@@ -40,7 +40,7 @@ def check(recipe: ModelsRecipe) -> None:
 
 
 def _preset(where: str, params: ModelsAlignment) -> Preset:
-    """The preset of an alignment, after ParamsError was raised for settings that it does not take."""
+    """The preset of an alignment; ParamsError for settings that it does not take."""
     if params.preset not in PRESETS:
         raise ParamsError(
             f"{where}.preset: {params.preset!r}: {nearest(params.preset, [*PRESETS])}"

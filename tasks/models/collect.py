@@ -1,7 +1,8 @@
-"""collect, for recipes of kind "models": the symmetries of the models, and statistics of their units.
+"""collect, for recipes of kind "models": symmetries of the models, statistics of their units.
 
-Symmetries are found by tracing each architecture on calibration examples, and checked: random transforms must
-leave the outputs as they are. Then the models of a set run side by side on all calibration data.
+Symmetries are found by tracing each architecture on calibration examples, and checked: random
+transforms must leave the outputs as they are. Then the models of a set run side by side on all
+calibration data.
 """
 
 import math
@@ -59,7 +60,8 @@ def main(recipe: ModelsRecipe) -> None:
 def find_spec(job: Job, member: str, file: Path, report: Report) -> None:
     """Find and check the symmetries of a member's architecture.
 
-    Raises SymmetryError for a model that cannot be traced, or whose outputs a symmetry would change.
+    Raises SymmetryError for a model that cannot be traced, or whose outputs a symmetry would
+    change.
     """
     model = load_any(job.folders[member]).cpu()
     examples = first_examples(job.calibration)
@@ -70,7 +72,8 @@ def find_spec(job: Job, member: str, file: Path, report: Report) -> None:
     report("step")
     report(
         "say",
-        f"{type(model).__name__} ({member}): {len(spec.spaces)} spaces; random transforms change its "
+        f"{type(model).__name__} ({member}): {len(spec.spaces)} spaces; random "
+        "transforms change its "
         f"outputs by {checked.worst_change:.0e}",
     )
 

@@ -1,11 +1,11 @@
 """prepare, for recipes of kind "models": examples as the models take them.
 
-Pictures pass the models' own image processor, texts their own tokenizer, so both must be the same for all
-models that see them. Writes to `data/<recipe>/`:
+Pictures pass the models' own image processor, texts their own tokenizer, so both must be the same
+for all models that see them. Writes to `data/<recipe>/`:
 
-    calibration/<name>.safetensors                  keyword inputs of the models' forward, without labels
+    calibration/<name>.safetensors                  inputs of the models' forward, without labels
     benchmarks/<name>/{validation,test}.safetensors keyword inputs, `labels` and `tasks`
-    benchmarks/<name>/classes.safetensors           `class_tasks`, and `codes` where a model outputs them
+    benchmarks/<name>/classes.safetensors           `class_tasks`; `codes` if a model outputs them
 """
 
 import inspect
@@ -172,7 +172,8 @@ def images(
     processor = image_processor(checkpoint)
     if processor is None:
         raise CalibrationError(
-            f"{where}: {checkpoint} has no image processor (preprocessor_config.json); save the one it "
+            f"{where}: {checkpoint} has no image processor (preprocessor_config.json); "
+            "save the one it "
             "was trained with beside its weights"
         )
     mode = "L" if getattr(load_config(checkpoint), "num_channels", 3) == 1 else "RGB"
@@ -207,7 +208,8 @@ def _files(where: str, folder: Path, suffixes: Sequence[str]) -> list[Path]:
     files = [path for path in listed if path.is_file() and path.suffix.lower() in suffixes]
     if not files:
         raise CalibrationError(
-            f"{where}: {folder} is empty: it has {len(listed)} entries, none of them *{' *'.join(suffixes)}"
+            f"{where}: {folder} is empty: it has {len(listed)} entries, none of them "
+            f"*{' *'.join(suffixes)}"
         )
     return files
 
@@ -217,12 +219,14 @@ def texts(
 ) -> Inputs:
     """Documents cut into pieces of at most `params.tokens` tokens, padded if the tokenizer can pad.
 
-    Without a padding token only whole pieces count: a padded one would show the model what it never saw.
+    Without a padding token only whole pieces count: a padded one would show the model what it never
+    saw.
     """
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
         raise CalibrationError(
-            f"{where}: {checkpoint} has no tokenizer; save the one it was trained with beside its weights"
+            f"{where}: {checkpoint} has no tokenizer; save the one it was trained with "
+            "beside its weights"
         )
     if params.tokens is None:
         raise CalibrationError(f"{where}: texts need `tokens`, the length of an example")
@@ -251,7 +255,8 @@ def texts(
             break
     if not batches:
         raise CalibrationError(
-            f"{where}: no text has {params.tokens} tokens, and the tokenizer cannot pad: lower `tokens`"
+            f"{where}: no text has {params.tokens} tokens, and the tokenizer cannot pad: "
+            "lower `tokens`"
         )
     inputs = _joined(where, batches, checkpoint)
     if pads is False or bool(inputs.get("attention_mask", torch.ones(1)).all()):
@@ -271,7 +276,7 @@ def _documents(where: str, folder: Path, seed: int) -> Iterator[str]:
 
 
 def dataset(where: str, params: ModelsCalibration, checkpoint: Path, seed: int) -> Inputs:
-    """Examples of a `datasets` data set on disk: a column of texts or pictures, or the models' inputs."""
+    """Examples of a data set on disk: a column of texts or pictures, or the models' inputs."""
     assert params.dataset is not None
     with tempfile.TemporaryDirectory() as cache:
         rows = _open_dataset(where, Path(params.dataset), cache)
@@ -317,8 +322,10 @@ def _input_columns(where: str, params: ModelsCalibration, rows: Any, checkpoint:
     names = [name for name in rows.column_names if name in forward_inputs(checkpoint)]
     if not names:
         raise CalibrationError(
-            f"{where}: no column is an input of the model: found {rows.column_names}; name the column "
-            f"of texts or pictures (`column`), or call one as the model does: {forward_inputs(checkpoint)}"
+            f"{where}: no column is an input of the model: found {rows.column_names}; "
+            "name the column "
+            "of texts or pictures (`column`), or call one as the model does: "
+            f"{forward_inputs(checkpoint)}"
         )
     chosen = rows.select(range(min(params.examples, len(rows)))).with_format("torch")
     tensors = {name: torch.as_tensor(chosen[:][name]) for name in names}
@@ -339,7 +346,8 @@ def _joined(where: str, batches: Sequence[Mapping[str, Tensor]], checkpoint: Pat
         shapes = {tuple(batch[name].shape[1:]) for batch in batches}
         if len(shapes) > 1:
             raise CalibrationError(
-                f"{where}: {name} comes out in several shapes, {sorted(shapes)}: give examples of one "
+                f"{where}: {name} comes out in several shapes, {sorted(shapes)}: give "
+                "examples of one "
                 "size, or a processor that makes one"
             )
         joined = torch.cat([batch[name] for batch in batches])
@@ -362,14 +370,15 @@ def image_processor(checkpoint: Path) -> Any:
 
 
 def refuse_other_processors(checkpoints: Sequence[Path]) -> None:
-    """Raise CheckpointError, naming what differs, unless all models read pictures and texts alike."""
+    """Raise CheckpointError, naming the difference, unless all models read their inputs alike."""
     for read, what in ((_image_settings, "image processor"), (_token_settings, "tokenizer")):
         first = read(checkpoints[0])
         for other in checkpoints[1:]:
             found = read(other)
             if found != first:
                 raise CheckpointError(
-                    f"the {what} of {checkpoints[0]} and {other} differ: {_difference(first, found)}; "
+                    f"the {what} of {checkpoints[0]} and {other} differ: "
+                    f"{_difference(first, found)}; "
                     "models are merged that see the same inputs"
                 )
 

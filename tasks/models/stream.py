@@ -1,7 +1,8 @@
 """merge, for members that are merged as they are: a stream, checkpoint by checkpoint, of any size.
 
-Every arm of every set and seed is written by `alloy.merge_checkpoints`. Arms grow in `.alloy/merge/<recipe>/`:
-an interrupted run goes on there, file by file; what is complete becomes the stage's output at once.
+Every arm of every set and seed is written by `alloy.merge_checkpoints`. Arms grow in
+`.alloy/merge/<recipe>/`: an interrupted run goes on there, file by file; what is complete becomes
+the stage's output at once.
 """
 
 import shlex

@@ -38,7 +38,7 @@ class SceneParams(Section):
 
 
 class SplitSizes(Section):
-    """How many examples of a benchmark; a benchmark without fine-tuning has no training examples."""
+    """Numbers of examples of a benchmark; one without fine-tuning has no training examples."""
 
     train: int = Field(ge=0)
     validation: int = Field(gt=0)
@@ -86,8 +86,9 @@ class ArmParams(Section):
     method: str  # a key of alloy's MERGE_METHODS
     align: bool = False  # move the units by align's transforms first
     gauge: GaugeParams | None = None  # or bring the experts to where merging them costs least
-    # What least squares (gauge, sequential) shall keep: the pre-trained heads' answers, or these and all
-    # states, which heads that fine-tuning trains will read; null: the output of every layer alike.
+    # What least squares (gauge, sequential) shall keep: the pre-trained heads' answers, or these
+    # and all states, which heads that fine-tuning trains will read; null: the output of every layer
+    # alike.
     answers: Literal["heads", "states"] | None = None
     masked_share: float = Field(default=0, ge=0, le=1)  # of their texts get hidden words
     base: str | None = None  # the checkpoint that task vectors start from
@@ -218,7 +219,8 @@ class ExpertsRecipe(Section):
             check_arm(where, arm)
             if arm.reads_statistics and arm.checkpoint not in self.collect.checkpoints:
                 raise ParamsError(
-                    f"{where}: it needs statistics of {arm.checkpoint!r}, which collect.checkpoints "
+                    f"{where}: it needs statistics of {arm.checkpoint!r}, which "
+                    "collect.checkpoints "
                     f"does not name (found {self.collect.checkpoints}); add it there"
                 )
         self._check_calibration()
@@ -229,7 +231,8 @@ class ExpertsRecipe(Section):
         if read > drawn:
             raise ParamsError(
                 f"{self.where}: collect.calibration_examples is {read}, yet "
-                f"prepare.calibration_examples is only {drawn}: lower the first, or raise the second"
+                f"prepare.calibration_examples is only {drawn}: lower the first, or "
+                "raise the second"
             )
 
     def _check_models(self) -> None:

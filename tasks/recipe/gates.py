@@ -1,4 +1,4 @@
-"""Gates of promotion that fit their recipe: what they compare is something that evaluate measures."""
+"""Gates of promotion that fit their recipe: evaluate measures the scores that they compare."""
 
 from collections.abc import Collection, Iterator, Mapping
 
@@ -13,7 +13,7 @@ MEASURED = ("validation", "test")  # the splits of benchmarks with labels
 
 
 def check_gates(recipe: Recipe) -> None:
-    """Refuse gates that no result of the recipe could pass, and gates of recipes that are not there.
+    """Refuse gates that no result of the recipe could pass, and gates of unknown recipes.
 
     Raises:
         ParamsError: names the key and the nearest right name.

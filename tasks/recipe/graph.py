@@ -1,9 +1,9 @@
 """`params/graph.yaml`: which stages each recipe has, for `dvc.yaml`; derived from the recipes.
 
-DVC runs a stage for each recipe that the stage's list names, and must find every path and section that the
-stage reads. A recipe that lacks one names in its place what the stage reads anyway, twice.
+DVC runs a stage for each recipe that the stage's list names, and must find every path and section
+that the stage reads. A recipe that lacks one names in its place what the stage reads anyway, twice.
 
-    python -m tasks.recipe.graph       # write it anew, after a recipe was added or got another section
+    python -m tasks.recipe.graph       # write it anew, after a recipe or a section was added
 """
 
 import sys
@@ -57,7 +57,8 @@ def refuse_stale(recipe: str) -> None:
         expected = _entry(loaded, stage) if _has(loaded, stage) else None
         if (known.get(stage) or {}).get(recipe) != expected:
             raise ParamsError(
-                f"{GRAPH} does not know {loaded.where} as it is now: `python -m tasks.recipe.graph` "
+                f"{GRAPH} does not know {loaded.where} as it is now: `python -m "
+                "tasks.recipe.graph` "
                 "writes it anew"
             )
 

@@ -1,7 +1,7 @@
 """Recipes of kind "models": sets of checkpoints of any architecture become one model each.
 
-With calibration data their units are aligned before they are merged (prepare, collect, align); without,
-they are merged as they are, as a stream.
+With calibration data their units are aligned before they are merged (prepare, collect, align);
+without, they are merged as they are, as a stream.
 """
 
 from collections.abc import Collection, Iterator
@@ -119,7 +119,7 @@ class ModelsAlignParams(Section):
 
 
 class ModelsLeastSquares(Section):
-    """Every layer fitted anew to what the parents' layers compute (`alloy.refit.repair.fit_layers`)."""
+    """Every layer fitted anew to the parents' layers (`alloy.refit.repair.fit_layers`)."""
 
     targets: Literal["mean", "confidence"] = "mean"  # parents count alike, or by how sure they are
     inputs: Literal["merged", "parents"] = "merged"  # that a layer is fitted on
@@ -170,7 +170,8 @@ class ModelsArm(Section):
         fit = self.repair.permuted_least_squares
         if self.coefficients is not None and fit is not None and fit.targets == "confidence":
             raise ValueError(
-                "targets: confidence weighs the parents by example; coefficients weigh them too: drop one"
+                "targets: confidence weighs the parents by example; coefficients weigh "
+                "them too: drop one"
             )
         if isinstance(self.coefficients, dict) and (fit is not None or self.repair.repair):
             raise ValueError(
@@ -343,7 +344,8 @@ class ModelsRecipe(Section):
         if given and len(given) < len(CALIBRATED):
             lacking = [name for name in CALIBRATED if name not in given]
             raise ParamsError(
-                f"{self.where}: there is a section {', '.join(given)}, but no {', '.join(lacking)}: "
+                f"{self.where}: there is a section {', '.join(given)}, but no "
+                f"{', '.join(lacking)}: "
                 "alignment needs all three, a merge of members as they are none of them"
             )
         for name, entry in self.sets.items():
@@ -401,7 +403,8 @@ class ModelsRecipe(Section):
             raise ParamsError(f"{where}: set {name!r}: {error}") from error
         if self.is_calibrated and spec.statistics == "gram" and not self.calibrated[1].grams:
             raise ParamsError(
-                f"{where}: {arm.method} needs Grams of the layers' inputs: set collect.grams to true"
+                f"{where}: {arm.method} needs Grams of the layers' inputs: set "
+                "collect.grams to true"
             )
 
     def _check_scores(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""A recipe from its members: `params/NAME.yaml`, complete and commented, and its place in the lists."""
+"""A recipe from its members: `params/NAME.yaml`, complete, commented, and in the lists."""
 
 import json
 import re
@@ -112,7 +112,7 @@ def _name_of(source: str, taken: Mapping[str, str]) -> str:
 
 
 def _extended(text: str, listed: Sequence[str], name: str) -> str:
-    """`recipes.yaml` with one name more; its comments stay where the list has a line for each name."""
+    """`recipes.yaml` with one name more; comments stay if the list has a line for each name."""
     lines = text.splitlines()
     items = [number for number, line in enumerate(lines) if re.match(r"\s*- ", line)]
     if items:

@@ -1,4 +1,4 @@
-"""Typed sections of YAML: frozen, every key known, errors that name the key and the nearest right one."""
+"""Typed sections of YAML: frozen, every key known, errors that name the nearest right key."""
 
 from typing import Annotated, TypeVar
 

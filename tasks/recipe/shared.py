@@ -1,4 +1,4 @@
-"""Sections that both families of recipes have: fetch, register, ship; and the gates of promotion."""
+"""Sections of both families of recipes: fetch, register, ship; and the gates of promotion."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from tasks.recipe.section import Name, Section
 
 
 class CheckpointParams(Section):
-    """Where a checkpoint comes from, and what it must be; a plain string is a source without conditions."""
+    """The source of a checkpoint, with conditions; a plain string is a source without any."""
 
     source: str  # see `tasks/sources/place.py`
     revision: str | None = None  # the immutable revision that it must resolve to
@@ -28,7 +28,7 @@ class FetchParams(Section):
 
 
 class RegisterParams(Section):
-    """The name under which results are registered, and which of the recipe's models is the result."""
+    """The name under which results are registered, and the model that is the result."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
     model: Literal["finetuned", "merged"]

@@ -6,7 +6,7 @@ from tasks.recipe.section import Section
 
 
 class Schedule(Section):
-    """A linear warm-up from 0, then a linear decay from the peak to the final learning rate (AdamW)."""
+    """A linear warm-up from 0, then a linear decay from the peak to the final rate (AdamW)."""
 
     num_steps: int = Field(gt=0)
     learning_rate: float = Field(gt=0)  # the peak

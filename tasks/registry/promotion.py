@@ -1,9 +1,10 @@
-"""May a challenger take the champion's place? Decided by gates on the same data, in standard errors.
+"""Promotion of a challenger, decided by gates on the same data, in standard errors.
 
 No I/O here: `flows.promote` brings the scores from MLflow and moves the alias.
 
-The scores of a challenger and a champion are treated as independent: the standard error of a difference is the
-root of the sum of their squares. On the same examples they are correlated, so a gate errs on the side of caution.
+The scores of a challenger and a champion are treated as independent: the standard error of a
+difference is the root of the sum of their squares. On the same examples they are correlated, so a
+gate errs on the side of caution.
 """
 
 from collections.abc import Mapping
@@ -84,7 +85,8 @@ def read_result(
         ]
         if missing:
             raise IncomparableError(
-                f"version {version} has no {' and no '.join(missing)}, which params/promote.yaml asks for; "
+                f"version {version} has no {' and no '.join(missing)}, which "
+                "params/promote.yaml asks for; "
                 "register it with such an evaluation, or change the gates"
             )
         scores[benchmark] = Score(metrics[name], metrics[f"{name}_standard_error"])
@@ -100,8 +102,10 @@ def decide(gates: Gates, champion: Result, challenger: Result) -> Decision:
     differing = [name for name in gates.benchmarks if champion.data[name] != challenger.data[name]]
     if differing:
         raise IncomparableError(
-            f"version {champion.version} (champion) and version {challenger.version} (challenger) were measured "
-            f"on different data: {', '.join(differing)}; evaluate and register both on the same data"
+            f"version {champion.version} (champion) and version {challenger.version} (challenger) "
+            "were measured "
+            f"on different data: {', '.join(differing)}; evaluate and register both "
+            "on the same data"
         )
     comparisons = tuple(
         Comparison(
@@ -118,7 +122,8 @@ def decide(gates: Gates, champion: Result, challenger: Result) -> Decision:
     gain = _in_errors(mean, error)
     reasons = [
         f"{found.benchmark} is worse by {-found.change:.1f} standard errors "
-        f"({found.champion.value:.1f} -> {found.challenger.value:.1f}); {gates.maximal_regression} is allowed"
+        f"({found.champion.value:.1f} -> {found.challenger.value:.1f}); "
+        f"{gates.maximal_regression} is allowed"
         for found in comparisons
         if found.change < -gates.maximal_regression
     ]

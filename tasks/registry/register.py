@@ -1,8 +1,9 @@
 """Register the recipe's result in MLflow, with the lineage that says what it was made of.
 
-One run a result: metrics, params, the hashes of the parents, the digests of the data, the git revision and the
-DVC lock. The model becomes a new version of the registered model, alias `challenger`; `flows.promote` compares
-it with `champion`. A result that is registered already is not registered again.
+One run a result: metrics, params, the hashes of the parents, the digests of the data, the git
+revision and the DVC lock. The model becomes a new version of the registered model, alias
+`challenger`; `flows.promote` compares it with `champion`. A result that is registered already is
+not registered again.
 
     python -m tasks.register RECIPE
 """
@@ -30,9 +31,11 @@ KEY = "alloy.result"  # tag: which result a version is
 CIRCUMSTANCES = ("git", "dvc_lock")  # of the lineage: equal results may differ in them
 # What the served model imports, besides MLflow's own needs.
 PACKAGES = (
-    "mlflow", "numpy", "pandas", "pillow", "safetensors", "scipy", "tokenizers", "torch", "transformers",
+    "mlflow", "numpy", "pandas", "pillow", "safetensors", "scipy", "tokenizers", "torch",
+    "transformers",
 )  # fmt: skip
-MODALITY = "modality"  # the model type that is served (tasks/registry/serving.py); others are kept to be loaded
+# the model type that is served (tasks/registry/serving.py); others are kept to be loaded
+MODALITY = "modality"
 _LONGEST_PARAM = 6000  # MLflow's limit
 
 
@@ -68,8 +71,8 @@ def refuse_many_models(recipe: Recipe, folder: Path) -> None:
 def find_lineage(recipe: Recipe) -> dict[str, Any]:
     """What a result of the recipe was made of, as far as it lies in the workspace.
 
-    `parents`: source, revision and digest by checkpoint; `data`: SHA-256 by file; the params file, the git
-    revision (with `+changes` for a dirty tree) and the SHA-256 of `dvc.lock`.
+    `parents`: source, revision and digest by checkpoint; `data`: SHA-256 by file; the params file,
+    the git revision (with `+changes` for a dirty tree) and the SHA-256 of `dvc.lock`.
     """
     workspace = recipe.workspace
     return {
@@ -84,7 +87,7 @@ def find_lineage(recipe: Recipe) -> dict[str, Any]:
 
 
 def find_data(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 by file; of kind "models" also what each set is measured on, as `SET/SPLIT.safetensors`.
+    """SHA-256 by file; of kind "models" also the data of each set, as `SET/SPLIT.safetensors`.
 
     Under that name gates look for the data of a score (`tasks.registry.promotion`).
     """
@@ -118,7 +121,7 @@ def find_parents(workspace: Workspace) -> dict[str, dict[str, str]]:
 
 
 def git_revision() -> str | None:
-    """The commit that is checked out, `+changes` behind it where tracked files differ; None without git."""
+    """The commit, `+changes` behind it where tracked files differ; None without git."""
     try:
         commit = _git("rev-parse", "HEAD").strip()
         changes = _git("status", "--porcelain", "--untracked-files=no").strip()
@@ -141,7 +144,7 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
 
 
 def _registered(name: str, key: str) -> str | None:
-    """The version that this very result is already: after a run that died before it could say so."""
+    """The version that this very result is already, after a run that died too early to say so."""
     found = [entry.number for entry in tracking.versions(name) if entry.tags.get(KEY) == key]
     if found and tracking.aliased(name, CHALLENGER) is None:
         tracking.move_alias(name, CHALLENGER, found[0])
@@ -203,7 +206,7 @@ def _log_model(log: tracking.Log, name: str, folder: Path, tags: Mapping[str, st
 
 
 def _example(config: Mapping[str, Any]) -> dict[str, str] | None:
-    """One row of input; with an image where the model takes images; none for a model that is not served."""
+    """One row of input, with an image if the model takes images; none if it is not served."""
     if config["model_type"] != MODALITY:
         return None
     text = {"text": "where is cat"}

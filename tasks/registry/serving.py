@@ -1,13 +1,15 @@
 """The served model: rows of images and texts in, embeddings, retrieval scores or answers out.
 
-MLflow runs this file when it loads a registered model (models from code), so besides `tasks.registry.tracking` it is
-the one that imports MLflow. It needs the `alloy` package, which travels with the model, and nothing of `tasks`.
+MLflow runs this file when it loads a registered model (models from code), so besides
+`tasks.registry.tracking` it is the one that imports MLflow. It needs the `alloy` package, which
+travels with the model, and nothing of `tasks`.
 
-A row has an `image` (PNG or JPEG, base64), a `text`, or both. The parameter `output` says what is asked:
+A row has an `image` (PNG or JPEG, base64), a `text`, or both. The parameter `output` says what is
+asked:
 
     answers       answer, confidence: to the row's text, a question about the row's image
     embeddings    image_embedding, text_embedding: unit-length, of what the row has
-    scores        scores: of the row's text with the image of every row, in their order (cosine similarity)
+    scores        scores: cosine similarities of the row's text with the image of every row
 """
 
 import base64
@@ -77,7 +79,8 @@ class ServedModel(PythonModel):
         output = (params or {}).get("output", OPTIONS["output"])
         if not self.answers_rows:
             raise BadRequestError(
-                f"only modality transformers answer; this {self.architecture} is kept to be loaded: "
+                f"only modality transformers answer; this {self.architecture} is kept "
+                "to be loaded: "
                 "mlflow.artifacts.download_artifacts, then from_pretrained on artifacts/"
             )
         if output not in _ANSWER:

@@ -1,7 +1,8 @@
 """The only module that imports MLflow: runs with their curves, and the registry of models.
 
-Where MLflow is comes from the environment (`MLFLOW_TRACKING_URI`, `MLFLOW_REGISTRY_URI`); without it, it is
-`mlflow.db` and `mlartifacts/` in the workspace. The import costs seconds of CPU, so it happens on first use.
+Where MLflow is comes from the environment (`MLFLOW_TRACKING_URI`, `MLFLOW_REGISTRY_URI`); without
+it, it is `mlflow.db` and `mlartifacts/` in the workspace. The import costs seconds of CPU, so it
+happens on first use.
 """
 
 import os
@@ -71,7 +72,7 @@ def uri() -> str:
 
 
 class Log:
-    """One MLflow run that is being written. Points that cannot be delivered wait; the end delivers or fails."""
+    """One MLflow run under way. Points that cannot be delivered wait; the end delivers or fails."""
 
     def __init__(self, client, run_id: str) -> None:
         self.run_id = run_id
@@ -195,7 +196,7 @@ def register(
     tags: Mapping[str, str],
     alias: str,
 ) -> str:
-    """Keep a model with its run, register it as a new version, give the version an alias; returns its number.
+    """Keep a model with its run and register it as a new version with an alias; its number.
 
     Args:
         code: the file that defines the served model (it ends with `mlflow.models.set_model`).
@@ -351,7 +352,8 @@ def _registered(client, name: str):
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise NotRegisteredError(
-            f"MLflow at {_without_secret(uri())} has no registered model {name!r}; `register` makes it"
+            f"MLflow at {_without_secret(uri())} has no registered model {name!r}; "
+            "`register` makes it"
         ) from error
 
 
@@ -437,7 +439,8 @@ def _reaching() -> Generator[None]:
 def _unreachable(address: str, reason: str) -> TrackingError:
     return TrackingError(
         f"MLflow at {_without_secret(address)}: {reason}; "
-        f"start it or set MLFLOW_TRACKING_URI (without it: {DATABASE} in the workspace), then run the stage again"
+        f"start it or set MLFLOW_TRACKING_URI (without it: {DATABASE} in the workspace), then run "
+        "the stage again"
     )
 
 

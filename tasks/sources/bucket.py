@@ -10,10 +10,11 @@ from tasks.sources.source import PIECE_BYTES, RemoteFile, Snapshot, digest
 
 
 class Bucket:
-    """A prefix of an S3 bucket; endpoint and credentials come from the environment, as boto3 reads it.
+    """A prefix of an S3 bucket; endpoint and credentials are the environment's, as boto3 reads it.
 
-    A prefix that `tasks.sources.ship` wrote has a manifest, put there last, that names the folder of the newest
-    model: a model that is being shipped is not seen, and each file's SHA-256 is known.
+    A prefix that `tasks.sources.ship` wrote has a manifest, put there last, that names the folder
+    of the newest model: a model that is being shipped is not seen, and each file's SHA-256 is
+    known.
     """
 
     def __init__(self, bucket: str, prefix: str) -> None:

@@ -1,8 +1,8 @@
 """Bring the checkpoints of a recipe into `models/<recipe>/checkpoints/<name>/`, verified.
 
-Every source is asked what it is now, an immutable revision; what is already here and unchanged is not moved.
-A checkpoint takes its place only when every file has the right size and hash, every safetensors file is
-whole, and its config names the architecture of the recipe.
+Every source is asked what it is now, an immutable revision; what is already here and unchanged is
+not moved. A checkpoint takes its place only when every file has the right size and hash, every
+safetensors file is whole, and its config names the architecture of the recipe.
 
     python -m tasks.fetch RECIPE
     python -m tasks.fetch --check RECIPE    # only say what has changed upstream
@@ -31,8 +31,8 @@ _CHUNK_BYTES = 1 << 20
 def resolve(recipe: Recipe) -> dict[str, Snapshot]:
     """What each source of a recipe is now; no file is moved.
 
-    Raises SourceError for one that is not there, may not be read, or is known not to be what the recipe
-    asks for; UnreachableError where nothing answers.
+    Raises SourceError for one that is not there, may not be read, or is known not to be what the
+    recipe asks for; UnreachableError where nothing answers.
     """
     wanted, folder = recipe.fetch.checkpoints, recipe.workspace.checkpoints
     with ThreadPoolExecutor() as pool:
@@ -131,7 +131,7 @@ def _stands(folder: Path, snapshot: Snapshot, wanted: CheckpointParams) -> bool:
 def _bring(
     snapshot: Snapshot, incoming: Path, wanted: CheckpointParams, model_type: str | None
 ) -> None:
-    """Fill `incoming/files` with a verified checkpoint and its manifest; go on where a failed run stopped."""
+    """Fill `incoming/files` with a verified checkpoint; go on where a failed run stopped."""
     record, folder = incoming / "snapshot.json", incoming / "files"
     if not record.is_file() or Snapshot.model_validate_json(record.read_bytes()) != snapshot:
         shutil.rmtree(incoming, ignore_errors=True)
@@ -165,7 +165,10 @@ def _refuse_full_disk(folder: Path, num_bytes: int) -> None:
 
 
 def _full_disk(folder: Path, reason: str) -> OSError:
-    message = f"the disk of {folder} is full: {reason}; what was fetched before stands, make room and run it again"
+    message = (
+        f"the disk of {folder} is full: {reason}; what was fetched before stands, make room "
+        "and run it again"
+    )
     return OSError(errno.ENOSPC, message)
 
 
@@ -173,7 +176,8 @@ def _refuse_other_architecture(folder: Path, snapshot: Snapshot, model_type: str
     found = storage.read_json(folder / "config.json").get("model_type")
     if model_type not in (None, found):
         raise SourceError(
-            f"{snapshot.source}: config.json is of model_type {found!r}, this recipe takes {model_type!r}"
+            f"{snapshot.source}: config.json is of model_type {found!r}, this recipe takes "
+            f"{model_type!r}"
         )
 
 
@@ -198,7 +202,8 @@ def _verified(file: RemoteFile, folder: Path, snapshot: Snapshot, wanted: dict[s
         if right not in (None, computed):
             transfer.forget(path)
             raise SourceError(
-                f"{snapshot.source}: {file.path} has the wrong hash: {who} says {right}, found {computed}; "
+                f"{snapshot.source}: {file.path} has the wrong hash: {who} says {right}, "
+                f"found {computed}; "
                 "the old state stands"
             )
     return found

@@ -32,12 +32,12 @@ def place(source: str) -> Source:
 
 
 def is_pinned(source: str) -> bool:
-    """Whether the source names its immutable revision itself, so that asking again cannot change it."""
+    """Say if the source names its immutable revision itself: asking again cannot change it."""
     origin = place(source)
     return isinstance(origin, Hub) and _COMMIT.fullmatch(origin.revision) is not None
 
 
 def refuse_missing(origin: Source) -> None:
-    """Raise SourceError for a folder of this machine that is no checkpoint; others are not asked."""
+    """Raise SourceError for a folder that is not there; places elsewhere are not asked."""
     if isinstance(origin, Folder):
         origin.refuse_missing()

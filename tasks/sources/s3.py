@@ -27,7 +27,7 @@ _S3_PASSING = {"SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeou
 
 
 def s3_client():
-    """A client that retries requests; with bodies that break off, `tasks.sources.transfer` goes on."""
+    """A client that retries requests; `tasks.sources.transfer` goes on with broken bodies."""
     import boto3
     from botocore.config import Config
 

@@ -1,8 +1,9 @@
-"""Ship the recipe's result to S3, so that a reader sees the old model or the new one and never half of one.
+"""Ship the recipe's result to S3: a reader sees the old model or the new, never half of one.
 
-The files go in parallel parts to a folder that is named after their digest; `manifest.json`, put last, points
-there. An earlier model stays where it is, so that a reader who is under way can finish and a rollback is one
-pointer away. A run that was interrupted sends only what is missing. `s3://` sources of `fetch` read the pointer.
+The files go in parallel parts to a folder that is named after their digest; `manifest.json`, put
+last, points there. An earlier model stays where it is, so that a reader who is under way can finish
+and a rollback is one pointer away. A run that was interrupted sends only what is missing. `s3://`
+sources of `fetch` read the pointer.
 
     python -m tasks.ship RECIPE
 """
@@ -40,10 +41,11 @@ def main(recipe: Recipe) -> None:
 
 
 def ship(recipe: Recipe, folder: Path, target: str) -> str:
-    """Put a folder under an `s3://bucket/prefix` and point the prefix there; returns the folder's address.
+    """Put a folder under an `s3://bucket/prefix` and point the prefix there; its address.
 
-    Raises SourceError for wrong credentials, a bucket that does not exist, or a prefix to which somebody else
-    shipped meanwhile; UnreachableError where nothing answers. What was shipped before stands.
+    Raises SourceError for wrong credentials, a bucket that does not exist, or a prefix to which
+    somebody else shipped meanwhile; UnreachableError where nothing answers. What was shipped before
+    stands.
     """
     bucket, _, prefix = target.removeprefix("s3://").rstrip("/").partition("/")
     paths = sorted(path for path in folder.rglob("*") if path.is_file())

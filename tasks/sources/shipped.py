@@ -15,7 +15,7 @@ class ShippedFile(Data):
 
 
 class ShipManifest(Data):
-    """What `tasks.sources.ship` leaves beside the files; `folder` is where they are, below the manifest's prefix."""
+    """The files of a shipped model, and the folder below the manifest's prefix that has them."""
 
     folder: str = ""
     files: dict[str, ShippedFile]

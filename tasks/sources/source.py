@@ -15,7 +15,7 @@ TIMEOUT_SECONDS = 30
 
 
 class SourceError(ValueError):
-    """A source is not there, not allowed, or not what the recipe says; the message says what would be right."""
+    """A source is not there, not allowed, or not what the recipe says."""
 
 
 class UnreachableError(ConnectionError):
@@ -29,7 +29,7 @@ class Data(BaseModel):
 
 
 class RemoteFile(Data):
-    """One file of a snapshot; a hash is there where its place tells one without sending the file."""
+    """One file of a snapshot, with the hashes that its place tells without sending the file."""
 
     path: str
     size: int = Field(ge=0)

@@ -1,7 +1,8 @@
 """Bring files over in ranges: several at once, resumed where an interrupted run stopped.
 
-Beside each file that is under way lies a journal of the ranges that are on the disk. A connection that
-breaks is opened again at the byte where it broke; a process that dies loses the ranges that were in flight.
+Beside each file that is under way lies a journal of the ranges that are on the disk. A connection
+that breaks is opened again at the byte where it broke; a process that dies loses the ranges that
+were in flight.
 """
 
 import os
@@ -22,7 +23,7 @@ PAUSE_SECONDS = 0.5  # before the second attempt; doubles with each further one
 JOURNAL = ".ranges"
 
 Read = Callable[[int, int], Iterable[bytes]]
-"""The bytes of a file from a start up to a stop, in pieces; raises ConnectionError when the network breaks."""
+"""The bytes of a file from start to stop, in pieces; ConnectionError when the network breaks."""
 
 
 class File(NamedTuple):
@@ -70,7 +71,7 @@ def bring(files: Iterable[File], folder: Path, *, title: str) -> None:
 
 
 def forget(path: Path) -> None:
-    """Throw away a file and what is known of its ranges, so that the next `bring` starts it anew."""
+    """Throw away a file and its journal, so that the next `bring` starts it anew."""
     path.unlink(missing_ok=True)
     _journal(path).unlink(missing_ok=True)
 

@@ -1,12 +1,14 @@
 """How good aligned models are once they are merged: the `score` that an alignment is chosen by.
 
-    merge   how often its first choice is that of the parent that is surest, on calibration data: no labels
+    merge   how often its first choice is its surest parent's, on calibration data: no labels
     labels  joint accuracy on the validation examples of the set's benchmark
 
-The merge is the plain mean, its batch norms estimated anew; both scores are in per cent. The surest parent is, where a
-benchmark says which classes each parent learned, their ensemble (`tasks.evaluation.accuracy`), otherwise the one with the largest
-probability. Language models and outputs that are no logits are scored by the negative loss of `tasks.models.measures.yardsticks`.
-The parents' mean answer would not do: a merge that answers one task alone is as near to it as one that answers both.
+The merge is the plain mean, its batch norms estimated anew; both scores are in per cent. The surest
+parent is, where a benchmark says which classes each parent learned, their ensemble
+(`tasks.evaluation.accuracy`), otherwise the one with the largest probability. Language models and
+outputs that are no logits are scored by the negative loss of `tasks.models.measures.yardsticks`.
+The parents' mean answer would not do: a merge that answers one task alone is as near to it as one
+that answers both.
 """
 
 from collections.abc import Callable, Mapping, Sequence

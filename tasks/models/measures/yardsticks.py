@@ -1,14 +1,15 @@
 """What models of sets are measured by: labels where there are any, otherwise each other.
 
-With labels: joint, per-task and average accuracy, and cross-entropy. Without: a loss that needs no labels, and how
-far a model agrees with the parents. That loss is
+With labels: joint, per-task and average accuracy, and cross-entropy. Without: a loss that needs no
+labels, and how far a model agrees with the parents. That loss is
 
     language models         cross-entropy of the next word, or of 15 % of the words that were masked
-    other models of logits  Kullback-Leibler divergence from the parents' mean answer (softmax) to the model's
+    other models of logits  Kullback-Leibler divergence of parents' mean softmax and model's
     all others              squared distance to the parents' mean output, over its variance
 
-and agreement is the share of rows with a parent's first choice, or for outputs that are no logits the share of a
-parent's variance that the model's output explains (100: the same; it may be negative).
+and agreement is the share of rows with a parent's first choice, or for outputs that are no logits
+the share of a parent's variance that the model's output explains (100: the same; it may be
+negative).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -90,7 +91,8 @@ class Labelled:
             num = len(next(iter(batch.values())))
             if len(found.rows) != num:
                 raise ValueError(
-                    f"a benchmark with labels needs one answer an example; the models give {len(found.rows)} "
+                    "a benchmark with labels needs one answer an example; the models give "
+                    f"{len(found.rows)} "
                     f"for {num}: use models with logits, or no benchmark"
                 )
             parts.append(accuracy.logits(found.rows, self.classes))
@@ -212,7 +214,7 @@ def _mean(values_N: Tensor) -> Score:
 
 
 def _language(checkpoint: Path, inputs: Inputs) -> tuple[Inputs, Tensor | None]:
-    """The inputs of a language model and the word that it should give at each place; no words for others."""
+    """The inputs of a language model and the word due at each place; no words for other models."""
     name = model_class(checkpoint).__name__
     ids = inputs.get("input_ids")
     if ids is None:

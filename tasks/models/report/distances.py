@@ -34,7 +34,7 @@ class LayerRow:
 
 
 def build(recipe: str, distances: Mapping[str, ModelDistances], model: Path) -> Report:
-    """Distances by pair, over all weights and layer by layer in the order of a model's checkpoint."""
+    """Distances by pair, over all weights and by layer, in the order of a model's checkpoint."""
     over_all = Grid(
         "Distances over all weights",
         ["models", *MEASURES],

@@ -1,10 +1,10 @@
-"""What the stages of recipes of kind "models" share: sets of checkpoints, and jobs for each set and seed.
+"""Sets of checkpoints, and a job for each set and seed: shared by the stages of kind "models".
 
-models/<recipe>/statistics/specs/<digest>.json               collect: symmetries, by architecture
-models/<recipe>/statistics/<set>/<seed>/                     collect: statistics.safetensors, report.json
-models/<recipe>/transforms/<set>/<seed>/<alignment>.safetensors, report.json     align
-models/<recipe>/arms/<set>/<seed>/<arm>/[<member>/]          merge: checkpoints; one a member where tails differ
-models/<recipe>/merged/                                      choose: the arm that the recipe is about
+models/<recipe>/statistics/specs/<digest>.json        collect: symmetries, by architecture
+models/<recipe>/statistics/<set>/<seed>/              collect: statistics.safetensors, report.json
+models/<recipe>/transforms/<set>/<seed>/              align: <alignment>.safetensors, report.json
+models/<recipe>/arms/<set>/<seed>/<arm>/[<member>/]   merge: one a member where tails differ
+models/<recipe>/merged/                               choose: the arm that the recipe is about
 """
 
 import hashlib
@@ -71,7 +71,7 @@ class Job:
         return self.workspace.data / "calibration" / f"{self.entry.calibration}.safetensors"
 
     def seen(self) -> list[dict[str, Tensor]]:
-        """The calibration examples in batches, texts by length: each batch is as long as its longest."""
+        """The calibration examples in batches, texts by length, without needless padding."""
         _, collect, _ = self.recipe.calibrated
         inputs = by_length(load_file(self.calibration))
         return [trimmed(batch) for batch in batches(inputs, collect.batch_size)]
@@ -89,7 +89,7 @@ class Job:
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
-        """A module of the reference's architecture to run weights in; its own are whatever ran last."""
+        """A module of the reference's architecture to run weights in; it keeps the last ones."""
         return load_any(self.folders[self.members[0]])
 
     def models(self) -> dict[str, PreTrainedModel]:
@@ -120,7 +120,7 @@ def read_spec(statistics: Path, job: Job, member: str) -> SymmetrySpec:
 
 
 def architecture(job: Job, member: str) -> str:
-    """A digest, equal for checkpoints whose symmetries are: of the config's sizes and what the model sees."""
+    """A digest of config and inputs, equal for checkpoints whose symmetries are equal."""
     folder = job.folders[member]
     config = load_config(folder).to_dict()
     config["id2label"] = len(config.get("id2label") or ())
@@ -130,18 +130,19 @@ def architecture(job: Job, member: str) -> str:
 
 
 def refuse_other_architectures(job: Job) -> None:
-    """Raise CheckpointError, naming the first difference, unless the members are of one class and depth."""
+    """Raise CheckpointError, naming the first difference, unless the members are of one class."""
     (first, ours), *others = job.folders.items()
     for name, folder in others:
         kinds = model_class(ours).__name__, model_class(folder).__name__
         if kinds[0] != kinds[1]:
             raise CheckpointError(
-                f"set {job.set!r}: {first} is a {kinds[0]}, {name} a {kinds[1]}; merge models of one class"
+                f"set {job.set!r}: {first} is a {kinds[0]}, {name} a {kinds[1]}; merge "
+                "models of one class"
             )
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file; tensors that share memory, such as one Gram of three layers, get their own."""
+    """Write a safetensors file; tensors that share memory (one Gram of three layers) are copied."""
     seen: set[int] = set()
     own = {}
     for name, tensor in tensors.items():
@@ -167,9 +168,9 @@ def run_jobs(
 ) -> dict[str, Any]:
     """Run `work(*arguments[name], report)` for every job, as many at once as there are cores.
 
-    `report("step")` moves the progress bar, of `steps[name]` for each job; `report("say", line)` prints;
-    `report("result", value)` hands back what the job found. One job alone runs here; every job has one thread, so that what it
-    computes does not depend on the number of cores.
+    `report("step")` moves the progress bar, of `steps[name]` for each job; `report("say", line)`
+    prints; `report("result", value)` hands back what the job found. One job alone runs here; every
+    job has one thread, so that what it computes does not depend on the number of cores.
     """
     found: dict[str, Any] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

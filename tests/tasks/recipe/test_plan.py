@@ -1,4 +1,4 @@
-"""Before the first stage: names, sources, gates, presets, writers, benchmarks; and the stage graph."""
+"""Checks before the first stage: sources, gates, presets, writers, benchmarks; the graph."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_gates_that_fit_no_result_are_refused(gates, message) -> None:
 
 
 def test_gates_of_sets_are_checked_by_their_own_splits() -> None:
-    """A set with labels has validation and test, one without calibration, one merged as it is none."""
+    """Splits: validation and test with labels, calibration without, none if merged as they are."""
     fitting = {**GATE, "model": "dual", "benchmarks": {"aligned": "joint_accuracy"}}
     promote({"aligned": fitting})
     check("aligned")

@@ -30,24 +30,28 @@ from alloy.types import AlignedWeights, Weights
 
 @dataclass(frozen=True)
 class Alignment:
-    """Transforms and maps that bring each of several models into one space.
-
-    `specs` are the symmetries of the models as they are given to `apply`, `spec` those of what it
-    returns: other ones where norms are folded or widths differ. `transforms` and then `maps` are
-    applied. `shared` names the weights that are to be averaged, None all of them; with partial
-    zipping the others stay each model's own. `report` has a row for each space of each model but
-    the reference.
-    """
+    """Transforms and maps that bring each of several models into one space."""
 
     preset: str
+    """Name of the preset in `PRESETS`."""
     reference: str
+    """Name of the model into whose space the others come."""
     spec: SymmetrySpec
+    """Symmetries of the models that `apply` returns."""
     specs: Mapping[str, SymmetrySpec]
+    """Symmetries of the models that `apply` takes, by name; they differ from `spec` if norms are
+    folded or widths differ."""
     transforms: Mapping[str, Transforms]
+    """Transforms of each model, which are applied first."""
     maps: Mapping[str, Maps] = field(default_factory=dict)
+    """Maps of units by model, applied after the transforms; none if the alignment is exact."""
     shared: frozenset[str] | None = None
+    """Weights to average; None is all of them. With partial zipping the others stay each model's
+    own."""
     report: Mapping[str, Sequence[SpaceAlignment]] = field(default_factory=dict)
+    """A row for each space of each model except the reference."""
     warnings: tuple[str, ...] = ()
+    """Sentences about what the alignment assumes or could not do."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,7 +64,7 @@ class Alignment:
 
     @cached_property
     def units(self) -> str:
-        """The name of the units that the models are brought into; "" where nothing moves."""
+        """Name of the units that the models are brought into; "" if nothing moves."""
         transforms = [t for own in self.transforms.values() for t in own.values()]
         if self.exact and not self._folds and all(map(is_identity, transforms)):
             return ""
@@ -75,7 +79,7 @@ class Alignment:
         return any(self.spec.folded != spec.folded for spec in self.specs.values())
 
     def move(self, statistics: Statistics) -> Statistics:
-        """What the models would collect after `apply`: moments and Grams in the common units.
+        """Move statistics into the common units, as if the aligned models had been run.
 
         Raises:
             AlignmentError: statistics of other models; an alignment that folds norms, or merges or
@@ -95,7 +99,7 @@ class Alignment:
         return replace(moved, grams=grams)
 
     def apply(self, models: Mapping[str, Weights]) -> dict[str, AlignedWeights]:
-        """All models in one space and of one shape: their plain mean is the preset's merge.
+        """Bring all models into one space and one shape: their plain mean is the preset's merge.
 
         Statistics and Grams of the models are moved by `move`; those from before do not fit.
 

@@ -105,19 +105,19 @@ class JointMoments(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Everything that one pass of calibration data has shown about some models.
-
-    `places` has each space's points; a space that is computed nowhere we can look has none.
-    `grams` has the Gram of the inputs of each linear layer, by model and weight.
-    """
+    """Sums that one pass of calibration data leaves of the models' units and inputs."""
 
     names: tuple[str, ...]
+    """Names of the models."""
     places: Mapping[str, tuple[Place, ...]]
+    """Sums of each space by point; a space that is computed where nothing can be read has none."""
     grams: Mapping[str, Mapping[str, Gram]] = field(default_factory=dict)
+    """Gram of the inputs of each linear layer, by model and weight."""
     noticed: tuple[Warned, ...] = ()
+    """Observations that make the statistics worth less than they look."""
 
     def between(self, a: str, b: str) -> dict[str, list[CrossMoments | SampledMoments]]:
-        """For each space the cross-moments of the units of models a and b, at each of its points.
+        """Give each space's cross-moments of the units of models a and b, at each of its points.
 
         Raises:
             CollectionError: a name without statistics, or a pair that was left out of `pairs`.
@@ -129,7 +129,7 @@ class Statistics:
         }
 
     def joint(self, space: str) -> list[JointMoments]:
-        """The moments of all models' units together, at each point of a space.
+        """Give the moments of all models' units together, at each point of a space.
 
         Raises:
             CollectionError: statistics without the products within a model (`joint=True` has them),

@@ -1,13 +1,13 @@
 """Classification data that packages carry, its classes dealt to two tasks.
 
 *mnist*: handwritten digits, 0 to 4 and 5 to 9. *drawings*: 30 concepts of OpenMoji drawings, every
-other one. *languages*: which of 14 languages an emoji's name is in; each language's nearest relative is
-in the other task, so that joint accuracy asks for more than telling the tasks apart.
-Splits are fixed, and the same for pre-training and for recipes: MNIST's own; no drawing and no emoji is
-in two splits.
+other one. *languages*: which of 14 languages an emoji's name is in; each language's nearest
+relative is in the other task, so that joint accuracy asks for more than telling the tasks apart.
+Splits are fixed, and the same for pre-training and for recipes: MNIST's own; no drawing and no
+emoji is in two splits.
 
-A class has a fixed *code*, a row of orthonormal ones, which a model's outputs are trained to point at
-(`tasks.evaluation.accuracy`): models of different classes share their output space.
+A class has a fixed *code*, a row of orthonormal ones, which a model's outputs are trained to point
+at (`tasks.evaluation.accuracy`): models of different classes share their output space.
 
 Shapes: N examples, C classes of all tasks together, E numbers of a code, T tokens.
 """
@@ -78,7 +78,7 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Where a data set's splits come from, its classes, and the task of each class."""
+    """A data set: what reads its splits, its classes, and the task of each class."""
 
     read: Callable[[], Mapping[str, Split]]
     classes: tuple[str, ...]
@@ -91,7 +91,7 @@ class Dataset(NamedTuple):
 
 @cache
 def read_mnist() -> Mapping[str, Split]:
-    """MNIST's 50,000 training, 10,000 validation and 10,000 test digits, 28x28, about mean 0, variance 1."""
+    """Read MNIST, 28x28, about mean 0, variance 1: 50,000, 10,000 and 10,000 digits a split."""
     return {
         split: Split(
             torch.from_numpy((ink[:, None] - 0.13) / 0.31).float(),
@@ -143,15 +143,15 @@ def read_languages() -> Mapping[str, Split]:
     users = Counter(text for text, _ in {(text, language) for (_, language), text in names.items()})
     read, seen = {}, set()
     for split, rows in _deal(len(sequences)).items():
-        found = {  # emoji that look alike may share a name
+        labels = {  # emoji that look alike may share a name
             names[sequences[row], language]: label
             for row in rows
             for label, language in enumerate(languages)
             if users[names[sequences[row], language]] == 1
         }
-        texts = [text for text in found if text not in seen]
+        texts = [text for text in labels if text not in seen]
         seen.update(texts)
-        read[split] = Split(texts, torch.tensor([found[text] for text in texts]))
+        read[split] = Split(texts, torch.tensor([labels[text] for text in texts]))
     return read
 
 
@@ -270,7 +270,7 @@ def drawn(split: Split, num: int, rng: np.random.Generator) -> Split:
 
 
 class Writer(NamedTuple):
-    """How a recipe of kind `models` gets a data set's calibration inputs and benchmark."""
+    """The writer of a data set's calibration inputs and benchmark for a recipe of kind `models`."""
 
     calibration: Callable[..., dict[str, Tensor]]
     benchmark: Callable[..., dict[str, dict[str, Tensor]]]

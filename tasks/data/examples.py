@@ -1,7 +1,7 @@
 """The examples of each benchmark, composed from scenes: `EXAMPLES[benchmark](generator, num, rng)`.
 
-Each function returns arrays by name with `num` examples, the same for equal random numbers. Answers are
-balanced by construction, so that neither the commonest answer nor the text alone gets far.
+Each function returns arrays by name with `num` examples, the same for equal random numbers. Answers
+are balanced by construction, so that neither the commonest answer nor the text alone gets far.
 
 Shapes as in `tasks.data.scenes`.
 """
@@ -69,7 +69,7 @@ def retrieval_hard(generator: SceneGenerator, num: int, rng: np.random.Generator
 def vqa(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Arrays:
     """A third each: what is at a position, what is beside an object, where is an object.
 
-    Questions name only objects that occur once; empty cells are not asked for.
+    Questions name only objects that occur once; no question is about an empty cell.
     `labels` are places in `ANSWERS`, `kinds` 0 position, 1 relation, 2 where.
     """
     asks = (_ask_position, _ask_relation, _ask_where)
@@ -82,17 +82,17 @@ def vqa(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Arrays
     return _example(pixels, ids[order], labels=labels[order], kinds=kinds[order])
 
 
-Asked = tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]
+Questions = tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]
 
 
-def _ask_position(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Asked:
+def _ask_position(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Questions:
     scenes = generator.scenes(num, rng)
     cell, _ = two_objects(scenes, rng)
     ids = texts(num, "what", "is", POSITION_TOKENS[cell])
     return (scenes.concepts, scenes.variants), ids, scenes.at(cell)
 
 
-def _ask_relation(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Asked:
+def _ask_relation(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Questions:
     scenes = generator.scenes(2 * num, rng)
     shown = scenes.concepts >= 0
     answerable = shown[:, NEIGHBOUR] & (NEIGHBOUR >= 0) & _is_unique(scenes.concepts)[:, None, :]
@@ -102,7 +102,7 @@ def _ask_relation(generator: SceneGenerator, num: int, rng: np.random.Generator)
     return (scenes.concepts, scenes.variants), ids, scenes.at(NEIGHBOUR[relation, cell])
 
 
-def _ask_where(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Asked:
+def _ask_where(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Questions:
     scenes = generator.scenes(2 * num, rng)
     scenes, cell = _choose(scenes, _is_unique(scenes.concepts), num, rng)
     ids = texts(num, "where", "is", CONCEPT_TOKENS[scenes.at(cell)])
@@ -110,7 +110,7 @@ def _ask_where(generator: SceneGenerator, num: int, rng: np.random.Generator) ->
 
 
 def _is_unique(concepts: np.ndarray) -> np.ndarray:
-    """Whether each cell [N, G] shows an object whose concept no other cell of its scene shows."""
+    """Mark cells [N, G] with an object whose concept no other cell of the scene shows."""
     occurrences = (concepts[:, :, None] == concepts[:, None, :]).sum(axis=2)
     return (occurrences == 1) & (concepts != EMPTY)
 
@@ -126,7 +126,7 @@ def _choose(
 
 
 def pair_reasoning(generator: SceneGenerator, num: int, rng: np.random.Generator) -> Arrays:
-    """Two scenes and "there is X in both | only-one | first"; kinds and truth values are balanced."""
+    """Two scenes and "there is X in both | only-one | first"; kinds and truths are balanced."""
     place = rng.permutation(num)
     kind, true = place % len(PAIR_KINDS), place // len(PAIR_KINDS) % 2 == 0
     left, right = _presence(kind, true, rng)
@@ -142,7 +142,7 @@ def pair_reasoning(generator: SceneGenerator, num: int, rng: np.random.Generator
 def _presence(
     kind: np.ndarray, true: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the left and the right image show the concept, so that the statement is as said."""
+    """Decide whether the left and the right image show the concept, so that the label is right."""
     coin = rng.random(len(kind)) < 0.5
     other = rng.random(len(kind)) < 0.5
     both, only_one = kind == 0, kind == 1
@@ -154,7 +154,7 @@ def _presence(
 def _scenes_about(
     generator: SceneGenerator, concept: np.ndarray, present: np.ndarray, rng: np.random.Generator
 ) -> Scenes:
-    """A scene of the generator's split for each concept [N] that shows it or does not, as told [N]."""
+    """Draw a scene of the split for each concept [N] that shows it where `present` [N] is true."""
     concepts = np.full((len(concept), NUM_CELLS), EMPTY)
     missing = np.arange(len(concept))
     while len(missing):
@@ -200,7 +200,7 @@ def words(ids: Iterable[int]) -> str:
 
 
 def describe(benchmark: str, label: int) -> str:
-    """What a label of a benchmark says, in words."""
+    """Put a label of a benchmark into words."""
     if benchmark == "vqa":
         return ANSWERS[label]
     return VOCABULARY[label] if benchmark == "masked_words" else ("false", "true")[label]

@@ -1,9 +1,10 @@
-"""How well models of several tasks' classes do: joint, per-task and average accuracy.
+"""Accuracy of models of several tasks' classes: joint, per task, and averaged.
 
-A model's outputs are compared with a fixed code of every class, the part that CLIP's text embeddings
-play in ZipIt and MuDSC: heads of models with different classes then share one output space, so that
-they merge. As in those papers, *joint* accuracy takes the best class of all tasks, *per-task* accuracy
-the best class of the example's own task, and the *average* is the mean of the tasks'.
+A model's outputs are compared with a fixed code of every class, the part that CLIP's text
+embeddings play in ZipIt and MuDSC: heads of models with different classes then share one output
+space, so that they merge. As in those papers, *joint* accuracy takes the best class of all tasks,
+*per-task* accuracy the best class of the example's own task, and the *average* is the mean of the
+tasks'.
 
 Shapes: N examples, E outputs, C classes of all tasks together.
 """
@@ -19,7 +20,7 @@ from tasks.evaluation.score import Score
 SCALE = 16.0  # of the cosines, in training and in every loss
 
 Classes = Mapping[str, Tensor]
-"""`class_tasks` int64 [C], the task that each class belongs to, and maybe `codes` float32 [C, E]."""
+"""`class_tasks` int64 [C], the task of each class, and maybe `codes` float32 [C, E]."""
 
 
 def logits(outputs_NE: Tensor, classes: Classes) -> Tensor:
@@ -69,10 +70,10 @@ def _share(correct_N: Tensor) -> Score:
 
 
 def ensemble(logits: Sequence[Tensor], classes: Classes) -> Tensor:
-    """The ensemble of parents [N, C]: for the classes of each task the logits of that task's parent.
+    """The ensemble of parents [N, C]: for each task's classes the logits of that task's parent.
 
-    As in ZipIt: nobody says whose example it is, the most confident parent has it. The upper bound of
-    merges, at the cost of running every parent.
+    As in ZipIt: nobody says whose example it is, the most confident parent has it. The upper bound
+    of merges, at the cost of running every parent.
 
     Raises:
         ValueError: another number of parents than of tasks.
@@ -82,16 +83,16 @@ def ensemble(logits: Sequence[Tensor], classes: Classes) -> Tensor:
 
 
 def confidence(logits: Sequence[Tensor], classes: Classes) -> Tensor:
-    """Each parent's share in each example [P, N], columns of sum 1, from their logits and no labels.
+    """Each parent's share in each example [P, N], columns of sum 1, from logits alone.
 
-    The softmax over parents of the largest logit among their own tasks' classes: the parent that the
-    ensemble would believe counts most.
+    The softmax over parents of the largest logit among their own tasks' classes: the parent that
+    the ensemble would believe counts most.
 
     Raises:
         ValueError: another number of parents than of tasks.
     """
     rows = _parent_of_each_class(logits, classes)[0, 0]
-    own = [found[:, rows == parent].amax(dim=1) for parent, found in enumerate(logits)]
+    own = [row_NC[:, rows == parent].amax(dim=1) for parent, row_NC in enumerate(logits)]
     return torch.stack(own).softmax(dim=0)
 
 

@@ -1,4 +1,4 @@
-"""Load a checkpoint whole or not at all, on the device that was asked for."""
+"""Load a checkpoint whole or not at all, on the device that the environment names."""
 
 import json
 import os
@@ -21,19 +21,19 @@ disable_progress_bar()  # a bar for each model that a stage reads in millisecond
 
 def device() -> torch.device:
     """ALLOY_DEVICE (`make merge DEVICE=cuda`), else a GPU if there is one, else the CPU."""
-    asked = os.environ.get("ALLOY_DEVICE", "")
-    if not asked:
+    name = os.environ.get("ALLOY_DEVICE", "")
+    if not name:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(asked)
+        chosen = torch.device(name)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"DEVICE={asked!r} cannot be used here ({error}); try cpu") from error
+        raise ValueError(f"DEVICE={name!r} cannot be used here ({error}); try cpu") from error
     return chosen
 
 
 def load_any(folder: Path) -> PreTrainedModel:
-    """The checkpoint's model, whatever its architecture, in evaluation mode, float32, on `device()`.
+    """Load a model of any architecture in evaluation mode, float32, on `device()`.
 
     Raises:
         CheckpointError: no checkpoint there, or weights that the model lacks or does not know.
@@ -50,7 +50,7 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def package_of(folder: Path) -> ModuleType:
-    """The package that has the checkpoint's classes: transformers, or one of ours, which registers them."""
+    """The package of the checkpoint's classes: transformers, or ours that registers them."""
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
@@ -78,7 +78,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_whole(architecture: Any, folder: Path) -> Any:
-    """A checkpoint's model in evaluation mode, float32, on `device()`; CheckpointError if it does not fit."""
+    """Load a checkpoint's model in evaluation mode, float32, on `device()`.
+
+    Raises:
+        CheckpointError: the model lacks weights of the checkpoint, or the other way round.
+    """
     model, info = architecture.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )

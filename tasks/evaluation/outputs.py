@@ -1,7 +1,7 @@
-"""What a model of any architecture answers, in a form that models can be compared by.
+"""Answers of models of any architecture, in a form that models can be compared by.
 
-A model with `logits` answers with these; any other with its first output, such as its last hidden state.
-Shapes: R rows (an example, or a token that is no padding), C classes, words or features.
+A model with `logits` answers with these; any other with its first output, such as its last hidden
+state. Shapes: R rows (an example, or a token that is no padding), C classes, words or features.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from alloy.symmetry import observe_outputs
 
 
 class Answers(NamedTuple):
-    """`rows` [R, C]; whether they are logits; the example, and the place in it, of each row, [R]."""
+    """`rows` [R, C], maybe logits; the example of each row and its place in it, [R]."""
 
     rows: Tensor
     are_logits: bool
@@ -35,10 +35,10 @@ def read(output: Any, inputs: Mapping[str, Tensor]) -> Answers:
     Raises ValueError for an output without any tensor of numbers.
     """
     logits = getattr(output, "logits", None)
-    found = [logits] if isinstance(logits, Tensor) else observe_outputs(output)
-    if not found:
+    tensors = [logits] if isinstance(logits, Tensor) else observe_outputs(output)
+    if not tensors:
         raise ValueError(f"{type(output).__name__} has no tensor of numbers to compare models by")
-    tensor = found[0].float().cpu()
+    tensor = tensors[0].float().cpu()
     num = len(next(iter(inputs.values())))
     if len(tensor) != num:
         raise ValueError(
@@ -56,7 +56,7 @@ def read(output: Any, inputs: Mapping[str, Tensor]) -> Answers:
 
 
 def by_length(examples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Texts that are padded on the right, the shortest first, with all that is said of them; others as they are."""
+    """Sort texts that are padded on the right, shortest first, with their labels; others stay."""
     mask = examples.get("attention_mask")
     if mask is None or not _ends_in_padding(mask):
         return dict(examples)
@@ -77,5 +77,5 @@ def trimmed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _ends_in_padding(mask: Tensor) -> bool:
-    """Whether padding, if there is any, is on the right; and no text is empty."""
+    """True if any padding is on the right and no text is empty."""
     return mask.dim() == 2 and bool((mask[:, :1] == 1).all() and (mask.diff(dim=1) <= 0).all())

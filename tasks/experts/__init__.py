@@ -1,1 +1,1 @@
-"""What the stages do for the experts of one modality transformer."""
+"""Stages for the experts of one modality transformer."""

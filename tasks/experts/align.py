@@ -1,7 +1,7 @@
 """align: find the order of heads and units in which the experts resemble the vision experts most.
 
-Writes, for each checkpoint that was collected, `<modality>.safetensors` (the transforms of the spaces of
-collect's `spec.json`) and `report.json` (every space's similarity before and after).
+Writes, for each checkpoint that was collected, `<modality>.safetensors` (the transforms of the
+spaces of collect's `spec.json`) and `report.json` (every space's similarity before and after).
 """
 
 from safetensors.torch import save_file
@@ -25,7 +25,7 @@ def align_experts(
     params: AlignParams,
 ) -> dict[str, tuple[dict[str, Transform], list[SpaceAlignment]]]:
     """Transforms and report of each modality that is not the reference."""
-    found = {}
+    by_modality = {}
     for modality, weights in experts.items():
         if modality == REFERENCE or not weights:
             continue
@@ -42,8 +42,11 @@ def align_experts(
             method=params.method,
             max_sweeps=params.max_sweeps,
         )
-        found[modality] = (transforms, describe(reference, weights, inner, transforms, moments))
-    return found
+        by_modality[modality] = (
+            transforms,
+            describe(reference, weights, inner, transforms, moments),
+        )
+    return by_modality
 
 
 def main(recipe: ExpertsRecipe) -> None:

@@ -1,8 +1,8 @@
 """collect: run the calibration data through the parents and keep what merging and aligning need.
 
-Writes one folder a checkpoint: `grams.safetensors` (second moments of every linear layer's inputs) and
-`moments.safetensors` (cross-moments of the experts' units), both sums over the calibration data, and
-`spec.json`, the symmetries that say which units there are.
+Writes one folder a checkpoint: `grams.safetensors` (second moments of every linear layer's inputs)
+and `moments.safetensors` (cross-moments of the experts' units), both sums over the calibration
+data, and `spec.json`, the symmetries that say which units there are.
 """
 
 import torch

@@ -1,11 +1,12 @@
 """evaluate: measure every model of a recipe on every benchmark, and write the report.
 
-Training-free: the checkpoints (parents and baselines), the merged models, ensembles of checkpoints, on
-benchmarks that need no head beyond the pre-trained ones. After fine-tuning: what finetune wrote, on the
-benchmarks it learned. Choices are made on the validation split; the test split is for reporting.
+Training-free: the checkpoints (parents and baselines), the merged models, ensembles of checkpoints,
+on benchmarks that need no head beyond the pre-trained ones. After fine-tuning: what finetune wrote,
+on the benchmarks it learned. Choices are made on the validation split; the test split is for
+reporting.
 
-Writes to `reports/<recipe>/`: metrics.json (split -> model -> benchmark -> metric, per cent, with its
-standard error), plots/, report.html, table.md.
+Writes to `reports/<recipe>/`: metrics.json (split -> model -> benchmark -> metric, per cent, with
+its standard error), plots/, report.html, table.md.
 """
 
 from collections.abc import Iterator, Mapping
@@ -42,7 +43,7 @@ SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: one model, several whose outputs are averaged, or one per benchmark."""
+    """A subject of measurement: a model, several whose outputs are averaged, or one a benchmark."""
 
     name: str  # its key in metrics.json
     title: str
@@ -52,7 +53,7 @@ class Subject:
 
 
 def subjects(recipe: ExpertsRecipe) -> list[Subject]:
-    """Everything to measure, in the order of the tables."""
+    """List the models to measure, in the order of the tables."""
     params, merge, workspace = recipe.evaluate, recipe.merge, recipe.workspace
     arms = {"merged": workspace.merged} | {
         name: workspace.arms / name for name in merge.arms if name != merge.result
@@ -103,8 +104,8 @@ def _finetuned(recipe: ExpertsRecipe, before: Mapping[str, Subject]) -> Iterator
 def measure(
     subject: Subject, models: Mapping[Path, ModalityModel], data: Mapping, batch_size: int
 ) -> tuple[list[ScoreRow], dict[str, Tensor]]:
-    """Score one subject on both splits of its benchmarks; its answers to the first test examples."""
-    rows, said = [], {}
+    """Score one subject on both splits of its benchmarks; answer the first test examples."""
+    rows, answers = [], {}
     for name, folders in subject.folders.items():
         benchmark = BENCHMARKS[name]
         for split in SPLITS:
@@ -125,12 +126,12 @@ def measure(
                     )
                 )
             if split == "test":
-                said[name] = first_answers(name, outputs)
-    return rows, said
+                answers[name] = first_answers(name, outputs)
+    return rows, answers
 
 
 def guesses(planned: list[Subject], data: Mapping[str, Mapping[str, Tensor]]) -> Iterator[ScoreRow]:
-    """What always saying the commonest answer scores on each test split that was measured."""
+    """Scores of always giving the commonest answer, on each test split that was measured."""
     for finetuned, name in dict.fromkeys(
         (s.finetuned, name) for s in planned for name in s.folders
     ):
@@ -152,7 +153,7 @@ def _mean(outputs: list[Tensor]) -> Tensor:
 
 
 def distances(recipe: ExpertsRecipe) -> list[DistanceRow]:
-    """How far apart the experts that each arm merges are: the matrices of v and l, v and vl, l and vl."""
+    """Distances between the experts that each arm merges: v and l, v and vl, l and vl."""
     rows, merge, workspace = [], recipe.merge, recipe.workspace
     measured: dict[tuple[str, bool], list[tuple[str, dict[str, float]]]] = {}
     for arm_name, arm in merge.arms.items():
@@ -163,7 +164,7 @@ def distances(recipe: ExpertsRecipe) -> list[DistanceRow]:
             if arm.align:
                 experts, _ = aligned(experts, arm.checkpoint, workspace)
             measured[key] = list(_pair_distances(experts, recipe.evaluate.tssd_keep))
-        for pair, found in measured[key]:
+        for pair, values in measured[key]:
             name = "merged" if arm_name == merge.result else arm_name
             rows += [
                 DistanceRow(
@@ -174,7 +175,7 @@ def distances(recipe: ExpertsRecipe) -> list[DistanceRow]:
                     measure=measure_name,
                     value=round(value, 6),
                 )
-                for measure_name, value in found.items()
+                for measure_name, value in values.items()
             ]
     return rows
 
@@ -184,14 +185,14 @@ def _pair_distances(
 ) -> Iterator[tuple[str, dict[str, float]]]:
     for one, other in combinations(experts, 2):
         common = [n for n in experts[one] if n in experts[other] and experts[one][n].dim() == 2]
-        found = distance(
+        report = distance(
             {n: experts[one][n] for n in common}, {n: experts[other][n] for n in common}, keep=keep
         )
-        yield f"{one}-{other}", vars(found.overall)
+        yield f"{one}-{other}", vars(report.overall)
 
 
 def sources(recipe: ExpertsRecipe, planned: list[Subject]) -> Iterator[SourceRow]:
-    """Every model and the data: name, where it came from, SHA-256 of the weights or the manifest."""
+    """Every model and the data: name, origin, SHA-256 of the weights or the manifest."""
     parents = dict.fromkeys(f for subject in planned for fs in subject.folders.values() for f in fs)
     for folder in parents:
         name = folder.relative_to(recipe.workspace.models).as_posix()
@@ -211,7 +212,8 @@ def sources(recipe: ExpertsRecipe, planned: list[Subject]) -> Iterator[SourceRow
 def evaluate(recipe: ExpertsRecipe) -> Results:
     """Measure everything, in as many threads as there are cores, one core each.
 
-    A model runs on one thread whatever the number of cores, so that the numbers do not depend on it.
+    A model runs on one thread whatever the number of cores, so that the numbers do not depend on
+    it.
     """
     params, planned = recipe.evaluate, subjects(recipe)
     benchmarks = dict.fromkeys(name for subject in planned for name in subject.folders)
@@ -220,21 +222,21 @@ def evaluate(recipe: ExpertsRecipe) -> Results:
     models = {folder: load_model(folder) for folder in sorted(needed)}
     torch.set_num_threads(1)
     rows: list[ScoreRow] = []
-    said: dict[str, dict[str, Tensor]] = {}
+    answers: dict[str, dict[str, Tensor]] = {}
     num_threads = num_cores()
     with Progress(transient=True) as progress, ThreadPoolExecutor(num_threads) as pool:
         bar = progress.add_task("evaluate", total=len(planned))
         jobs = [pool.submit(measure, s, models, data, params.batch_size) for s in planned]
         for subject, job in zip(planned, jobs, strict=True):
-            found, said[subject.name] = job.result()
-            rows += found
+            scores, answers[subject.name] = job.result()
+            rows += scores
             progress.advance(bar)
     test_data = {name: data[name, "test"] for name in benchmarks}
     return Results(
         recipe=recipe.name,
         scores=rows + list(guesses(planned, test_data)),
         distances=distances(recipe),
-        answers=said,
+        answers=answers,
         examples=test_data,
         sources=list(sources(recipe, planned)),
         packages=read_json(recipe.workspace.data_manifest)["packages"],

@@ -59,19 +59,21 @@ def losses(
 ) -> dict[str, Tensor]:
     """The losses of one step: of each benchmark's batch its own and the distance to the teacher."""
     generator = step_generator(params.seed, step)
-    found = {}
+    by_name = {}
     for name, data in train_data.items():
         benchmark = BENCHMARKS[name]
         batch = benchmark.sample(data, params.batch_sizes[name], generator)
         batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
         if params.task_weight:
-            found[name] = params.task_weight * benchmark.loss(benchmark.logits(model, batch), batch)
+            by_name[name] = params.task_weight * benchmark.loss(
+                benchmark.logits(model, batch), batch
+            )
         if teacher is not None and "input_ids" in batch:
             pairs = {**batch, "pixel_values": _one_image(batch["pixel_values"])}
             distances = distillation_losses(model, teacher, pairs)
             total = torch.stack(list(distances.values())).sum()
-            found[f"{name}_distillation"] = params.distillation.weight * total
-    return found
+            by_name[f"{name}_distillation"] = params.distillation.weight * total
+    return by_name
 
 
 def _one_image(pixel_values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a search of an arm of experts measures: the merged model's training-free benchmarks."""
+"""The measure of a search of an arm of experts: the merged model's training-free benchmarks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,12 +50,12 @@ class ExpertsObjective(Objective):
     def scores(self, arm: ArmParams) -> dict[str, float]:
         torch.set_num_threads(1)  # numbers do not depend on the number of cores, as in evaluate
         model = merge_arm(arm, self._recipe)
-        found = {}
+        scores = {}
         for name, examples in self._data.items():
             benchmark = BENCHMARKS[name]
             outputs = benchmark.outputs(model, examples, self._batch_size)
-            found[name] = round(benchmark.score(outputs, examples)[benchmark.metric].value, 3)
-        return found
+            scores[name] = round(benchmark.score(outputs, examples)[benchmark.metric].value, 3)
+        return scores
 
     def section(self, arm: ArmParams) -> dict[str, Any]:
         return {"merge": {"arms": {self.name: arm.model_dump(exclude_defaults=True)}}}

@@ -84,7 +84,7 @@ def model_config(params: TransformerParams, scene: SceneParams, sharing: Sharing
 
 
 def initial_state(arm: str, config: ModalityConfig, seed: int, seed_folder: Path) -> State:
-    """Where a run begins: fresh weights, or the seed's weights and moments, copied to experts."""
+    """The start of a run: fresh weights, or the seed's weights and moments, copied to experts."""
     if arm not in FROM_SEED:
         return State(_fresh_weights(config, seed), {})
     state = load_state(seed_folder)
@@ -251,7 +251,7 @@ def _is_made(facts: Path, arm: str, params: PretrainParams, bank: Bank) -> bool:
 
 
 def _has_state(params: PretrainParams, bank: Bank) -> bool:
-    """Whether the seed's optimizer moments, which are not released, are still here."""
+    """True if the seed's optimizer moments, which are not released, are still here."""
     facts = WORK / "seed" / PROGRESS
     made = _is_made(facts, "seed", params, bank)
     return made and read_json(facts)["next_step"] == params.seed_steps

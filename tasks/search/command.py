@@ -2,22 +2,25 @@
 
     python -m tasks.search RECIPE ARM KEY=RANGE [KEY=RANGE ...] --trials 30
 
-Every trial merges with the settings that Optuna proposes (tree-structured Parzen estimator, seeded) and measures
-the result on the validation splits of the recipe's benchmarks; the test splits are not read. The first trial has
-the arm's own settings, where they lie in the ranges. A search that was interrupted, or is given more trials, goes
-on where it stopped and proposes what it would have proposed.
+Every trial merges with the settings that Optuna proposes (tree-structured Parzen estimator, seeded)
+and measures the result on the validation splits of the recipe's benchmarks; the test splits are not
+read. The first trial has the arm's own settings, where they lie in the ranges. A search that was
+interrupted, or is given more trials, goes on where it stopped and proposes what it would have
+proposed.
 
-A KEY is `options.NAME` or `coefficients.EXPERT` (recipes of kind "models": `coefficients.0`, `.1`, ... in the order
-of the members); with a glob pattern of tensor names behind it in brackets it holds in these tensors, so that
+A KEY is `options.NAME` or `coefficients.EXPERT` (recipes of kind "models": `coefficients.0`, `.1`,
+... in the order of the members); with a glob pattern of tensor names behind it in brackets it holds
+in these tensors, so that
 
-    python -m tasks.search modality regmean options.shrinkage=0..1 options.ridge=1e-6..1:log
-    python -m tasks.search modality interpolation 'options.ratio[blocks.0.*]=0..1' 'options.ratio[*]=0..1'
+    python -m tasks.search modality regmean options.shrinkage=0..1 options.ridge=1e-6..1:log python
+    -m tasks.search modality interpolation 'options.ratio[blocks.0.*]=0..1' 'options.ratio[*]=0..1'
 
-search two settings, and one setting apart for the first block and the rest. A RANGE is LOW..HIGH, with `:log` on a
-logarithmic scale, or the values A,B,C. The parents must be fetched, and collected where the method needs it.
+search two settings, and one setting apart for the first block and the rest. A RANGE is LOW..HIGH,
+with `:log` on a logarithmic scale, or the values A,B,C. The parents must be fetched, and collected
+where the method needs it.
 
-Writes reports/search/<recipe>/<arm>/: study.log (Optuna's journal), trials.json, table.md, plot.png, and best.yaml,
-the arm's section to paste into params/<recipe>.yaml.
+Writes reports/search/<recipe>/<arm>/: study.log (Optuna's journal), trials.json, table.md,
+plot.png, and best.yaml, the arm's section to paste into params/<recipe>.yaml.
 """
 
 import argparse
@@ -56,7 +59,7 @@ Value = float | int | str | bool | None
 
 @dataclass(frozen=True)
 class Range:
-    """What one setting may be: between two numbers, or one of several values."""
+    """Values of one setting: between two numbers, or one of several."""
 
     key: str
     section: str
@@ -109,14 +112,16 @@ def parse(setting: str, objective: Objective) -> Range:
     match = _KEY.fullmatch(key)
     if not equals or match is None or match["section"] not in SECTIONS:
         raise ParamsError(
-            f"{setting!r}: write options.NAME=LOW..HIGH, coefficients.EXPERT=LOW..HIGH, or ...=A,B,C"
+            f"{setting!r}: write options.NAME=LOW..HIGH, coefficients.EXPERT=LOW..HIGH, "
+            "or ...=A,B,C"
         )
     section, name, pattern = match["section"], match["name"], match["pattern"]
     method = MERGE_METHODS[objective.method]
     known = list(method.options) if section == "options" else list(objective.experts)
     if section == "coefficients" and method.coefficients is None:
         raise ParamsError(
-            f"{key}: method {objective.method!r} takes no coefficients, it has options {sorted(method.options)}"
+            f"{key}: method {objective.method!r} takes no coefficients, it has options "
+            f"{sorted(method.options)}"
         )
     if name not in known:
         hint = nearest(name, known) if known else "it has none"
@@ -124,23 +129,25 @@ def parse(setting: str, objective: Objective) -> Range:
     low, dots, high = text.removesuffix(":log").partition("..")
     if not dots:
         choices = tuple(yaml.safe_load(value) for value in text.split(","))
-        found = Range(key, section, name, pattern, choices=choices)
+        settings = Range(key, section, name, pattern, choices=choices)
     else:
         try:
             bounds = float(low), float(high)
         except ValueError:
             raise ParamsError(f"{setting!r}: {low!r} and {high!r} must be numbers") from None
         whole = section == "options" and method.options[name].type is int
-        found = Range(key, section, name, pattern, *bounds, log=text.endswith(":log"), whole=whole)
-        lowest = 0 if found.log else -math.inf
-        if not (lowest < found.low < found.high < math.inf):
+        settings = Range(
+            key, section, name, pattern, *bounds, log=text.endswith(":log"), whole=whole
+        )
+        lowest = 0 if settings.log else -math.inf
+        if not (lowest < settings.low < settings.high < math.inf):
             raise ParamsError(
                 f"{setting!r}: LOW must be less than HIGH, both finite, and above 0 with :log"
             )
     if section == "options":
-        for value in found.ends:
+        for value in settings.ends:
             method.options[name].check(key, value)
-    return found
+    return settings
 
 
 def settle(ranges: Sequence[Range], values: Mapping[str, Value]) -> dict[str, dict[str, Any]]:
@@ -161,7 +168,7 @@ def own_values(
     ranges: Sequence[Range], own: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Value] | None:
     """The recipe's own settings as a proposal, or None where one lies outside its range."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for r in ranges:
         given = own[r.section]
         value = given.get(r.name)
@@ -173,8 +180,8 @@ def own_values(
             value = float(value)
         if not r.holds(value):
             return None
-        found[r.key] = value
-    return found
+        values[r.key] = value
+    return values
 
 
 def search(
@@ -184,9 +191,11 @@ def search(
     num_trials: int,
     seed: int,
     folder: Path,
-    tell: Callable[[Trial], None] = lambda _: None,
+    report: Callable[[Trial], None] = lambda _: None,
 ) -> list[Trial]:
-    """Trials up to `num_trials`, those of an earlier run included; a proposal depends on seed and number alone.
+    """Try settings up to `num_trials`, those of an earlier run included.
+
+    A proposal depends on the seed and its number alone.
 
     Raises:
         ParamsError: an earlier search in the folder looked for something else.
@@ -211,7 +220,8 @@ def search(
     elif before != described:
         differing = [key for key in described if before.get(key) != described[key]]
         raise ParamsError(
-            f"{folder} has a search with other {', '.join(differing)}; choose another --name, or remove it"
+            f"{folder} has a search with other {', '.join(differing)}; choose another --name, "
+            "or remove it"
         )
     while len(done := _trials(study)) < num_trials:
         number = len(done)
@@ -219,16 +229,16 @@ def search(
         values = {r.key: r.propose(trial) for r in ranges}
         try:
             scores = objective.scores(objective.arm(settle(ranges, values)))
-            found = Trial(number, values, scores)
+            tried = Trial(number, values, scores)
         except (MergeError, ParamsError) as error:
-            found = Trial(number, values, {}, str(error))
-        for key, value in asdict(found).items():
+            tried = Trial(number, values, {}, str(error))
+        for key, value in asdict(tried).items():
             trial.set_user_attr(key, value)
-        if found.scores:
-            study.tell(trial, found.score)
+        if tried.scores:
+            study.tell(trial, tried.score)
         else:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        tell(found)
+        report(tried)
     return done[:num_trials]
 
 
@@ -244,11 +254,11 @@ def _ask(
 
 
 def _trials(study: optuna.Study) -> list[Trial]:
-    """What was tried and told, in order."""
-    told = [t for t in study.get_trials(deepcopy=False) if "number" in t.user_attrs]
+    """Finished trials, in order."""
+    finished = [t for t in study.get_trials(deepcopy=False) if "number" in t.user_attrs]
     return [
         Trial(**{key: t.user_attrs[key] for key in ("number", "settings", "scores", "problem")})
-        for t in told
+        for t in finished
         if t.state.is_finished()
     ]
 
@@ -264,7 +274,10 @@ def write(
     write_json(folder / "trials.json", [asdict(trial) for trial in trials])
     arm = objective.arm(settle(ranges, best.settings))
     text = yaml.safe_dump(objective.section(arm), sort_keys=False)
-    heading = f"# trial {best.number} of {len(trials)}: {best.score:.3f} on validation data; goes into params/<recipe>.yaml\n"
+    heading = (
+        f"# trial {best.number} of {len(trials)}: {best.score:.3f} on validation data; "
+        "goes into params/<recipe>.yaml\n"
+    )
     for name, content in (("best.yaml", heading + text), ("table.md", as_markdown(trials))):
         with write_file(folder / name) as file:
             file.write_text(content)
@@ -348,13 +361,13 @@ def run(
     with Progress(transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("search", total=num_trials)
 
-        def tell(trial: Trial) -> None:
+        def show(trial: Trial) -> None:
             progress.update(
                 bar, completed=trial.number + 1, description=f"search: {trial.score:.2f}"
             )
 
         trials = search(
-            objective, ranges, num_trials=num_trials, seed=seed, folder=folder, tell=tell
+            objective, ranges, num_trials=num_trials, seed=seed, folder=folder, report=show
         )
     best = max(trials, key=lambda t: (t.score, -t.number))
     if not best.scores:

@@ -1,4 +1,4 @@
-"""What a search merges and measures; each family of recipes has its own."""
+"""The objective of a search: what it merges and measures, for each family of recipes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from tasks.recipe.section import ParamsError
 
 
 class Objective(ABC):
-    """What a kind of recipe merges and measures."""
+    """The arm of a recipe of one kind, and its scores."""
 
     method: str
     experts: Sequence[str]
-    """What coefficients are named after."""
+    """Names of the coefficients."""
     measured_by: Mapping[str, Any]
-    """What scores depend on beside the settings; a search goes on only where it is the same."""
+    """All that scores depend on beside the settings; a search goes on only where it is equal."""
 
     @abstractmethod
     def arm(self, settings: Mapping[str, Mapping[str, Any]]) -> Any:
@@ -33,7 +33,7 @@ class Objective(ABC):
 
     @abstractmethod
     def scores(self, arm: Any) -> dict[str, float]:
-        """Merge, and the main metric of each benchmark on its validation split; higher is better."""
+        """Merge, and score each benchmark's validation split by its main metric."""
 
     @abstractmethod
     def section(self, arm: Any) -> dict[str, Any]:
@@ -41,7 +41,7 @@ class Objective(ABC):
 
 
 def objective_of(recipe: str, arm: str, benchmarks: Sequence[str] | None) -> Objective:
-    """What to search for an arm of a recipe; ParamsError if nothing measures it."""
+    """Find the objective of an arm of a recipe; ParamsError if nothing measures it."""
     loaded = load(recipe)
     module = import_module(f"tasks.{loaded.kind}.objective")
     return module.objective(loaded, arm, benchmarks)
@@ -68,7 +68,7 @@ def with_defaults(
 
 
 def changed(arm: dict[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The arm with these settings; coefficients are replaced as a whole where they are by pattern."""
+    """The arm with these settings; coefficients by pattern replace all of its own."""
     options = {**arm["options"], **settings["options"]}
     given, own = settings["coefficients"], arm["coefficients"]
     by_pattern = any(isinstance(row, Mapping) for row in given.values())

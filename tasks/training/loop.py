@@ -1,8 +1,8 @@
-"""The training loop that pre-training and fine-tuning share: deterministic, resumable, its curves injected.
+"""The training loop of pre-training and fine-tuning: deterministic, resumable, curves injected.
 
-A step's losses are a pure function of the model's weights and the step's number: whatever is drawn at
-random is drawn from the step's own generator. So a run that was interrupted and continued from a step
-checkpoint ends with the same bits as one that never stopped.
+A step's losses are a pure function of the model's weights and the step's number: whatever is drawn
+at random is drawn from the step's own generator. So a run that was interrupted and continued from a
+step checkpoint ends with the same bits as one that never stopped.
 """
 
 import math
@@ -29,7 +29,7 @@ Curves = Callable[[Mapping[str, float], int], None]
 
 @dataclass
 class Progress:
-    """Where a run stands; scores are the validation's, higher is better."""
+    """The state of a run; scores are the validation's, higher is better."""
 
     next_step: int = 0
     best_score: float = -math.inf
@@ -75,10 +75,11 @@ def train(
     """Minimise the sum of `losses_at(step)` over the model's parameters, in place.
 
     The run begins at `start` (default: the model as it is, step 0) and ends before `stop_step`
-    (default: the plan's last step). Step checkpoints go to `folder`; a run whose `identity` (a digest
-    of all that determines the result) is the same goes on from the last one, any other starts anew.
-    With `validate` and `stopping` the model ends with the weights of the best validation score: the
-    mean of what `validate` returns. Raises FloatingPointError when a loss is no longer finite.
+    (default: the plan's last step). Step checkpoints go to `folder`; a run whose `identity` (a
+    digest of all that determines the result) is the same goes on from the last one, any other
+    starts anew. With `validate` and `stopping` the model ends with the weights of the best
+    validation score: the mean of what `validate` returns. Raises FloatingPointError when a loss is
+    no longer finite.
     """
     optimizer = MuonAdamW(parameter_groups(model, plan.weight_decay))
     state = _last_state(folder, identity, say) or start or State(dict(model.state_dict()), {})

@@ -1,9 +1,9 @@
 """Muon for the matrices of the blocks, AdamW for the rest, as one optimizer.
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest matrix with singular values
-near 1, found by Newton-Schulz steps; scaled by 0.2 sqrt(max(rows, columns)) its entries are as large
-as AdamW's updates (arXiv:2502.16982), so both share one learning rate. torch's own Muon computes
-in bfloat16, which is slow on a CPU, and takes one matrix at a time.
+near 1, found by Newton-Schulz steps; scaled by 0.2 sqrt(max(rows, columns)) its entries are as
+large as AdamW's updates (arXiv:2502.16982), so both share one learning rate. torch's own Muon
+computes in bfloat16, which is slow on a CPU, and takes one matrix at a time.
 
 Shapes: N matrices alike, R rows, C columns.
 """
@@ -25,9 +25,10 @@ _FUSED_QKV = 3  # rows of a fused projection are three matrices
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The blocks' matrices ("blocks", by Muon), the heads that pre-training leaves ("fresh heads"), the "rest".
+    """Group parameters: "blocks" (matrices, by Muon), "fresh heads" (not pre-trained), "rest".
 
-    Matrices of linear layers decay, in every model alike; norms, biases, embeddings and gains never.
+    Matrices of linear layers decay, in every model alike; norms, biases, embeddings and gains
+    never.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)

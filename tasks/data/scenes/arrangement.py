@@ -1,4 +1,4 @@
-"""What scenes show: concepts arranged in a 2x2 grid, and the split that they belong to."""
+"""Scenes as arrangements of concepts in a 2x2 grid, and the split that each belongs to."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ AROUND = np.array([0, 1, 3, 2])  # the cells in the order of a walk around the g
 
 @dataclass(frozen=True)
 class Scenes:
-    """What N scenes show: concept and cell variant at each position, [N, G]; EMPTY where nothing is."""
+    """Concept and cell variant at each position of N scenes, [N, G]; EMPTY where nothing is."""
 
     concepts: np.ndarray
     variants: np.ndarray
@@ -37,7 +37,7 @@ class Scenes:
 
 
 def split_of(concepts: np.ndarray) -> np.ndarray:
-    """The split (place in SPLITS) of each arrangement [N, G]: one for all orders of the same concepts.
+    """The split (place in SPLITS) of each arrangement [N, G], whatever the order of its concepts.
 
     An eighth of all sets of concepts are validation, an eighth test, the rest train.
     """
@@ -50,7 +50,7 @@ def split_of(concepts: np.ndarray) -> np.ndarray:
 def compose(
     num: int, rng: np.random.Generator, *, duplicates: float, num_objects: tuple[int, int] = (2, 4)
 ) -> np.ndarray:
-    """Random arrangements of concepts, [num, G]; with probability `duplicates` two objects are alike."""
+    """Draw arrangements of concepts [num, G], with two alike at probability `duplicates`."""
     concepts = rng.random((num, len(CONCEPTS))).argpartition(NUM_CELLS, axis=1)[:, :NUM_CELLS]
     concepts = rng.permuted(concepts, axis=1)
     alike = rng.random(num) < duplicates

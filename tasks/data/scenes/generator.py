@@ -1,4 +1,4 @@
-"""Scenes of one split: their pixels, their label maps and everything that is said about them."""
+"""Scenes of one split: their pixels, their label maps and all texts about them."""
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ CHUNK = 256  # scenes rendered at a time, so that their pixels stay in the cache
 
 
 class SceneGenerator:
-    """Draws scenes of one split and everything that is said about them.
+    """Draws scenes of one split and all texts about them.
 
     Random numbers are either an explicit `rng` or, for `batch`, made from (seed, split, index): the
     generator has no state, so a resumed training run sees the batches it would have seen.
@@ -52,7 +52,7 @@ class SceneGenerator:
         return compose(num, rng, duplicates=duplicates, num_objects=num_objects)
 
     def admits(self, concepts: np.ndarray) -> np.ndarray:
-        """Whether each arrangement [N, G] belongs to this split, bool [N]."""
+        """Mark the arrangements [N, G] that belong to this split, bool [N]."""
         return split_of(concepts) == SPLITS.index(self.split)
 
     def dress(self, concepts: np.ndarray, rng: np.random.Generator) -> Scenes:
@@ -106,7 +106,7 @@ class SceneGenerator:
         return pixels.transpose(0, 3, 1, 2), self._label_maps(scenes, image[..., 3])
 
     def _label_maps(self, scenes: Scenes, opacity: np.ndarray) -> np.ndarray:
-        """A label per square of `label_pixels`: the concept whose drawing covers a quarter of it."""
+        """A label a square of `label_pixels`: the concept whose drawing covers a quarter of it."""
         num, side = opacity.shape[:2]
         step = self.bank.params.label_pixels
         labels = side // step
@@ -169,8 +169,8 @@ class SceneGenerator:
     def batch(self, num: int, index: int) -> dict[str, Tensor]:
         """Batch number `index` of `num` scenes, for pre-training:
 
-        pixel_values uint8 [N, 3, S, S]; input_ids, attention_mask int64 [N, T] of a caption (half of
-        the scenes of four objects get a walk); statement_ids, statement_mask int64 [N, T],
+        pixel_values uint8 [N, 3, S, S]; input_ids, attention_mask int64 [N, T] of a caption (half
+        of the scenes of four objects get a walk); statement_ids, statement_mask int64 [N, T],
         statement_labels int64 [N] (1 is true); label_maps uint8 [N, L, L]; concepts int64 [N, G].
         """
         rng = self.rng(index)

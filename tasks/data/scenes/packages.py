@@ -51,7 +51,7 @@ def read_arrays(content: bytes) -> tuple:
 
 
 def _empty_array(_type: type, _shape: tuple[int, ...], _dtype: bytes) -> np.ndarray:
-    """What a pickled array is before its state is set."""
+    """An array as a pickle has it before its state is set."""
     return np.empty(0, np.int8)
 
 

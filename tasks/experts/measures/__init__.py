@@ -1,1 +1,1 @@
-"""What models of kind experts are asked, and how the answers are scored."""
+"""Benchmarks of recipes of kind experts."""

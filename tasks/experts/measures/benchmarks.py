@@ -1,19 +1,19 @@
-"""The benchmarks of the modality recipe: what a model is asked, its loss, its metric with standard error.
+"""Benchmarks of the experts of a modality transformer: inputs, loss, metric with standard error.
 
 `prepare` writes each benchmark's splits; fine-tuning and evaluation use them through `BENCHMARKS`:
 
     benchmark = BENCHMARKS["vqa"]
     train = load_split("modality", "vqa", "train")              # tensors by name, N examples each
     batch = benchmark.sample(train, 32, generator)              # for one training step
-    loss = benchmark.loss(benchmark.logits(model, batch), batch)
-    scores = benchmark.score(benchmark.outputs(model, test), test)
-    scores[benchmark.metric]                                    # Score(value=61.3, error=1.1), per cent
+    loss = benchmark.loss(benchmark.logits(model, batch), batch) scores =
+    benchmark.score(benchmark.outputs(model, test), test) scores[benchmark.metric]
+    # Score(value=61.3, error=1.1), per cent
 
-`logits` is differentiable and what distillation compares: [n, classes], for segmentation
-[n, C, L, L], for retrieval the scaled similarities of every image to every text of the batch [n, n].
+`logits` is differentiable and what distillation compares: [n, classes], for segmentation [n, C, L,
+L], for retrieval the scaled similarities of every image to every text of the batch [n, n].
 `outputs` is the same for a whole split, in batches, without gradients; averaging the outputs of
-several models gives their ensemble. Only the benchmarks of `FINETUNED` have a training split; those of
-`TRAINING_FREE` need no head beyond the pre-trained ones.
+several models gives their ensemble. Only the benchmarks of `FINETUNED` have a training split; those
+of `TRAINING_FREE` need no head beyond the pre-trained ones.
 
 Shapes: N examples, n of a batch, T tokens, C classes, L labels a side, B resamples.
 """
@@ -55,7 +55,7 @@ def batches(data: Split, batch_size: int, device: torch.device) -> Iterator[dict
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A data set, its loss and its metric; subclasses say what the model is asked."""
+    """A data set, its loss and its metric; subclasses define the model's inputs."""
 
     name: str
     title: str
@@ -106,7 +106,7 @@ class VisualQuestions(Benchmark):
 
 @dataclass(frozen=True)
 class Statements(Benchmark):
-    """Is a short text true of an image? Answered by the pre-trained statement head."""
+    """A short text that is true of an image or not; the pre-trained statement head answers."""
 
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
         return model.statement_logits(_joint(model, batch))
@@ -114,7 +114,7 @@ class Statements(Benchmark):
 
 @dataclass(frozen=True)
 class MaskedWords(Benchmark):
-    """Which word of the caption is hidden? One masked concept a caption; `labels` is its token."""
+    """A caption with one concept masked; `labels` is its token."""
 
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
         states = _joint(model, batch)
@@ -124,7 +124,7 @@ class MaskedWords(Benchmark):
 
 @dataclass(frozen=True)
 class PairReasoning(Benchmark):
-    """Is a statement true of two images: "there is cat in both"? `pixel_values` is [N, 2, 3, S, S]."""
+    """A statement about two images, "there is cat in both": is it true? Pixels [N, 2, 3, S, S]."""
 
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
         text = _text(batch)
@@ -184,7 +184,7 @@ class Retrieval(Benchmark):
 
 @dataclass(frozen=True)
 class Segmentation(Benchmark):
-    """A label per square of the image, `labels` [N, L, L]; the metric is the mean IoU of all classes."""
+    """A label a square of the image, `labels` [N, L, L]; the metric is the classes' mean IoU."""
 
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
         return model.segment_logits(model.image_states(batch["pixel_values"]))
@@ -197,9 +197,9 @@ class Segmentation(Benchmark):
     def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
         labels, num_classes = data["labels"].long(), outputs.shape[1]
         predicted = outputs.argmax(dim=1)
-        wanted, found = (F.one_hot(x.flatten(1), num_classes).double() for x in (labels, predicted))
-        overlap = (wanted * found).sum(1)  # squares by image and class, [N, C]
-        union = wanted.sum(1) + found.sum(1) - overlap
+        wanted, given = (F.one_hot(x.flatten(1), num_classes).double() for x in (labels, predicted))
+        overlap = (wanted * given).sum(1)  # squares by image and class, [N, C]
+        union = wanted.sum(1) + given.sum(1) - overlap
         return {
             "mean_iou": Score(
                 100 * _mean_iou(overlap.sum(0), union.sum(0)).item(),

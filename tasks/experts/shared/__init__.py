@@ -1,1 +1,1 @@
-"""What several stages of recipes of kind experts use."""
+"""Loading, statistics and alignment for several stages of recipes of kind experts."""

@@ -1,4 +1,4 @@
-"""Experts with their units moved as align found best."""
+"""Experts with their units moved by align's transforms."""
 
 from collections.abc import Mapping
 
@@ -23,16 +23,16 @@ def aligned(
     workspace: Workspace,
     grams: Mapping[str, Grams] | None = None,
 ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Grams]]:
-    """The experts with the units of each moved as align found best, and their Grams with them."""
+    """The experts with the units of each moved by align's transforms, and their Grams with them."""
     spec = load_spec(workspace.statistics / checkpoint)
-    transforms = workspace.transforms / checkpoint
+    folder = workspace.transforms / checkpoint
     moved, moved_grams = dict(experts), dict(grams or {})
     for modality, weights in experts.items():
         if modality == REFERENCE or not weights:
             continue
         inner = expert_spec(spec, weights)
-        found = transforms_from_tensors(load_file(transforms / f"{modality}.safetensors"), inner)
-        moved[modality] = alloy.transport(weights, inner, found)
+        transforms = transforms_from_tensors(load_file(folder / f"{modality}.safetensors"), inner)
+        moved[modality] = alloy.transport(weights, inner, transforms)
         if grams is not None:
-            moved_grams[modality] = transport_grams(grams[modality], inner, found)
+            moved_grams[modality] = transport_grams(grams[modality], inner, transforms)
     return moved, moved_grams

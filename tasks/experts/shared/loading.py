@@ -17,7 +17,7 @@ def load_model(folder: Path) -> ModalityModel:
     config = load_config(folder)
     if not isinstance(config, ModalityConfig):
         raise CheckpointError(
-            f"{folder} holds a model of type {config.model_type!r}; this recipe merges the experts of a "
-            f"{ModalityConfig.model_type!r} model"
+            f"{folder} holds a model of type {config.model_type!r}; this recipe merges the experts "
+            f"of a {ModalityConfig.model_type!r} model"
         )
     return load_whole(ModalityModel, folder)

@@ -20,13 +20,17 @@ MOMENT_FIELDS = ("sum_D", "sum_E", "square_D", "square_E", "product_DE")
 
 
 def batches(file: Path, num_examples: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """The first examples of a split, batch by batch, on the device; refused if there are too few."""
+    """The first examples of a split, batch by batch, on the device.
+
+    Raises:
+        ValueError: the split has fewer.
+    """
     tensors = load_file(file)
-    found = len(tensors["pixel_values"])
-    if found < num_examples:
+    available = len(tensors["pixel_values"])
+    if available < num_examples:
         raise ValueError(
-            f"collect.calibration_examples is {num_examples}, {file} has only {found}: lower it, or "
-            f"raise prepare's"
+            f"collect.calibration_examples is {num_examples}, {file} has only {available}: "
+            "lower it, or raise prepare's"
         )
     target = device()
     for start in tqdm(range(0, num_examples, batch_size), desc="calibration", unit="batch"):

@@ -59,7 +59,7 @@ def move(
     data: list[dict[str, Tensor]],
     answers: Answers | None,
 ) -> tuple[ModalityModel, dict[str, Any]]:
-    """The same function with its experts in the gauge found, and what the search says of it."""
+    """Move a model's experts to the best gauge, its function unchanged; report the search."""
     folded = in_gauge(source)
     transforms, gauge = find_gauge(
         folded,

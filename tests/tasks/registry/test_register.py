@@ -148,7 +148,7 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recip
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     assert run.tags["git"] == head.strip()
     found = tracking.connect().get_run(version.run_id)
-    assert found.data.params["merge.arms.average.method"] == "interpolation"
+    assert found.data.params["merge.arms.average.method"] == "linear"
     assert {entry.dataset.name for entry in found.inputs.dataset_inputs} >= {
         "toy/vqa/test.safetensors"
     }

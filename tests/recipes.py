@@ -69,7 +69,7 @@ def experts(**sections: object) -> dict[str, object]:
         "merge": merge,
         "evaluate": {
             "batch_size": 16,
-            "checkpoints": {first: "the parent"},
+            "checkpoints": {name: f"checkpoint {name}" for name in fetch["checkpoints"]},
             "ensembles": {},
             "naive": merge["result"],
             "baseline": first,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import alloy
 from alloy.modality import ModalityConfig, ModalityModel
@@ -107,7 +107,7 @@ def test_the_merges_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mon
     for name, model in {**models, "seed": llama(2)}.items():
         model.save_pretrained(f"models/{name}")
     a, b, seed = (m.state_dict() for m in (*models.values(), llama(2)))
-    (block,) = blocks("methods.md")
+    block, _ = blocks("methods.md")
     exec(block, {"a": a, "b": b, "seed": seed})
     ties = Path("merged/model.safetensors").read_bytes()
     shutil.rmtree("merged")
@@ -119,6 +119,17 @@ def test_the_merges_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mon
     given = {"models": models, "folders": folders, "batches": [{"input_ids": IDS}], "spec": spec}
     exec("import alloy\n" + regmean, given)
     assert Path("merged/model.safetensors").is_file()
+
+
+def test_the_choice_of_the_documentation() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    models = [BertModel(BertConfig(**sizes, num_hidden_layers=1, vocab_size=30)) for _ in "ab"]
+    a, b = (model.state_dict() for model in models)
+    merges = {name: alloy.merge("linear", [a, b]) for name in ("average", "regmean", "refit")}
+    given = {"model": models[0].eval(), "aligned": {"a": a, "b": b}, **merges}
+    _, block = blocks("methods.md")
+    exec(block, {**given, "held_out": [{"input_ids": IDS}]})
 
 
 @pytest.mark.slow

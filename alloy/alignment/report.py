@@ -124,6 +124,11 @@ class Comparison:
         turned = self.transforms[space].matrix is not None
         return (mean_covariance if turned else mean_correlation)(moments)
 
+    def _stretches(self, space: str) -> bool:
+        """True for a matrix that is no rotation: points do not say which side of it they show."""
+        matrix = self.transforms[space].matrix
+        return matrix is not None and not is_orthogonal(matrix)
+
     def _moved(self, space: str) -> tuple[int, str]:
         """The number of units that moved, and the kind of transform that moved them."""
         unit_map = self.maps[1].get(space)
@@ -141,7 +146,7 @@ class Comparison:
         seen_DE: Tensor | Factored | None,
         moments: Sequence[CrossMoments | SampledMoments] | None,
     ) -> float | None:
-        if seen_DE is None or moments is None:
+        if seen_DE is None or moments is None or self._stretches(space):
             return None
         if self.transforms[space].signs is not None:
             after = [
@@ -167,11 +172,17 @@ def moved_units(space: str, spec: SymmetrySpec, transforms: Transforms) -> tuple
     if transform.matrix is not None:
         eye = torch.eye(transform.size, dtype=transform.matrix.dtype)
         changed |= (transform.matrix - eye).abs().amax(-1).flatten() > 1e-6
-        kind = "orthogonal"
+        kind = "orthogonal" if is_orthogonal(transform.matrix) else "general linear"
     elif transform.signs is not None:
         changed |= (transform.signs != 1).flatten()
         kind = "signed permutation"
     return int(changed.sum()), kind
+
+
+def is_orthogonal(matrix: Tensor) -> bool:
+    """True for matrices [*batch, n, n] that turn units without stretching them, up to rounding."""
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+    return bool(((matrix @ matrix.mT - eye).abs() <= 1e-6).all())
 
 
 def _all_units(matrix: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from alloy.alignment.canonical import canonical_transforms, left_open
 from alloy.alignment.checks import check_method, check_statistics, check_weights, checked_share
 from alloy.alignment.matching import (
     Matched,
@@ -30,7 +31,14 @@ from alloy.alignment.state import Family, State, families
 from alloy.alignment.warm import Warm
 from alloy.errors import AlignmentError
 from alloy.symmetry.spec import SymmetrySpec
-from alloy.symmetry.transforms import Transform, Transforms, identity
+from alloy.symmetry.transforms import (
+    Transform,
+    Transforms,
+    compose,
+    identity,
+    invert,
+    transport,
+)
 from alloy.types import Weights
 
 SimilaritySpace = Literal["weight", "activation", "dual"]
@@ -52,6 +60,7 @@ def align(
     scale: Scale = "tensor",
     start: Start = "identity",
     keep: Collection[str] = (),
+    canonical: bool = False,
     generator: torch.Generator | None = None,
     max_sweeps: int = 100,
     tolerance: float = 1e-9,
@@ -69,6 +78,8 @@ def align(
         scale: how weights enter (`alloy.alignment.similarity.Scale`).
         start: where the search begins; "activation" is where matching by activations alone ends.
         keep: spaces that stay as they are.
+        canonical: match heads by the canonical form of the matrices within them
+            (`alloy.alignment.canonical`), whatever bases the models have; by their weights alone.
         generator: draws the order in which spaces are visited; by default it is the spec's.
         tolerance: a step must gain more than this part of J. Rotations never reach their optimum.
 
@@ -86,7 +97,15 @@ def align(
     for name in keep:
         if name not in spec.spaces:
             raise AlignmentError(f"keep names {name!r}, which is no space of the spec")
-    chosen = {**operators(spec, method), **dict.fromkeys(keep, leave)}
+    chosen = operators(spec, method)
+    ours: Transforms = canonical_transforms(reference, spec, keep=keep) if canonical else {}
+    theirs: Transforms = canonical_transforms(other, spec, keep=keep) if canonical else {}
+    if canonical:
+        reference, other = transport(reference, spec, ours), transport(other, spec, theirs)
+        statistics = {name: m for name, m in (statistics or {}).items() if name not in ours}
+        if method != "orthogonal":  # which has larger operators
+            chosen |= {name: left_open(spec, name) for name in ours}
+    chosen |= dict.fromkeys(keep, leave)
     turning = rotating(spec, method)
     transforms: Transforms = identity(spec)
     if start == "activation" and share > 0:
@@ -98,7 +117,8 @@ def align(
         reference, spec, statistics or {}, share, scale=scale, rotating=turning
     )
     search = Search(similarity, other, chosen, transforms, tolerance)
-    return search.run(generator, max_sweeps, PATIENCE if scale == "unit" else 0)
+    matched = search.run(generator, max_sweeps, PATIENCE if scale == "unit" else 0)
+    return compose(compose(theirs, matched), invert(ours)) if canonical else matched
 
 
 class Search:

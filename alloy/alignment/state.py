@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 from typing import NamedTuple
 
 from torch import Tensor
@@ -29,6 +30,9 @@ class Family:
     """The parameters that the spaces lie on."""
     carried: list[str]
     """The spaces, and all that depends on any of them."""
+    is_joint: bool
+    """True if one visit finds the optimum: no two spaces that are matched as if alone share a
+    weight, as query heads and the units that all of them share do."""
 
 
 def families(spec: SymmetrySpec) -> dict[str, Family]:
@@ -37,8 +41,18 @@ def families(spec: SymmetrySpec) -> dict[str, Family]:
     for root in roots(spec):
         names = family(spec, root)
         weights = dict.fromkeys(a.parameter for name in names for a in spec.spaces[name].axes)
-        result[root] = Family(root, names, tuple(weights), carried(spec, names))
+        of_all = carried(spec, names)
+        result[root] = Family(root, names, tuple(weights), of_all, _is_joint(spec, names))
     return result
+
+
+def _is_joint(spec: SymmetrySpec, names: list[str]) -> bool:
+    for a, b in combinations(names, 2):
+        if a not in spec.spaces[b].depends_on and b not in spec.spaces[a].depends_on:
+            ours, theirs = ({x.parameter for x in spec.spaces[n].axes} for n in (a, b))
+            if ours & theirs:
+                return False
+    return True
 
 
 class State(NamedTuple):

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from alloy.alignment.grams import transport_grams
 from alloy.alignment.moves import move_units
+from alloy.alignment.report import is_orthogonal
 from alloy.errors import AlignmentError
-from alloy.statistics.sums import Place, Statistics
+from alloy.statistics.sums import Place, Statistics, Warned
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.transforms import Transforms
 
@@ -27,20 +27,31 @@ def transport_statistics(
 ) -> Statistics:
     """The statistics that models would have after `transport` of each, by model.
 
+    A space that some transform stretches is left out, with a warning: its sums do not say which
+    side of the stretch they are of.
+
     Raises:
-        AlignmentError: statistics of models without transforms; a space that a matrix turns, if it
-            is not orthogonal or the statistics lack the products within a model.
+        AlignmentError: statistics of models without transforms; a space that a matrix turns, if the
+            statistics lack the products within a model.
     """
     if missing := sorted(set(statistics.names) - set(transforms)):
         raise AlignmentError(
             f"statistics of {missing} cannot be moved: the alignment is of {sorted(transforms)}"
         )
+    stretched = {
+        space
+        for own in transforms.values()
+        for space, t in own.items()
+        if t.matrix is not None and not is_orthogonal(t.matrix)
+    }
     return replace(
         statistics,
         places={
             space: tuple(_Mover(space, specs, transforms, place).moved() for place in places)
             for space, places in statistics.places.items()
+            if space not in stretched
         },
+        noticed=(*statistics.noticed, *map(_left_out, sorted(stretched & set(statistics.places)))),
         grams={
             name: transport_grams(grams, specs[name], transforms[name])
             for name, grams in statistics.grams.items()
@@ -91,13 +102,6 @@ class _Mover:
             shape = (*spec.batch_shape(self.space), spec.spaces[self.space].size)
             squares = self.place.squares[name]
             return move_units(squares.reshape(shape), self.space, spec, plain).flatten()
-        matrix = transform.matrix
-        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
-        if (matrix @ matrix.mT - eye).abs().max() > 1e-6:
-            raise AlignmentError(
-                f"the alignment stretches space {self.space!r}, and sums do not say which side of "
-                f"it they are of: collect again, of the aligned models"
-            )
         if (name, name) not in self.place.products:
             raise AlignmentError(
                 f"the alignment rotates space {self.space!r}: to move its sums of squares, collect "
@@ -105,6 +109,14 @@ class _Mover:
             )
         product = self.place.products[name, name]
         return self._rows(self._rows(product, name).T, name).diagonal().clone()
+
+
+def _left_out(space: str) -> Warned:
+    return Warned(
+        "unobserved space",
+        f"the alignment stretches the units of space {space!r}: collect again, of the aligned "
+        f"models, to compare them",
+    )
 
 
 def _without_signs(transforms: Transforms) -> Transforms:

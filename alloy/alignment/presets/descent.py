@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
+from alloy.alignment.canonical import canonical_spaces
 from alloy.alignment.checks import check_method
 from alloy.alignment.matching import rotating
 from alloy.alignment.presets.folding import folded_models, folded_moments
@@ -55,9 +56,14 @@ class Descent(Preset):
     """A key of `alloy.alignment.matching.MATCHING_METHODS`."""
     keep: Collection[str] = ()
     """Spaces that stay as they are, "streams" for the residual streams."""
+    canonical: bool = False
+    """Match heads by the canonical form of the matrices within them, by their weights alone."""
     fold: bool = False
     """Fold norms first, so that streams may rotate."""
     seed: int = 0
+    """Draws the order in which spaces are visited."""
+    num_orders: int = 1
+    """Orders that are tried, of this seed and the next ones; the one that ends highest wins."""
     max_sweeps: int = 100
     tolerance: float = 1e-9
     """The part of the objective that a step must gain."""
@@ -100,6 +106,12 @@ class Descent(Preset):
         check_method(self.method)
         require_one_of("scale", self.scale, get_args(Scale))
         require_one_of("start", self.start, ("identity", "activation", "best"))
+        if self.num_orders < 1:
+            raise AlignmentError(f"num_orders {self.num_orders} is below 1: try at least one")
+        if self.canonical and self.weight_share == 0:
+            raise AlignmentError(
+                "canonical=True matches heads by their weights: take a weight_share above 0"
+            )
         if self.scale == "none" and self.weight_share != 1:
             raise AlignmentError(
                 f"scale='none' has no measure in common with activations: weight_share "
@@ -123,7 +135,7 @@ class Descent(Preset):
         return _Task(given.reference, models, spec, partial(folded_moments, given)), ()
 
     def _pair(self, task: _Task, other: str, share: float) -> dict[str, Transform]:
-        """One model to the reference; with start "best" from wherever the search ends higher."""
+        """One model to the reference: of all starts and orders, the end that is highest."""
         reference, theirs = task.models[task.reference], task.models[other]
         moments = task.moments(other)
         space: SimilaritySpace = "weight" if share == 1 else "dual" if share else "activation"
@@ -142,19 +154,24 @@ class Descent(Preset):
                 scale=self.scale,
                 start=start if share > 0 else "identity",
                 keep=kept_spaces(task.spec, self.keep),
-                generator=torch.Generator().manual_seed(self.seed),
+                canonical=self.canonical and share > 0,
+                generator=torch.Generator().manual_seed(seed),
                 max_sweeps=self.max_sweeps,
                 tolerance=self.tolerance,
             )
+            for seed in range(self.seed, self.seed + self.num_orders)
             for start in starts
         ]
         if len(ends) == 1:
             return ends[0]
+        if self.canonical:
+            free = canonical_spaces(task.spec)
+            moments = {space: m for space, m in moments.items() if space not in free}
         turning = rotating(task.spec, self.method)
         similarity = Similarity.to(
             reference, task.spec, moments, share, scale=self.scale, rotating=turning
         )
-        values = [Search(similarity, theirs, {}, end).values[0] for end in ends]
+        values = [_height(Search(similarity, theirs, {}, end)) for end in ends]
         return ends[values.index(max(values))]
 
 
@@ -170,6 +187,13 @@ class _Task:
     def describe(self, other: str, transforms: Transforms):
         ours, theirs = self.models[self.reference], self.models[other]
         return describe(ours, theirs, self.spec, transforms, self.moments(other))
+
+
+def _height(search: Search) -> float:
+    """The objective where a search stands; without operators a sweep moves nothing."""
+    if search.similarity.scale == "unit":
+        search.sweep()
+    return search.values[-1]
 
 
 def _by_score(

@@ -6,7 +6,6 @@ well (`flows.kept`), so a run that ends early changes nothing, and the next one 
 """
 
 import argparse
-import logging
 import os
 import re
 import signal
@@ -16,15 +15,16 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from prefect import Task, flow, get_run_logger, task
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import TaskRun
 from prefect.states import Completed, Failed, State
 
 from flows.graph import GraphError, Stage, is_recorded, select, stale_stages
 from flows.kept import kept, recover
-from flows.workspace import Say, dvc, only_run, run_streaming, tell
+from flows.server import ServerError, own_server
+from flows.states import UNREACHABLE, is_unreachable, log_failures_plainly
+from flows.workspace import Say, dvc, end_as_ctrl_c, only_run, run_streaming, tell
 from tasks.recipe.load import load
 from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.plan import check, check_contents
@@ -34,8 +34,6 @@ from tasks.workspace import Workspace
 
 # The stages that meet a network: they alone are tried again, after so many seconds.
 RETRIED_AFTER = {"fetch": [2.0, 10.0], "register": [2.0, 10.0]}
-
-UNREACHABLE = "Unreachable"  # the state of a stage to which nothing answered
 
 _VERDICT = "ERROR: failed to reproduce"  # opens DVC's last words
 _BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
@@ -54,27 +52,11 @@ _CHATTER = (
 )
 
 
-class _NoEmptyTraceback(logging.Filter):
-    """Prefect logs a failed state with `exc_info` where there is none; it prints as `NoneType: None`."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info == (None, None, None):
-            record.exc_info = None
-        return True
-
-
-_NO_EMPTY_TRACEBACK = _NoEmptyTraceback()
-
-
-def _is_unreachable(task: Task, run: TaskRun, state: State) -> bool:
-    return state.name == UNREACHABLE
-
-
-@task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=_is_unreachable)
+@task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=is_unreachable)
 def reproduce(stage: Stage, lock: int, force: bool = False) -> State:
     """Run one stage through DVC; unless it ends well, what it wrote before comes back."""
     log = get_run_logger()
-    logging.getLogger("prefect.task_runs").addFilter(_NO_EMPTY_TRACEBACK)
+    log_failures_plainly()
     output: list[str] = []
 
     def say(line: str) -> None:
@@ -144,20 +126,27 @@ def pipeline(
     With `refresh` the sources of the checkpoints are resolved anew, so that what changed upstream is
     found.
     """
-    addresses = plan(recipe, to=to, only=only)
+    try:
+        addresses = plan(recipe, to=to, only=only)
+        with workspace(f"{recipe} in Prefect", get_run_logger().warning) as lock:
+            return _run_stale(recipe, addresses, refresh, lock)
+    except (ParamsError, GraphError, OSError) as error:
+        return Failed(message=str(error))
+
+
+def _run_stale(recipe: str, addresses: Sequence[str], refresh: bool, lock: int) -> State:
     done = []
-    with workspace(f"{recipe} in Prefect", get_run_logger().warning) as lock:
-        for stage in stale_stages(addresses, forced(recipe, refresh)):
-            if not done:
-                check_contents(load(recipe))
-            delays = RETRIED_AFTER.get(stage.address.partition("@")[0], [])
-            run = reproduce.with_options(
-                task_run_name=stage.address, retries=len(delays), retry_delay_seconds=delays
-            )
-            state = run(stage, lock, stage.address in forced(recipe, refresh), return_state=True)
-            if not state.is_completed():
-                return Failed(message=state.message)
-            done.append(stage.address)
+    for stage in stale_stages(addresses, forced(recipe, refresh)):
+        if not done:
+            check_contents(load(recipe))
+        delays = RETRIED_AFTER.get(stage.address.partition("@")[0], [])
+        run = reproduce.with_options(
+            task_run_name=stage.address, retries=len(delays), retry_delay_seconds=delays
+        )
+        state = run(stage, lock, stage.address in forced(recipe, refresh), return_state=True)
+        if not state.is_completed():
+            return Failed(message=state.message)
+        done.append(stage.address)
     publish(recipe)
     return Completed(message=f"ran {', '.join(done)}" if done else "nothing was stale")
 
@@ -196,10 +185,10 @@ def publish(recipe: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
-    signal.signal(signal.SIGHUP, signal.default_int_handler)  # a closed terminal is a Ctrl-C
+    end_as_ctrl_c()
     try:
         return _run(asked)
-    except (ParamsError, GraphError) as error:
+    except (ParamsError, GraphError, ServerError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -219,9 +208,10 @@ def _run(asked: argparse.Namespace) -> int:
         print(f"Nothing to do: {len(addresses)} stages of {asked.recipe} are up to date.")
     else:
         check_contents(load(asked.recipe))
-        state = pipeline(
-            asked.recipe, to=asked.to, only=asked.only, refresh=asked.refresh, return_state=True
-        )
+        with own_server():
+            state = pipeline(
+                asked.recipe, to=asked.to, only=asked.only, refresh=asked.refresh, return_state=True
+            )
         if not state.is_completed():
             print(
                 f"{state.message}\nMend it and run the same command: it goes on from here.",

@@ -12,7 +12,8 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
-from flows.workspace import only_run, run_streaming
+from flows.server import ServerError, own_server
+from flows.workspace import end_as_ctrl_c, only_run, run_streaming
 from tasks.experts.pretrain import SHARING
 
 
@@ -33,7 +34,20 @@ def pretrain(arms: list[str] | None = None) -> State:
         return train(arms or list(SHARING), lock, return_state=True)
 
 
+def main(arms: list[str]) -> int:
+    end_as_ctrl_c()
+    try:
+        with own_server():
+            # ty does not match Prefect's overloads of a flow's call
+            state = pretrain(arms, return_state=True)  # ty: ignore[no-matching-overload]
+    except (ServerError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0 if state.is_completed() else 1
+
+
 if __name__ == "__main__":
-    # ty does not match Prefect's overloads of a flow's call
-    result = pretrain(sys.argv[1:], return_state=True)  # ty: ignore[no-matching-overload]
-    sys.exit(0 if result.is_completed() else 1)
+    sys.exit(main(sys.argv[1:]))

@@ -22,8 +22,9 @@ from prefect.states import Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from alloy.errors import nearest
-from flows.graph import select
-from flows.workspace import dvc, run_streaming
+from flows.graph import GraphError, select
+from flows.server import ServerError, own_server
+from flows.workspace import dvc, end_as_ctrl_c, run_streaming
 from tasks.recipe.load import read
 from tasks.recipe.plan import check
 from tasks.recipe.section import ParamsError
@@ -94,18 +95,23 @@ def _refuse_unknown(recipe: str, key: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
+    end_as_ctrl_c()
     try:
         check(asked.recipe)
         combinations(asked.recipe, asked.settings)
         select(asked.recipe, to=asked.to)
-    except ParamsError as error:
+        _keep_curves()
+        runner = ThreadPoolTaskRunner(max_workers=asked.workers)
+        with own_server():
+            state = sweep.with_options(task_runner=runner)(  # ty: ignore[invalid-argument-type]
+                asked.recipe, asked.settings, to=asked.to, name=asked.name, return_state=True
+            )
+    except (ParamsError, GraphError, ServerError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    _keep_curves()
-    runner = ThreadPoolTaskRunner(max_workers=asked.workers)
-    state = sweep.with_options(task_runner=runner)(  # ty: ignore[invalid-argument-type]
-        asked.recipe, asked.settings, to=asked.to, name=asked.name, return_state=True
-    )
+    except KeyboardInterrupt:
+        print("Interrupted. The workspace is as it was.", file=sys.stderr)
+        return 130
     print(state.message)
     print("Compare them: dvc exp show --only-changed    Take one: dvc exp apply NAME")
     return 0 if state.is_completed() else 1

@@ -35,6 +35,12 @@ def tell(line: str) -> None:
     print(line, flush=True)
 
 
+def end_as_ctrl_c() -> None:
+    """Let a closed terminal and a termination end this process as Ctrl-C does."""
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
 @contextmanager
 def only_run(what: str, say: Say = tell) -> Generator[int]:
     """Hold the workspace for one run; wait, and say for whom, while another run or a stage has it.

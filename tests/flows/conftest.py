@@ -224,7 +224,7 @@ def toy(first_run: tuple[Workspace, str], tmp_path: Path) -> Workspace:
     done, _ = first_run
     shutil.copytree(done.folder, tmp_path / "toy")
     (tmp_path / "toy" / "log").unlink()
-    return Workspace(tmp_path / "toy", done.environment)
+    return Workspace(tmp_path / "toy", dict(done.environment))
 
 
 @pytest.fixture

@@ -1,13 +1,19 @@
 """The alias moves, or it says why not; with a real MLflow registry and a real Prefect server."""
 
+import contextvars
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.promote import promote, rollback
+import flows.promote
+from flows.promote import main, promote, rollback
+from flows.workspace import only_run
 from tasks.registry import tracking
+from tests.flows.conftest import REPOSITORY, wait_until
 
 NAME = "toy-model"
 DATA = {"data/vqa/test.safetensors": "digest"}
@@ -25,9 +31,10 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: st
         "minimal_gain": 1.0,
         "maximal_regression": 2.0,
     }
+    recipe = yaml.safe_load((REPOSITORY / "params" / "modality.yaml").read_text())
     for file, content in {
         "recipes": {"recipes": ["toy"]},
-        "toy": {"register": {"name": NAME, "model": "finetuned"}},
+        "toy": recipe | {"register": {"name": NAME, "model": "finetuned"}},
         "promote": {"gates": {"toy": gates}},
     }.items():
         path = tmp_path / f"params/{file}.yaml"
@@ -88,3 +95,32 @@ def test_a_life_of_champions(registry) -> None:
     assert "no version is champion now" in said(rollback)
     assert champion() is None
     assert "nothing to roll back" in said(rollback)
+
+
+def test_a_promotion_waits_for_the_run(registry, caplog: pytest.LogCaptureFixture) -> None:
+    """While a run has the workspace, which may be registering, a promotion waits and says for whom."""
+    register(50)
+    done = []
+    settings = contextvars.copy_context()
+    waiting = threading.Thread(target=lambda: done.append(settings.run(said, promote)))
+    with only_run("toy in Prefect"):
+        waiting.start()
+        wait_until(lambda: "taken by toy in Prefect" in caplog.text)
+        assert not done
+    waiting.join(60)
+    assert done == ["toy-model version 1 is the champion: there is no champion yet"]
+
+
+def test_a_registry_that_is_away_is_one_sentence(
+    registry, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before a flow starts, and inside one: no traceback, where MLflow was looked for, what helps."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    assert main(["toy"]) == 2
+    monkeypatch.setattr("flows.promote.find", flows.promote.find.with_options(retries=0))
+    assert f"MLflow at http://127.0.0.1:{port}: nothing answers" in said(promote)
+    shown = capfd.readouterr()
+    assert f"MLflow at http://127.0.0.1:{port}: nothing answers" in shown.err
+    assert "Traceback" not in shown.out + shown.err

@@ -1,0 +1,31 @@
+"""How the tasks of our flows end: in states that say why, not in tracebacks."""
+
+import logging
+
+from prefect import Task
+from prefect.client.schemas.objects import TaskRun
+from prefect.states import State
+
+UNREACHABLE = "Unreachable"  # the state of a task to which nothing answered
+
+
+def is_unreachable(task: Task, run: TaskRun, state: State) -> bool:
+    """Whether a task is worth another try."""
+    return state.name == UNREACHABLE
+
+
+class _NoEmptyTraceback(logging.Filter):
+    """Prefect logs a failed state with `exc_info` where there is none; it prints `NoneType: None`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info == (None, None, None):
+            record.exc_info = None
+        return True
+
+
+_NO_EMPTY_TRACEBACK = _NoEmptyTraceback()
+
+
+def log_failures_plainly() -> None:
+    """Keep Prefect from printing a traceback that is none; called inside a run."""
+    logging.getLogger("prefect.task_runs").addFilter(_NO_EMPTY_TRACEBACK)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -55,22 +55,58 @@ def vocabulary_size(config: Mapping | None) -> int | None:
     return None
 
 
-def stored_transposed(config: Mapping | None) -> set[str]:
-    """Names of the matrices that the architecture of a config stores [in, out].
+def stored_transposed(config: Mapping | None, names: Iterable[str]) -> set[str]:
+    """Those of the names whose matrices the architecture of a config stores [in, out].
 
-    It is built on the meta device, without memory for its weights. None are known of an
-    architecture that transformers lacks.
+    It is built on the meta device, without memory for its weights. A file may hold a model with a
+    head or without, so names are compared without the prefixes that one of both lacks. None are
+    known of an architecture that transformers lacks.
     """
     import torch  # here: merges that need no torch do not wait for it
-    import transformers
 
     from alloy.statistics.points import transposed_weights
 
-    kind = getattr(transformers, ((config or {}).get("architectures") or [""])[0], None)
+    kind = _class_of(config)
     if config is None or kind is None:
         return set()
-    with torch.device("meta"):
-        return transposed_weights(kind(kind.config_class.from_dict(dict(config))))
+    try:
+        with torch.device("meta"):
+            model = kind(kind.config_class.from_dict(dict(config)))
+    except Exception:  # a configuration that its own class refuses says nothing
+        return set()
+    experts = {
+        f"{name}.{weight}"
+        for name, module in model.named_modules()
+        if getattr(module, "is_transposed", False)
+        for weight, value in module.named_parameters(recurse=False)
+        if value.ndim == 3
+    }
+    transposed = transposed_weights(model) | experts
+    plain = {_tail(name) for name in model.state_dict() if name not in transposed}
+    tails = {_tail(name) for name in transposed} - plain
+    return {name for name in names if name in transposed or _tail(name) in tails}
+
+
+def _tail(name: str) -> str:
+    """A name from its first number on, which no prefix of a model changes: `0.attn.c_attn.weight`."""
+    parts = name.split(".")
+    start = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[start:])
+
+
+def _class_of(config: Mapping | None) -> Any:
+    """The class that a config names, or the plain model of its type."""
+    import transformers
+
+    for name in (config or {}).get("architectures") or ():
+        if (kind := getattr(transformers, name, None)) is not None:
+            return kind
+    try:
+        return transformers.MODEL_MAPPING[
+            transformers.CONFIG_MAPPING[str((config or {}).get("model_type"))]
+        ]
+    except KeyError:
+        return None
 
 
 def result_config(config: Mapping, *, dtype: str | None, vocab_size: int | None) -> dict[str, Any]:

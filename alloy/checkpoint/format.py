@@ -44,6 +44,10 @@ _MAX_JSON_BYTES = 256 << 20  # no tokenizer is that large
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 ADAPTER = "adapter_config.json"
 _ADAPTER_TENSOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|hada_w\d)\b")
+_PACKED_TENSOR = re.compile(
+    r"\.(qweight|qzeros|g_idx|absmax|quant_map|nested_absmax|weight_packed|weight_scale|weight_scale_inv"
+    r"|weight_zero_point|weight_shape)$|\.quant_state\.|_proj_(blocks|scales)$"
+)
 _UNREADABLE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
@@ -98,7 +102,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if path.is_dir():
             return Checkpoint(path, _entries(path), _config(path))
         if path.exists():
-            return Checkpoint(path, {e.name: e for e in _refuse_adapter(read_header(path))}, None)
+            return Checkpoint(path, {e.name: e for e in _refuse_parts(read_header(path))}, None)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     raise CheckpointError(
@@ -253,13 +257,7 @@ def read_header(path: Path) -> list[Entry]:
         header = file.read(length)
     fields = parse_object(header, f"{path}: header")
     fields.pop("__metadata__", None)
-    try:
-        spans = [_span(name, value) for name, value in fields.items()]
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: corrupt header ({error!r}); fetch it again") from error
-
+    spans = [_span(name, value, path) for name, value in fields.items()]
     spans.sort(key=lambda span: span[3])
     position, entries = 0, []
     for name, dtype, shape, start, stop in spans:
@@ -310,24 +308,40 @@ def natural_order(name: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _span(name: str, value: dict) -> tuple[str, str, tuple[int, ...], int, int]:
-    dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-    if dtype in QUANTISED:
+def _span(name: str, value: Any, path: Path) -> tuple[str, str, tuple[int, ...], int, int]:
+    """What a header says of one tensor: name, dtype, shape, first byte and the one after the last."""
+    where = f"{path}: corrupt header: {name!r}"
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} is {_shown(value)}, no object; fetch it again")
+    dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if isinstance(dtype, str) and dtype in QUANTISED:
         raise CheckpointError(
-            f"{name!r} is {dtype}, a quantised type that cannot be merged; {DEQUANTISE}"
+            f"{path}: {name!r} is {dtype}, a quantised type that cannot be merged; {DEQUANTISE}"
         )
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ValueError(f"{name!r} has dtype {dtype!r}; known are {sorted(ITEM_BYTES)}")
-    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop)):
-        raise ValueError(f"{name!r} has a negative, fractional or excessive size")
-    return name, dtype, shape, start, stop
+        raise CheckpointError(
+            f"{where} has dtype {_shown(dtype)}; known are {sorted(ITEM_BYTES)}; fetch it again"
+        )
+    for what, sizes in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(sizes, list) or not all(_is_size(n) for n in sizes):
+            raise CheckpointError(
+                f"{where} has {what} {_shown(sizes)}, no list of whole numbers from 0 on; fetch it "
+                "again"
+            )
+    if len(offsets) != 2:
+        raise CheckpointError(f"{where} has {len(offsets)} data_offsets, not 2; fetch it again")
+    return name, dtype, tuple(shape), *offsets
+
+
+def _is_size(number: object) -> bool:
+    return type(number) is int and 0 <= number < 1 << 63
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
     files, index = _weight_files(folder)
     entries: dict[str, Entry] = {}
     for file in files:
-        for entry in _refuse_adapter(read_header(file)):
+        for entry in _refuse_parts(read_header(file)):
             if entry.name in entries:
                 raise CheckpointError(
                     f"{folder}: {entry.name!r} is stored in {entries[entry.name].file.name} and in "
@@ -350,8 +364,17 @@ def _entries(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _refuse_adapter(entries: list[Entry]) -> list[Entry]:
-    """The entries, unless they are an adapter's: low-rank factors must not be averaged apart."""
+def _refuse_parts(entries: list[Entry]) -> list[Entry]:
+    """The entries, unless they are parts of weights that must not be averaged apart.
+
+    Those are an adapter's low-rank factors, and the codes and scales of packed quantised weights.
+    """
+    packed = [e.name for e in entries if _PACKED_TENSOR.search(e.name)]
+    if packed:
+        raise CheckpointError(
+            f"{entries[0].file}: {few(packed, 2)} hold codes and scales of quantised weights, which "
+            f"cannot be merged apart; {DEQUANTISE}"
+        )
     factors = [e.name for e in entries if _ADAPTER_TENSOR.search(e.name)]
     if factors:
         raise CheckpointError(

@@ -30,12 +30,13 @@ from alloy.checkpoint.config import (
     stored_transposed,
 )
 from alloy.checkpoint.display import plan_table
-from alloy.checkpoint.format import INDEX, SINGLE, Checkpoint
+from alloy.checkpoint.format import INDEX, SINGLE, Checkpoint, few
 from alloy.checkpoint.request import MergeRequest
 from alloy.checkpoint.statistics import Measurements, open_statistics
 from alloy.checkpoint.tokenizer import Vocabulary
 from alloy.errors import system_errors
 from alloy.merging import MERGE_METHODS, MergeSettings, oriented, validate
+from alloy.merging.check import is_matrix
 from alloy.merging.method import Coefficients
 
 
@@ -138,6 +139,7 @@ def _plan(request: MergeRequest) -> MergePlan:
     settings, measured, data = _settings(findings, request, sources, tensors)
     tensors = tuple(_with_method(tensor, settings) for tensor in tensors)
     _note_unskipped(findings, tensors, settings, sources)
+    _note_averaged(findings, tensors, settings, measured)
     check_room(findings, output, sum(t.num_bytes for t in tensors))
     findings.stop()
     files_of = {} if measured is None else measured.files_of
@@ -190,7 +192,7 @@ def _settings(
     merged = {t.name: t.shape for t in tensors if t.how == "merge"}
     if "transposed" in method.options:
         config = sources.configs[sources.reference]
-        options = oriented(options, stored_transposed(config) & merged.keys())
+        options = oriented(options, stored_transposed(config, merged))
     measured = None
     if request.statistics is not None:
         measured = open_statistics(request.statistics, sources.models)
@@ -205,7 +207,8 @@ def _settings(
         inputs=data,
     )
     if measured is not None:
-        findings.extend(problems=measured.problems(method.statistics, merged))
+        for problem in measured.problems(method.statistics, merged):
+            findings.problem(problem)
     return settings, measured, data
 
 
@@ -241,6 +244,34 @@ def _note_unskipped(
                 f"{t.name} has a row per token, and {settings.name} merges it as it does layers: "
                 "add it to skip?"
             )
+
+
+def _note_averaged(
+    findings: Findings,
+    tensors: Sequence[PlannedTensor],
+    settings: MergeSettings,
+    measured: Measurements | None,
+) -> None:
+    """Say of what share of the weights a method for matrices takes the mean, and of which."""
+    if not settings.method.matrices_only:
+        return
+    ours = [t for t in tensors if t.how == settings.name and t.num_elements]
+    skip = settings.options.get("skip", ())
+    averaged = [
+        t
+        for t in ours
+        if not is_matrix(t.name, t.shape)
+        or any(fnmatchcase(t.name, pattern) for pattern in skip)
+        or (measured is not None and not measured.has(settings.method.statistics, t.name))
+    ]
+    if not averaged:
+        return
+    largest = sorted(averaged, key=lambda t: -t.num_elements)[:3]
+    share = sum(t.num_elements for t in averaged) / sum(t.num_elements for t in ours)
+    findings.note(
+        f"{settings.name} merges matrices: {len(averaged)} of {len(ours)} tensors, {share:.1%} of the "
+        f"entries, are averaged instead, the largest {few([t.name for t in largest])}"
+    )
 
 
 def _layout(

@@ -61,6 +61,11 @@ class Measurements:
                 ]
         return result
 
+    def has(self, kind: str | None, name: str) -> bool:
+        """Whether every model was measured at a tensor."""
+        key = f"{name}/sum" if kind == "gram" else name
+        return all(key in checkpoint.entries for checkpoint in self.files_of.values())
+
     def of(self, kind: str | None, name: str) -> list[Any] | None:
         """One entry per model for a tensor, or None if nothing was measured of it."""
         if kind == "gram":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alloy.errors import MergeError
 from alloy.merging.averages import combine
-from alloy.merging.check import few, known_method, validate
+from alloy.merging.check import few, is_matrix, known_method, validate
 from alloy.merging.method import Coefficients, MergeMethod, MergeSettings
 from alloy.merging.selection import accumulator
 from alloy.statistics.moments import Gram
@@ -136,8 +136,12 @@ def merge_tensor(
     if method.random:
         keywords |= {"name": name, "offset": offset}
     try:
-        if method.matrices_only and not _is_for_matrices(settings, name, first, statistics):
+        if not method.matrices_only:
+            merged = method.function(models, **keywords)
+        elif not _is_for_matrices(settings, name, first, statistics):
             merged = _mean(method, models, base, settings.coefficients[name])
+        elif first.ndim == 3:
+            merged = _by_expert(method, models, keywords)
         else:
             merged = method.function(models, **keywords)
     except MergeError as error:
@@ -154,7 +158,23 @@ def _is_for_matrices(
 ) -> bool:
     skipped = any(fnmatchcase(name, pattern) for pattern in settings.options.get("skip", ()))
     measured = settings.method.statistics is None or statistics is not None
-    return tensor.ndim == 2 and measured and not skipped
+    return is_matrix(name, tensor.shape) and measured and not skipped
+
+
+def _by_expert(
+    method: MergeMethod, models: Sequence[Tensor], keywords: Mapping[str, Any]
+) -> Tensor:
+    """Merge the experts of a mixture, which are stored as one tensor [E, ...], one at a time."""
+    base = keywords.get("base")
+    return torch.stack(
+        [
+            method.function(
+                [model[i] for model in models],
+                **{**keywords, **({} if base is None else {"base": base[i]})},
+            )
+            for i in range(len(models[0]))
+        ]
+    )
 
 
 def _mean(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -88,6 +89,8 @@ def _checked_option(method: str, spec: MergeMethod, name: str, value: Any) -> An
         )
     if not value:
         raise MergeError(f"option {name}={{}}: no pattern; give {{'*': value}}")
+    if wrong := [pattern for pattern in value if not isinstance(pattern, str)]:
+        raise MergeError(f"option {name}: {wrong[0]!r} is no pattern of tensor names")
     return {pattern: option.check(f"{name} of {pattern!r}", v) for pattern, v in value.items()}
 
 
@@ -115,6 +118,17 @@ def _deciders(what: str, patterns: Iterable[str], names: Sequence[str]) -> dict[
             f"{what} pattern {pattern!r} decides nothing: earlier patterns match all its tensors"
         )
     return {name: pattern for name, pattern in decides.items() if pattern is not None}
+
+
+_EXPERTS = re.compile(r"(^|\.)(experts|\w*moe|input_linear|output_linear)(\.|$)")
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is what methods for matrices are for: a matrix, or the experts of a mixture.
+
+    Fused experts [E, ...] are matrices side by side; other tensors of three dims are convolutions.
+    """
+    return len(shape) == 2 or (len(shape) == 3 and _EXPERTS.search(name) is not None)
 
 
 def known_method(name: str) -> MergeMethod:

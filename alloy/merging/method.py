@@ -58,6 +58,8 @@ class Option:
         number = isinstance(value, float | int) and not isinstance(value, bool)
         if number and not (self.minimum <= value <= self.maximum and value not in self.excludes):
             raise MergeError(f"option {name}={value!r} is outside {self.range}")
+        if number and not math.isfinite(value):
+            raise MergeError(f"option {name}={value!r}: it must be finite")
         return value
 
     @property
@@ -119,7 +121,8 @@ class MergeMethod:
     """The module in `alloy.merge` and the name of `mix`, in place of `implementation`."""
     random: bool = False
     matrices_only: bool = False
-    """Defined for matrices [d_out, d_in]. Every other tensor, one without statistics, or one that
+    """Defined for matrices [d_out, d_in], and for the fused experts [E, d_out, d_in] of a mixture,
+    one expert at a time. Every other tensor, one without statistics, or one that
     the option `skip` names, gets the mean: of the models, or of the task vectors where there is
     a base."""
     min_models: int = 1

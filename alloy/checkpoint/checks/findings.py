@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -19,14 +19,11 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def problem(self, text: str) -> None:
-        self.problems.append(text)
+        if text not in self.problems:  # two checks may read one file
+            self.problems.append(text)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-    def extend(self, problems: Iterable[str] = (), notes: Iterable[str] = ()) -> None:
-        self.problems += problems
-        self.notes += notes
 
     def attempt(self, function: Callable[..., T], *arguments: object) -> T | None:
         """The function's result, or None and a problem where it refuses."""

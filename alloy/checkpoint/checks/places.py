@@ -18,10 +18,11 @@ _LONGEST_PATH = 4000  # Linux takes 4096, files within the folder included
 def check_output(findings: Findings, paths: Mapping[str, Path], output: Path) -> None:
     """The output is absent or empty, and no source may be, hold or lie in what the merge writes."""
     longest = max(len(os.fsencode(part)) for part in (*output.parts, output.name + INCOMPLETE))
-    if longest > _LONGEST_NAME or len(os.fsencode(output.absolute())) > _LONGEST_PATH:
+    whole = len(os.fsencode(output.absolute()))
+    if longest > _LONGEST_NAME or whole > _LONGEST_PATH:
         findings.problem(
-            f"{str(output)[:60]}...: too long a name for a file system ({longest} bytes with "
-            f"{INCOMPLETE!r}, at most {_LONGEST_NAME}); choose a shorter one"
+            f"{output.name[:60]}...: too long for a file system, which takes {_LONGEST_NAME} bytes "
+            f"a name ({INCOMPLETE!r} included) and {_LONGEST_PATH} a path; choose a shorter one"
         )
         return
     if not output.name or output.name == "..":

@@ -33,6 +33,15 @@ _USE = (
     "tokenize_chinese_chars", "clean_up_tokenization_spaces", "use_default_system_prompt",
 )  # fmt: skip
 """Settings that change which tokens a text becomes; the others are names, versions and limits."""
+_DEFAULTS = {
+    "add_eos_token": False,
+    "add_prefix_space": False,
+    "do_lower_case": False,
+    "padding_side": "right",
+    "split_special_tokens": False,
+    "truncation_side": "right",
+}
+"""What a tokenizer does that does not say so."""
 _AROUND = ("post_processor", "truncation", "padding", "decoder")
 """Parts of tokenizer.json around the model."""
 
@@ -121,8 +130,8 @@ def _compare(
     lost = [
         key
         for key, value in theirs.items()
-        if ours.get(key) != value
-        and (key in ours or key in _SPECIAL_TOKENS or key in _AROUND)
+        if ours.get(key, _DEFAULTS.get(key)) != value
+        and (key in ours or key in (*_SPECIAL_TOKENS, *_AROUND, *_DEFAULTS))
         and not any(fnmatchcase(f"tokenizer.{key}", pattern) for pattern in allow)
     ]
     if lost:

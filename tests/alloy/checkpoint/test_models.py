@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.func import functional_call
 from transformers import (
@@ -30,6 +31,7 @@ from transformers import (
 
 import alloy
 from alloy.checkpoint import MergeRequest, plan_merge
+from alloy.errors import MergeError
 
 TEXT = {
     "vocab_size": 64,
@@ -401,3 +403,101 @@ def test_methods_that_run_the_model_merge_checkpoints_as_they_merge_in_memory(me
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for name, tensor in loaded.state_dict().items():
         torch.testing.assert_close(tensor, expected[name])
+
+
+def _renamed(folder, change, drop=()):
+    """Rename the tensors of a checkpoint's single file."""
+    file = folder / "model.safetensors"
+    tensors = {change(name): t for name, t in load_file(file).items() if name not in drop}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("prefix", "architectures"),
+    [("", None), ("", ["GPT2Model"]), ("transformer.", []), ("backbone.", None)],
+)
+def test_orientation_is_known_whatever_prefix_the_names_have(prefix, architectures, tmp_path):
+    """GPT-2 under the hub's names (`h.0...`), or any other: WUDI gives the bits it gives the prefixed file."""
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=16)
+    for seed, name in enumerate(("seed", "a", "b")):
+        for kind in ("plain", "other"):
+            folder = tmp_path / kind / name
+            build(GPT2LMHeadModel, config, seed).save_pretrained(folder)
+            if kind == "other":
+                _renamed(folder, lambda n: prefix + n.removeprefix("transformer."))
+                if architectures is not None:
+                    data = json.loads((folder / "config.json").read_text())
+                    data["architectures"] = architectures
+                    (folder / "config.json").write_text(json.dumps(data))
+    for kind in ("plain", "other"):
+        root = tmp_path / kind
+        alloy.merge_checkpoints("wudi", [root / "a", root / "b"], root / "out", base=root / "seed")
+    plain = load_file(tmp_path / "plain" / "out" / "model.safetensors")
+    other = load_file(tmp_path / "other" / "out" / "model.safetensors")
+    for name, tensor in plain.items():
+        assert torch.equal(other[prefix + name.removeprefix("transformer.")], tensor), name
+
+
+@pytest.mark.parametrize("method", ["wudi", "tsv_m", "iso_c"])
+def test_fused_experts_are_merged_one_by_one(method, tmp_path):
+    """[E, 2I, H] gives what its E matrices give; a convolution of three dims gets the mean."""
+    weights = {}
+    for seed, name in enumerate(("seed", "a", "b")):
+        generator = torch.Generator().manual_seed(seed)
+        experts = torch.randn(3, 8, 6, generator=generator)
+        weights[name] = {
+            "layers.0.mlp.experts.gate_up_proj": experts,
+            "conv.weight": torch.randn(5, 4, 3, generator=generator),
+            **{f"m{i}.weight": experts[i].clone() for i in range(3)},
+        }
+        (tmp_path / name).mkdir()
+        save_file(weights[name], tmp_path / name / "model.safetensors")
+    report = alloy.merge_checkpoints(
+        method, [tmp_path / "a", tmp_path / "b"], tmp_path / "out", base=tmp_path / "seed"
+    )
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for i in range(3):
+        assert torch.equal(merged["layers.0.mlp.experts.gate_up_proj"][i], merged[f"m{i}.weight"])
+    memory = alloy.merge(method, [weights["a"], weights["b"]], base=weights["seed"])
+    assert all(torch.equal(memory[name], tensor) for name, tensor in merged.items())
+    mean = {n: (weights["a"][n] + weights["b"][n]) / 2 for n in ("conv.weight", "m0.weight")}
+    torch.testing.assert_close(merged["conv.weight"], mean["conv.weight"])
+    assert not torch.allclose(merged["m0.weight"], mean["m0.weight"])
+    assert any("1 of 5 tensors" in note and "'conv.weight'" in note for note in report.notes)
+
+
+def test_names_of_two_versions_are_named_as_what_they_are(tmp_path):
+    """The same shapes under other names: not another architecture, another version."""
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=16)
+    for seed, name in enumerate(("a", "b")):
+        build(GPT2LMHeadModel, config, seed).save_pretrained(tmp_path / name)
+    _renamed(tmp_path / "b", lambda n: n.removeprefix("transformer."))
+    with pytest.raises(
+        MergeError, match=r"other names in 'b' \('h.*one architecture as two versions"
+    ):
+        alloy.merge_checkpoints("linear", [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+
+def test_the_chosen_chat_template_is_the_results(tmp_path):
+    """A base that has none keeps the experts'; where two differ the one that is named is written."""
+    sources = {}
+    for seed, (name, template) in enumerate((("a", "A {{ m }}"), ("b", "B {{ m }}"), ("c", None))):
+        folder = sources[name] = tmp_path / name
+        config = LlamaConfig(**TEXT, num_key_value_heads=2)
+        build(LlamaForCausalLM, config, seed).save_pretrained(folder)
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+    with pytest.raises(MergeError, match=r"chat templates of 'a', 'b' differ.*chat_template='a'"):
+        alloy.merge_checkpoints("linear", sources, tmp_path / "out")
+    (tmp_path / "mine.jinja").write_text("mine {{ m }}")
+    wanted = {"a": "A {{ m }}", "b": "B {{ m }}", str(tmp_path / "mine.jinja"): "mine {{ m }}"}
+    for i, (name, text) in enumerate(wanted.items()):
+        out = tmp_path / f"out{i}"
+        alloy.merge_checkpoints("linear", sources, out, chat_template=name)
+        assert AutoTokenizer.from_pretrained(out).chat_template == text
+    lacking = {"c": sources["c"], "a": sources["a"]}
+    report = alloy.merge_checkpoints("linear", lacking, tmp_path / "lacking")
+    assert AutoTokenizer.from_pretrained(tmp_path / "lacking").chat_template == "A {{ m }}"
+    assert any("the chat template is that of 'a'" in note for note in report.notes)

@@ -1,1 +1,1 @@
-"""What the stages do for sets of checkpoints of any architecture."""
+"""The stages for sets of checkpoints of any architecture."""

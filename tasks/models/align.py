@@ -50,7 +50,7 @@ def align_all(job: Job, folder: Path, report: Report) -> None:
     """All alignments of one set and seed."""
     folder.mkdir(parents=True)
     weights, specs, statistics = job.weights(), job.specs(), load_statistics(job)
-    functions, found = Functions(job, weights), {}
+    functions, facts = Functions(job, weights), {}
     for name, params in job.recipe.alignments(job.set).items():
         settings = dict(params.settings)
         if params.score is not None:
@@ -67,10 +67,10 @@ def align_all(job: Job, folder: Path, report: Report) -> None:
             ) from error
         change = functions.largest_change(alignment) if alignment.exact else None
         save_tensors(alignment.to_tensors(), folder / f"{name}.safetensors")
-        found[name] = _facts(params, alignment, change)
+        facts[name] = _facts(params, alignment, change)
         report("step")
         report("say", f"{job.name}: {name}: {_summary(alignment, change)}")
-    write_json(folder / "report.json", found)
+    write_json(folder / "report.json", facts)
 
 
 def _facts(
@@ -90,14 +90,14 @@ def _facts(
 
 
 def _summary(alignment: Alignment, change: float | None) -> str:
-    rows = [row for found in alignment.report.values() for row in found]
+    rows = [row for spaces in alignment.report.values() for row in spaces]
     moved, units = sum(row.num_moved for row in rows), sum(row.num_units for row in rows)
     kept = "not exact" if change is None else f"outputs change by {change:.0e}"
     return f"{moved} of {units} units moved, {kept}"
 
 
 class Functions:
-    """What the models of a job compute on a few calibration examples, in float64."""
+    """The functions of a job's models on a few calibration examples, in float64."""
 
     def __init__(self, job: Job, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.set, self.folders = job.set, job.folders
@@ -110,7 +110,7 @@ class Functions:
 
     @cached_property
     def before(self) -> dict[str, list[Tensor]]:
-        return {name: self.outputs(name, found) for name, found in self.weights.items()}
+        return {name: self.outputs(name, tensors) for name, tensors in self.weights.items()}
 
     def outputs(self, name: str, weights: Mapping[str, Tensor]) -> list[Tensor]:
         return outputs(self.models[name], weights, self.examples)
@@ -139,7 +139,7 @@ class Functions:
 def outputs(
     model: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
 ) -> list[Tensor]:
-    """What a model with other weights gives out, where its outputs count."""
+    """The outputs of a model with other weights, where they count."""
     model.load_state_dict(weights)
     return observe_outputs(model(**tree_map(_double, dict(inputs))))
 

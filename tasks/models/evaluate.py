@@ -104,7 +104,7 @@ def stored_distances(job: Job) -> Iterator[tuple[str, ModelDistances]]:
 
 
 def num_steps(job: Job) -> int:
-    """How often `evaluate` reports a step: for each model, and for each alignment."""
+    """The number of steps that `evaluate` reports: one a model, and one an alignment."""
     recipe = job.recipe
     return 1 + len(job.members) + len(recipe.arms(job.set)) + len(recipe.alignments(job.set))
 

@@ -80,23 +80,25 @@ def merge_arm(
 
     Also what its repairs measured. Raises ValueError for an arm that cannot be made.
     """
-    aligned = {name: dict(found) for name, found in alignment.apply(weights).items()}
-    for found in aligned.values():
-        found.update({n: t for n, t in aligned[alignment.reference].items() if n.endswith(COUNTER)})
+    aligned = {name: dict(tensors) for name, tensors in alignment.apply(weights).items()}
+    for tensors in aligned.values():
+        tensors.update(
+            {n: t for n, t in aligned[alignment.reference].items() if n.endswith(COUNTER)}
+        )
     shared = alignment.shared
     own = aligned[alignment.reference]
     kept = {n: t for n, t in own.items() if any(fnmatchcase(n, p) for p in job.entry.kept)}
     names = [n for n in own if n not in kept and (shared is None or n in shared)]
     base = None
     if arm.base is not None:
-        found = load_weights(job.workspace.checkpoints / arm.base)
-        base = {name: found[name] for name in names}
+        tensors = load_weights(job.workspace.checkpoints / arm.base)
+        base = {name: tensors[name] for name in names}
     options = dict(arm.options)
     if "transposed" in MERGE_METHODS[arm.method].options:
         options = oriented(options, transposed_weights(job.skeleton) & set(names))
     merged = alloy.merge(
         arm.method,
-        [{name: found[name] for name in names} for found in aligned.values()],
+        [{name: tensors[name] for name in names} for tensors in aligned.values()],
         base=base,
         coefficients=arm.coefficients,
         statistics=grams_of(job, arm, alignment, names),
@@ -109,7 +111,7 @@ def merge_arm(
         raise ValueError(
             "repair needs one merged model; this alignment shares a part of the layers"
         )
-    return {name: {**found, **merged} for name, found in aligned.items()}, {}
+    return {name: {**tensors, **merged} for name, tensors in aligned.items()}, {}
 
 
 def grams_of(
@@ -146,9 +148,9 @@ def repaired(
     parents: Mapping[str, Weights],
 ) -> tuple[dict[str, Weights], dict[str, Any]]:
     """The merged model after the repairs that the arm switches on, and what they measured."""
-    switches, found = arm.repair, {}
+    switches, measured = arm.repair, {}
     if switches == type(switches)():
-        return {alignment.reference: merged}, found
+        return {alignment.reference: merged}, measured
     if switches.repair and not alignment.exact:
         raise ValueError(
             f"repair looks at the aligned parents' activations, and alignment {arm.alignment!r} "
@@ -182,8 +184,8 @@ def repaired(
     if switches.temperature:
         factor = temperature(model, merged, job, seen)
         layer = output_layer(model, merged, seen[0])
-        merged, found["temperature"] = repair.scale_outputs(merged, layer, factor), factor
-    return {alignment.reference: merged}, found
+        merged, measured["temperature"] = repair.scale_outputs(merged, layer, factor), factor
+    return {alignment.reference: merged}, measured
 
 
 def unaligned(job: Job, arm: ModelsArm, alignment: Alignment) -> dict[str, Weights | nn.Module]:
@@ -210,14 +212,14 @@ def confidence(job: Job, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """
     outputs = [_logits(load_any(folder), seen) for folder in job.folders.values()]
     num = sum(len(next(iter(batch.values()))) for batch in seen)
-    if any(len(found) != num for found in outputs):
+    if any(len(logits) != num for logits in outputs):
         raise ValueError("targets 'confidence' needs models with one answer an example")
     benchmark = job.benchmark
     if benchmark is None:
-        sure = [found.log_softmax(dim=1).amax(dim=1) for found in outputs]
+        sure = [logits.log_softmax(dim=1).amax(dim=1) for logits in outputs]
         return torch.stack(sure).softmax(dim=0)
     classes = load_file(benchmark / "classes.safetensors")
-    return accuracy.confidence([accuracy.logits(found, classes) for found in outputs], classes)
+    return accuracy.confidence([accuracy.logits(logits, classes) for logits in outputs], classes)
 
 
 def temperature(
@@ -265,7 +267,7 @@ def save(job: Job, weights: Weights, member: str, folder: Path, account: Mapping
     model.load_state_dict(weights)
     model.to(dtype).save_pretrained(folder)
     for file in sorted(reference.iterdir()):
-        # Words and settings travel with the model; weights and what is said about them do not.
+        # Words and settings travel with the model; weights and words about them do not.
         words = file.suffix in (".json", ".txt", ".model", ".jinja")
         if words and file.name not in LEFT_BEHIND and "safetensors" not in file.name:
             shutil.copy(file, folder / file.name)

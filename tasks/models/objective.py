@@ -1,4 +1,4 @@
-"""What a search of an arm of models measures: joint accuracy, over the sets with labels."""
+"""The objective of a search of an arm of models: joint accuracy, over the sets with labels."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -82,7 +82,7 @@ class ModelsObjective(Objective):
 
     def scores(self, arm: ModelsArm) -> dict[str, float]:
         torch.set_num_threads(1)
-        found: dict[str, list[float]] = {}
+        accuracies: dict[str, list[float]] = {}
         for job in self._jobs:
             merged, _ = merge_arm(job, arm, self._alignments[job.name], self._weights[job.name])
             candidates = []
@@ -91,8 +91,8 @@ class ModelsObjective(Objective):
                 model.load_state_dict(weights)
                 candidates.append(asked(model))
             score = self._measures[job.name].score(candidates)["joint_accuracy"]
-            found.setdefault(job.set, []).append(score.value)
-        return {name: round(fmean(values), 3) for name, values in found.items()}
+            accuracies.setdefault(job.set, []).append(score.value)
+        return {name: round(fmean(values), 3) for name, values in accuracies.items()}
 
     def section(self, arm: ModelsArm) -> dict[str, Any]:
         return {"merge": {"arms": {self.name: arm.model_dump(exclude_defaults=True)}}}

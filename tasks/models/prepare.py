@@ -83,9 +83,9 @@ def _readers(recipe: ModelsRecipe, key: str, name: str) -> list[str]:
     return list(
         dict.fromkeys(
             member
-            for found in recipe.sets.values()
-            if getattr(found, key) == name
-            for members in found.members.values()
+            for entry in recipe.sets.values()
+            if getattr(entry, key) == name
+            for members in entry.members.values()
             for member in members
         )
     )
@@ -124,9 +124,9 @@ def calibration(where: str, params: ModelsCalibration, checkpoint: Path, seed: i
 
 
 def _checked(where: str, num_examples: int, inputs: Inputs) -> Inputs:
-    found = {name: len(tensor) for name, tensor in inputs.items()}
-    if min(found.values(), default=0) < num_examples:
-        least = min(found.values(), default=0)
+    lengths = {name: len(tensor) for name, tensor in inputs.items()}
+    if min(lengths.values(), default=0) < num_examples:
+        least = min(lengths.values(), default=0)
         raise CalibrationError(
             f"{where}.examples is {num_examples}, the source has {least}: lower it, or give more"
         )
@@ -232,7 +232,7 @@ def texts(
         raise CalibrationError(f"{where}: texts need `tokens`, the length of an example")
     pads = tokenizer.pad_token is not None
     batches: list[Mapping[str, Tensor]] = []
-    found = 0
+    num_found = 0
     for text in documents:
         pieces = tokenizer(
             text,
@@ -250,8 +250,8 @@ def texts(
         }
         if whole:
             batches.append(batch)
-            found += len(whole)
-        if found >= params.examples:
+            num_found += len(whole)
+        if num_found >= params.examples:
             break
     if not batches:
         raise CalibrationError(
@@ -300,21 +300,21 @@ def _open_dataset(where: str, path: Path, cache: str):
         raise CalibrationError(f"{where}: {path} is not there")
     if path.suffix in TABLES:
         read = getattr(datasets.Dataset, TABLES[path.suffix])
-        found = read(str(path), cache_dir=cache, keep_in_memory=True)
+        rows = read(str(path), cache_dir=cache, keep_in_memory=True)
     else:
         try:
-            found = datasets.load_from_disk(str(path))
+            rows = datasets.load_from_disk(str(path))
         except (FileNotFoundError, ValueError) as error:
             raise CalibrationError(
                 f"{where}: {path} is no data set that `save_to_disk` wrote, nor one of "
                 f"{', '.join(TABLES)}: {error}"
             ) from error
-    if isinstance(found, datasets.DatasetDict):
-        split = str(next(iter(found)))
+    if isinstance(rows, datasets.DatasetDict):
+        split = str(next(iter(rows)))
         raise CalibrationError(f"{where}: {path} has splits; name one, such as {path / split}")
-    if not len(found):
+    if not len(rows):
         raise CalibrationError(f"{where}: {path} is empty")
-    return found
+    return rows
 
 
 def _input_columns(where: str, params: ModelsCalibration, rows: Any, checkpoint: Path) -> Inputs:
@@ -374,11 +374,11 @@ def refuse_other_processors(checkpoints: Sequence[Path]) -> None:
     for read, what in ((_image_settings, "image processor"), (_token_settings, "tokenizer")):
         first = read(checkpoints[0])
         for other in checkpoints[1:]:
-            found = read(other)
-            if found != first:
+            another = read(other)
+            if another != first:
                 raise CheckpointError(
                     f"the {what} of {checkpoints[0]} and {other} differ: "
-                    f"{_difference(first, found)}; "
+                    f"{_difference(first, another)}; "
                     "models are merged that see the same inputs"
                 )
 

@@ -97,8 +97,12 @@ class Job(NamedTuple):
 
 def jobs(params: MultitaskPretrainParams, family: str) -> list[Job]:
     """The models of a family, seed by seed."""
-    found = params.families[family]
-    return [Job(family, parent, seed, found) for seed in params.seeds for parent in found.parents]
+    params_of_family = params.families[family]
+    return [
+        Job(family, parent, seed, params_of_family)
+        for seed in params.seeds
+        for parent in params_of_family.parents
+    ]
 
 
 def build(job: Job, vocabulary: int | None) -> transformers.PreTrainedModel:
@@ -187,7 +191,7 @@ def pretrain(job: Job, made: Path, work: Path, report: Report) -> None:
 def facts_of(
     job: Job, model: torch.nn.Module, losses: Mapping[str, float], score: accuracy.Score
 ) -> dict[str, object]:
-    """How a model was made, for its card and for whoever asks whether it is up to date."""
+    """The origin of a model, for its card and for the check that it is up to date."""
     dataset = DATASETS[job.params.dataset]
     named = zip(dataset.classes, dataset.class_tasks, strict=True)
     return {
@@ -223,13 +227,13 @@ def score_of(
 
 
 def is_made(job: Job, made: Path) -> bool:
-    """Whether the model lies there, whole, and as these params make it."""
+    """Say if the model lies there, whole, and as these params make it."""
     facts = made / job.name / FACTS
     if not facts.exists():
         return False
-    found = read_json(facts)
+    recorded = read_json(facts)
     weights = facts.with_name("model.safetensors")
-    return found["identity"] == job.identity and found["sha256"] == sha256(weights)
+    return recorded["identity"] == job.identity and recorded["sha256"] == sha256(weights)
 
 
 def chain(todo: list[Job], made: Path, work: Path, report: Report) -> None:

@@ -17,7 +17,7 @@ LOWER_EXPERTS = ("v", "l")  # the blocks below the joint ones have no others
 
 
 class SceneParams(Section):
-    """What scenes look like (`tasks/data/scenes`); pre-training and `prepare` share it."""
+    """The look of scenes (`tasks/data/scenes`); pre-training and `prepare` share it."""
 
     seed: int = Field(ge=0)
     cell_pixels: int = Field(gt=0)  # a scene is two cells high and wide
@@ -55,7 +55,7 @@ class PrepareParams(Section):
 
 
 class CollectParams(Section):
-    """Which checkpoints see the calibration data, and how much of it."""
+    """The checkpoints that see the calibration data, and how much of it."""
 
     checkpoints: list[str] = Field(min_length=1)  # names of fetch's sources that have experts
     calibration_examples: int = Field(ge=2)
@@ -63,7 +63,7 @@ class CollectParams(Section):
 
 
 class AlignParams(Section):
-    """How the units of the experts are brought together (`alloy.align`)."""
+    """The alignment of the experts' units (`alloy.align`)."""
 
     space: Literal["weight", "activation", "dual"]
     weight_share: float = Field(ge=0, le=1)  # a of the dual space; 1 is weights alone
@@ -145,7 +145,7 @@ class MergeParams(Section):
 
 
 class EvaluateParams(Section):
-    """What is measured beside the merged models, and what the report compares."""
+    """The models measured beside the merged ones, and those that the report compares."""
 
     batch_size: int = Field(gt=0)
     checkpoints: dict[str, str]  # fetch's, in the order of the tables, with what to call them

@@ -58,8 +58,8 @@ def _splits(recipe: Recipe) -> Mapping[str, Collection[str]]:
     if isinstance(recipe, ExpertsRecipe):
         return dict.fromkeys(recipe.prepare.benchmarks, MEASURED)
     return {
-        name: MEASURED if found.benchmark else ("calibration",)
-        for name, found in recipe.sets.items()
+        name: MEASURED if entry.benchmark else ("calibration",)
+        for name, entry in recipe.sets.items()
     }
 
 

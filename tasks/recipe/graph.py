@@ -72,7 +72,7 @@ def _has(recipe: Recipe, stage: str) -> bool:
 
 
 OWN_SECTION = {"merge": "merge.arms", "choose": "merge.result"}
-"""What a stage tracks of its recipe in any case; otherwise the section of its own name."""
+"""The section that a stage tracks in any case; by default that of its own name."""
 
 FILLS = {
     "prepare": ("family", "members"),
@@ -89,7 +89,7 @@ FILLS = {
     ),
     "register": ("data", "result"),
 }  # fmt: skip
-"""What each stage's entry in `dvc.yaml` fills in."""
+"""The placeholders of each stage's entry in `dvc.yaml`."""
 
 OWN_CODE = {
     ("merge", "experts"): "tasks/data/scenes",

@@ -88,7 +88,7 @@ class ModelsSet(Section):
 
 
 class ModelsCollectParams(Section):
-    """Which statistics are kept of the members (`alloy.collect`)."""
+    """The statistics that are kept of the members (`alloy.collect`)."""
 
     batch_size: int = Field(gt=0)
     joint: bool  # joint moments of all models, which zip needs
@@ -136,7 +136,7 @@ class ModelsLeastSquares(Section):
 
 
 class ModelsRepair(Section):
-    """What is repaired after alignment; each switch is off by default."""
+    """The repairs after alignment; each switch is off by default."""
 
     permuted_least_squares: ModelsLeastSquares | None = (
         None  # {} has the defaults; without one: off
@@ -181,7 +181,7 @@ class ModelsArm(Section):
 
 
 class ModelsResult(Section):
-    """Which of the merged models the recipe is about."""
+    """The merged model that the recipe is about."""
 
     set: str
     seed: int
@@ -206,7 +206,7 @@ class ModelsMergeParams(Section):
 
 
 class ModelsEvaluateParams(Section):
-    """What is measured beside the scores (`alloy.measures.landscape`)."""
+    """The measures beside the scores (`alloy.measures.landscape`)."""
 
     tssd_keep: float = Field(gt=0, le=1)  # the share of largest weights that TSSD compares
     batch_size: int = Field(default=250, gt=0)
@@ -278,8 +278,8 @@ class ModelsRecipe(Section):
         result = self.merge.result
         if isinstance(result, ModelsResult):
             return result
-        (name, found), *_ = self.sets.items()
-        return ModelsResult(set=name, seed=next(iter(found.members)), arm=result)
+        (name, entry), *_ = self.sets.items()
+        return ModelsResult(set=name, seed=next(iter(entry.members)), arm=result)
 
     @property
     def result(self) -> str:

@@ -42,7 +42,7 @@ class ShipParams(Section):
 
 
 class Gates(Section):
-    """What a challenger must show to become the champion: the scores of one model on one split."""
+    """The scores, of one model on one split, by which a challenger becomes the champion."""
 
     split: str
     model: str  # its name in metrics.json

@@ -51,7 +51,7 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether to promote, and why or why not."""
+    """The decision on a promotion, and its reasons."""
 
     promote: bool
     reasons: tuple[str, ...]
@@ -116,16 +116,18 @@ def decide(gates: Gates, champion: Result, challenger: Result) -> Decision:
         )
         for name in gates.benchmarks
     )
-    differences = [_difference(found.champion, found.challenger) for found in comparisons]
+    differences = [
+        _difference(comparison.champion, comparison.challenger) for comparison in comparisons
+    ]
     mean = sum(value for value, _ in differences) / len(differences)
     error = sqrt(sum(error**2 for _, error in differences)) / len(differences)
     gain = _in_errors(mean, error)
     reasons = [
-        f"{found.benchmark} is worse by {-found.change:.1f} standard errors "
-        f"({found.champion.value:.1f} -> {found.challenger.value:.1f}); "
+        f"{comparison.benchmark} is worse by {-comparison.change:.1f} standard errors "
+        f"({comparison.champion.value:.1f} -> {comparison.challenger.value:.1f}); "
         f"{gates.maximal_regression} is allowed"
-        for found in comparisons
-        if found.change < -gates.maximal_regression
+        for comparison in comparisons
+        if comparison.change < -gates.maximal_regression
     ]
     mean_change = f"the mean changes by {mean:+.2f} = {gain:+.1f} standard errors"
     if gain < gates.minimal_gain:

@@ -69,7 +69,7 @@ def refuse_many_models(recipe: Recipe, folder: Path) -> None:
 
 
 def find_lineage(recipe: Recipe) -> dict[str, Any]:
-    """What a result of the recipe was made of, as far as it lies in the workspace.
+    """The origin of a result of the recipe, as far as it lies in the workspace.
 
     `parents`: source, revision and digest by checkpoint; `data`: SHA-256 by file; the params file,
     the git revision (with `+changes` for a dirty tree) and the SHA-256 of `dvc.lock`.
@@ -96,13 +96,13 @@ def find_data(recipe: Recipe) -> dict[str, str]:
     if not (isinstance(recipe, ModelsRecipe) and recipe.is_calibrated):
         return files
     measured = {}
-    for name, found in recipe.sets.items():
-        splits = ("validation", "test") if found.benchmark else ("calibration",)
+    for name, entry in recipe.sets.items():
+        splits = ("validation", "test") if entry.benchmark else ("calibration",)
         for split in splits:
             file = (
-                f"benchmarks/{found.benchmark}/{split}"
-                if found.benchmark
-                else f"calibration/{found.calibration}"
+                f"benchmarks/{entry.benchmark}/{split}"
+                if entry.benchmark
+                else f"calibration/{entry.calibration}"
             )
             measured[f"{name}/{split}.safetensors"] = files[f"{file}.safetensors"]
     return {**files, **measured}
@@ -145,10 +145,10 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[st
 
 def _registered(name: str, key: str) -> str | None:
     """The version that this very result is already, after a run that died too early to say so."""
-    found = [entry.number for entry in tracking.versions(name) if entry.tags.get(KEY) == key]
-    if found and tracking.aliased(name, CHALLENGER) is None:
-        tracking.move_alias(name, CHALLENGER, found[0])
-    return found[0] if found else None
+    numbers = [entry.number for entry in tracking.versions(name) if entry.tags.get(KEY) == key]
+    if numbers and tracking.aliased(name, CHALLENGER) is None:
+        tracking.move_alias(name, CHALLENGER, numbers[0])
+    return numbers[0] if numbers else None
 
 
 def _register(recipe: Recipe, folder: Path, lineage: Mapping[str, Any], key: str) -> str:

@@ -97,16 +97,16 @@ class ServedModel(PythonModel):
         _refuse_missing(rows, "answers", ("image", "text"))
         if not self.answers:
             raise BadRequestError("this model has no answers; ask for embeddings or scores")
-        found: list[Answer] = []
+        answers: list[Answer] = []
         for start in range(0, len(rows), BATCH_SIZE):
             batch = rows[start : start + BATCH_SIZE]
             states = self.model.encode_joint(self._pixels(batch), *self._tokens(batch))
             chances = self.model.answer_logits(states).float().softmax(-1).cpu()
-            found += [
+            answers += [
                 {"answer": self.answers[int(chance.argmax())], "confidence": float(chance.max())}
                 for chance in chances
             ]
-        return found
+        return answers
 
     @torch.no_grad()
     def embed(self, rows: Sequence[Row]) -> list[Answer]:
@@ -125,7 +125,7 @@ class ServedModel(PythonModel):
         return found
 
     def score(self, rows: Sequence[Row]) -> list[Answer]:
-        """How well each row's text fits the image of every row."""
+        """The similarity of each row's text to the image of every row."""
         _refuse_missing(rows, "scores", ("image", "text"))
         embedded = self.embed(rows)
         images = np.array([row["image_embedding"] for row in embedded])

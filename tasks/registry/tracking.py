@@ -60,7 +60,7 @@ class Version(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What MLflow remembers of a run that is over."""
+    """The record that MLflow has of a run that is over."""
 
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
@@ -236,12 +236,12 @@ def register(
 
 def version_of(name: str, alias: str) -> str:
     """The number of the version that has an alias; NotRegisteredError where there is none."""
-    found = aliased(name, alias)
-    if found is None:
+    version = aliased(name, alias)
+    if version is None:
         raise NotRegisteredError(
             f"MLflow at {_without_secret(uri())}: {name!r} has no version {alias!r}"
         )
-    return found.number
+    return version.number
 
 
 def aliased(name: str, alias: str) -> Version | None:
@@ -256,8 +256,8 @@ def versions(name: str) -> list[Version]:
     """All versions of a registered model, the newest first; none where there is no such model."""
     client = connect()
     with _reaching():
-        found = client.search_model_versions(f"name = '{name}'")
-    return sorted(map(_version, found), key=lambda version: -int(version.number))
+        listed = client.search_model_versions(f"name = '{name}'")
+    return sorted(map(_version, listed), key=lambda version: -int(version.number))
 
 
 def model_tags(name: str) -> Mapping[str, str]:
@@ -367,8 +367,8 @@ def _create_registered_model(client, name: str) -> None:
             raise
 
 
-def _version(found) -> Version:
-    return Version(str(found.version), str(found.run_id), dict(found.tags))
+def _version(entity) -> Version:
+    return Version(str(entity.version), str(entity.run_id), dict(entity.tags))
 
 
 def _schema(columns: Sequence[tuple[str, str]]):
@@ -397,8 +397,8 @@ def _frame(example: Mapping[str, object]):
 def _experiment(client, recipe: str) -> str:
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(recipe)
-    if found is None:
+    experiment = client.get_experiment_by_name(recipe)
+    if experiment is None:
         # A server decides where artifacts go; a plain database has nobody to decide.
         location = None if uri().startswith("http") else (ARTIFACTS / recipe).resolve().as_uri()
         try:
@@ -407,9 +407,9 @@ def _experiment(client, recipe: str) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             return client.get_experiment_by_name(recipe).experiment_id  # made by a run beside us
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    return found.experiment_id
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return experiment.experiment_id
 
 
 def _is_there(client, run_id: str) -> bool:

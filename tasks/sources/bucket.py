@@ -43,8 +43,8 @@ class Bucket:
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=f"{self._prefix}/"
         )
-        found = [entry for page in pages for entry in page.get("Contents", [])]
-        return [self._described(entry) for entry in found if not entry["Key"].endswith("/")]
+        entries = [entry for page in pages for entry in page.get("Contents", [])]
+        return [self._described(entry) for entry in entries if not entry["Key"].endswith("/")]
 
     def _described(self, entry) -> RemoteFile:
         head = self._client.head_object(

@@ -29,15 +29,15 @@ _CHUNK_BYTES = 1 << 20
 
 
 def resolve(recipe: Recipe) -> dict[str, Snapshot]:
-    """What each source of a recipe is now; no file is moved.
+    """The present snapshot of each source of a recipe; no file is moved.
 
     Raises SourceError for one that is not there, may not be read, or is known not to be what the
     recipe asks for; UnreachableError where nothing answers.
     """
     wanted, folder = recipe.fetch.checkpoints, recipe.workspace.checkpoints
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _snapshot(wanted[name], folder / name), wanted)
-        snapshots = dict(zip(wanted, found, strict=True))
+        resolved = pool.map(lambda name: _snapshot(wanted[name], folder / name), wanted)
+        snapshots = dict(zip(wanted, resolved, strict=True))
     for name, snapshot in snapshots.items():
         _refuse_other(f"{recipe.where}: fetch.checkpoints.{name}", wanted[name], snapshot)
     return snapshots
@@ -113,7 +113,7 @@ def _refuse_other(where: str, wanted: CheckpointParams, snapshot: Snapshot) -> N
 
 
 def _stands(folder: Path, snapshot: Snapshot, wanted: CheckpointParams) -> bool:
-    """Whether the folder holds the snapshot, to the byte."""
+    """Say if the folder holds the snapshot, to the byte."""
     manifest = _manifest(folder)
     if (manifest.get("source"), manifest.get("revision")) != (snapshot.source, snapshot.revision):
         return False
@@ -173,10 +173,10 @@ def _full_disk(folder: Path, reason: str) -> OSError:
 
 
 def _refuse_other_architecture(folder: Path, snapshot: Snapshot, model_type: str | None) -> None:
-    found = storage.read_json(folder / "config.json").get("model_type")
-    if model_type not in (None, found):
+    actual = storage.read_json(folder / "config.json").get("model_type")
+    if model_type not in (None, actual):
         raise SourceError(
-            f"{snapshot.source}: config.json is of model_type {found!r}, this recipe takes "
+            f"{snapshot.source}: config.json is of model_type {actual!r}, this recipe takes "
             f"{model_type!r}"
         )
 
@@ -184,10 +184,10 @@ def _refuse_other_architecture(folder: Path, snapshot: Snapshot, model_type: str
 def _verified(file: RemoteFile, folder: Path, snapshot: Snapshot, wanted: dict[str, str]) -> str:
     """The file's SHA-256, after every hash that is known of it was found right."""
     path = folder / file.path
-    found = storage.sha256(path)
+    digest = storage.sha256(path)
     expected = {
-        "the recipe": (wanted.get(file.path), found),
-        "its source": (file.sha256, found),
+        "the recipe": (wanted.get(file.path), digest),
+        "its source": (file.sha256, digest),
     }
     if file.git_sha1:
         blob = b"blob %d\0" % file.size
@@ -206,7 +206,7 @@ def _verified(file: RemoteFile, folder: Path, snapshot: Snapshot, wanted: dict[s
                 f"found {computed}; "
                 "the old state stands"
             )
-    return found
+    return digest
 
 
 def _hash(path: Path, digest) -> str:

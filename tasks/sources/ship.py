@@ -112,7 +112,7 @@ def _etag(client, bucket: str, key: str) -> str | None:
 
 
 def _head(client, bucket: str, key: str) -> dict[str, Any]:
-    """What the bucket says of an object; empty where there is none."""
+    """The head of an object; empty where there is none."""
     from botocore.exceptions import ClientError
 
     try:

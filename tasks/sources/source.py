@@ -1,4 +1,4 @@
-"""What a source is: a place that has files, and tells which they are at one moment."""
+"""A source: a place that has files, and tells which they are at one moment."""
 
 import hashlib
 import time
@@ -50,7 +50,7 @@ class RemoteFile(Data):
 
 
 class Snapshot(Data):
-    """What a source is at one moment."""
+    """The files of a source at one moment."""
 
     source: str
     revision: str

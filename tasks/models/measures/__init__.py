@@ -1,1 +1,1 @@
-"""How what models answer is measured, with labels and without."""
+"""Measures of what models answer, with labels and without."""

@@ -1,4 +1,4 @@
-"""How good aligned models are once they are merged: the `score` that an alignment is chosen by.
+"""The `score` that an alignment is chosen by: how good its merge is.
 
     merge   how often its first choice is its surest parent's, on calibration data: no labels
     labels  joint accuracy on the validation examples of the set's benchmark
@@ -44,7 +44,7 @@ def merge_score(job: Job, name: str) -> Callable[[Mapping[str, Weights]], float]
 def mean(models: Sequence[Weights]) -> dict[str, Tensor]:
     """The plain mean in float32; integers are the first model's."""
     return {
-        name: torch.stack([found[name].float() for found in models]).mean(0).to(tensor.dtype)
+        name: torch.stack([member[name].float() for member in models]).mean(0).to(tensor.dtype)
         if tensor.is_floating_point()
         else tensor
         for name, tensor in models[0].items()

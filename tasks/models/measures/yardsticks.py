@@ -1,4 +1,4 @@
-"""What models of sets are measured by: labels where there are any, otherwise each other.
+"""Yardsticks of the models of a set: labels if there are any, otherwise each other.
 
 With labels: joint, per-task and average accuracy, and cross-entropy. Without: a loss that needs no
 labels, and how far a model agrees with the parents. That loss is
@@ -36,7 +36,7 @@ Candidate = Callable[[Inputs], Answers]
 
 
 class Yardstick(Protocol):
-    """What gives scores to a model, or to several whose answers are put together."""
+    """Scores of a model, or of several whose answers are put together."""
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]: ...
 
@@ -51,7 +51,7 @@ def asked(model: nn.Module) -> Candidate:
 
 
 def yardsticks(job: Job, parents: Sequence[Candidate], batch_size: int) -> dict[str, Yardstick]:
-    """What to measure the models of a set by: `validation` and `test`, or `calibration`."""
+    """The yardsticks of a set by split: `validation` and `test`, or `calibration`."""
     if (folder := job.benchmark) is not None:
         classes = load_file(folder / "classes.safetensors")
         return {
@@ -66,10 +66,10 @@ class Labelled:
     """Accuracy and cross-entropy on examples of all tasks (`tasks.evaluation.accuracy`)."""
 
     def __init__(self, examples: Inputs, classes: Inputs, batch_size: int) -> None:
-        told = ("labels", "tasks")
+        truth = ("labels", "tasks")
         examples = by_length(examples)
-        self.inputs = {name: tensor for name, tensor in examples.items() if name not in told}
-        self.labels, self.tasks = (examples[name] for name in told)
+        self.inputs = {name: tensor for name, tensor in examples.items() if name not in truth}
+        self.labels, self.tasks = (examples[name] for name in truth)
         self.classes, self.batch_size = classes, batch_size
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]:
@@ -87,20 +87,20 @@ class Labelled:
     def _logits(self, candidate: Candidate) -> Tensor:
         parts = []
         for batch in batches(self.inputs, self.batch_size):
-            found = candidate(trimmed(batch))
+            answer = candidate(trimmed(batch))
             num = len(next(iter(batch.values())))
-            if len(found.rows) != num:
+            if len(answer.rows) != num:
                 raise ValueError(
                     "a benchmark with labels needs one answer an example; the models give "
-                    f"{len(found.rows)} "
+                    f"{len(answer.rows)} "
                     f"for {num}: use models with logits, or no benchmark"
                 )
-            parts.append(accuracy.logits(found.rows, self.classes))
+            parts.append(accuracy.logits(answer.rows, self.classes))
         return torch.cat(parts)
 
 
 class _Seen(NamedTuple):
-    """What the parents said to one batch: their mean answer and each one's choices or rows."""
+    """The parents' answers to one batch: their mean, and each one's choices or rows."""
 
     mean: Tensor | None  # probabilities of logits, or the outputs; None where words are the targets
     own: list[Tensor]  # first choices [R] of logits, or the outputs [R, C]
@@ -180,15 +180,15 @@ def _see(parents: Sequence[Answers], keep_mean: bool) -> _Seen:
     return _Seen(torch.stack([p.rows for p in parents]).mean(0), [p.rows for p in parents])
 
 
-def _together(found: Sequence[Answers]) -> Answers:
+def _together(answers: Sequence[Answers]) -> Answers:
     """The mean answer: of probabilities where there are logits."""
-    if len(found) == 1:
-        return found[0]
+    if len(answers) == 1:
+        return answers[0]
     rows = torch.stack(
-        [answer.rows.softmax(1) if answer.are_logits else answer.rows for answer in found]
+        [answer.rows.softmax(1) if answer.are_logits else answer.rows for answer in answers]
     )
     mean = rows.mean(0)
-    return found[0]._replace(rows=mean.clamp(min=1e-30).log() if found[0].are_logits else mean)
+    return answers[0]._replace(rows=mean.clamp(min=1e-30).log() if answers[0].are_logits else mean)
 
 
 def _variance(parts: Iterable[Tensor]) -> Tensor:

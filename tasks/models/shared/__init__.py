@@ -1,1 +1,1 @@
-"""What several stages of recipes of kind models use."""
+"""Code that several stages of recipes of kind "models" share."""

@@ -124,8 +124,8 @@ def architecture(job: Job, member: str) -> str:
     folder = job.folders[member]
     config = load_config(folder).to_dict()
     config["id2label"] = len(config.get("id2label") or ())
-    told = {name: value for name, value in config.items() if name not in PASSING}
-    key = [model_class(folder).__name__, job.entry.calibration, told]
+    sizes = {name: value for name, value in config.items() if name not in PASSING}
+    key = [model_class(folder).__name__, job.entry.calibration, sizes]
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -169,10 +169,10 @@ def run_jobs(
     """Run `work(*arguments[name], report)` for every job, as many at once as there are cores.
 
     `report("step")` moves the progress bar, of `steps[name]` for each job; `report("say", line)`
-    prints; `report("result", value)` hands back what the job found. One job alone runs here; every
-    job has one thread, so that what it computes does not depend on the number of cores.
+    prints; `report("result", value)` hands back the result of the job. One job alone runs here;
+    every job has one thread, so that its result does not depend on the number of cores.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console()
     with Progress(
@@ -187,7 +187,7 @@ def run_jobs(
                 line = f"{title}: {values[0]}"
                 progress.console.print(line, soft_wrap=True, markup=False, highlight=False)
             else:
-                found[name] = values[0]
+                results[name] = values[0]
 
         if len(arguments) == 1:
             ((name, given),) = arguments.items()
@@ -199,4 +199,4 @@ def run_jobs(
                 torch.set_num_threads(threads)
         else:
             side_by_side(work, arguments, receive, at_once=num_cores())
-    return found
+    return results

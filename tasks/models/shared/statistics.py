@@ -7,7 +7,7 @@ from tasks.models.shared.jobs import Job
 
 
 def load_statistics(job: Job) -> Statistics:
-    """What `collect` kept of a job."""
+    """The statistics that `collect` kept of a job."""
     return Statistics.from_tensors(
         load_file(job.within(job.workspace.statistics) / "statistics.safetensors")
     )

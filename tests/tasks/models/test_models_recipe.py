@@ -468,7 +468,7 @@ def test_data_sets_on_disk_give_texts_pictures_and_inputs(write, workspace) -> N
 
 
 def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
-    """What a newcomer copies is accepted, to the key."""
+    """The recipe that a newcomer copies is accepted, to the key."""
     write(CONVNEXT)
     text = (Path(__file__).parents[3] / "docs/bring_your_own.md").read_text()
     recipe, *_ = re.findall(r"```yaml\n(kind: models.*?)```", text, flags=re.DOTALL)

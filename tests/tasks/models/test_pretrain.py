@@ -95,7 +95,7 @@ def test_a_parent_sees_its_own_classes_only(params):
 
 
 def test_training_twice_gives_the_same_bits_and_a_whole_model(params):
-    """What is written loads as the model it names, in half precision, with its weights' digest."""
+    """The checkpoint loads as the model it names, in half precision, with its weights' digest."""
     job = jobs(params)["toy_vit_a0"]
     for run in ("one", "two"):
         stage.pretrain(job, Path(run), Path(f"work_{run}"), quiet)

@@ -59,7 +59,7 @@ def save_model(folder: Path, seed: int = 0) -> ModalityModel:
 
 
 def write_result(scores: dict = SCORES, seed: int = 0, data: str = "a") -> ModalityModel:
-    """What the stages before register leave in a workspace."""
+    """Leave in a workspace the outputs of the stages before register."""
     model = save_model(Path("models/toy/finetuned"), seed)
     manifest = {"source": "up", "revision": "r1", "digest": "d1", "files": {}, "left_out": []}
     for name in ("seed", "specific"):

@@ -135,7 +135,7 @@ def test_a_damaged_copy_is_mended(workspace, write_recipe) -> None:
 
 
 def test_a_hub_is_resolved_to_its_commit_and_fetched_there(hub, write_recipe) -> None:
-    """What the branch becomes meanwhile does not matter."""
+    """Later commits of the branch do not matter."""
     commit = hub.publish("org/toy", checkpoint(0))
     snapshots = resolve(written(write_recipe, a="hf://org/toy@main"))
     hub.publish("org/toy", checkpoint(1))
@@ -265,7 +265,7 @@ class TestLines:
 
 
 class TestRefusals:
-    """What must not arrive does not, and what was there before stands."""
+    """Refused files do not arrive, and the old checkpoint stands."""
 
     def refused(self, write_recipe, address: object, message: str, **settings) -> None:
         write(Path("before"), checkpoint(9))

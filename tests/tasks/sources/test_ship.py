@@ -1,4 +1,4 @@
-"""What is shipped is seen whole or not at all; a real S3 server on loopback."""
+"""A shipped model is seen whole or not at all; a real S3 server on loopback."""
 
 from pathlib import Path
 

@@ -59,7 +59,7 @@ class LandscapeError(AlloyError):
 
 @contextmanager
 def system_errors() -> Generator[None]:
-    """Turn what the system refuses, a disk that is full or a file that may not be read, into ours."""
+    """Turn an OSError, of a full disk or a file that may not be read, into a CheckpointError."""
     try:
         yield
     except OSError as error:

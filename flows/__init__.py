@@ -6,12 +6,13 @@ from pathlib import Path
 
 import tasks as tasks  # before Prefect: it keeps the tools quiet
 
+_FORMATTERS = "PREFECT_LOGGING_FORMATTERS_STANDARD"
 for _name, _value in {
     "PREFECT_HOME": str(Path(".prefect").resolve()),
-    # A busy machine takes longer than Prefect's 20 seconds to start the server of a flow that has none.
+    # A busy machine needs more than Prefect's 20 seconds to start the server of a flow without one.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
-    "PREFECT_LOGGING_FORMATTERS_STANDARD_FLOW_RUN_FMT": "%(asctime)s %(flow_run_name)s | %(message)s",
-    "PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT": "%(asctime)s %(task_run_name)s | %(message)s",
+    f"{_FORMATTERS}_FLOW_RUN_FMT": "%(asctime)s %(flow_run_name)s | %(message)s",
+    f"{_FORMATTERS}_TASK_RUN_FMT": "%(asctime)s %(task_run_name)s | %(message)s",
 }.items():
     os.environ.setdefault(_name, _value)
 
@@ -26,6 +27,6 @@ def answers(url: str) -> bool:
         return False
 
 
-# Runs show where `make serve` shows them; Prefect reads its environment when it is imported, so: here.
+# Runs show where `make serve` shows them. Prefect reads its environment when it is imported.
 if "PREFECT_API_URL" not in os.environ and SERVER.is_file() and answers(SERVER.read_text()):
     os.environ["PREFECT_API_URL"] = SERVER.read_text()

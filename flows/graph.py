@@ -55,7 +55,7 @@ def stages(recipe: str) -> list[str]:
 
 
 def _stages(repo: Repo, recipe: str) -> list[str]:
-    # DVC's edges lead from a reader to what it reads; what they leave open, dvc.yaml's order decides.
+    # DVC's edges lead from a reader to what it reads; dvc.yaml's order decides the rest.
     order = networkx.lexicographical_topological_sort(
         repo.index.graph.reverse(), key=repo.index.stages.index
     )
@@ -149,7 +149,7 @@ def _holder(error: LockError) -> str:
 
 
 def _keep_lock_file(repo: Repo) -> None:
-    """Keep a copy of a `dvc.lock` that can be read; bring it back where a killed DVC has cut the file.
+    """Keep a copy of a readable `dvc.lock`; bring it back if a killed DVC has cut the file.
 
     DVC writes the file in place, so a kill leaves it empty or cut.
     """
@@ -162,9 +162,9 @@ def _keep_lock_file(repo: Repo) -> None:
         copy = Path(repo.root_dir) / COPY
         if not copy.is_file():
             raise GraphError(
-                f"{LOCK_FILE} is cut or empty ({error}), and there is no copy of it: take it from git "
-                f"(git checkout {LOCK_FILE}) or remove it, then run the same command; what is in "
-                "DVC's cache comes back in seconds"
+                f"{LOCK_FILE} is cut or empty ({error}), and there is no copy of it: take it from "
+                f"git (git checkout {LOCK_FILE}) or remove it, then run the same command; DVC's "
+                "cache brings its files back in seconds"
             ) from error
         with write_file(path) as partial:
             shutil.copyfile(copy, partial)
@@ -181,7 +181,7 @@ def _keep_lock_file(repo: Repo) -> None:
 def _drop_dead_holders(repo: Repo) -> None:
     """Take out of DVC's list of readers and writers those that no longer run.
 
-    DVC believes a process number: a zombie's, in a container that reaps none, or one given out anew.
+    DVC believes a process number: a zombie's, in a container that reaps none, or a reused one.
     """
     assert repo.tmp_dir is not None
     path = Path(repo.tmp_dir) / RWLOCK_FILE
@@ -213,7 +213,7 @@ def _lives(holder: dict) -> bool:
 
 
 def _drop_rotten(repo: Repo, stage) -> None:
-    """Remove from DVC's cache what is not what its name says, of what it would bring back for a stage.
+    """Remove damaged files from DVC's cache, of those that it would bring back for a stage.
 
     DVC trusts its cache: it would bring damage back and record it as what the stage wrote.
     """

@@ -1,8 +1,9 @@
 """`make merge`: run what is stale of a recipe, one DVC stage per Prefect task.
 
-DVC knows the graph and what must run; each stale stage is one `dvc repro --single-item` in a process of
-its own, its output streamed into the Prefect log. What a stage wrote before stands until it has ended
-well (`flows.kept`), so a run that ends early changes nothing, and the next one goes on where it ended.
+DVC knows the graph and what must run. Each stale stage is one `dvc repro --single-item` in a
+process of its own, its output streamed into the Prefect log. What a stage wrote before stands until
+it has ended well (`flows.kept`), so a run that ends early changes nothing, and the next one goes on
+where it ended.
 """
 
 import argparse
@@ -121,10 +122,10 @@ def _killed(number: int) -> str:
 def pipeline(
     recipe: str = "modality", to: str | None = None, only: str | None = None, refresh: bool = False
 ) -> State:
-    """Run what is stale of a recipe: all of it, up to a stage, or one stage; publish the results table.
+    """Run what is stale of a recipe: all, up to a stage, or one stage; publish the results table.
 
-    With `refresh` the sources of the checkpoints are resolved anew, so that what changed upstream is
-    found.
+    With `refresh` the sources of the checkpoints are resolved anew, so that changes upstream are
+    noticed.
     """
     try:
         addresses = plan(recipe, to=to, only=only)
@@ -153,7 +154,7 @@ def _run_stale(recipe: str, addresses: Sequence[str], refresh: bool, lock: int) 
 
 @contextmanager
 def workspace(what: str, say: Say = tell) -> Generator[int]:
-    """The workspace for one run alone, with what a killed run has left put right; yields the lock."""
+    """Hold the workspace for one run and repair what a killed run has left; yield the lock."""
     with only_run(what, say) as lock:
         recover(is_recorded)
         yield lock
@@ -166,7 +167,7 @@ def plan(recipe: str, *, to: str | None = None, only: str | None = None) -> list
 
 
 def forced(recipe: str, refresh: bool) -> list[str]:
-    """What is looked at anew although nothing here changed: sources, and folders of calibration data."""
+    """Stages to run although nothing here changed: sources, folders of calibration data."""
     if not refresh:
         return []
     read_outside = ["fetch"]
@@ -228,8 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flows.pipeline",
         description="Run what is stale of a recipe, from its checkpoints to a registered model.",
-        epilog="`dvc stage list` names the stages; `dvc repro STAGE@RECIPE` runs them without Prefect. "
-        "The device is chosen by ALLOY_DEVICE=cpu|cuda, the best one by default.",
+        epilog="`dvc stage list` names the stages; `dvc repro STAGE@RECIPE` runs them without "
+        "Prefect. The device is chosen by ALLOY_DEVICE=cpu|cuda, the best one by default.",
     )
     parser.add_argument(
         "recipe", nargs="?", default="modality", help="one of params/recipes.yaml (modality)"

@@ -2,8 +2,9 @@
 
     python -m flows.pretrain            # all four: at most an hour on two CPU cores
 
-It is apart from the recipe's graph: `make merge` starts from the released checkpoints and never trains them.
-The arms run side by side inside one task, `python -m tasks.experts.pretrain`; the flow shows their progress.
+It is apart from the recipe's graph: `make merge` starts from the released checkpoints and never
+trains them. The arms run side by side inside one task, `python -m tasks.experts.pretrain`; the flow
+shows their progress.
 """
 
 import sys

@@ -104,7 +104,7 @@ def move(name: str, champion: Version | None, challenger: Version, reason: str) 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def move_back(name: str, champion: Version, reason: str) -> State:
-    """Take the alias from a champion; the number of the one that has it now, None where none has."""
+    """Take the alias from a champion; return the number of the one that has it now, if any."""
 
     def act() -> str | None:
         champions = promotion.rolled_back(_champions(name), champion.number)

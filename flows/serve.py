@@ -1,6 +1,7 @@
-"""`make serve`: a local Prefect server, a worker, and the deployments of prefect.yaml, until Ctrl-C.
+"""`make serve`: a local Prefect server, a worker and prefect.yaml's deployments, until Ctrl-C.
 
-Everything listens on loopback. While it serves, `make merge` in this workspace shows in the same server.
+Everything listens on loopback. While it serves, `make merge` in this workspace shows in the same
+server.
 """
 
 import argparse
@@ -79,7 +80,8 @@ def serve(recipe: str, port: int) -> None:
             _prefect("worker", "start", "--pool", POOL, "--limit", "1", environment=environment)
         )
         print(
-            f"Serving {recipe}: http://{HOST}:{port} shows runs and schedules (those of prefect.yaml, UTC).\n"
+            f"Serving {recipe}: http://{HOST}:{port} shows runs and schedules "
+            f"(those of prefect.yaml, UTC).\n"
             f"Run it now: PREFECT_API_URL={url} prefect deployment run pipeline/nightly\n"
             "Stop: Ctrl-C",
             flush=True,

@@ -1,7 +1,7 @@
 """A Prefect server for the flows that have none: one of their own, which ends when they do.
 
-Prefect would start one, too, but in this process's group, where a signal to the group ends it before the
-flow can say how it ended, and where it lives on when this process is killed.
+Prefect would start one, too, but in this process's group, where a signal to the group ends it
+before the flow can say how it ended, and where it lives on when this process is killed.
 
     with own_server():
         pipeline("modality")
@@ -36,7 +36,7 @@ class ServerError(RuntimeError):
 
 @contextmanager
 def own_server() -> Generator[None]:
-    """Have an address at which Prefect answers: the one that is set, or that of a server of our own."""
+    """Have an address at which Prefect answers: the one that is set, or our own server's."""
     if PREFECT_API_URL.value():
         yield
         return

@@ -15,7 +15,7 @@ def is_unreachable(task: Task, run: TaskRun, state: State) -> bool:
 
 
 class _NoEmptyTraceback(logging.Filter):
-    """Prefect logs a failed state with `exc_info` where there is none; it prints `NoneType: None`."""
+    """Drop the empty `exc_info` of a failed state, which Prefect prints as `NoneType: None`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info == (None, None, None):

@@ -2,9 +2,10 @@
 
     python -m flows.sweep modality merge.result=regmean,aligned finetune.seed=2,3 --workers 2
 
-runs the four combinations as DVC experiments (`dvc exp run --temp`): stages that a setting does not touch come
-from DVC's cache, the workspace stays as it is, and `dvc exp apply NAME` brings one back. The workers are threads
-that wait for processes; on a cluster, give the flow a Dask or Ray task runner (`sweep.with_options`).
+runs the four combinations as DVC experiments (`dvc exp run --temp`): stages that a setting does not
+touch come from DVC's cache, the workspace stays as it is, and `dvc exp apply NAME` brings one back.
+The workers are threads that wait for processes; on a cluster, give the flow a Dask or Ray task
+runner (`sweep.with_options`).
 """
 
 import argparse
@@ -72,7 +73,11 @@ def _end(future) -> State:
 
 
 def combinations(recipe: str, settings: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every combination of the values of all settings; `ParamsError` where a setting names no key of the recipe."""
+    """Combine the values of all settings.
+
+    Raises:
+        ParamsError: a setting names no key of the recipe.
+    """
     choices = []
     for setting in settings:
         key, separator, values = setting.partition("=")

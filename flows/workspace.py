@@ -1,9 +1,9 @@
 """One run at a time in a workspace, and child processes that end with their run.
 
 The run's lock is an open file that its DVC process inherits: should a run be killed outright, DVC
-still holds it, so the next run waits for the stage and keeps its result. A stage, to which DVC hands
-no open file, holds a lock of its own (`tasks.locks.hold_workspace`): should DVC be killed, too, or
-should the stage have been started by hand, the next run waits all the same.
+still holds it, so the next run waits for the stage and keeps its result. A stage, to which DVC
+hands no open file, holds a lock of its own (`tasks.locks.hold_workspace`): should DVC be killed,
+too, or should the stage have been started by hand, the next run waits all the same.
 """
 
 import fcntl
@@ -76,7 +76,7 @@ def dvc(*arguments: str) -> list[str]:
 
 
 def run_streaming(command: Sequence[str], say: Say, *, lock: int | None = None) -> int:
-    """Run a command in a process group of its own, hand each line it writes to `say`, return its exit status.
+    """Run a command in a process group of its own, hand its lines to `say`, return its exit status.
 
     Whatever ends this call early (Ctrl-C, a termination, a cancelled flow) ends the whole group
     before it goes on, and so does a command that ends badly.
@@ -121,14 +121,15 @@ def _environment() -> dict[str, str]:
         **os.environ,
         "PATH": path,
         "PYTHONUNBUFFERED": "1",
-        # In a log each redraw of a progress bar is a line: ours are slow, transformers' (by this name) are off.
+        # In a log each redraw of a progress bar is a line: ours are slow, transformers' are off (by
+        # this name).
         "TQDM_MININTERVAL": "10",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Interrupt a process group of which something still runs; kill it when it does not end by itself.
+    """Interrupt a process group of which something still runs; kill it if it does not end.
 
     Nothing of a command that ended well is touched.
     """

@@ -2,8 +2,9 @@
 
 import os
 
-# Nothing phones home. Stages and flows both import this package before the tool that would report, and
-# `.venv/bin/activate` sets the same for commands by hand, so this is the one place. What the user has set stands.
+# Nothing phones home. Stages and flows both import this package before the tool that would report,
+# and `.venv/bin/activate` sets the same for commands by hand, so this is the one place. What the
+# user has set stands.
 QUIET = {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",

@@ -1,4 +1,4 @@
-"""collect: run the calibration data through the checkpoints and keep statistics of the activations."""
+"""collect: run the calibration data through the checkpoints, keep statistics of activations."""
 
 from tasks.command import run_stage
 

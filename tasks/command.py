@@ -1,6 +1,6 @@
 """The command line that all stages share: `python -m tasks.<stage> RECIPE`.
 
-The one dispatch: a stage is `main(recipe)` of its family's module, or of the one that serves both families.
+The one dispatch: a stage is `main(recipe)` of its family's module, or of the one that serves both.
 """
 
 import argparse

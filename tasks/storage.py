@@ -141,7 +141,7 @@ def _lock(folder: Path) -> int:
 def resumable_folder(path: Path) -> Generator[Path]:
     """Yield the folder beside `path` in which long work on it goes on after a kill or a failure.
 
-    It is removed when the block ends well. Raises BlockingIOError where another process works there.
+    It is removed when the block ends well. Raises BlockingIOError if another process works there.
     """
     folder = path.with_name(f"{path.name}.alloy-work{INCOMPLETE}")
     folder.mkdir(parents=True, exist_ok=True)

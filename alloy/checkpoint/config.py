@@ -88,7 +88,7 @@ def stored_transposed(config: Mapping | None, names: Iterable[str]) -> set[str]:
 
 
 def _tail(name: str) -> str:
-    """A name from its first number on, which no prefix of a model changes: `0.attn.c_attn.weight`."""
+    """Cut a name before its first number, as no prefix changes the rest: `0.attn.c_attn.weight`."""
     parts = name.split(".")
     start = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
     return ".".join(parts[start:])

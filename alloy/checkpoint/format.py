@@ -32,7 +32,7 @@ DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16":
 QUANTISED = frozenset(
     ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I4", "U4")
 )
-"""Dtypes of the format that hold a part of a number: codes without their scale, or a scale alone."""
+"""Dtypes that hold a part of a number: codes without their scale, or a scale alone."""
 DEQUANTISE = (
     "load the model with transformers, dequantise it (model.dequantize()) and call save_pretrained"
 )
@@ -309,7 +309,7 @@ def natural_order(name: str) -> list:
 
 
 def _span(name: str, value: Any, path: Path) -> tuple[str, str, tuple[int, ...], int, int]:
-    """What a header says of one tensor: name, dtype, shape, first byte and the one after the last."""
+    """Read a header's entry: name, dtype, shape, first byte and the one after the last."""
     where = f"{path}: corrupt header: {name!r}"
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} is {_shown(value)}, no object; fetch it again")
@@ -372,8 +372,8 @@ def _refuse_parts(entries: list[Entry]) -> list[Entry]:
     packed = [e.name for e in entries if _PACKED_TENSOR.search(e.name)]
     if packed:
         raise CheckpointError(
-            f"{entries[0].file}: {few(packed, 2)} hold codes and scales of quantised weights, which "
-            f"cannot be merged apart; {DEQUANTISE}"
+            f"{entries[0].file}: {few(packed, 2)} hold codes and scales of quantised weights, "
+            f"which cannot be merged apart; {DEQUANTISE}"
         )
     factors = [e.name for e in entries if _ADAPTER_TENSOR.search(e.name)]
     if factors:

@@ -1,6 +1,6 @@
 """SHA-256 of files: computed, or known from who verified it.
 
-The hub's cache names large files by their hash. A manifest beside a checkpoint is believed only where
+The hub's cache names large files by their hash. A manifest beside a checkpoint is believed only if
 the caller says that its own fetch wrote it; anybody can put a file of that name there.
 """
 

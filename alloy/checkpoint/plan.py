@@ -269,8 +269,8 @@ def _note_averaged(
     largest = sorted(averaged, key=lambda t: -t.num_elements)[:3]
     share = sum(t.num_elements for t in averaged) / sum(t.num_elements for t in ours)
     findings.note(
-        f"{settings.name} merges matrices: {len(averaged)} of {len(ours)} tensors, {share:.1%} of the "
-        f"entries, are averaged instead, the largest {few([t.name for t in largest])}"
+        f"{settings.name} merges matrices: {len(averaged)} of {len(ours)} tensors, {share:.1%} of "
+        f"the entries, are averaged instead, the largest {few([t.name for t in largest])}"
     )
 
 

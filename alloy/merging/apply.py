@@ -52,7 +52,8 @@ def merge(
 
     Raises:
         MergeError: anything that `validate` refuses; names, shapes, dtypes or ties that differ
-            between models; Grams of other units than the weights' (`Alignment.move`); NaN or Inf in an input or in the result.
+            between models; Grams of other units than the weights' (`Alignment.move`); NaN or Inf
+            in an input or in the result.
     """
     named = {f"models[{i}]": model for i, model in enumerate(models)}
     if base is not None:

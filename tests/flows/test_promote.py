@@ -98,7 +98,7 @@ def test_a_life_of_champions(registry) -> None:
 
 
 def test_a_promotion_waits_for_the_run(registry, caplog: pytest.LogCaptureFixture) -> None:
-    """While a run has the workspace, which may be registering, a promotion waits and says for whom."""
+    """While a run, perhaps registering, has the workspace, a promotion waits and says for whom."""
     register(50)
     done = []
     settings = contextvars.copy_context()
@@ -114,7 +114,7 @@ def test_a_promotion_waits_for_the_run(registry, caplog: pytest.LogCaptureFixtur
 def test_a_registry_that_is_away_is_one_sentence(
     registry, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Before a flow starts, and inside one: no traceback, where MLflow was looked for, what helps."""
+    """Before a flow and inside one: no traceback, but where MLflow was expected and what helps."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")

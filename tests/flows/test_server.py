@@ -1,4 +1,4 @@
-"""The server that a flow without one starts for itself: it ends when the run does, however that ends."""
+"""The server that a flow starts for itself: it ends with the run, however that ends."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def test_a_server_that_cannot_start_is_one_sentence(
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_server(alone: Workspace) -> None:
-    """kill -9 of the run alone: DVC ends its stage, the server ends by itself; the next run is whole."""
+    """kill -9 of the run alone: DVC ends its stage, the server ends; the next run is whole."""
     alone.control("merge.seconds", 3)
     run = alone.start(*RUN)
     wait_until(lambda: alone.reached("start merge"))

@@ -1,4 +1,4 @@
-"""How the sources' tokenizers are used: chat templates, special tokens, padding, what is put around.
+"""Settings of the sources' tokenizers: chat templates, special tokens, padding, templates.
 
 Two tokenizers that cut text alike may still begin and end it with other tokens, pad on other sides
 or speak in other turns. The result has one source's files, so a setting that would be lost is
@@ -195,7 +195,8 @@ def _chosen(
             different.append(template)
     if len(different) > 1:
         findings.problem(
-            f"the chat templates of {few(list(templates))} differ; say which the result shall have: "
+            f"the chat templates of {few(list(templates))} differ; say which the result should "
+            "have: "
             f"chat_template={next(iter(templates))!r}, or a file"
         )
         return None

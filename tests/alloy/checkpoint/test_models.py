@@ -417,7 +417,7 @@ def _renamed(folder, change, drop=()):
     [("", None), ("", ["GPT2Model"]), ("transformer.", []), ("backbone.", None)],
 )
 def test_orientation_is_known_whatever_prefix_the_names_have(prefix, architectures, tmp_path):
-    """GPT-2 under the hub's names (`h.0...`), or any other: WUDI gives the bits it gives the prefixed file."""
+    """GPT-2 under the hub's names (`h.0...`) or others: WUDI gives the prefixed file's bits."""
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=16)
     for seed, name in enumerate(("seed", "a", "b")):
         for kind in ("plain", "other"):
@@ -479,7 +479,7 @@ def test_names_of_two_versions_are_named_as_what_they_are(tmp_path):
 
 
 def test_the_chosen_chat_template_is_the_results(tmp_path):
-    """A base that has none keeps the experts'; where two differ the one that is named is written."""
+    """A base without one keeps the experts'; if two differ, the one that is named is written."""
     sources = {}
     for seed, (name, template) in enumerate((("a", "A {{ m }}"), ("b", "B {{ m }}"), ("c", None))):
         folder = sources[name] = tmp_path / name

@@ -50,6 +50,7 @@ def main(recipe: Recipe) -> None:
     }
     result = {name: value for name, value in lineage.items() if name not in CIRCUMSTANCES}
     key = hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+    tracking.close_killed_runs(recipe.name)
     number = _registered(section.name, key) or _register(recipe, folder, lineage, key)
     storage.write_json(
         workspace.registered,

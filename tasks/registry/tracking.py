@@ -7,30 +7,31 @@ happens on first use.
 
 import os
 import socket
-import sqlite3
 import time
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
-from urllib.parse import urlsplit, urlunsplit
-from urllib.request import getproxies, proxy_bypass
 
-DATABASE = Path("mlflow.db")
+import psutil
+
+from tasks.registry.reach import TrackingError, probe, reaching, uri, without_secret
+
 ARTIFACTS = Path("mlartifacts")
+WRITER = "alloy.writer"  # tag of a run: the process that writes it
 
-_PROBE_SECONDS = 5
 _FLUSH_SECONDS = 2
+_CLOCK_SECONDS = 5  # by which a clock that is set right may change when a process began
 _MOST_POINTS_A_REQUEST = 1000  # the limits of MLflow's log-batch
 _MOST_PARAMS_A_REQUEST = 100
-_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
     # MLflow's own default is to try for minutes; a stage that cannot reach it is run again instead.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
@@ -41,10 +42,6 @@ _NOISE = (
     "Operation with range is deprecated",
     ".*An input example was not provided",
 )
-
-
-class TrackingError(ConnectionError):
-    """MLflow cannot be reached or refuses; what the stage wrote to disk stands."""
 
 
 class NotRegisteredError(ValueError):
@@ -64,11 +61,6 @@ class Run(NamedTuple):
 
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
-
-
-def uri() -> str:
-    """The tracking URI in force."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DATABASE.resolve()}"
 
 
 class Log:
@@ -98,19 +90,19 @@ class Log:
         from mlflow.entities import Param
 
         params = [Param(name, str(value)) for name, value in values.items()]
-        with _reaching():
+        with reaching():
             for start in range(0, len(params), _MOST_PARAMS_A_REQUEST):
                 batch = params[start : start + _MOST_PARAMS_A_REQUEST]
                 self._client.log_batch(self.run_id, params=batch)
 
     def tags(self, values: Mapping[str, str]) -> None:
-        with _reaching():
+        with reaching():
             for name, value in values.items():
                 self._client.set_tag(self.run_id, name, value)
 
     def file(self, path: Path) -> None:
         """Keep a copy of a file with the run."""
-        with _reaching():
+        with reaching():
             self._client.log_artifact(self.run_id, str(path))
 
     def dataset(self, name: str, digest: str, context: str) -> None:
@@ -119,20 +111,20 @@ class Log:
 
         data = Dataset(name=name, digest=digest[:36], source_type="local", source=name)
         tags = [InputTag("mlflow.data.context", context)]
-        with _reaching():
+        with reaching():
             self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, tags)])
 
     def _deliver(self) -> None:
         self._flushed = time.monotonic()
         while self._points:
             batch = self._points[:_MOST_POINTS_A_REQUEST]
-            with _reaching():
+            with reaching():
                 self._client.log_batch(self.run_id, metrics=batch)
             del self._points[: len(batch)]
 
     def _end(self, status: str) -> None:
         self._deliver()
-        with _reaching():
+        with reaching():
             self._client.set_terminated(self.run_id, status)
 
 
@@ -147,12 +139,15 @@ def run(
     Raises TrackingError, within seconds, when MLflow cannot be reached.
     """
     client = connect()
-    with _reaching():
+    with reaching():
+        experiment = _experiment(client, recipe)
+        _close_killed(client, experiment)
         run_id = resume if resume and _is_there(client, resume) else None
         if run_id is None:
-            experiment = _experiment(client, recipe)
-            run_id = client.create_run(experiment, run_name=name, tags=dict(tags or {})).info.run_id
+            owned = {**(tags or {}), WRITER: _writer()}
+            run_id = client.create_run(experiment, run_name=name, tags=owned).info.run_id
         else:
+            client.set_tag(run_id, WRITER, _writer())
             client.update_run(run_id, status="RUNNING")
     log = Log(client, run_id)
     try:
@@ -167,16 +162,47 @@ def run(
     log._end("FINISHED")
 
 
+def close_killed_runs(recipe: str) -> None:
+    """Mark the runs of a recipe as killed whose process on this machine is gone."""
+    client = connect()
+    with reaching():
+        if experiment := client.get_experiment_by_name(recipe):
+            _close_killed(client, experiment.experiment_id)
+
+
+def _close_killed(client, experiment: str) -> None:
+    for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
+        if WRITER in run.data.tags and _is_gone(run.data.tags[WRITER]):
+            client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _writer() -> str:
+    """This process, so that others of this machine can tell whether it lives."""
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.2f}"
+
+
+def _is_gone(writer: str) -> bool:
+    host, pid, begun = writer.rsplit(" ", 2)
+    if host != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(int(pid))
+        another = abs(process.create_time() - float(begun)) > _CLOCK_SECONDS
+        return another or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def connect():
     """An `MlflowClient`, after a quick look that something answers at `uri()`."""
-    _probe(uri())
+    probe(uri())
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     from mlflow.tracking import MlflowClient
 
     for message in _NOISE:  # after the import, which sets filters of its own
         warnings.filterwarnings("ignore", message)
-    with _reaching():
+    with reaching():
         return MlflowClient(tracking_uri=uri(), registry_uri=os.environ.get("MLFLOW_REGISTRY_URI"))
 
 
@@ -211,7 +237,7 @@ def register(
 
     client = connect()
     signature = ModelSignature(_schema(inputs), _schema(outputs), _option_schema(options))
-    with _reaching():
+    with reaching():
         mlflow.set_tracking_uri(uri())
         if registry := os.environ.get("MLFLOW_REGISTRY_URI"):
             mlflow.set_registry_uri(registry)
@@ -239,7 +265,7 @@ def version_of(name: str, alias: str) -> str:
     version = aliased(name, alias)
     if version is None:
         raise NotRegisteredError(
-            f"MLflow at {_without_secret(uri())}: {name!r} has no version {alias!r}"
+            f"MLflow at {without_secret(uri())}: {name!r} has no version {alias!r}"
         )
     return version.number
 
@@ -247,7 +273,7 @@ def version_of(name: str, alias: str) -> str:
 def aliased(name: str, alias: str) -> Version | None:
     """The version that has an alias, None where there is none."""
     client = connect()
-    with _reaching():
+    with reaching():
         number = _registered(client, name).aliases.get(alias)
         return None if number is None else _version(client.get_model_version(name, number))
 
@@ -255,7 +281,7 @@ def aliased(name: str, alias: str) -> Version | None:
 def versions(name: str) -> list[Version]:
     """All versions of a registered model, the newest first; none where there is no such model."""
     client = connect()
-    with _reaching():
+    with reaching():
         listed = client.search_model_versions(f"name = '{name}'")
     return sorted(map(_version, listed), key=lambda version: -int(version.number))
 
@@ -263,13 +289,13 @@ def versions(name: str) -> list[Version]:
 def model_tags(name: str) -> Mapping[str, str]:
     """The tags of a registered model."""
     client = connect()
-    with _reaching():
+    with reaching():
         return _registered(client, name).tags
 
 
 def finished_run(run_id: str) -> Run:
     client = connect()
-    with _reaching():
+    with reaching():
         data = client.get_run(run_id).data
     return Run(data.metrics, data.tags)
 
@@ -277,7 +303,7 @@ def finished_run(run_id: str) -> Run:
 def move_alias(name: str, alias: str, number: str | None) -> None:
     """Give an alias to a version; to none: take it away."""
     client = connect()
-    with _reaching():
+    with reaching():
         if number is None:
             client.delete_registered_model_alias(name, alias)
         else:
@@ -286,14 +312,14 @@ def move_alias(name: str, alias: str, number: str | None) -> None:
 
 def tag_model(name: str, tags: Mapping[str, str]) -> None:
     client = connect()
-    with _reaching():
+    with reaching():
         for key, value in tags.items():
             client.set_registered_model_tag(name, key, value)
 
 
 def tag_version(name: str, number: str, tags: Mapping[str, str]) -> None:
     client = connect()
-    with _reaching():
+    with reaching():
         for key, value in tags.items():
             client.set_model_version_tag(name, number, key, value)
 
@@ -303,7 +329,7 @@ def model_files(name: str, number: str) -> dict[str, int]:
     client = connect()
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-    with _reaching():
+    with reaching():
         location = _download_uri(client, name, number)
         stored = get_artifact_repository(location, tracking_uri=uri())
         files, folders = {}, [None]
@@ -323,7 +349,7 @@ def model_file(name: str, number: str, path: str) -> Generator[Path]:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     with TemporaryDirectory() as folder:
-        with _reaching():
+        with reaching():
             location = _download_uri(client, name, number)
             stored = get_artifact_repository(location, tracking_uri=uri())
             local = stored.download_artifacts(path, folder)
@@ -339,7 +365,7 @@ def _download_uri(client, name: str, number: str) -> str:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise NotRegisteredError(
-            f"MLflow at {_without_secret(uri())} has no version {number} of {name!r}"
+            f"MLflow at {without_secret(uri())} has no version {number} of {name!r}"
         ) from error
 
 
@@ -352,7 +378,7 @@ def _registered(client, name: str):
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise NotRegisteredError(
-            f"MLflow at {_without_secret(uri())} has no registered model {name!r}; "
+            f"MLflow at {without_secret(uri())} has no registered model {name!r}; "
             "`register` makes it"
         ) from error
 
@@ -421,55 +447,3 @@ def _is_there(client, run_id: str) -> bool:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return False
-
-
-@contextmanager
-def _reaching() -> Generator[None]:
-    """Turn whatever MLflow raises into one error that says where MLflow was looked for."""
-    import requests
-    import sqlalchemy.exc
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError) as error:
-        raise _unreachable(uri(), str(error)) from error
-
-
-def _unreachable(address: str, reason: str) -> TrackingError:
-    return TrackingError(
-        f"MLflow at {_without_secret(address)}: {reason}; "
-        f"start it or set MLFLOW_TRACKING_URI (without it: {DATABASE} in the workspace), then run "
-        "the stage again"
-    )
-
-
-def _probe(address: str) -> None:
-    """Fail within seconds where nothing answers; MLflow itself would retry for minutes."""
-    parts = urlsplit(address)
-    if parts.scheme == "sqlite":
-        return _probe_sqlite(address)
-    port = parts.port or _PORTS.get(parts.scheme.partition("+")[0])
-    behind_proxy = parts.scheme in getproxies() and not proxy_bypass(parts.netloc)
-    if parts.hostname and port and not behind_proxy:
-        try:
-            socket.create_connection((parts.hostname, port), timeout=_PROBE_SECONDS).close()
-        except OSError as error:
-            raise _unreachable(address, f"nothing answers ({error})") from error
-    return None
-
-
-def _probe_sqlite(address: str) -> None:
-    path = Path(address.removeprefix("sqlite:///"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=_PROBE_SECONDS)) as database:
-            database.execute("select count(*) from sqlite_master")
-    except (OSError, sqlite3.Error) as error:
-        raise _unreachable(address, f"not a usable database ({error})") from error
-
-
-def _without_secret(address: str) -> str:
-    parts = urlsplit(address)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", "")) if host else address

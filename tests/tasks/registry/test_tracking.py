@@ -1,7 +1,12 @@
 """Curves arrive, runs say how they ended, a missing MLflow is noticed within seconds."""
 
+import multiprocessing
+import os
+import signal
 import socket
+import sqlite3
 import time
+from contextlib import closing
 
 import pytest
 
@@ -109,14 +114,52 @@ def test_what_is_not_there_is_said_at_once_without_secrets(
 
 
 def test_a_server_that_hangs_is_given_up(monkeypatch) -> None:
-    """One that takes connections and says nothing costs a bounded time, not minutes of retries."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    """One that takes connections and says nothing costs seconds, not minutes of retries."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
         begun = time.monotonic()
-        with pytest.raises(TrackingError), tracking.run("toy", "finetune"):
+        with pytest.raises(TrackingError, match="timed out"), tracking.run("toy", "finetune"):
             raise AssertionError("the run began")
-        assert time.monotonic() - begun < 30
+        assert time.monotonic() - begun < 15
+
+
+def _write_until_killed(pipe) -> None:
+    with tracking.run("toy", "register") as log:
+        pipe.send(log.run_id)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_run_is_closed_by_the_next(mlflow_workspace) -> None:
+    """What a killed process left RUNNING is KILLED; a run whose process lives goes on."""
+    context = multiprocessing.get_context("spawn")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=_write_until_killed, args=(writer,))
+    process.start()
+    killed = reader.recv()
+    process.join(60)
+    assert status(killed) == "RUNNING"
+    with tracking.run("toy", "finetune") as lives:
+        assert status(killed) == "KILLED"
+        tracking.close_killed_runs("toy")
+        assert status(lives.run_id) == "RUNNING"
+
+
+def test_a_database_that_is_taken_is_one_sentence(mlflow_workspace) -> None:
+    """No statement of MLflow's, none of its values: where, why, and what helps."""
+    with tracking.run("toy", "finetune"):
+        pass
+    with closing(sqlite3.connect("mlflow.db")) as database:
+        database.execute("begin exclusive")
+        with pytest.raises(TrackingError, match="database is locked") as caught:
+            tracking.versions("toy")
+    assert "\n" not in str(caught.value)
+    path = mlflow_workspace / "mlflow.db"
+    content = bytearray(path.read_bytes())
+    content[4096:] = bytes(len(content) - 4096)
+    path.write_bytes(content)
+    with pytest.raises(TrackingError, match=r"malformed|not a database|no such table") as caught:
+        tracking.versions("toy")
+    assert "\n" not in str(caught.value)
 
 
 def test_an_alias_moves_and_is_taken_away() -> None:

@@ -30,24 +30,25 @@ def merge(
     statistics: Sequence[Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Merge models into one: every tensor of every model is accounted for.
+    """Merge models into one; every tensor of every model is accounted for.
 
     Args:
         method: a name in `MERGE_METHODS`; its function's docstring has formula, source and
             requirements.
         models: state dicts with the same names, shapes and dtypes.
         base: the checkpoint that the models were trained from, for methods with task vectors.
-        coefficients: one float per model, or a mapping from glob pattern of names to that
-            (layer-wise): the first pattern that matches a name decides, and every name must match
-            one.
-        statistics: per model, parameter name to `alloy.statistics.moments.Gram` of the layer's
-            inputs (RegMean) or to the diagonal of the Fisher information (Fisher).
-        options: settings of the method, each a value or, as coefficients, values by glob pattern;
-            for methods that run the model also what they run.
+        coefficients: one float per model, or for layer-wise merges a mapping from glob patterns of
+            names to such lists. The first pattern that matches a name decides, and every name must
+            match one.
+        statistics: for each model a mapping from parameter names to Grams of the layer's inputs
+            (RegMean, `alloy.statistics.moments.Gram`) or to diagonals of the Fisher information
+            (Fisher).
+        options: settings of the method, each a value or, like coefficients, values by glob pattern.
+            Methods that run the model also take the model and its data here.
 
     Returns:
-        The merged weights, in the models' names, order and dtypes; computed in float32 or better.
-        Tensors that share storage in every model share it in the result, and are merged once.
+        The merged weights, with the models' names, order and dtypes, computed in float32 or better.
+        Tensors that share storage in every model are merged once and share it in the result.
         Tensors that are not floating-point must agree and pass through.
 
     Raises:

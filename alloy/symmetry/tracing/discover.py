@@ -44,13 +44,23 @@ def find_symmetries(
 ) -> SymmetrySpec:
     """Find every transform of a model's units that leaves its function as it is.
 
-    One forward for each example (a dict of keyword arguments, or several, whose parts of the model
-    are joined) is written down and read by rules. `observe` maps the model's output to the tensors
-    that must not change; by default its heads (see `observe_outputs`). Use a batch of 2 or more and
-    no dims of size 1: what has one unit cannot be told from what has none.
+    One forward for each example is recorded and read by rules.
 
-    Raises SymmetryError, naming the operation or module and what to try, for models that cannot be
-    traced (compiled, quantised, sharded, custom kernels).
+    Args:
+        model: a module; it stays as it is.
+        example_inputs: keyword arguments of the forward, or several such examples, each of which
+            may reach other parts of the model. Use a batch of 2 or more and no dims of size 1: a
+            dim of one unit looks like none.
+        observe: maps the model's output to the tensors that must not change; by default its heads
+            (`observe_outputs`).
+
+    Returns:
+        The spaces, the weights that they lie on, and what is pinned and why. Its `warnings` are
+        also raised as warnings.
+
+    Raises:
+        SymmetryError: the model cannot be traced (it is compiled, quantised, sharded or runs
+            custom kernels). The message names the operation or module and what to try.
     """
     with _without_garbage_collection():  # nothing is freed here, and looking for it costs a third
         spec = spec_of(trace(model, example_inputs, observe or observe_outputs))

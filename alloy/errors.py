@@ -1,4 +1,4 @@
-"""What the library raises when it refuses an input: one base class, and the nearest right name.
+"""Errors that the library raises when it refuses an input, and the nearest right name.
 
 Each error is a `ValueError` as well. Its message says what was given, what was found and what would
 be right; what only a fault of ours can cause is an `AssertionError`.

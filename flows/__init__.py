@@ -20,7 +20,7 @@ SERVER = Path(os.environ["PREFECT_HOME"]) / "server-url"  # written while `make 
 
 
 def answers(url: str) -> bool:
-    """Whether a Prefect server answers at this address."""
+    """True if a Prefect server answers at this address."""
     try:
         return urllib.request.urlopen(f"{url}/health", timeout=2).status == 200
     except OSError:

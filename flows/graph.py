@@ -108,7 +108,7 @@ def _first_stale(addresses: Sequence[str], forced: Collection[str], repo: Repo) 
 
 
 def is_recorded(address: str) -> bool:
-    """Whether all that a stage has written is what `dvc.lock` says."""
+    """True if everything that a stage has written is what `dvc.lock` says."""
 
     def look(repo: Repo) -> bool:
         known = {stage.addressing: stage for stage in repo.index.stages}
@@ -124,7 +124,7 @@ def _stage(repo: Repo, address: str):
 
 
 def _ask(question: Callable[[Repo], T]) -> T:
-    """What DVC answers, as soon as no other DVC process works on what is asked about."""
+    """Ask DVC, as soon as no other DVC process works on the same files."""
     waiting = False
     while True:
         try:
@@ -200,7 +200,7 @@ def _drop_dead_holders(repo: Repo) -> None:
 
 
 def _lives(holder: dict) -> bool:
-    """Whether the process that DVC wrote down runs, as the command that it was."""
+    """True if the process that DVC recorded still runs, as the same command."""
     try:
         process = psutil.Process(holder["pid"])
         command = " ".join(process.cmdline())

@@ -1,4 +1,4 @@
-"""What a stage has written stands until its next run has ended well.
+"""Outputs of a stage, kept until its next run has ended well.
 
 DVC removes a stage's outputs before it runs the command. So a run sets them aside first: renamed
 beside their place, which is instant and needs no space. They come back unless the stage ends well.

@@ -1,4 +1,4 @@
-"""How the tasks of our flows end: in states that say why, not in tracebacks."""
+"""Final states of our flows' tasks, which say why, without tracebacks."""
 
 import logging
 
@@ -10,7 +10,7 @@ UNREACHABLE = "Unreachable"  # the state of a task to which nothing answered
 
 
 def is_unreachable(task: Task, run: TaskRun, state: State) -> bool:
-    """Whether a task is worth another try."""
+    """True if a task is worth another try."""
     return state.name == UNREACHABLE
 
 

@@ -42,7 +42,7 @@ def sign_lock(descriptor: int, what: str) -> None:
 
 
 def lock_holder(path: Path) -> str:
-    """Who holds a lock, in words."""
+    """Name who holds a lock."""
     try:
         holder = json.loads(path.read_text())
         return f"{holder['what']} (process {holder['pid']}, since {holder['since']})"

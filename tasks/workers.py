@@ -83,7 +83,7 @@ def _work(work: Callable[..., None], arguments: tuple, writer: Connection) -> No
 
 
 def _next(reader: Connection) -> Any:
-    """What a worker sent next, None when it has ended."""
+    """Receive what a worker sent next, None when it has ended."""
     try:
         return reader.recv()
     except EOFError:

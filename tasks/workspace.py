@@ -1,4 +1,4 @@
-"""Where everything lies: the only owner of paths in the workspace.
+"""Paths of the workspace, which this module alone owns.
 
 ```
 data/<recipe>/                      prepare: manifest.json, calibration and benchmarks
@@ -103,5 +103,5 @@ class Workspace:
         return self.models / model
 
     def work(self, stage: str) -> Path:
-        """What an interrupted stage goes on with; no output of it."""
+        """Files that an interrupted stage resumes from; they are no output."""
         return STATE / stage / self.recipe

@@ -277,7 +277,7 @@ def _note_averaged(
 def _layout(
     tensors: Sequence[PlannedTensor], sources: Sources, shard_bytes: int | str | None
 ) -> dict[str, tuple[str, ...]]:
-    """Which file holds which tensors: as the reference's files, or at most `shard_bytes` each."""
+    """Divide tensors into files: like the reference's, or at most `shard_bytes` each."""
     assert not isinstance(shard_bytes, str), "a checked request has a number"
     reference = sources.checkpoints[sources.reference].entries
     groups: list[list[str]] = []
@@ -307,7 +307,7 @@ def _files(
     text_settings: TextSettings,
     dtype: str | None,
 ) -> dict[str, Path | bytes]:
-    """What the result needs beside its weights."""
+    """Collect what the result needs besides its weights."""
     result: dict[str, Path | bytes] = {}
     reference, folders = sources.reference, sources.folders
     config = sources.configs[reference]

@@ -28,7 +28,7 @@ class Measurements:
         return [file for checkpoint in self.files_of.values() for file in checkpoint.files]
 
     def problems(self, kind: str | None, shapes: Mapping[str, Sequence[int]]) -> list[str]:
-        """What is wrong with them, for these tensors."""
+        """Name what is wrong with them, for these tensors."""
         result = []
         for source, checkpoint in self.files_of.items():
             names = {
@@ -62,7 +62,7 @@ class Measurements:
         return result
 
     def has(self, kind: str | None, name: str) -> bool:
-        """Whether every model was measured at a tensor."""
+        """True if every model was measured at a tensor."""
         key = f"{name}/sum" if kind == "gram" else name
         return all(key in checkpoint.entries for checkpoint in self.files_of.values())
 

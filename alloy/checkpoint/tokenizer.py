@@ -30,7 +30,7 @@ _LEGACY = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What a tokenizer does, as far as its files say."""
+    """Behaviour of a tokenizer, as far as its files say."""
 
     folder: Path
     tokens: Mapping[str, int] | None
@@ -127,7 +127,7 @@ def _merge(merge: object, path: Path) -> str:
 
 
 def difference(reference: str, first: Tokenizer, source: str, other: Tokenizer) -> str | None:
-    """How two tokenizers differ, in words, or None if they do not."""
+    """Describe how two tokenizers differ, or None if they do not."""
     if first.behaviour == other.behaviour:
         return None
     if first.tokens is None or other.tokens is None or first.tokens == other.tokens:
@@ -210,7 +210,7 @@ def combine_vocabularies(
 
 
 def _row_map(token_at: Mapping[int, str], tokenizer: Tokenizer, size: int, rows: int) -> np.ndarray:
-    """For each row of the result the source's row of that token; padding comes from padding."""
+    """Map each row of the result to the source's row of that token, padding to padding."""
     tokens = tokenizer.tokens or {}
     used = set(tokens.values())
     return np.array(

@@ -166,7 +166,7 @@ def _assign(value_nn: Tensor) -> tuple[Tensor, float]:
 def _sides(
     layer: SharedLayer, model: int, ridge: float
 ) -> tuple[int, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """For rows and for columns, the others' and the model's own stretches; their products are
+    """Stretches of the others and of the model itself, for rows and columns; their products are
     values.
     """
     own = layer.models.index(model)

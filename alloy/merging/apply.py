@@ -256,7 +256,7 @@ def check_alike(named: Mapping[str, Weights]) -> None:
 
 
 def _owners(named: Mapping[str, Weights], settings: MergeSettings) -> dict[str, str]:
-    """For every name the first name that shares its storage: itself, unless it is tied.
+    """Map every name to the first name that shares its storage: itself, unless it is tied.
 
     Raises:
         MergeError: tensors tied in one model and not in another, or with different coefficients.

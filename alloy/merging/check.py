@@ -124,7 +124,7 @@ _EXPERTS = re.compile(r"(^|\.)(experts|\w*moe|input_linear|output_linear)(\.|$)"
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is what methods for matrices are for: a matrix, or the experts of a mixture.
+    """True for what methods for matrices treat: a matrix, or the experts of a mixture.
 
     Fused experts [E, ...] are matrices side by side; other tensors of three dims are convolutions.
     """

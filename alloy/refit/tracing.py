@@ -103,7 +103,7 @@ def in_groups(traces: Sequence[Trace]) -> list[list[str]]:
 
 
 def stream_layers(traces: Sequence[Trace]) -> list[set[str]]:
-    """For each lesson the layers that can follow a stream: of those that write into one sum the
+    """Layers of each lesson that can follow a stream: of those that write into one sum the
     last.
     """
     following, groups = [], in_groups(traces)

@@ -35,7 +35,7 @@ class RegisterParams(Section):
 
 
 class ShipParams(Section):
-    """Where the result is shipped to."""
+    """Target to which the result is shipped."""
 
     target: Annotated[str, StringConstraints(pattern=r"^s3://[^/]+/.+$")]
     model: Literal["finetuned", "merged"]

@@ -1,4 +1,4 @@
-"""Whether MLflow answers, found out within seconds; MLflow itself would try for minutes.
+"""Reach of MLflow, known within seconds; MLflow itself would try for minutes.
 
 One error says where MLflow was looked for and why it does not answer, without secrets, in one
 sentence whatever was raised.

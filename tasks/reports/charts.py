@@ -1,4 +1,4 @@
-"""What all charts share: a colour for each kind of model, and how a figure becomes a file."""
+"""Parts that all charts share: a colour for each kind of model, and writing a figure."""
 
 from pathlib import Path
 

@@ -65,7 +65,7 @@ def _cells(line: str) -> list[str]:
 
 
 def best(column: Column) -> set[int]:
-    """Which cells of a column have its best score: the lowest of a loss, otherwise the highest.
+    """Mark a column's cells with the best score: the lowest of a loss, otherwise the highest.
 
     A score has its error behind it; what has none, such as a guess or a distance, does not compete.
     """

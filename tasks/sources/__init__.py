@@ -1,1 +1,1 @@
-"""Where checkpoints come from and go to: hub, buckets, the registry, folders."""
+"""Sources and targets of checkpoints: hub, buckets, the registry, folders."""

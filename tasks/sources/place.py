@@ -1,4 +1,4 @@
-"""Where a source is, from its notation: one line of a recipe."""
+"""Places of sources, from their notation: one line of a recipe."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def place(source: str) -> Source:
-    """Where a source is, from its notation."""
+    """Place of a source, from its notation."""
     if match := re.fullmatch(r"hf://([\w.-]+(?:/[\w.-]+)?)(?:@(.+))?", source):
         return Hub(match[1], match[2] or "main")
     if match := re.fullmatch(r"s3://([^/]+)/(.+?)/*", source):

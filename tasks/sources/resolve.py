@@ -1,4 +1,4 @@
-"""Where checkpoints come from, at one moment.
+"""Sources of checkpoints, resolved at one moment.
 
 A source is one line of a recipe. Resolving it gives a snapshot: the files and an immutable revision
 (a hub's commit, a bucket's versions or ETags, a registry's version number, a folder's digest), so

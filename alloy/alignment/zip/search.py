@@ -115,7 +115,7 @@ def only_permuted(spec: SymmetrySpec, name: str) -> str:
 
 
 class Found(NamedTuple):
-    """For each model the order of what is only permuted, and the maps of what is zipped."""
+    """Choose each model's order of what is only permuted, and the maps of what is zipped."""
 
     transforms: dict[str, dict[str, Transform]]
     maps: dict[str, dict[str, UnitMap]]
@@ -411,7 +411,7 @@ class ZipSearch:
 
 
 def cluster_maps(clusters_GR: Tensor, widths: Sequence[int]) -> Sequence[UnitMap]:
-    """For each model, the maps [group, cluster, unit] whose mean over models is the merge.
+    """Build each model's maps [group, cluster, unit]; their mean over models is the merge.
 
     A unit that is written goes into the mean of its cluster; one that is read takes its cluster's
     value; one in no cluster (-1) is lost. There are as many clusters as the first model has units.

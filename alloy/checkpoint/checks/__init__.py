@@ -1,1 +1,1 @@
-"""What must hold before a tensor is read: configs, vocabularies, tensors and places."""
+"""Checks before a tensor is read: configs, vocabularies, tensors and places."""

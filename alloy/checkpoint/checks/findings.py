@@ -1,4 +1,4 @@
-"""What the checks of a merge say, gathered: everything wrong is reported at once."""
+"""Findings of a merge's checks, gathered: everything wrong is reported at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a merge reads and writes: sources and output apart, the output free, room on its disk."""
+"""Places of a merge: sources and output apart, the output free, room on its disk."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def mix(rows, kind, coefficients, has_base, out, out_kind):
 
 @_compiled
 def is_finite(raw, kind):
-    """Whether a row of bytes holds no NaN and no Inf."""
+    """True if a row of bytes holds no NaN and no Inf."""
     largest = _u32(0)
     if kind == F32:
         for bits in raw.view(np.uint32):

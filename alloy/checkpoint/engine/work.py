@@ -1,4 +1,4 @@
-"""How one tensor is computed: by a compiled loop if there is one, else by the method's function.
+"""Computation of one tensor: by a compiled loop if there is one, else by the method's function.
 
 Both give the same bits, except the mixtures on the sphere: their inner products are summed in
 another order, which float32 coefficients hide almost always (tests/alloy/checkpoint/test_kernels.py
@@ -30,7 +30,7 @@ _KEEP_EVERYTHING = (0, 0xFFFFFFFF)
 
 @dataclass(frozen=True)
 class Tensors:
-    """What a tensor is made from, with the sources' names for messages."""
+    """Inputs of a tensor, with the sources' names for messages."""
 
     name: str
     inputs: tuple[Entry, ...]
@@ -54,7 +54,7 @@ class Tensors:
 
     @property
     def compiled(self) -> bool:
-        """Whether the kernels read and write these dtypes."""
+        """True if the kernels read and write these dtypes."""
         dtypes = {entry.dtype for entry in self.inputs}
         return len(dtypes) == 1 and dtypes | {self.dtype} <= kernels.KINDS.keys()
 
@@ -352,7 +352,7 @@ def work_for(
     statistics: Callable[[str], Sequence[Any] | None] | None = None,
     compiled: bool = True,
 ) -> partial[_Work]:
-    """How to merge a tensor; `compiled` False forces the method's own function."""
+    """Choose how to merge a tensor; `compiled` False forces the method's own function."""
     method, options = settings.method, settings.options_of(tensors.name)
     if compiled and tensors.compiled and statistics is None:
         coefficients = settings.coefficients.get(tensors.name)

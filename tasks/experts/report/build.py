@@ -46,7 +46,7 @@ def build(results: Results) -> Report:
 
 
 def story(results: Results) -> list[Part]:
-    """What was done, as a picture of boxes, and the headline numbers."""
+    """Summary of a run: a picture of boxes, and the headline numbers."""
     arrow = element("span", "→", style="arrow")
     boxes = (
         element("span", "seed", style="box"),

@@ -1,4 +1,4 @@
-"""What the models answer to the first test examples, in pictures."""
+"""Answers of the models to the first test examples, in pictures."""
 
 from collections.abc import Mapping, Sequence
 

@@ -32,7 +32,7 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class DistanceRow:
-    """How far apart two experts are that one arm merges."""
+    """Distance of two experts that one arm merges."""
 
     model: str
     checkpoint: str
@@ -44,7 +44,7 @@ class DistanceRow:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """Where something that evaluation read came from, and the SHA-256 of its bytes."""
+    """Origin of something that evaluation read, and the SHA-256 of its bytes."""
 
     name: str
     origin: str

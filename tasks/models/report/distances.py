@@ -23,7 +23,7 @@ MEASURES = tuple(field.name for field in fields(Distances))
 
 @dataclass(frozen=True)
 class LayerRow:
-    """How far apart two models are in one layer."""
+    """Distance of two models in one layer."""
 
     pair: str
     layer: str

@@ -1,4 +1,4 @@
-"""What the stages before evaluation recorded: sources, alignments, doubts."""
+"""Records of the stages before evaluation: sources, alignments, warnings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -65,7 +65,7 @@ class PlaneRow:
 
 @dataclass(frozen=True)
 class DistanceRow:
-    """How far apart two members are under an alignment, over all weights or in one layer."""
+    """Distance of two members under an alignment, over all weights or in one layer."""
 
     set: str
     seed: int

@@ -107,18 +107,29 @@ def align(
             chosen |= {name: left_open(spec, name) for name in ours}
     chosen |= dict.fromkeys(keep, leave)
     turning = rotating(spec, method)
-    transforms: Transforms = identity(spec)
+    first: Transforms = identity(spec)
     if start == "activation" and share > 0:
         if not statistics:
             raise AlignmentError("start='activation' needs activation statistics, none were given")
-        first = Similarity.to(reference, spec, statistics, 0.0, rotating=turning)
-        transforms = Search(first, other, chosen, tolerance=tolerance).run(generator, max_sweeps)
+        seen = Similarity.to(reference, spec, statistics, 0.0, rotating=turning)
+        first = Search(seen, other, chosen, tolerance=tolerance).run(generator, max_sweeps)
     similarity = Similarity.to(
         reference, spec, statistics or {}, share, scale=scale, rotating=turning
     )
-    search = Search(similarity, other, chosen, transforms, tolerance)
-    matched = search.run(generator, max_sweeps, PATIENCE if scale == "unit" else 0)
-    return compose(compose(theirs, matched), invert(ours)) if canonical else matched
+
+    def descend(similarity: Similarity, first: Transforms) -> tuple[dict[str, Transform], float]:
+        search = Search(similarity, other, chosen, first, tolerance)
+        end = search.run(generator, max_sweeps, PATIENCE if scale == "unit" else 0)
+        return end, max(search.values)
+
+    end, height = descend(similarity, first)
+    if not canonical:
+        return end
+    if contested := {name for family in families(spec).values() for name in family.contested}:
+        calm, _ = descend(similarity.without(contested), first)
+        other_end, other_height = descend(similarity, calm)
+        end = other_end if other_height > height else end
+    return compose(compose(theirs, end), invert(ours))
 
 
 class Search:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -195,6 +195,11 @@ class Similarity:
             for key, mean in by_sign(space, moments).items():
                 activations[key] = mean * weight
         return cls(scaled(reference, spec, scale), spec, activations, weight_share, scale)
+
+    def without(self, names: Collection[str]) -> Similarity:
+        """The similarity to a reference whose weights of these names say nothing."""
+        rest = {n: torch.zeros_like(t) if n in names else t for n, t in self.reference.items()}
+        return replace(self, reference=rest)
 
     def scaled(self, other: Weights) -> dict[str, Tensor]:
         """The other model's weights as `of_units` wants them."""

@@ -30,9 +30,10 @@ class Family:
     """The parameters that the spaces lie on."""
     carried: list[str]
     """The spaces, and all that depends on any of them."""
-    is_joint: bool
-    """True if one visit finds the optimum: no two spaces that are matched as if alone share a
-    weight, as query heads and the units that all of them share do."""
+    contested: tuple[str, ...]
+    """Weights on which two of the spaces lie that are matched as if alone: query heads, and the
+    units that all of them share. One visit may leave such a family short of its optimum.
+    """
 
 
 def families(spec: SymmetrySpec) -> dict[str, Family]:
@@ -41,18 +42,20 @@ def families(spec: SymmetrySpec) -> dict[str, Family]:
     for root in roots(spec):
         names = family(spec, root)
         weights = dict.fromkeys(a.parameter for name in names for a in spec.spaces[name].axes)
-        of_all = carried(spec, names)
-        result[root] = Family(root, names, tuple(weights), of_all, _is_joint(spec, names))
+        result[root] = Family(
+            root, names, tuple(weights), carried(spec, names), _contested(spec, names)
+        )
     return result
 
 
-def _is_joint(spec: SymmetrySpec, names: list[str]) -> bool:
+def _contested(spec: SymmetrySpec, names: list[str]) -> tuple[str, ...]:
+    shared: dict[str, None] = {}
     for a, b in combinations(names, 2):
         if a not in spec.spaces[b].depends_on and b not in spec.spaces[a].depends_on:
-            ours, theirs = ({x.parameter for x in spec.spaces[n].axes} for n in (a, b))
-            if ours & theirs:
-                return False
-    return True
+            theirs = {axis.parameter for axis in spec.spaces[b].axes}
+            ours = (axis.parameter for axis in spec.spaces[a].axes)
+            shared |= dict.fromkeys(name for name in ours if name in theirs)
+    return tuple(shared)
 
 
 class State(NamedTuple):

@@ -45,7 +45,7 @@ class Warm:
         """Move with the units of a family, whose `weights` have moved by a step."""
         for other in self.families.values():
             shares = not set(other.weights).isdisjoint(family.weights)
-            if shares and (other.root != family.root or not family.is_joint):
+            if shares and (other.root != family.root or family.contested):
                 self.unsettled.add(other.root)
         if family.root in self.prices:
             order = step[family.root].permutation

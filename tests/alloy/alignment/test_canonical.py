@@ -81,12 +81,16 @@ def _distance(weights, other):
     )
 
 
-@pytest.mark.parametrize("build", [_bert, _whisper, _llama])
+def _grouped():
+    return _llama(kv_heads=2)
+
+
+@pytest.mark.parametrize("build", [_bert, _whisper, _llama, _grouped])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_planted_element_of_the_whole_group_is_undone_to_rounding(build, seed):
     """Streams, heads, neurons, and any invertible matrix within every head; weights alone."""
     spec, weights, planted = _planted(*build(), seed)
-    method = "signed" if build is _llama else "permute"
+    method = "permute" if build in (_bert, _whisper) else "signed"
     found = align(weights, planted, spec, space="weight", method=method, canonical=True)
     assert _distance(weights, transport(planted, spec, found)) < 1e-9
     without = align(weights, planted, spec, space="weight", method=method)

@@ -1,4 +1,4 @@
-"""A repair leaves alone what is whole, and mends what was broken on purpose."""
+"""A repair leaves alone what is whole, and restores what was broken on purpose."""
 
 import pytest
 import torch

@@ -46,17 +46,17 @@ def test_of_a_linear_model_they_are_what_an_error_does_to_the_answers():
     module, data = Two(0).eval(), _data(1, num=2000)
     layers = {"a": LinearLayer(module.a)}
     answers = lambda m, batch: [m(**batch)]  # noqa: E731
-    felt = sensitivities(module, layers, data, answers, damping=0.0)["a"]
+    measured = sensitivities(module, layers, data, answers, damping=0.0)["a"]
     y = torch.cat([module(**b) for b in data]).flatten(0, 1)
     spread = (y - y.mean(0)).square().sum() / sum(len(b["x"]) for b in data)
     error = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     change = (module.b.weight @ error).square().sum() * 5 / spread  # at each of five tokens
-    samples = torch.cat([calls[0] for calls in felt.samples])
-    predicted = samples.sum(1).mean() * (error @ felt.units_GOO[0] @ error)
+    samples = torch.cat([calls[0] for calls in measured.samples])
+    predicted = samples.sum(1).mean() * (error @ measured.units_GOO[0] @ error)
     torch.testing.assert_close(predicted, change, rtol=0.03, atol=0)
     expected = module.b.weight.T @ module.b.weight
     torch.testing.assert_close(
-        felt.units_GOO[0], expected * 4 / expected.trace(), rtol=0.1, atol=0.05
+        measured.units_GOO[0], expected * 4 / expected.trace(), rtol=0.1, atol=0.05
     )
 
 
@@ -103,10 +103,10 @@ def test_each_unit_comes_from_the_model_whose_answers_read_it():
         model.b.weight[:, unread] = 0
     lessons, plain = [], []
     for model, batches in zip(models, data, strict=True):
-        felt = sensitivities(
+        measured = sensitivities(
             model, {"a": LinearLayer(model.a)}, batches, lambda m, b: [m(**b)], damping=1e-9
         )
-        lessons.append(Lesson([Teacher(model, {"a": "a"})], batches, sensitivities=felt))
+        lessons.append(Lesson([Teacher(model, {"a": "a"})], batches, sensitivities=measured))
         plain.append(Lesson([Teacher(model, {"a": "a"})], batches))
 
     def errors(given):
@@ -218,15 +218,15 @@ def test_what_has_no_sensitivity_is_refused():
             sensitivities(module, layers, data, answers)
     with pytest.raises(MergeError, match=r"never reaches \['a'\]"):
         sensitivities(module, layers, data, lambda m, b: [m.b(b["x"])])
-    felt = sensitivities(module, layers, data, lambda m, b: [m(**b)])
+    measured = sensitivities(module, layers, data, lambda m, b: [m(**b)])
     student = Two(1).eval()
     with pytest.raises(MergeError, match="the sensitivities lack b"):
-        fit_layers(student, [Lesson([Teacher(module)], data, sensitivities=felt)])
+        fit_layers(student, [Lesson([Teacher(module)], data, sensitivities=measured)])
     teacher = Teacher(module, {"a": "a"})
     with pytest.raises(MergeError, match="are of 2 batches, not of these"):
-        fit_layers(student, [Lesson([teacher], [*data, *data], sensitivities=felt)])
+        fit_layers(student, [Lesson([teacher], [*data, *data], sensitivities=measured)])
     with pytest.raises(MergeError, match="this lesson has 2"):
-        fit_layers(student, [Lesson([Teacher(module)] * 2, data, sensitivities=felt)])
-    one, other = (Lesson([Teacher(module)], data, sensitivities=f) for f in (felt, None))
+        fit_layers(student, [Lesson([Teacher(module)] * 2, data, sensitivities=measured)])
+    one, other = (Lesson([Teacher(module)], data, sensitivities=f) for f in (measured, None))
     with pytest.raises(MergeError, match="of all lessons, or of none"):
         fit_layers(student, [one, other])

@@ -9,6 +9,7 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint.hash import Origin, origin_of, sha256
@@ -114,7 +115,7 @@ def _sources(plan: MergePlan, origins: Origins, hash_all: bool) -> dict[str, dic
     Hashing three sources takes longer than merging them; without it the record has the sizes.
     """
     known = {
-        file: origins[name].hashes.get(file.name)
+        file: origins[name].hashes.get(_within(source.path, file))
         for name, source in plan.sources.items()
         for file in source.files
     }
@@ -126,10 +127,18 @@ def _sources(plan: MergePlan, origins: Origins, hash_all: bool) -> dict[str, dic
         name: {
             "source": origins[name].source,
             "revision": origins[name].revision,
-            "files": {file.name: known[file] or file.stat().st_size for file in source.files},
+            "files": {
+                _within(source.path, file): known[file] or file.stat().st_size
+                for file in source.files
+            },
         }
         for name, source in plan.sources.items()
     }
+
+
+def _within(source: Path, file: Path) -> str:
+    """A file's name within its checkpoint."""
+    return file.relative_to(source).as_posix() if file != source else file.name
 
 
 def _hashes(files: Mapping[str, str | int]) -> str:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from alloy.checkpoint.format import source_file
+from alloy.checkpoint.reading import source_file
 
 # Files of the reference that the result needs too; no weights, optimizers, logs or cards.
 COPIED = (

@@ -9,13 +9,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alloy.checkpoint.reading import (
+    few,
+    parse_json,
+    parse_object,
+    read_json,
+    require_regular,
+    shown,
+    source_file,
+    typed,
+)
 from alloy.errors import CheckpointError
 
 ITEM_BYTES = {
@@ -40,8 +49,8 @@ DEQUANTISE = (
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
-_MAX_JSON_BYTES = 256 << 20  # no tokenizer is that large
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+MODULES = "modules.json"
 ADAPTER = "adapter_config.json"
 _ADAPTER_TENSOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|hada_w\d)\b")
 _PACKED_TENSOR = re.compile(
@@ -80,6 +89,9 @@ class Checkpoint:
     entries: Mapping[str, Entry]
     config: Mapping | None
     """The parsed `config.json`, or None where there is none."""
+    modules: tuple[str, ...] = ()
+    """Folders of further modules, as sentence-transformers keeps them; `<folder>/<name>` are their
+    tensors."""
 
     @property
     def files(self) -> list[Path]:
@@ -100,7 +112,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     try:
         if path.is_dir():
-            return Checkpoint(path, _entries(path), _config(path))
+            modules = sentence_modules(path)
+            entries = _entries(path)
+            for module in modules:
+                entries |= _module_entries(path, module)
+            return Checkpoint(path, entries, _config(path), modules)
         if path.exists():
             return Checkpoint(path, {e.name: e for e in _refuse_parts(read_header(path))}, None)
     except OSError as error:
@@ -111,137 +127,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def source_file(folder: Path, name: str) -> Path | None:
-    """A file of a checkpoint's folder, or None where there is none.
-
-    Raises:
-        CheckpointError: a folder, a pipe or a device of that name; a link to nowhere, or to a file
-            outside the folder that is not in the same repository of the hub's cache.
-    """
-    path = folder / name
-    if not path.exists():
-        if path.is_symlink():
-            raise CheckpointError(f"{path}: a link to nowhere ({path.readlink()}); fetch it again")
-        return None
-    _require_regular(path)
-    target, home = path.resolve(), folder.resolve()
-    if not target.is_relative_to(home) and not _is_hub_blob(target, home):
-        raise CheckpointError(
-            f"{path}: a link that leaves its folder, to {target}; copy the file here if it belongs "
-            "to the checkpoint"
-        )
-    return path
-
-
-def _require_regular(path: Path) -> None:
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise CheckpointError(f"{path}: {what}, where a file is due; remove it or fetch it again")
-
-
-def _is_hub_blob(target: Path, snapshot: Path) -> bool:
-    """Whether a link follows the hub's cache: `snapshots/<commit>/` points into `blobs/` beside."""
-    return snapshot.parent.name == "snapshots" and target.parent == snapshot.parent.parent / "blobs"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: not UTF-8, not JSON, a key given twice, a value that is no number, nested
-            beyond reason, or no object.
-    """
-    _require_regular(path)
-    size = path.stat().st_size
-    if size > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: {size:,} bytes are no {path.name}; fetch it again")
-    return parse_object(path.read_bytes(), str(path))
-
-
-def read_text(path: Path) -> str:
-    """A text file's content.
-
-    Raises:
-        CheckpointError: no file, or not UTF-8.
-    """
-    _require_regular(path)
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not text in UTF-8 ({error.reason})") from error
-
-
-def parse_object(content: bytes, where: str) -> dict[str, Any]:
-    """The JSON object that bytes hold; `where` names them in messages."""
-    try:
-        value = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number
-        )
-    except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise CheckpointError(f"{where}: corrupt ({what}); fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{where}: corrupt (a JSON object is due, this is {_shown(value)}); fetch it again"
-        )
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
-    return result
-
-
-def _no_number(text: str) -> float:
-    if text in ("Infinity", "-Infinity"):  # Python's json writes them, and configs have them
-        return float(text.replace("Infinity", "inf"))
-    raise ValueError(f"{text} is no number")
-
-
-_KINDS = {
-    "text": str,
-    "true or false": bool,
-    "a whole number": int,
-    "an object": dict,
-    "a list": list,
-}
-
-
-def typed(data: Mapping[str, Any], key: str, kind: str, where: Path) -> Any:
-    """A key's value if it is of this kind, None if the key is missing or null.
-
-    Args:
-        kind: a key of `_KINDS`, for the message too.
-
-    Raises:
-        CheckpointError: a value of another kind, with the file, the key and the value.
-    """
-    value = data.get(key)
-    if value is None:
-        return None
-    right = type(value) is _KINDS[kind]
-    if not right:
-        raise CheckpointError(f"{where}: {key} is {_shown(value)}; it must be {kind}")
-    return value
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def read_header(path: Path) -> list[Entry]:
     """The tensors of one safetensors file, ordered by offset.
 
     Raises:
         CheckpointError: the file is truncated or corrupt, with what was expected and found.
     """
-    _require_regular(path)
+    require_regular(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -312,7 +204,7 @@ def _span(name: str, value: Any, path: Path) -> tuple[str, str, tuple[int, ...],
     """Read a header's entry: name, dtype, shape, first byte and the one after the last."""
     where = f"{path}: corrupt header: {name!r}"
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} is {_shown(value)}, no object; fetch it again")
+        raise CheckpointError(f"{where} is {shown(value)}, no object; fetch it again")
     dtype, shape, offsets = (value.get(key) for key in ("dtype", "shape", "data_offsets"))
     if isinstance(dtype, str) and dtype in QUANTISED:
         raise CheckpointError(
@@ -320,12 +212,12 @@ def _span(name: str, value: Any, path: Path) -> tuple[str, str, tuple[int, ...],
         )
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(
-            f"{where} has dtype {_shown(dtype)}; known are {sorted(ITEM_BYTES)}; fetch it again"
+            f"{where} has dtype {shown(dtype)}; known are {sorted(ITEM_BYTES)}; fetch it again"
         )
     for what, sizes in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(sizes, list) or not all(_is_size(n) for n in sizes):
             raise CheckpointError(
-                f"{where} has {what} {_shown(sizes)}, no list of whole numbers from 0 on; fetch it "
+                f"{where} has {what} {shown(sizes)}, no list of whole numbers from 0 on; fetch it "
                 "again"
             )
     if len(offsets) != 2:
@@ -362,6 +254,44 @@ def _entries(folder: Path) -> dict[str, Entry]:
     if not entries:
         raise CheckpointError(f"{folder}: no tensor in {', '.join(f.name for f in files)}")
     return entries
+
+
+def sentence_modules(folder: Path) -> tuple[str, ...]:
+    """The folders that a sentence-transformers model has beside its transformer, in order."""
+    path = source_file(folder, MODULES)
+    if path is None:
+        return ()
+    modules = []
+    for entry in parse_json(path.read_bytes(), str(path), list):
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise CheckpointError(f"{path}: {shown(entry)} is no module; each has path and type")
+        name = entry["path"]
+        typed(entry, "type", "text", path)
+        if not name:
+            continue
+        if Path(name).name != name or name == ".." or "\0" in name:
+            raise CheckpointError(f"{path}: {name!r} leaves the folder; fetch it again")
+        if not (folder / name).is_dir() or (folder / name).is_symlink():
+            raise CheckpointError(f"{folder / name}: no folder, {MODULES} names it; fetch it again")
+        modules.append(name)
+    return tuple(modules)
+
+
+def _module_entries(folder: Path, module: str) -> dict[str, Entry]:
+    """The tensors of a module, under its folder's name."""
+    pickles = [p.name for p in (folder / module).iterdir() if p.suffix in _UNREADABLE]
+    file = source_file(folder, f"{module}/{SINGLE}")
+    if file is None:
+        if pickles:
+            raise CheckpointError(
+                f"{folder / module}: {few(pickles)} and no {SINGLE}; load the model with "
+                "sentence-transformers and save it again (Alloy executes no pickle)"
+            )
+        return {}
+    return {
+        f"{module}/{entry.name}": entry._replace(name=f"{module}/{entry.name}")
+        for entry in _refuse_parts(read_header(file))
+    }
 
 
 def _refuse_parts(entries: list[Entry]) -> list[Entry]:
@@ -467,7 +397,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
             typed(part, key, kind, path)
     for name in config.get("architectures") or ():
         if not isinstance(name, str):
-            raise CheckpointError(f"{path}: architectures holds {_shown(name)}; it must be text")
+            raise CheckpointError(f"{path}: architectures holds {shown(name)}; it must be text")
     if config.get("quantization_config") or config.get("compression_config"):
         raise CheckpointError(
             f"{path}: quantization_config says that the weights are quantised, which cannot be "
@@ -484,9 +414,3 @@ _CONFIG_KEYS = {
     "tie_word_embeddings": "true or false",
     "vocab_size": "a whole number",
 }
-
-
-def few(names: Sequence[str], limit: int = 5) -> str:
-    """Names for a message: the first few, and how many more."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more

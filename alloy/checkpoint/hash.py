@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alloy.checkpoint.format import read_json, source_file
+from alloy.checkpoint.reading import read_json, source_file
 from alloy.errors import CheckpointError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")

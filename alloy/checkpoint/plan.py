@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from alloy.checkpoint.checks.configs import compare_configs, compare_processors
 from alloy.checkpoint.checks.findings import Findings
+from alloy.checkpoint.checks.modules import common_modules
 from alloy.checkpoint.checks.places import check_output, check_room
 from alloy.checkpoint.checks.rows import common_vocabulary, has_row_per_token
 from alloy.checkpoint.checks.settings import TextSettings, common_settings
@@ -30,7 +31,8 @@ from alloy.checkpoint.config import (
     stored_transposed,
 )
 from alloy.checkpoint.display import plan_table
-from alloy.checkpoint.format import INDEX, SINGLE, Checkpoint, few
+from alloy.checkpoint.format import INDEX, SINGLE, Checkpoint
+from alloy.checkpoint.reading import few
 from alloy.checkpoint.request import MergeRequest
 from alloy.checkpoint.statistics import Measurements, open_statistics
 from alloy.checkpoint.tokenizer import Vocabulary
@@ -120,6 +122,7 @@ def _plan(request: MergeRequest) -> MergePlan:
     compare_configs(findings, sources.configs, request.allow)
     models = {n: sources.folders[n] for n in sources.models if n in sources.folders}
     processors = compare_processors(findings, models, request.allow)
+    modules = common_modules(findings, sources, request.allow)
     vocabulary = common_vocabulary(findings, sources, request.tokenizer)
     by_base = vocabulary is not None and request.tokenizer == "base" and BASE in sources.folders
     speaker = BASE if by_base else sources.reference
@@ -151,7 +154,9 @@ def _plan(request: MergeRequest) -> MergePlan:
         output=output,
         tensors=tensors,
         layout=_layout(tensors, sources, request.shard_bytes),
-        files=processors | _files(sources, speaker, vocabulary, text_settings, request.dtype),
+        files=processors
+        | modules
+        | _files(sources, speaker, vocabulary, text_settings, request.dtype),
         vocabulary=vocabulary,
         statistics=measured,
         notes=tuple(findings.notes),
@@ -281,23 +286,29 @@ def _layout(
     assert not isinstance(shard_bytes, str), "a checked request has a number"
     reference = sources.checkpoints[sources.reference].entries
     groups: list[list[str]] = []
-    last: Path | None = None
+    last: tuple[str, Path | None] = ("", None)
     size = 0
     for tensor in tensors:
-        file = reference[tensor.name].file if tensor.name in reference else last
-        full = size + tensor.num_bytes > shard_bytes if shard_bytes is not None else file != last
-        if not groups or full:
+        module = tensor.name.rpartition("/")[0] if sources.modules else ""
+        file = reference[tensor.name].file if tensor.name in reference else last[1]
+        full = size + tensor.num_bytes > shard_bytes if shard_bytes is not None else file != last[1]
+        if not groups or (full and not module) or module != last[0]:
             groups.append([])
             size = 0
         groups[-1].append(tensor.name)
         size += tensor.num_bytes
-        last = file
-    if len(groups) == 1:
-        return {SINGLE: tuple(groups[0])}
-    return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": tuple(group)
-        for i, group in enumerate(groups, 1)
+        last = module, file
+    of_modules = {
+        f"{group[0].rpartition('/')[0]}/{SINGLE}": tuple(group)
+        for group in groups
+        if sources.modules and "/" in group[0]
     }
+    plain = [tuple(group) for group in groups if tuple(group) not in of_modules.values()]
+    if len(plain) == 1:
+        return {SINGLE: plain[0]} | of_modules
+    return {
+        f"model-{i:05d}-of-{len(plain):05d}.safetensors": group for i, group in enumerate(plain, 1)
+    } | of_modules
 
 
 def _files(

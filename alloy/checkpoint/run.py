@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +21,20 @@ from alloy.checkpoint.engine.underflow import Underflows
 from alloy.checkpoint.engine.work import Copy, Function, Held, Tensors, merged_whole, work_for
 from alloy.checkpoint.format import INDEX
 from alloy.checkpoint.hash import sha256
+from alloy.checkpoint.journal import (
+    LOCK,
+    Journal,
+    locked,
+    remove_ours,
+    sync_folder,
+    write_through,
+)
 from alloy.checkpoint.plan import MergePlan, plan_merge
 from alloy.checkpoint.request import Coefficients, MergeRequest, Paths, num_threads
 from alloy.errors import CheckpointError, MergeError, system_errors
 
 RECORD = "alloy_merge.json"
 """The result's own account of how it was made, beside its card."""
-_JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
@@ -155,10 +161,10 @@ def run_plan(
     threads = num_threads(threads) or _num_cores()
     folder = plan.output.with_name(plan.output.name + INCOMPLETE)
     underflows = Underflows()
-    with system_errors(), _locked(folder):
+    with system_errors(), locked(folder):
         origins = origins_of(plan, trust_manifests=trust_manifests)
         try:
-            journal = _Journal(folder, plan.digest, _files_of(plan))
+            journal = Journal(folder, plan.digest, _files_of(plan))
             shards = _shards(plan, compiled)
             with _single_threaded_torch(shards):
                 execute(
@@ -175,13 +181,13 @@ def run_plan(
             account = record(
                 plan, files, origins, hash_sources=hash_sources, command=command, notes=notes
             )
-            _write(folder / RECORD, (json.dumps(account, indent=2) + "\n").encode())
+            write_through(folder / RECORD, (json.dumps(account, indent=2) + "\n").encode())
             card = model_card(plan, account, title or plan.output.name)
-            _write(folder / "README.md", card.encode())
+            write_through(folder / "README.md", card.encode())
             journal.remove()
             _put_in_place(folder, plan.output)
         except (MergeError, CheckpointError):
-            _remove_ours(folder)  # trying again changes nothing; an interrupted run stays
+            remove_ours(folder)  # trying again changes nothing; an interrupted run stays
             folder.rmdir()
             raise
     return MergeReport(
@@ -253,130 +259,6 @@ def _step(
     )
 
 
-class _Journal:
-    """The record of an unfinished result: every file's name first, then each finished one's hash.
-
-    The names are what makes a folder ours: another merge may remove these files and nothing else.
-    """
-
-    def __init__(self, folder: Path, plan: str, files: Sequence[str]):
-        self.path = folder / _JOURNAL
-        self.finished: dict[str, str] = {}
-        entries = _journal_entries(folder)
-        if entries and entries[0]["plan"] == plan:
-            for entry in entries[1:]:
-                file = folder / entry["file"]
-                if file.is_file() and sha256(file) == entry["sha256"]:
-                    self.finished[entry["file"]] = entry["sha256"]
-        else:
-            _remove_ours(folder, keep=_LOCK)
-            self._append({"plan": plan, "files": list(files)})
-        self.resumed = tuple(self.finished)
-
-    def add(self, file: str, digest: str) -> None:
-        self._append({"file": file, "sha256": digest})
-        self.finished[file] = digest
-
-    def _append(self, entry: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def remove(self) -> None:
-        self.path.unlink()
-
-
-def _journal_entries(folder: Path) -> list[dict[str, Any]]:
-    """The journal's whole lines; a last line that a crash cut short is left out.
-
-    Raises:
-        CheckpointError: the journal is not one of ours.
-    """
-    path = folder / _JOURNAL
-    if path.is_symlink():
-        raise CheckpointError(f"{path} is a link, so it is not ours; {_MOVE_IT}")
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    entries: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        entry: Any = None
-        with suppress(ValueError):
-            entry = json.loads(line)
-        if not _is_entry(entry, first=number == 1):
-            raise CheckpointError(
-                f"{path}: line {number} is not a line of a merge's journal; {_MOVE_IT}"
-            )
-        entries.append(entry)
-    return entries
-
-
-def _is_entry(entry: Any, *, first: bool) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    if first:
-        files = entry.get("files")
-        plain = isinstance(files, list) and all(_is_plain_name(name) for name in files)
-        return plain and isinstance(entry.get("plan"), str)
-    return _is_plain_name(entry.get("file")) and isinstance(entry.get("sha256"), str)
-
-
-def _is_plain_name(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name
-
-
-def _remove_ours(folder: Path, keep: str | None = None) -> None:
-    """Remove what the folder's journal names, itself last; a file that is not ours stays."""
-    entries = _journal_entries(folder)
-    for name in (*(entries[0]["files"] if entries else ()), _JOURNAL, _LOCK):
-        if name != keep:
-            (folder / name).unlink(missing_ok=True)
-
-
-_LOCK = "lock"
-_MOVE_IT = "move or remove it, or choose another output"
-
-
-def refuse_foreign(folder: Path) -> None:
-    """Refuse an unfinished folder unless it is absent, empty, or holds only what its journal names.
-
-    Raises:
-        CheckpointError: a link, a file, or a folder with anything that an earlier merge did not
-            write.
-    """
-    if folder.is_symlink():
-        raise CheckpointError(f"{folder} is a link, and a merge would write through it; {_MOVE_IT}")
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file where a merge keeps its work; {_MOVE_IT}")
-    entries = _journal_entries(folder)
-    ours = {_JOURNAL, *(entries[0]["files"] if entries else ())}
-    for path in sorted(folder.iterdir()):
-        is_lock = path.name == _LOCK and path.stat(follow_symlinks=False).st_size == 0
-        if not (is_lock or path.name in ours) or path.is_symlink() or not path.is_file():
-            raise CheckpointError(
-                f"{folder} holds {path.name!r}, which no earlier merge wrote; {_MOVE_IT}"
-            )
-
-
-@contextmanager
-def _locked(folder: Path) -> Generator[None]:
-    """The unfinished folder, ours alone; what it holds stays for the next run if this one dies."""
-    refuse_foreign(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o666)
-    with os.fdopen(descriptor, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}: another run is writing it; wait for it or stop it"
-            ) from error
-        yield
-
-
 def _files_of(plan: MergePlan) -> list[str]:
     """Every file that the result will have."""
     return [*plan.layout, *plan.files, INDEX, RECORD, "README.md"]
@@ -404,33 +286,20 @@ def _write_beside(plan: MergePlan, folder: Path, shards: Sequence[Shard]) -> dic
         name: value.read_bytes() if isinstance(value, Path) else value
         for name, value in plan.files.items()
     }
-    if len(shards) > 1:
-        weight_map = {step.name: shard.file for shard in shards for step in shard.steps}
-        index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map}
+    plain = [shard for shard in shards if "/" not in shard.file]
+    if len(plain) > 1:
+        weight_map = {step.name: shard.file for shard in plain for step in shard.steps}
+        total = sum(step.num_bytes for shard in plain for step in shard.steps)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         contents[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
     for name, content in contents.items():
-        _write(folder / name, content)
+        write_through(folder / name, content)
     return {name: sha256(folder / name) for name in contents}
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _put_in_place(folder: Path, output: Path) -> None:
     """The finished folder takes the place of the (absent or empty) output."""
-    (folder / _LOCK).unlink()
-    _sync_folder(folder)
+    (folder / LOCK).unlink()
+    sync_folder(folder)
     folder.replace(output)
-    _sync_folder(output.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(output.parent)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alloy.checkpoint.format import Checkpoint, few, open_checkpoint
+from alloy.checkpoint.format import Checkpoint, open_checkpoint
+from alloy.checkpoint.reading import few
 from alloy.checkpoint.tensors import load_tensor
 from alloy.errors import MergeError
 

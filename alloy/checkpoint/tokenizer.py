@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alloy.checkpoint.format import read_json, read_text, source_file, typed
+from alloy.checkpoint.reading import read_json, read_text, source_file, typed
 from alloy.errors import CheckpointError
 
 POLICIES = ("same", "base", "union")

@@ -11,7 +11,7 @@ from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.config import flatten
-from alloy.checkpoint.format import read_json, source_file
+from alloy.checkpoint.reading import read_json, source_file
 
 _MUST_AGREE = (
     "preprocessor_config.json",

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.checks.sources import BASE, Sources
 from alloy.checkpoint.config import flatten, vocabulary_size
-from alloy.checkpoint.format import Entry, few
+from alloy.checkpoint.format import Entry
+from alloy.checkpoint.reading import few
 from alloy.checkpoint.tokenizer import (
     Tokenizer,
     Vocabulary,

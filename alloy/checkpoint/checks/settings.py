@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
-from alloy.checkpoint.format import few, read_json, read_text, source_file
+from alloy.checkpoint.reading import few, read_json, read_text, source_file
 from alloy.errors import CheckpointError
 
 _SETTINGS = "tokenizer_config.json"

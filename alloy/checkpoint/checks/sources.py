@@ -34,6 +34,11 @@ class Sources:
         """What is merged: all but the base."""
         return [name for name in self.checkpoints if name != BASE]
 
+    @property
+    def modules(self) -> set[str]:
+        """Folders of modules that any source has beside its transformer."""
+        return {module for c in self.checkpoints.values() for module in c.modules}
+
     @cached_property
     def folders(self) -> dict[str, Path]:
         """Those that are folders; a single file has neither config nor tokenizer."""

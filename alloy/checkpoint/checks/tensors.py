@@ -15,7 +15,8 @@ from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.checks.rows import has_row_per_token, is_embedding, is_head
 from alloy.checkpoint.checks.sources import Sources
 from alloy.checkpoint.config import vocabulary_size
-from alloy.checkpoint.format import DTYPE_NAMES, ITEM_BYTES, MERGEABLE, Entry, few
+from alloy.checkpoint.format import DTYPE_NAMES, ITEM_BYTES, MERGEABLE, Entry
+from alloy.checkpoint.reading import few
 from alloy.checkpoint.tokenizer import Vocabulary
 from alloy.errors import nearest
 

@@ -139,6 +139,7 @@ class _Output:
         self._pending: dict[int, np.ndarray] = {}
         self._next, self._hashing = 0, False
         self._sha256 = hashlib.sha256()
+        (folder / shard.file).parent.mkdir(exist_ok=True)
         self._file = GrowingFile(folder / shard.file, shard.num_bytes, stage_bytes, writer)
         self._append(np.frombuffer(shard.header, np.uint8))
 

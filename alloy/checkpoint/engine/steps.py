@@ -79,7 +79,14 @@ class Shard:
 
     @property
     def header(self) -> bytes:
-        return encode_header((step.name, step.dtype, step.shape) for step in self.steps)
+        return encode_header(
+            (self.stored_name(step.name), step.dtype, step.shape) for step in self.steps
+        )
+
+    def stored_name(self, name: str) -> str:
+        """A tensor's name within the file: a module's file has none of its folder."""
+        folder = self.file.rpartition("/")[0]
+        return name.removeprefix(f"{folder}/") if folder else name
 
     @property
     def num_bytes(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from alloy.checkpoint.engine.steps import Rows, Shard, Step, Work
-from alloy.checkpoint.format import few
+from alloy.checkpoint.reading import few
 
 _SMALLEST = 2.0**-25
 """Half of float16's smallest number: anything below rounds to 0."""

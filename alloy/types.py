@@ -9,6 +9,9 @@ from torch import Tensor
 Weights = Mapping[str, Tensor]
 """A state dict: parameter name to tensor. ("params" are files.)"""
 
+Batch = Mapping[str, Tensor]
+"""Keyword inputs of a model's forward, one row for each example."""
+
 
 class AlignedWeights(dict[str, Tensor]):
     """A state dict in the units of an alignment, which Grams that are merged with it must share.

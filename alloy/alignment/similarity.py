@@ -145,7 +145,7 @@ class OfUnits(NamedTuple):
     even: Tensor | None = None
 
 
-class Products(NamedTuple):
+class KeptProducts(NamedTuple):
     """The other model's stretches, by axis, and the inner products of them that were last
     computed.
     """
@@ -154,7 +154,7 @@ class Products(NamedTuple):
     products: OfUnits
 
 
-Kept = dict[str, Products]
+Kept = dict[str, KeptProducts]
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ class Similarity:
             product = ours @ new.T
             totals[odd] = totals[odd] + product if odd in totals else product
         products = OfUnits(totals.get(True, torch.zeros(size, size)), totals.get(False))
-        kept[space] = Products(theirs, products)
+        kept[space] = KeptProducts(theirs, products)
         return products
 
     def _unit_correlation(self, space: str, other: Weights, products: OfUnits) -> Tensor:

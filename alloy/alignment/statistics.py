@@ -47,7 +47,7 @@ def transport_statistics(
     return replace(
         statistics,
         places={
-            space: tuple(_Mover(space, specs, transforms, place).moved() for place in places)
+            space: tuple(_PlaceMover(space, specs, transforms, place).moved() for place in places)
             for space, places in statistics.places.items()
             if space not in stretched
         },
@@ -59,7 +59,7 @@ def transport_statistics(
     )
 
 
-class _Mover:
+class _PlaceMover:
     """Moves the sums of one place."""
 
     def __init__(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from alloy.alignment.moves import move_columns
-from alloy.alignment.similarity import Kept, OfUnits, Products, Similarity, unit_rows
+from alloy.alignment.similarity import Kept, KeptProducts, OfUnits, Similarity, unit_rows
 from alloy.alignment.state import Family
 from alloy.symmetry.transforms import Transforms
 
@@ -74,4 +74,4 @@ class Warm:
         assert odd is not None
         axes = self.similarity.own_axes[name]
         rows = [unit_rows(weights[axis.parameter], spec, name, axis) for axis in axes]
-        self.products[name] = Products(rows, OfUnits(odd, even))
+        self.products[name] = KeptProducts(rows, OfUnits(odd, even))

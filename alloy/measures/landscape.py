@@ -15,9 +15,8 @@ from torch.func import functional_call
 
 from alloy.errors import LandscapeError
 from alloy.refit.repair import reestimate_norms
-from alloy.types import Weights
+from alloy.types import Batch, Weights
 
-Batch = Mapping[str, Tensor]
 Measures = Callable[[Any, Batch], Mapping[str, Tensor]]
 
 

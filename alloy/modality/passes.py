@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from alloy.modality.experts import expert_name, split_experts
 from alloy.modality.modeling import ModalityModel
+from alloy.types import Batch
 
-Batch = Mapping[str, Tensor]
 """`pixel_values`, `input_ids`, `attention_mask`, of which image i and text i belong together; and
 `HIDDEN` where words are hidden."""
 

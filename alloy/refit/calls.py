@@ -41,7 +41,7 @@ _MOVES = (
 """Operations that only move entries, if they keep all of them."""
 
 
-class Step(NamedTuple):
+class OutputStep(NamedTuple):
     """Entries in other places, then multiplied by what does not depend on the data."""
 
     move: Callable[[Tensor], Tensor]
@@ -49,7 +49,7 @@ class Step(NamedTuple):
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """One call of a module: its first input, its output, and the sum that this went into, if
     any.
     """
@@ -62,7 +62,7 @@ class Call:
     sum: Tensor | None = None
     summed_as: int | None = None
     """Equal for outputs that went into the same sum."""
-    path: tuple[Step, ...] = ()
+    path: tuple[OutputStep, ...] = ()
     """The steps between the output and the sum."""
 
     def stream(self) -> Tensor:
@@ -97,7 +97,7 @@ class _Reached(Exception):  # noqa: N818 (ends a forward pass, no error)
     """Everything wanted of a forward pass has been seen."""
 
 
-class Recorder:
+class CallRecorder:
     """Records calls of some modules in one forward pass.
 
     Args:
@@ -118,18 +118,18 @@ class Recorder:
     ) -> None:
         self.modules, self.summed, self.expected = modules, summed, expected
         self.copies = copies
-        self.calls: dict[str, list[Call]] = {}
+        self.calls: dict[str, list[ModuleCall]] = {}
         self.order: list[str] = []
         """Names, at each call."""
         self.streams: set[int] = set()
-        """Of the sums (`Call.summed_as`) those that were added to, and those of such sums."""
+        """Of the sums (`ModuleCall.summed_as`) those that were added to, and those of such sums."""
         self.held: list[Tensor] = []
         """Originals, so that no memory is used twice and identities tell tensors apart."""
 
-    def run(self, model: nn.Module, forward: Callable[[], object]) -> Recorder:
+    def run(self, model: nn.Module, forward: Callable[[], object]) -> CallRecorder:
         """Run `forward`, a pass of `model` in evaluation mode."""
         with ExitStack() as stack:
-            follow = stack.enter_context(_Sums(self, model)) if self.summed else None
+            follow = stack.enter_context(_SumFollower(self, model)) if self.summed else None
             for name, module in self.modules.items():
                 handle = module.register_forward_hook(self._hook(name, follow), with_kwargs=True)
                 stack.callback(handle.remove)
@@ -138,11 +138,11 @@ class Recorder:
         self.held.clear()
         return self
 
-    def _hook(self, name: str, follow: _Sums | None):
+    def _hook(self, name: str, follow: _SumFollower | None):
         def see(_module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
             x = first_tensor(args, kwargs)
             self.held += [x, output]
-            call = Call(self.kept(x), self.kept(output), identity_of(x), identity_of(output))
+            call = ModuleCall(self.kept(x), self.kept(output), identity_of(x), identity_of(output))
             self.calls.setdefault(name, []).append(call)
             self.order.append(name)
             if follow is not None and name in self.summed:
@@ -165,14 +165,14 @@ class _Followed(NamedTuple):
     """A tensor that an output became; held, so that its id stays its own."""
 
     tensor: Tensor
-    call: Call
-    path: tuple[Step, ...]
+    call: ModuleCall
+    path: tuple[OutputStep, ...]
 
 
-class _Sums(TorchDispatchMode):
+class _SumFollower(TorchDispatchMode):
     """Follows outputs through moves and gains to the first addition to a tensor of their shape."""
 
-    def __init__(self, recorder: Recorder, model: nn.Module) -> None:
+    def __init__(self, recorder: CallRecorder, model: nn.Module) -> None:
         super().__init__()
         self.recorder = recorder
         self.waiting: dict[int, _Followed] = {}
@@ -199,7 +199,7 @@ class _Sums(TorchDispatchMode):
             if id(args[0]) in self.sums and args[0].numel() == result.numel():
                 self.sums[id(result)] = (result, self.sums[id(args[0])][1])
             if source and source.tensor.numel() == result.numel():
-                self._follow(source, result, Step(lambda x: func(x, *args[1:], **kwargs)))
+                self._follow(source, result, OutputStep(lambda x: func(x, *args[1:], **kwargs)))
         elif func in _GAINS:
             self._multiplied(args, written, result)
         return result
@@ -230,8 +230,8 @@ class _Sums(TorchDispatchMode):
             source = self.waiting.get(id(x), written if x is result else None)
             if source and source.tensor.shape == result.shape:
                 if not isinstance(gain, Tensor) or id(gain) in self.fixed:
-                    self._follow(source, result, Step(lambda x: x, gain))
+                    self._follow(source, result, OutputStep(lambda x: x, gain))
                 return
 
-    def _follow(self, source: _Followed, result: Tensor, step: Step) -> None:
+    def _follow(self, source: _Followed, result: Tensor, step: OutputStep) -> None:
         self.waiting[id(result)] = _Followed(result, source.call, (*source.path, step))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from alloy.errors import MergeError, RepairError
 from alloy.refit import least_squares
-from alloy.refit.calls import Recorder
+from alloy.refit.calls import CallRecorder
 from alloy.refit.least_squares import loaded
 from alloy.refit.lessons import Lesson, Teacher, Units
 from alloy.refit.linear_layer import LinearLayer, batch_norms
@@ -32,9 +32,7 @@ from alloy.refit.units import units_between
 from alloy.statistics.masks import Masks
 from alloy.statistics.points import first_tensor, layer_of
 from alloy.symmetry.spec import SymmetrySpec, leaves
-from alloy.types import Weights
-
-Batch = Mapping[str, Tensor]
+from alloy.types import Batch, Weights
 
 _SMALL = 4_000_000  # numbers in the inputs of calibration data that may run as one batch
 
@@ -154,7 +152,7 @@ def reestimate_norms(
     if not norms:
         return _weights_of(student, weights)
     few = {name: tensor[:2] for name, tensor in batches[0].items()}
-    order = Recorder(norms, copies=False).run(student, lambda: student(**few)).order
+    order = CallRecorder(norms, copies=False).run(student, lambda: student(**few)).order
     once = {name: norms[name] for name in order if order.count(name) == 1}
     whole = _as_one(batches)
     if whole is not None:
@@ -163,7 +161,7 @@ def reestimate_norms(
     for name, norm in once.items():
         sums = _NormSums()
         for batch in batches:
-            recorder = Recorder({name: norm}, expected=1, copies=False)
+            recorder = CallRecorder({name: norm}, expected=1, copies=False)
             (call,) = recorder.run(student, lambda b=batch: student(**b)).calls[name]
             sums.add(call.input)
         sums.write(norm)
@@ -363,7 +361,7 @@ def _unit_moments(
     modules = {name: module.get_submodule(name) for name in layers}
     for batch in batches:
         masks = Masks(batch)
-        calls = Recorder(modules).run(module, lambda b=batch: module(**b)).calls
+        calls = CallRecorder(modules).run(module, lambda b=batch: module(**b)).calls
         for name, call in ((name, call) for name, of_layer in calls.items() for call in of_layer):
             y_ND = masks.kept(layers[name].outputs(call.output)).double()
             count, total, square = sums.get(name, (0, y_ND.new_zeros(()), y_ND.new_zeros(())))

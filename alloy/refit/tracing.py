@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from alloy.errors import MergeError
-from alloy.refit.calls import Call, Recorder
+from alloy.refit.calls import CallRecorder, ModuleCall
 from alloy.refit.lessons import Lesson
 from alloy.refit.linear_layer import LinearLayer, batch_norms, fittable_layers
 
@@ -62,7 +62,7 @@ def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
             raise MergeError(f"teachers of one lesson have different layers: {sorted(mapping)[:3]}")
     followed = {name: layer for name, layer in layers.items() if name in wanted}
     norms = {n: m for n, m in batch_norms(student).items() if m.affine}
-    recorder = Recorder({**followed, **norms}, {**followed, **norms}, copies=False)
+    recorder = CallRecorder({**followed, **norms}, {**followed, **norms}, copies=False)
     calls = recorder.run(student, lambda: lesson.forward(student, batch)).calls
     if named and (never := sorted(wanted - set(calls))):
         raise MergeError(f"the data of a model never reaches {never[:3]}")
@@ -82,7 +82,7 @@ def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
     )
 
 
-def _stream_of(call: Call, recorder: Recorder) -> int | None:
+def _stream_of(call: ModuleCall, recorder: CallRecorder) -> int | None:
     return call.summed_as if call.summed_as in recorder.streams else None
 
 
@@ -133,7 +133,7 @@ class Seen(NamedTuple):
     """
 
     input: Tensor
-    wrote: Call
+    wrote: ModuleCall
     in_stream: bool
 
     @property
@@ -160,7 +160,7 @@ def watch(
     expected = sum(num_calls.values()) + len(names) - len(num_calls)
     expected += sum(num for name, num in num_calls.items() if name in streams)
     summed = {written[name] for name in layers if name in streams}
-    calls = Recorder(modules, summed, expected).run(module, forward).calls
+    calls = CallRecorder(modules, summed, expected).run(module, forward).calls
     return {
         name: [
             Seen(read.input, wrote, name in streams)

@@ -26,12 +26,13 @@ import torch
 from torch import nn
 
 from alloy.errors import CollectionError
-from alloy.statistics.observer import Batch, Observer
+from alloy.statistics.observer import Observer
 from alloy.statistics.points import LinearImage, linear_images
 from alloy.statistics.products import Products
 from alloy.statistics.sums import Pair, Statistics
 from alloy.symmetry.parts import by_blocks
 from alloy.symmetry.spec import SymmetrySpec
+from alloy.types import Batch
 
 
 @torch.no_grad()

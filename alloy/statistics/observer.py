@@ -28,8 +28,7 @@ from alloy.statistics.points import (
 )
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.tracing.recording.kernels import plain_kernels
-
-Batch = Mapping[str, Tensor]
+from alloy.types import Batch
 
 
 class Observer:

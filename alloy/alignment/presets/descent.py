@@ -74,26 +74,26 @@ class Descent(Preset):
         require_equal_specs(given.specs, given.reference)
         shares = self._shares()
         require_statistics(given, any(s < 1 for s in shares) or self.start != "identity")
-        task, notes = self._unfolded(given)
+        case, notes = self._unfolded(given)
         candidates: dict[float | None, dict[str, Transforms]] = {
-            share: {o: self._pair(task, o, share) for o in given.others} for share in shares
+            share: {o: self._pair(case, o, share) for o in given.others} for share in shares
         }
         chosen: float | None = shares[0]
         if self.score is not None:
-            candidates[None] = {o: identity(task.spec) for o in given.others}
-            chosen, note = _by_score(task, candidates, self.score)
+            candidates[None] = {o: identity(case.spec) for o in given.others}
+            chosen, note = _by_score(case, candidates, self.score)
             notes = (*notes, note)
         elif len(shares) > 1:
-            chosen = _by_proxy(task, candidates)
+            chosen = _by_proxy(case, candidates)
             notes = (*notes, f"weight_share {chosen} was chosen among {list(shares)}")
-        transforms = {given.reference: identity(task.spec), **candidates[chosen]}
+        transforms = {given.reference: identity(case.spec), **candidates[chosen]}
         return Alignment(
             given.preset,
             given.reference,
-            task.spec,
+            case.spec,
             given.specs,
             transforms,
-            report={o: tuple(task.describe(o, transforms[o])) for o in given.others},
+            report={o: tuple(case.describe(o, transforms[o])) for o in given.others},
             warnings=notes,
         )
 
@@ -123,21 +123,21 @@ class Descent(Preset):
             return (float(self.weight_share),)
         raise AlignmentError(f"weight_share {self.weight_share!r} is neither 'search' nor in 0..1")
 
-    def _unfolded(self, given: Given) -> tuple[_Task, tuple[str, ...]]:
+    def _unfolded(self, given: Given) -> tuple[_Case, tuple[str, ...]]:
         """The models to align, norms folded if the settings say so, and notes."""
-        plain = _Task(given.reference, given.models, given.spec, given.moments)
+        plain = _Case(given.reference, given.models, given.spec, given.moments)
         if not self.fold:
             return plain, ()
         if not given.spec.folds:
             reasons = "; ".join(given.spec.unfoldable.values()) or "the model has none with a gain"
             return plain, (f"no norm can be folded, so that no stream rotates: {reasons}",)
         models, spec = folded_models(given)
-        return _Task(given.reference, models, spec, partial(folded_moments, given)), ()
+        return _Case(given.reference, models, spec, partial(folded_moments, given)), ()
 
-    def _pair(self, task: _Task, other: str, share: float) -> dict[str, Transform]:
+    def _pair(self, case: _Case, other: str, share: float) -> dict[str, Transform]:
         """One model to the reference: of all starts and orders, the end that is highest."""
-        reference, theirs = task.models[task.reference], task.models[other]
-        moments = task.moments(other)
+        reference, theirs = case.models[case.reference], case.models[other]
+        moments = case.moments(other)
         space: SimilaritySpace = "weight" if share == 1 else "dual" if share else "activation"
         starts: Sequence[Start] = (
             ("identity", "activation") if self.start == "best" else (self.start,)
@@ -146,14 +146,14 @@ class Descent(Preset):
             align(
                 reference,
                 theirs,
-                task.spec,
+                case.spec,
                 moments if share < 1 or self.start != "identity" else None,
                 space=space,
                 weight_share=share if space == "dual" else None,
                 method=self.method,
                 scale=self.scale,
                 start=start if share > 0 else "identity",
-                keep=kept_spaces(task.spec, self.keep),
+                keep=kept_spaces(case.spec, self.keep),
                 canonical=self.canonical and share > 0,
                 generator=torch.Generator().manual_seed(seed),
                 max_sweeps=self.max_sweeps,
@@ -165,18 +165,18 @@ class Descent(Preset):
         if len(ends) == 1:
             return ends[0]
         if self.canonical:
-            free = canonical_spaces(task.spec)
+            free = canonical_spaces(case.spec)
             moments = {space: m for space, m in moments.items() if space not in free}
-        turning = rotating(task.spec, self.method)
+        turning = rotating(case.spec, self.method)
         similarity = Similarity.to(
-            reference, task.spec, moments, share, scale=self.scale, rotating=turning
+            reference, case.spec, moments, share, scale=self.scale, rotating=turning
         )
         values = [_height(Search(similarity, theirs, {}, end)) for end in ends]
         return ends[values.index(max(values))]
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Case:
     """Models to align, as they were given or folded, and what was seen of them."""
 
     reference: str
@@ -197,13 +197,13 @@ def _height(search: Search) -> float:
 
 
 def _by_score(
-    task: _Task, candidates: Mapping[float | None, Mapping[str, Transforms]], score: Score
+    case: _Case, candidates: Mapping[float | None, Mapping[str, Transforms]], score: Score
 ) -> tuple[float | None, str]:
     """The share whose aligned models score best, None where no alignment does; and a note."""
     scores = {}
     for share, transforms in candidates.items():
-        moved = {n: transport(task.models[n], task.spec, t) for n, t in transforms.items()}
-        scores[share] = score({**task.models, **moved})
+        moved = {n: transport(case.models[n], case.spec, t) for n, t in transforms.items()}
+        scores[share] = score({**case.models, **moved})
     best = max(scores, key=lambda share: (scores[share], share is None))
     named = {
         share: "no alignment" if share is None else f"weight_share {share}" for share in scores
@@ -213,7 +213,7 @@ def _by_score(
 
 
 def _by_proxy(
-    task: _Task, candidates: Mapping[float | None, Mapping[str, Transforms]]
+    case: _Case, candidates: Mapping[float | None, Mapping[str, Transforms]]
 ) -> float | None:
     """The largest share that keeps KEPT of the highest activation similarity of all candidates.
 
@@ -222,7 +222,7 @@ def _by_proxy(
     """
     similarity = {}
     for share, transforms in candidates.items():
-        rows = [row for other, t in transforms.items() for row in task.describe(other, t)]
+        rows = [row for other, t in transforms.items() for row in case.describe(other, t)]
         seen = [r.activation_after for r in rows if r.activation_after is not None]
         similarity[share] = sum(seen) / max(1, len(seen))
     highest = max(similarity.values())

@@ -20,7 +20,7 @@ from transformers import (
 from alloy.errors import MergeError
 from alloy.merging import merge
 from alloy.refit import Lesson, Teacher, fit_layers, fittable_layers, loaded
-from alloy.refit.calls import Recorder
+from alloy.refit.calls import CallRecorder
 from alloy.refit.repair import fit_layers as repair_layers
 from alloy.refit.repair import reestimate_norms
 
@@ -121,7 +121,7 @@ def test_a_sum_is_found_behind_moves_and_gains_alone(kind):
     """And a change of the stream is made by the change of the output that `made_of` names."""
     block, x = Block(kind), torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
     layer = {"layer": block.layer}
-    (call,) = Recorder(layer, layer).run(block, lambda: block(x)).calls["layer"]
+    (call,) = CallRecorder(layer, layer).run(block, lambda: block(x)).calls["layer"]
     assert (call.sum is not None) == (kind in LINEAR)
     torch.testing.assert_close(call.output, block.layer(torch.tanh(x)))
     if kind in LINEAR:
@@ -149,7 +149,7 @@ class Stream(nn.Sequential):
 def test_a_stream_is_a_sum_that_is_added_to(kind, between, is_stream):
     model = Stream(kind, between)
     layers = {str(i): model[i].layer for i in (0, len(model) - 1)}
-    recorder = Recorder(layers, layers).run(model, lambda: model(torch.randn(2, 3, 5, 4)))
+    recorder = CallRecorder(layers, layers).run(model, lambda: model(torch.randn(2, 3, 5, 4)))
     sums = {call.summed_as for calls in recorder.calls.values() for call in calls}
     assert len(sums) == 2
     assert recorder.streams == (sums if is_stream else set())

@@ -17,7 +17,7 @@ from transformers import (
 import alloy
 from alloy.errors import MergeError, RepairError
 from alloy.refit import Lesson, LinearLayer, fittable_layers
-from alloy.refit.calls import Recorder
+from alloy.refit.calls import CallRecorder
 from alloy.refit.repair import fit_layers
 from alloy.refit.tracing import stream_layers, trace_layers
 from alloy.refit.units import units_between
@@ -82,7 +82,7 @@ def test_a_model_has_its_own_units(name, residual):
     found = units_between(model, model, batches, _spec(model, batches), residual=residual)
     assert len(found) >= 4
     layers = {layer: model.get_submodule(layer) for layer in found}
-    calls = Recorder(layers).run(model, lambda: model(**batches[0])).calls
+    calls = CallRecorder(layers).run(model, lambda: model(**batches[0])).calls
     for layer, units in found.items():
         output, dim = calls[layer][0].output, LinearLayer(layers[layer]).dim
         torch.testing.assert_close(units.bring(output, dim), output, atol=1e-4, rtol=1e-4)

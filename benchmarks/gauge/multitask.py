@@ -25,7 +25,7 @@ from alloy.symmetry import SymmetrySpec, fold_norms, identity, transport
 from tasks.evaluation import accuracy
 from tasks.evaluation.loading import load_any
 from tasks.evaluation.outputs import answers
-from tasks.models.measures.yardsticks import Labelled, asked
+from tasks.models.measures.yardsticks import Labelled, as_candidate
 from tasks.recipe.load import load_models
 from tasks.recipe.models import ModelsRecipe
 
@@ -67,7 +67,7 @@ def measure(sets: Sequence[str]) -> Iterator[dict[str, Any]]:
             for arm, weights, facts in _arms(pair):
                 score = _score(pair.model, weights, yardstick)
                 yield {"set": name, "seed": seed, "arm": arm, "joint": score, **facts}
-            parents = [asked(load_any(RELEASED / member)) for member in members]
+            parents = [as_candidate(load_any(RELEASED / member)) for member in members]
             joint = yardstick.score(parents)["joint_accuracy"].value
             yield {"set": name, "seed": seed, "arm": "ensemble of the parents", "joint": joint}
 
@@ -83,7 +83,7 @@ def _yardstick(recipe: ModelsRecipe, name: str) -> Labelled:
 
 def _score(model: nn.Module, weights: Weights, yardstick: Labelled) -> float:
     model.load_state_dict(weights)
-    return round(yardstick.score([asked(model)])["joint_accuracy"].value, 2)
+    return round(yardstick.score([as_candidate(model)])["joint_accuracy"].value, 2)
 
 
 def load_pair(recipe: ModelsRecipe, name: str, members: Sequence[str]) -> Pair:

@@ -1,8 +1,8 @@
 """collect, for recipes of kind "models": symmetries of the models, statistics of their units.
 
-Symmetries are found by tracing each architecture on calibration examples, and checked: random
-transforms must leave the outputs as they are. Then the models of a set run side by side on all
-calibration data.
+Each architecture's symmetries are traced on calibration examples, and checked: random transforms
+must leave the outputs as they are. Then the models of a set run side by side on all calibration
+data.
 """
 
 import math

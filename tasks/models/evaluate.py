@@ -23,7 +23,7 @@ from alloy.measures import landscape
 from alloy.measures.distances import ModelDistances, distance
 from alloy.refit import repair
 from tasks.evaluation.loading import load_any
-from tasks.models.measures.yardsticks import Yardstick, asked, yardsticks
+from tasks.models.measures.yardsticks import Yardstick, as_candidate, yardsticks
 from tasks.models.report.build import build
 from tasks.models.report.distances import build as build_distances
 from tasks.models.report.results import BarrierRow, DistanceRow, PathRow, PlaneRow, ScoreRow
@@ -53,7 +53,7 @@ def main(recipe: ModelsRecipe) -> None:
 def _evaluate_calibrated(recipe: ModelsRecipe) -> reports.Report:
     """All measures of all sets and seeds."""
     planned = {job.name: job for job in jobs(recipe)}
-    found = run_jobs(
+    results = run_jobs(
         "evaluate",
         evaluate,
         {name: (job,) for name, job in planned.items()},
@@ -61,7 +61,7 @@ def _evaluate_calibrated(recipe: ModelsRecipe) -> reports.Report:
     )
     rows: dict[str, list] = {}
     for job in planned:
-        for name, of_job in found[job].items():
+        for name, of_job in results[job].items():
             rows.setdefault(name, []).extend(of_job)
     return build(list(planned.values()), rows)
 
@@ -113,18 +113,18 @@ def evaluate(job: Job, report: Report) -> None:
     """All rows of one set and seed."""
     params = job.recipe.evaluate
     parents = list(job.models().values())
-    asks = [asked(parent) for parent in parents]
-    measures = yardsticks(job, asks, params.batch_size)
+    candidates = [as_candidate(parent) for parent in parents]
+    measures = yardsticks(job, candidates, params.batch_size)
     rows: dict[str, list] = {"scores": []}
-    subjects = {f"parent_{i}": ("parent", [ask]) for i, ask in enumerate(asks)}
-    subjects["ensemble"] = ("ensemble", asks)
-    for name, (kind, candidates) in subjects.items():
-        rows["scores"] += scores(job, name, kind, measures, candidates)
+    subjects = {f"parent_{i}": ("parent", [one]) for i, one in enumerate(candidates)}
+    subjects["ensemble"] = ("ensemble", candidates)
+    for name, (kind, together) in subjects.items():
+        rows["scores"] += scores(job, name, kind, measures, together)
         report("step")
     for name in job.recipe.arms(job.set):
         folder = job.within(job.workspace.arms) / name
         models = [load_any(place) for place in arm_folders(job, folder)]
-        rows["scores"] += scores(job, name, "arm", measures, [asked(model) for model in models])
+        rows["scores"] += scores(job, name, "arm", measures, [as_candidate(m) for m in models])
         report("step")
     weights = job.weights()
     split = next(name for name in CURVE_SPLITS if name in measures)
@@ -161,12 +161,12 @@ def distances(
 ) -> Iterator[DistanceRow]:
     """Between every two members in the alignment's units, of floating-point tensors alone."""
     floating = {
-        member: {n: t.float() for n, t in found.items() if t.is_floating_point()}
-        for member, found in aligned.items()
+        member: {n: t.float() for n, t in weights.items() if t.is_floating_point()}
+        for member, weights in aligned.items()
     }
     for first, second in combinations(floating, 2):
-        found = distance(floating[first], floating[second], keep=keep)
-        for layer, values in {"": found.overall, **found.layers}.items():
+        apart = distance(floating[first], floating[second], keep=keep)
+        for layer, values in {"": apart.overall, **apart.layers}.items():
             for measure, value in asdict(values).items():
                 pair = f"{first} - {second}"
                 yield DistanceRow(job.set, job.seed, name, pair, layer, measure, round(value, 6))
@@ -194,7 +194,7 @@ class Curves:
         aligned: Mapping[str, Mapping[str, Tensor]],
     ) -> dict[str, list]:
         params = self.job.recipe.evaluate
-        found: dict[str, list] = {"paths": [], "barriers": [], "planes": []}
+        rows: dict[str, list] = {"paths": [], "barriers": [], "planes": []}
         reference = self.alignment.reference
         first_seed = self.job.seed == min(self.job.entry.members)
         for i, member in enumerate(self.job.members):
@@ -202,14 +202,14 @@ class Curves:
                 continue
             if params.path_points:
                 path = list(self.path(model, i, aligned[reference], aligned[member]))
-                found["paths"] += path
-                found["barriers"] += self.barriers(i, path)
+                rows["paths"] += path
+                rows["barriers"] += self.barriers(i, path)
             same_shape = all(
                 t.shape == weights[member][n].shape for n, t in weights[reference].items()
             )
             if params.plane_points and first_seed and same_shape:
-                found["planes"] += self.plane(model, i, weights, aligned)
-        return found
+                rows["planes"] += self.plane(model, i, weights, aligned)
+        return rows
 
     def path(
         self, model: nn.Module, other: int, start: Mapping[str, Tensor], end: Mapping[str, Tensor]
@@ -257,5 +257,5 @@ class Curves:
             # The mean of two models' batch statistics is that of neither.
             weights = repair.reestimate_norms(model, weights, self.norm_batches)
         model.load_state_dict(weights)
-        found = self.measure.score([asked(model)])
-        return {metric: round(score.value, 6) for metric, score in found.items()}
+        by_metric = self.measure.score([as_candidate(model)])
+        return {metric: round(score.value, 6) for metric, score in by_metric.items()}

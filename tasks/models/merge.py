@@ -1,6 +1,6 @@
 """merge, for recipes of kind "models": make every arm of every set and seed.
 
-The members are moved as align found best and merged by any method of `alloy.merge`; the repairs of
+The members are moved as align chose and merged by any method of `alloy.merge`; the repairs of
 an arm run on calibration data. Each arm, in `models/<recipe>/arms/`, is a checkpoint that
 `from_pretrained` loads, with a model card. Where only a part of the layers is shared (partial zip),
 it is one checkpoint a member.
@@ -239,7 +239,7 @@ def _logits(model: nn.Module, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
 
 @torch.no_grad()
 def output_layer(model: nn.Module, weights: Weights, batch: Mapping[str, Tensor]) -> str:
-    """The layer whose weight and bias scale the logits: found by doubling each candidate.
+    """The layer whose weight and bias scale the logits; doubling each candidate tells which it is.
 
     Raises ValueError where there is none, as for an output layer that is also the embedding.
     """
@@ -262,8 +262,8 @@ def save(job: Job, weights: Weights, member: str, folder: Path, account: Mapping
     """Write a checkpoint of the reference's architecture, with its processors, card and record."""
     reference = job.folders[account["reference"]]
     model = copy.deepcopy(job.skeleton)
-    asked = job.recipe.merge.dtype
-    dtype = getattr(torch, asked) if asked else load_config(reference).dtype or torch.float32
+    name = job.recipe.merge.dtype
+    dtype = getattr(torch, name) if name else load_config(reference).dtype or torch.float32
     model.load_state_dict(weights)
     model.to(dtype).save_pretrained(folder)
     for file in sorted(reference.iterdir()):
@@ -278,7 +278,7 @@ def save(job: Job, weights: Weights, member: str, folder: Path, account: Mapping
 def record(
     job: Job, name: str, arm: ModelsArm, alignment: Alignment, repairs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything about an arm, as data."""
+    """An arm's origin and settings, as data."""
     return {
         "arm": name,
         "set": job.set,

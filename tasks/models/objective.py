@@ -8,7 +8,7 @@ import torch
 
 from alloy.errors import nearest
 from tasks.evaluation.loading import load_any
-from tasks.models.measures.yardsticks import asked, yardsticks
+from tasks.models.measures.yardsticks import as_candidate, yardsticks
 from tasks.models.merge import merge_arm
 from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.jobs import jobs
@@ -89,7 +89,7 @@ class ModelsObjective(Objective):
             for member, weights in merged.items():
                 model = load_any(job.folders[member])
                 model.load_state_dict(weights)
-                candidates.append(asked(model))
+                candidates.append(as_candidate(model))
             score = self._measures[job.name].score(candidates)["joint_accuracy"]
             accuracies.setdefault(job.set, []).append(score.value)
         return {name: round(fmean(values), 3) for name, values in accuracies.items()}

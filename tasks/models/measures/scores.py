@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alloy.refit import repair
 from tasks.evaluation import accuracy
-from tasks.models.measures.yardsticks import Candidate, Unlabelled, asked, yardsticks
+from tasks.models.measures.yardsticks import Candidate, Unlabelled, as_candidate, yardsticks
 from tasks.models.shared.jobs import Job
 
 Weights = Mapping[str, Tensor]
@@ -29,14 +29,14 @@ Measure = Callable[[Candidate], float]
 def merge_score(job: Job, name: str) -> Callable[[Mapping[str, Weights]], float]:
     """The score of a job's aligned models by name; more is better."""
     model = job.skeleton
-    parents = [asked(parent) for parent in job.models().values()]
+    parents = [as_candidate(parent) for parent in job.models().values()]
     seen = job.seen()
     measure = MEASURES[name](job, parents, seen)
 
     def score(aligned: Mapping[str, Weights]) -> float:
         merged = repair.reestimate_norms(model, mean(list(aligned.values())), seen)
         model.load_state_dict(merged)
-        return measure(asked(model))
+        return measure(as_candidate(model))
 
     return score
 

@@ -41,7 +41,7 @@ class Yardstick(Protocol):
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]: ...
 
 
-def asked(model: nn.Module) -> Candidate:
+def as_candidate(model: nn.Module) -> Candidate:
     """The model as it is, but its convolutions in the memory layout in which they run fastest."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -74,8 +74,8 @@ class Labelled:
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]:
         """Of one model, or of an ensemble (`accuracy.ensemble`)."""
-        found = [self._logits(candidate) for candidate in candidates]
-        logits = found[0] if len(found) == 1 else accuracy.ensemble(found, self.classes)
+        each = [self._logits(candidate) for candidate in candidates]
+        logits = each[0] if len(each) == 1 else accuracy.ensemble(each, self.classes)
         shares = accuracy.accuracies(logits, self.labels, self.tasks, self.classes)
         losses = F.cross_entropy(logits, self.labels, reduction="none")
         scores = {f"{name.replace(' ', '_')}_accuracy": score for name, score in shares.items()}
@@ -92,8 +92,7 @@ class Labelled:
             if len(answer.rows) != num:
                 raise ValueError(
                     "a benchmark with labels needs one answer an example; the models give "
-                    f"{len(answer.rows)} "
-                    f"for {num}: use models with logits, or no benchmark"
+                    f"{len(answer.rows)} for {num}: use models with logits, or no benchmark"
                 )
             parts.append(accuracy.logits(answer.rows, self.classes))
         return torch.cat(parts)
@@ -145,15 +144,15 @@ class Unlabelled:
 
     def _values(self, answer: Answers, seen: _Seen, start: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Each metric's values, a row each, and the example of each row."""
-        found = {"loss": self._loss(answer, seen, start)}
+        metrics = {"loss": self._loss(answer, seen, start)}
         for i, own in enumerate(seen.own):
             if self.are_logits:
                 value = 100.0 * (answer.rows.argmax(1) == own)
             else:
                 value = 100 * (1 - (answer.rows - own).square().sum(1) / self.variances[i])
-            found[f"{self.agreement}_parent_{i}"] = value, answer.examples
-        values = [value for name, (value, _) in found.items() if name != "loss"]
-        return {**found, self.agreement: (torch.stack(values).mean(0), answer.examples)}
+            metrics[f"{self.agreement}_parent_{i}"] = value, answer.examples
+        values = [value for name, (value, _) in metrics.items() if name != "loss"]
+        return {**metrics, self.agreement: (torch.stack(values).mean(0), answer.examples)}
 
     @property
     def agreement(self) -> str:

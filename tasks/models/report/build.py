@@ -25,7 +25,7 @@ STORY = Markup(
 
 
 def build(jobs: Sequence[Job], rows: Mapping[str, Sequence[Any]]) -> Report:
-    """Everything that an evaluation of a recipe's sets has to show.
+    """The report of an evaluation of a recipe's sets.
 
     The jobs are all of one recipe: every set with each of its seeds. `rows` are those of
     `tasks.models.report.results`: scores and distances, and as far as they were measured paths,
@@ -40,7 +40,7 @@ def build(jobs: Sequence[Job], rows: Mapping[str, Sequence[Any]]) -> Report:
         *charts.planes(rows.get("planes", ()), recipe),
     ]
     distances = distance_grids(recipe, rows.get("distances", ()))
-    doubts = warnings(jobs)
+    notes = warnings(jobs)
     sections = [
         Section("", [STORY]),
         Section("How well they do", [charts.scores(rows["scores"], recipe), *overview, *scores]),
@@ -48,7 +48,7 @@ def build(jobs: Sequence[Job], rows: Mapping[str, Sequence[Any]]) -> Report:
         Section("What alignment did", [alignment_grid(jobs)]),
         Section("How far apart the parents are", distances),
         Section("Where everything came from", [lineage_grid(jobs)]),
-        Section("Warnings", [listing(doubts)] if doubts else []),
+        Section("Warnings", [listing(notes)] if notes else []),
     ]
     return Report(
         recipe=recipe.name,

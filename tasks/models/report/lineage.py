@@ -64,7 +64,7 @@ def lineage_grid(jobs: Sequence[Job]) -> Grid:
 
 
 def warnings(jobs: Sequence[Job]) -> list[str]:
-    """Doubts of the stages before, about calibration data and alignments."""
+    """Warnings of the stages before, about calibration data and alignments."""
     lines: dict[str, None] = {}
     for job in jobs:
         for warning in read_json(job.within(job.workspace.statistics) / REPORT)["warnings"]:

@@ -1,4 +1,4 @@
-"""The alignments that align found for a set's members."""
+"""Load the alignments of a set's members."""
 
 from safetensors.torch import load_file
 
@@ -7,7 +7,7 @@ from tasks.models.shared.jobs import Job
 
 
 def load_alignment(job: Job, name: str) -> Alignment:
-    """An alignment that `align` found for a job."""
+    """Load an alignment that `align` wrote for a job."""
     return Alignment.from_tensors(
         load_file(job.within(job.workspace.transforms) / f"{name}.safetensors")
     )

@@ -30,7 +30,7 @@ from tasks.recipe.models import ModelsRecipe, ModelsSet
 from tasks.workers import num_cores, side_by_side
 from tasks.workspace import Workspace
 
-EXAMPLES = 4  # calibration examples that symmetries are found and checked with
+EXAMPLES = 4  # calibration examples that symmetries are traced and checked with
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "label2id")
 
 Report = Callable[..., None]
@@ -99,7 +99,7 @@ class Job:
         return {name: load_weights(folder) for name, folder in self.folders.items()}
 
     def specs(self, statistics: Path | None = None) -> dict[str, SymmetrySpec]:
-        """The symmetries of each member, as collect found them."""
+        """The symmetries of each member, as collect traced them."""
         folder = statistics or self.workspace.statistics
         return {name: read_spec(folder, self, name) for name in self.members}
 

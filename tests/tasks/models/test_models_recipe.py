@@ -22,7 +22,7 @@ from alloy.symmetry import with_kind
 from tasks import choose
 from tasks.models import align, collect, evaluate, merge, prepare
 from tasks.models.measures.scores import merge_score, surest
-from tasks.models.measures.yardsticks import Labelled, asked
+from tasks.models.measures.yardsticks import Labelled, as_candidate
 from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.jobs import jobs
 from tasks.recipe.load import load, load_models
@@ -284,7 +284,7 @@ def test_padding_does_not_count_and_is_not_computed() -> None:
 
     def candidate(inputs):
         seen.append(inputs["attention_mask"])
-        return asked(model)(inputs)
+        return as_candidate(model)(inputs)
 
     found = Labelled(examples, classes, 8).score([candidate])
     assert all(mask[:, -1].any() for mask in seen)
@@ -295,7 +295,7 @@ def test_padding_does_not_count_and_is_not_computed() -> None:
         {n: t.flip(1) if t.dim() > 1 else t for n, t in examples.items()}, classes, 30
     )  # padded on the left: as it is
     assert left.inputs["attention_mask"].equal(mask.flip(1))
-    for name, score in other.score([asked(model)]).items():
+    for name, score in other.score([as_candidate(model)]).items():
         assert score.value == pytest.approx(found[name].value, rel=1e-4)
     expected = model(**texts).logits.argmax(1) == labels
     assert found["joint_accuracy"].value == pytest.approx(100 * expected.double().mean().item())

@@ -51,7 +51,7 @@ def run_stage(description: str | None, switches: Mapping[str, str] | None = None
         with hold_workspace(f"{stage} of {recipe.name}"):
             _module(stage, recipe).main(recipe, **options)
     except ConnectionError as error:
-        # Nothing is wrong with what was asked: flows try such a stage again.
+        # The arguments are right, the network is not: flows try such a stage again.
         print(f"{stage}: {error}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
     except (ValueError, OSError) as error:

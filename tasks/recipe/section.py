@@ -54,8 +54,8 @@ def _problem(where: str, problem: ErrorDetails) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing":
         return f"{where}: {key}: this is missing"
-    found = _shortened(problem["input"])
-    return f"{where}: {f'{key}: ' if key else ''}{message} (found {found})"
+    value = _shortened(problem["input"])
+    return f"{where}: {f'{key}: ' if key else ''}{message} (found {value})"
 
 
 def _shortened(value: object) -> str:

@@ -62,9 +62,9 @@ def main(recipe: Recipe) -> None:
 def refuse_many_models(recipe: Recipe, folder: Path) -> None:
     """Raise ParamsError where the result is not one model."""
     if not (folder / "config.json").is_file():
-        found = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        models = sorted(path.parent.name for path in folder.glob("*/config.json"))
         raise ParamsError(
-            f"{recipe.where}: register.model: {folder} holds no model but {found or 'nothing'}; "
+            f"{recipe.where}: register.model: {folder} holds no model but {models or 'nothing'}; "
             "fine-tune one model on all benchmarks, or register the merged one (model: merged)"
         )
 

@@ -4,8 +4,7 @@ MLflow runs this file when it loads a registered model (models from code), so be
 `tasks.registry.tracking` it is the one that imports MLflow. It needs the `alloy` package, which
 travels with the model, and nothing of `tasks`.
 
-A row has an `image` (PNG or JPEG, base64), a `text`, or both. The parameter `output` says what is
-asked:
+A row has an `image` (PNG or JPEG, base64), a `text`, or both. The parameter `output` is one of
 
     answers       answer, confidence: to the row's text, a question about the row's image
     embeddings    image_embedding, text_embedding: unit-length, of what the row has
@@ -114,15 +113,15 @@ class ServedModel(PythonModel):
         for number, row in enumerate(rows):
             if not row:
                 raise BadRequestError(f"row {number} has neither image nor text")
-        found: list[Answer] = [{} for _ in rows]
+        embeddings: list[Answer] = [{} for _ in rows]
         for key, encode in (("image", self._embed_images), ("text", self._embed_texts)):
             having = [number for number, row in enumerate(rows) if key in row]
             for start in range(0, len(having), BATCH_SIZE):
                 chosen = having[start : start + BATCH_SIZE]
-                embeddings = encode([rows[number] for number in chosen])
-                for number, embedding in zip(chosen, embeddings.tolist(), strict=True):
-                    found[number][f"{key}_embedding"] = embedding
-        return found
+                vectors = encode([rows[number] for number in chosen])
+                for number, vector in zip(chosen, vectors.tolist(), strict=True):
+                    embeddings[number][f"{key}_embedding"] = vector
+        return embeddings
 
     def score(self, rows: Sequence[Row]) -> list[Answer]:
         """The similarity of each row's text to the image of every row."""

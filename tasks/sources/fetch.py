@@ -1,8 +1,8 @@
 """Bring the checkpoints of a recipe into `models/<recipe>/checkpoints/<name>/`, verified.
 
-Every source is asked what it is now, an immutable revision; what is already here and unchanged is
-not moved. A checkpoint takes its place only when every file has the right size and hash, every
-safetensors file is whole, and its config names the architecture of the recipe.
+Every source names its present state, an immutable revision; files that are already here and
+unchanged are not moved. A checkpoint takes its place only when every file has the right size and
+hash, every safetensors file is whole, and its config names the architecture of the recipe.
 
     python -m tasks.fetch RECIPE
     python -m tasks.fetch --check RECIPE    # only say what has changed upstream
@@ -182,7 +182,7 @@ def _refuse_other_architecture(folder: Path, snapshot: Snapshot, model_type: str
 
 
 def _verified(file: RemoteFile, folder: Path, snapshot: Snapshot, wanted: dict[str, str]) -> str:
-    """The file's SHA-256, after every hash that is known of it was found right."""
+    """The file's SHA-256; every hash that is known of it must agree."""
     path = folder / file.path
     digest = storage.sha256(path)
     expected = {

@@ -38,6 +38,6 @@ def is_pinned(source: str) -> bool:
 
 
 def refuse_missing(origin: Source) -> None:
-    """Raise SourceError for a folder that is not there; places elsewhere are not asked."""
+    """Raise SourceError for a folder that is not there; places elsewhere are not looked at."""
     if isinstance(origin, Folder):
         origin.refuse_missing()

@@ -59,9 +59,9 @@ def _choose(source: str, files: Iterable[RemoteFile]) -> tuple[list[RemoteFile],
     weights = {name for name in by_name if name.endswith(".safetensors")}
     if not weights:
         pickles = sorted(name for name in by_name if name.endswith(PICKLES))
-        found = f"only {pickles}: a pickle can run code and is refused" if pickles else "none"
+        others = f"only {pickles}: a pickle can run code and is refused" if pickles else "none"
         raise SourceError(
-            f"{source}: a checkpoint needs *.safetensors, found {found}; "
+            f"{source}: a checkpoint needs *.safetensors, found {others}; "
             "save it with save_pretrained(..., safe_serialization=True)"
         )
     if "config.json" not in by_name:

@@ -45,7 +45,7 @@ def s3_client():
 
 @contextmanager
 def s3_errors(name: str) -> Generator[None]:
-    """Say of what boto3 raises which place, what was found, and what would be right."""
+    """Name the place in the errors of boto3, its answer, and what would be right."""
     from botocore import exceptions
     from urllib3.exceptions import HTTPError
 

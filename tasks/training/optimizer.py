@@ -1,9 +1,9 @@
 """Muon for the matrices of the blocks, AdamW for the rest, as one optimizer.
 
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest matrix with singular values
-near 1, found by Newton-Schulz steps; scaled by 0.2 sqrt(max(rows, columns)) its entries are as
-large as AdamW's updates (arXiv:2502.16982), so both share one learning rate. torch's own Muon
-computes in bfloat16, which is slow on a CPU, and takes one matrix at a time.
+near 1, by Newton-Schulz steps; scaled by 0.2 sqrt(max(rows, columns)) its entries are as large as
+AdamW's updates (arXiv:2502.16982), so both share one learning rate. torch's own Muon computes in
+bfloat16, which is slow on a CPU, and takes one matrix at a time.
 
 Shapes: N matrices alike, R rows, C columns.
 """

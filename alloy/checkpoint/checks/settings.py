@@ -135,15 +135,15 @@ def _compare(
         and not any(fnmatchcase(f"tokenizer.{key}", pattern) for pattern in allow)
     ]
     if lost:
-        said = ", ".join(
+        differences = ", ".join(
             f"{key} is {_short(ours.get(key))} in {speaker!r} and {_short(theirs[key])} in {name!r}"
             for key in lost[:3]
         )
         more = f", {few(lost[3:])} too" if len(lost) > 3 else ""
         keys = [f"tokenizer.{key}" for key in lost]
         findings.problem(
-            f"tokenizers are used differently: {said}{more}; make them agree, or say "
-            f"allow={keys} to take what {speaker!r} says"
+            f"tokenizers are used differently: {differences}{more}; make them agree, "
+            f"or say allow={keys} to take what {speaker!r} says"
         )
 
 

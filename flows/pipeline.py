@@ -93,13 +93,13 @@ def _is_busy(output: Sequence[str]) -> bool:
 
 
 def _exit_status(output: Sequence[str]) -> int | None:
-    """How the stage's command ended, from DVC's last words."""
+    """The exit status of the stage's command, from DVC's last words."""
     ended = re.search(r"exited with (-?\d+)$", output[-1]) if output else None
     return int(ended[1]) if ended else None
 
 
 def _reason(status: int, output: Sequence[str]) -> str:
-    """Why a stage failed: the signal that killed it or DVC, or the last that it said."""
+    """The reason a stage failed: the signal that killed it or DVC, or its last line."""
     if status < 0:
         return f"failed: DVC {_killed(-status)}"
     command = _exit_status(output) or 0

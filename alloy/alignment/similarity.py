@@ -159,7 +159,7 @@ Kept = dict[str, KeptProducts]
 
 @dataclass(frozen=True)
 class Similarity:
-    """Everything that stays fixed while the transforms of the other model are searched.
+    """The constants of a search for the other model's transforms.
 
     `reference` holds scaled weights; `activations` by space [n, no], units with their batch
     flattened, in the units of J. What is seen where signs do not show is under `signless(space)`.

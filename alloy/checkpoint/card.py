@@ -19,7 +19,7 @@ Origins = Mapping[str, Origin]
 
 
 def origins_of(plan: MergePlan, *, trust_manifests: bool) -> Origins:
-    """Where each source is from, looked up before anything is written."""
+    """The origin of each source, looked up before anything is written."""
     return {
         name: origin_of(source.path, source.files, trust_manifest=trust_manifests)
         for name, source in plan.sources.items()
@@ -35,7 +35,7 @@ def record(
     command: str | None,
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """Everything about a merge, as data."""
+    """The record of a merge, as data."""
     rows = {t.coefficients: t.name for t in plan.tensors if t.coefficients}
     return {
         "method": plan.settings.name,
@@ -110,7 +110,7 @@ tags: [merge, alloy]
 
 
 def _sources(plan: MergePlan, origins: Origins, hash_all: bool) -> dict[str, dict[str, Any]]:
-    """Where each source is from, and its files' hashes: known ones, the others on demand.
+    """The origin of each source, and its files' hashes: known ones, the others on demand.
 
     Hashing three sources takes longer than merging them; without it the record has the sizes.
     """

@@ -1,4 +1,4 @@
-"""What surrounds the weights: the config, and the files that a model needs to be loaded."""
+"""The surroundings of the weights: the config, and the files that a model needs to be loaded."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint is from, as far as it is known and not merely claimed."""
+    """The origin of a checkpoint, as far as it is known and not merely claimed."""
 
     source: str
     revision: str | None = None
@@ -47,7 +47,7 @@ def origin_of(path: Path, files: list[Path], *, trust_manifest: bool) -> Origin:
 
 
 def _from_manifest(folder: Path) -> Origin | None:
-    """What our own fetch wrote about a checkpoint; None for any other file of that name."""
+    """The origin that our own fetch recorded; None for any other file of that name."""
     try:
         path = source_file(folder, "manifest.json")
         data: dict[str, Any] = {} if path is None else read_json(path)

@@ -1,4 +1,4 @@
-"""Everything about a merge that can be known before a tensor is read: checked in full, then run.
+"""Plan a merge: all that can be known before a tensor is read, checked in full, then run.
 
 `checks` says what must hold. Problems of files are reported together, then problems of what the
 files hold.
@@ -54,14 +54,14 @@ class MergePlan:
     layout: Mapping[str, tuple[str, ...]]
     """Output file to names of tensors, in file order."""
     files: Mapping[str, Path | bytes]
-    """What lies beside the weights: contents, or the file to copy."""
+    """Files beside the weights: contents, or the file to copy."""
     vocabulary: Vocabulary | None
     statistics: Measurements | None
     notes: tuple[str, ...] = ()
     choices: Mapping[str, Any] = field(default_factory=dict)
     """The engine's settings that are not the defaults, for the record."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """What a method that runs the model was given to run: the module, batches."""
+    """Arguments of a method that runs the model: the module, batches."""
 
     @property
     def num_bytes(self) -> int:

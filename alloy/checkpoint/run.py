@@ -39,7 +39,7 @@ RECORD = "alloy_merge.json"
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote."""
+    """The outcome of a merge: what it wrote."""
 
     output: Path
     files: Mapping[str, str]

@@ -36,7 +36,7 @@ class Tokenizer:
     tokens: Mapping[str, int] | None
     """Token to id, added tokens included; None where only a binary file knows."""
     behaviour: str
-    """Everything that decides how text is cut, as canonical text: equal means interchangeable."""
+    """The rules that cut text, as canonical text: equal means interchangeable."""
     data: Mapping | None
     """The parsed tokenizer.json."""
 
@@ -266,7 +266,7 @@ def _extended(
 def _add_pieces(pieces: list, tokenizers: Mapping[str, Tokenizer], ids: Mapping[str, int]) -> None:
     """Extend a Unigram model's list, in which a piece's position is its id, to all ids.
 
-    Added tokens are found before the model looks; in its list they fill their place, never chosen.
+    Added tokens are matched first; in the model's list they fill their place, never chosen.
     """
     scores: dict[str, float] = {}
     for tokenizer in tokenizers.values():

@@ -101,8 +101,8 @@ PASSES: Mapping[str, Pass] = {
 }
 
 Answers = Literal["heads", "states"]
-"""What merging should keep: "heads", what the pre-trained heads answer; "states", also every state
-behind the last block, which heads that are still to be trained may read."""
+"""Outputs that merging should keep: "heads", those of the pre-trained heads; "states", also every
+state behind the last block, which heads that are still to be trained may read."""
 
 
 def answers_of(

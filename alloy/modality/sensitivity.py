@@ -23,7 +23,7 @@ from alloy.refit import LinearLayer, Sensitivity, sensitivities
 from alloy.statistics.moments import Gram
 
 Sensitivities = Mapping[str, Mapping[str, Sensitivity]]
-"""How much the answers depend on a layer, by modality and by the layer's agnostic name."""
+"""Dependence of the answers on a layer, by modality and by the layer's agnostic name."""
 
 
 def sensitivities_of(

@@ -94,7 +94,7 @@ class ModuleCall:
 
 
 class _Reached(Exception):  # noqa: N818 (ends a forward pass, no error)
-    """Everything wanted of a forward pass has been seen."""
+    """Ends a forward pass once every call that is wanted has been recorded."""
 
 
 class CallRecorder:

@@ -64,7 +64,7 @@ def fit_layers(
         example_weights: [P, examples] instead of coefficients, of column sums 1: the share of each
             parent in each example, in the order of the batches. Where parents know different
             things, a parent should count in what it knows.
-        inputs: "merged", x are what the merged model feeds the layer, which mends what went wrong
+        inputs: "merged", x are what the merged model feeds the layer, which repairs what went wrong
             in the layers before (one pass over the data for each depth); "parents", the mean of
             what the parents feed theirs (one pass for all).
         residual: follow the stream behind a layer that writes into one, not the layer's own output.

@@ -52,7 +52,7 @@ class Pair:
     spec: SymmetrySpec
     folded: SymmetrySpec
     kept: str
-    """Why norms were not folded; empty where they were."""
+    """The reason norms were not folded; empty where they were."""
     batches: Batches
     shares_PN: Tensor
 

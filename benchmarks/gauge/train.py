@@ -10,7 +10,7 @@ from tasks.storage import write_folder, write_json
 
 MADE = Path("models/gauge")
 WORK = Path(".alloy/gauge")
-"""Where step checkpoints are kept, so that a run that was stopped goes on."""
+"""Folder of step checkpoints, so that a run that was stopped goes on."""
 
 
 def train(name: str) -> None:

@@ -239,7 +239,7 @@ def _logits(model: nn.Module, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
 
 @torch.no_grad()
 def output_layer(model: nn.Module, weights: Weights, batch: Mapping[str, Tensor]) -> str:
-    """The layer whose weight and bias scale the logits; doubling each candidate tells which it is.
+    """The layer whose weight and bias scale the logits: doubling them doubles the logits.
 
     Raises ValueError where there is none, as for an output layer that is also the embedding.
     """

@@ -1,4 +1,4 @@
-"""Everything that can be known of a recipe before its first stage runs."""
+"""Check all that can be known of a recipe before its first stage runs."""
 
 from importlib import import_module
 

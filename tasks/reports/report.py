@@ -52,7 +52,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that `reports/<recipe>/` holds."""
+    """The contents of `reports/<recipe>/`."""
 
     recipe: str
     title: str  # the page's headline

@@ -99,7 +99,7 @@ class Trial:
     settings: Mapping[str, Value]
     scores: Mapping[str, float]
     problem: str | None = None
-    """Why there is no score: settings that cannot be merged."""
+    """The reason there is no score: settings that cannot be merged."""
 
     @property
     def score(self) -> float:

@@ -94,7 +94,7 @@ def plan(spec: SymmetrySpec, until: str | None = None) -> ZipPlan:
 
 
 def only_permuted(spec: SymmetrySpec, name: str) -> str:
-    """Why a space can lose no units, or nothing."""
+    """The reason a space can lose no units, empty where it can."""
     space = spec.spaces[name]
     if children(spec, name):
         return "its units carry others"

@@ -1,4 +1,4 @@
-"""Which tensors have one row per token, and which row of each source belongs to which token."""
+"""Tensors with one row per token, and the row of each source that belongs to a token."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def is_head(name: str) -> bool:
 def has_row_per_token(
     name: str, entries: Mapping[str, Entry], configs: Mapping[str, Mapping | None]
 ) -> bool:
-    """Whether a tensor's rows are tokens: as many, and no other size of the model is the same."""
+    """True if a tensor's rows are tokens: as many, and no other size of the model equal."""
     sizes = {source: vocabulary_size(configs[source]) for source in entries}
     if not all(
         entry.shape and entry.shape[0] == sizes[source] for source, entry in entries.items()

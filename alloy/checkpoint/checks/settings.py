@@ -1,4 +1,4 @@
-"""Settings of the sources' tokenizers: chat templates, special tokens, padding, templates.
+"""Settings of the sources' tokenizers: chat templates, special tokens, padding, post-processing.
 
 Two tokenizers that cut text alike may still begin and end it with other tokens, pad on other sides
 or speak in other turns. The result has one source's files, so a setting that would be lost is
@@ -41,7 +41,7 @@ _DEFAULTS = {
     "split_special_tokens": False,
     "truncation_side": "right",
 }
-"""What a tokenizer does that does not say so."""
+"""Values of settings that a tokenizer's files leave out."""
 _AROUND = ("post_processor", "truncation", "padding", "decoder")
 """Parts of tokenizer.json around the model."""
 
@@ -50,7 +50,7 @@ Template = str | list[Any]
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What the result's tokenizer files need beyond the source whose files they are."""
+    """Changes to the tokenizer files of the source that the result takes them from."""
 
     files: Mapping[str, bytes]
     """Files to write instead of that source's."""
@@ -101,7 +101,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """A special token's text, whatever else is said of it."""
+    """A special token's text alone, without its flags."""
     if isinstance(value, dict):
         return value["content"] if "content" in value else {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -126,7 +126,7 @@ def _compare(
     theirs: Mapping[str, Any],
     allow: Sequence[str],
 ) -> None:
-    """What another source says and the speaker does not is refused, unless it is allowed."""
+    """Refuse settings of another source that the speaker lacks or contradicts, unless allowed."""
     lost = [
         key
         for key, value in theirs.items()

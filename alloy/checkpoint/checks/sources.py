@@ -31,7 +31,7 @@ class Sources:
 
     @property
     def models(self) -> list[str]:
-        """What is merged: all but the base."""
+        """The sources that are merged: all but the base."""
         return [name for name in self.checkpoints if name != BASE]
 
     @property

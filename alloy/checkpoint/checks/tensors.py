@@ -1,4 +1,4 @@
-"""Which tensor of the result is made from what: every tensor of every source is accounted for.
+"""Account for every tensor of every source.
 
 It is merged, copied, left out by name, or a problem. Tied weights count once.
 """
@@ -49,7 +49,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Selection:
-    """What the user wants of the tensors beyond merging them."""
+    """The user's wishes for tensors beyond merging them."""
 
     copy: Mapping[str, str]
     """Glob pattern to the source whose tensors are taken as they are; the first that matches."""

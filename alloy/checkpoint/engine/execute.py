@@ -33,7 +33,7 @@ _CHUNKS_PER_WORKER = 7  # four of inputs, one of output, two that wait to be has
 LARGE_BYTES = 32 << 20
 """Larger inputs, which only methods of whole tensors need, are held by one worker at a time."""
 _STAGE_BYTES = 2 << 20
-"""What a file's writes gather before they go to the disk; two of these per file that grows."""
+"""Bytes of a file gathered before they go to the disk; two of these per file that grows."""
 _STAGES_BYTES = 16 << 20
 _PREFETCH_CHUNKS = 8
 
@@ -167,7 +167,7 @@ class _Output:
             return not self._hashing and self._done()
 
     def _done(self) -> bool:
-        """Whether everything is hashed; true once only."""
+        """True if everything is hashed; once only."""
         if not (self._sealed and self._next == self.num_pieces):
             return False
         self._sealed = False

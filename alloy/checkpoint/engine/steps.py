@@ -1,4 +1,4 @@
-"""What is to be done: a step makes one tensor, a shard is the file that holds several.
+"""Steps of a merge: a step makes one tensor, a shard is the file that holds several.
 
 Where vocabularies differ, the rows of a step's inputs are looked up by token.
 """
@@ -22,10 +22,10 @@ RowMap = np.ndarray
 
 
 class Work(Protocol):
-    """How one output tensor is computed. `rows` holds one row of bytes per input."""
+    """Computes one output tensor. `rows` holds one row of bytes per input."""
 
     num_measures: int
-    """How often the whole tensor is looked at before the first chunk is computed."""
+    """Number of passes over the whole tensor before the first chunk is computed."""
     chunked: bool
     """The tensor may be cut, at any multiple of `alignment` elements."""
     alignment: int
@@ -66,7 +66,7 @@ class Step:
         return self.num_elements * ITEM_BYTES[self.dtype]
 
     def input_bytes(self, num_elements: int) -> int:
-        """What so many elements of every input take."""
+        """The bytes of so many elements of every input."""
         return sum(num_elements * ITEM_BYTES[e.dtype] for e in self.inputs)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 DIRECT_BYTES = 16 << 20
 """Files from this size on bypass the page cache."""
 BLOCK_BYTES = 4096
-"""What the offset and the size of a direct write are multiples of."""
+"""The offset and the size of a direct write are multiples of this."""
 _SYNC_FILE_RANGE_WRITE = 2
 
 

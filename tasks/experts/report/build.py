@@ -20,7 +20,7 @@ from tasks.reports.report import Markup, Part, Report, Section
 
 
 def build(results: Results) -> Report:
-    """Everything that an evaluation of experts has to show."""
+    """The report of an evaluation of experts."""
     training_free = score_grid(results, finetuned=False)
     finetuned = score_grid(results, finetuned=True)
     sections = [

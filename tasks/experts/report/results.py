@@ -53,7 +53,7 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that one evaluation measured."""
+    """All measurements of one evaluation."""
 
     recipe: str
     scores: list[ScoreRow]

@@ -18,7 +18,7 @@ MEASURES = {"l2": "L2", "cosine": "1 - cosine", "ssd": "SSD", "tssd": "TSSD"}
 
 
 def metrics(params: ModelsRecipe, scores: Sequence[ScoreRow]) -> dict:
-    """Everything that metrics.json holds."""
+    """The contents of metrics.json."""
     nested: dict = {}
     by_metric = means(scores, lambda row: (row.split, row.model, row.set, row.metric))
     for (split, model, name, metric), of_seeds in by_metric.items():

@@ -5,6 +5,7 @@ transport.
 `Alignment` says how each comes into one space.
 """
 
+from alloy.alignment.canonical import canonical_transforms
 from alloy.alignment.grams import transport_grams
 from alloy.alignment.matching import MATCHING_METHODS
 from alloy.alignment.presets import PRESETS, Preset, align_models
@@ -20,6 +21,7 @@ __all__ = [
     "SpaceAlignment",
     "align",
     "align_models",
+    "canonical_transforms",
     "describe",
     "transport_grams",
 ]

@@ -83,8 +83,7 @@ class _Mapper:
             elif term.size != self.layout[dim].size and not partial:
                 raise SymmetryError(
                     f"dim {dim} of {self.name!r} is fixed and has {self.layout[dim].size} units "
-                    "here, "
-                    f"{term.size} in the target: it cannot be mapped"
+                    f"here, {term.size} in the target: it cannot be mapped"
                 )
         return tensor
 

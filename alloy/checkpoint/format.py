@@ -142,9 +142,8 @@ def read_header(path: Path) -> list[Entry]:
             raise CheckpointError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull`")
         if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(
-                f"{path}: truncated or not safetensors: {size} bytes, header of {length} "
-                "announced; "
-                "fetch it again"
+                f"{path}: truncated or not safetensors: "
+                f"{size} bytes, header of {length} announced; fetch it again"
             )
         header = file.read(length)
     fields = parse_object(header, f"{path}: header")
@@ -157,8 +156,7 @@ def read_header(path: Path) -> list[Entry]:
         if start != position or stop - start != entry.num_bytes:
             raise CheckpointError(
                 f"{path}: corrupt header: {name!r} is {dtype} {list(shape)}, {entry.num_bytes} "
-                "bytes, but lies "
-                f"at {start}:{stop} where {position} comes next; fetch it again"
+                f"bytes, but lies at {start}:{stop} where {position} comes next; fetch it again"
             )
         entries.append(entry)
         position = stop

@@ -159,8 +159,8 @@ def _gram_problems(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) 
         if missing:
             result.append(
                 f"{checkpoint.path}: {weight} has no {few(missing)}; a Gram is {weight}/sum, "
-                "/count (tokens) and "
-                "/dim (which dim of the weight meets the inputs: 1 of nn.Linear, 0 of Conv1D)"
+                "/count (tokens) and /dim (which dim of the weight meets the inputs: "
+                "1 of nn.Linear, 0 of Conv1D)"
             )
             continue
         shape, dim = shapes.get(weight, ()), int(load_tensor(checkpoint.entries[f"{weight}/dim"]))
@@ -169,8 +169,7 @@ def _gram_problems(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) 
             result.append(f"{checkpoint.path}: {weight}/dim is {dim}; it is 0 or 1")
         elif len(shape) == 2 and size != (shape[dim], shape[dim]):
             result.append(
-                f"{checkpoint.path}: {weight}/sum is {list(size)}; the weight {list(shape)}, whose "
-                "inputs meet "
-                f"dim {dim}, needs {[shape[dim]] * 2}"
+                f"{checkpoint.path}: {weight}/sum is {list(size)}; "
+                f"the weight {list(shape)}, whose inputs meet dim {dim}, needs {[shape[dim]] * 2}"
             )
     return result

@@ -182,9 +182,9 @@ def combine_vocabularies(
         largest = max(tokenizer.tokens.values(), default=-1)
         if largest >= sizes[source]:
             raise CheckpointError(
-                f"{tokenizer.folder}: token {_token_of(tokenizer.tokens, largest)!r} has id "
-                f"{largest}, its embeddings "
-                f"have {sizes[source]} rows; resize the embeddings to the tokenizer first"
+                f"{tokenizer.folder}: token {_token_of(tokenizer.tokens, largest)!r} "
+                f"has id {largest}, its embeddings have {sizes[source]} rows; "
+                "resize the embeddings to the tokenizer first"
             )
     base = tokenizers[reference]
     ids = dict(base.tokens or {})
@@ -246,8 +246,7 @@ def _extended(
         if tokenizer.data["model"].get("type") != kind:
             raise CheckpointError(
                 f"{tokenizer.folder}: a {tokenizer.data['model'].get('type')} tokenizer has no "
-                "union with "
-                f"{base.folder}'s {kind}; choose tokenizer='base'"
+                f"union with {base.folder}'s {kind}; choose tokenizer='base'"
             )
         mine = [token for token, owner in new.items() if owner == source]
         entries = {e["content"]: e for e in tokenizer.data.get("added_tokens") or []}

@@ -52,8 +52,7 @@ Sources = Annotated[
     typer.Argument(
         metavar="[NAME=]SOURCE...",
         help="The checkpoints, in order: folders with config.json and safetensors, or safetensors "
-        "files. "
-        "The first one's names, order, sharding, config and tokenizer are the result's.",
+        "files. The first one's names, order, sharding, config and tokenizer are the result's.",
         show_default=False,
     ),
 ]
@@ -68,8 +67,7 @@ Coefficients = Annotated[
     typer.Option(
         metavar="C,C,... | PATTERN=C,C,...",
         help="One number for each source; or by glob pattern of tensor names, several times: the "
-        "first "
-        "pattern that matches decides.",
+        "first pattern that matches decides.",
     ),
 ]
 Options = Annotated[

@@ -75,8 +75,7 @@ def load(path: Path) -> "PreTrainedModel":
         hint = nearest(kind, known).partition("choose one of")[0] if isinstance(kind, str) else ""
         raise SymmetryError(
             f"{file}: model_type is {kind!r}, which transformers {transformers.__version__} does "
-            "not "
-            f"know; {hint or 'give a configuration of transformers'}"
+            f"not know; {hint or 'give a configuration of transformers'}"
         )
     config = AutoConfig.for_model(kind, **data)
     names = config.architectures or []

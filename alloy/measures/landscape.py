@@ -101,9 +101,8 @@ def plane(a: Weights, b: Weights, c: Weights) -> Plane:
     width = ab**0.5
     if width == 0 or ac - inner**2 / ab <= 1e-6 * ac:
         raise LandscapeError(
-            "the three models lie on one line (two models and their mean do): take one off it, "
-            "such as "
-            "a parent before alignment"
+            "the three models lie on one line (two models and their mean do): "
+            "take one off it, such as a parent before alignment"
         )
     height = (ac - inner**2 / ab) ** 0.5
     return Plane((a, b, c), ((0.0, 0.0), (width, 0.0), (inner / width, height)))
@@ -166,6 +165,5 @@ def _check_alike(a: Weights, b: Weights) -> None:
         if shapes[0] != shapes[1]:
             raise LandscapeError(
                 f"weight {name!r} has shape {shapes[0]} in one model and {shapes[1]} in another: "
-                "align "
-                f"them first"
+                "align them first"
             )

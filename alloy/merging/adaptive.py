@@ -60,9 +60,9 @@ def adamerging(
     for name, key in group.items():
         if starts.setdefault(key, coefficients[name]) != coefficients[name]:
             raise MergeError(
-                f"adamerging learns one coefficient per {per}, but they start differently: {name} "
-                "at "
-                f"{coefficients[name]}, {key!r} at {starts[key]}; give one pattern for all of them"
+                f"adamerging learns one coefficient per {per}, but they start differently: "
+                f"{name} at {coefficients[name]}, {key!r} at {starts[key]}; "
+                "give one pattern for all of them"
             )
     learned = {key: torch.tensor(c, requires_grad=True) for key, c in starts.items()}
     optimizer = torch.optim.Adam(list(learned.values()), lr=learning_rate)

@@ -169,8 +169,7 @@ def _check_given(
         kinds = {"gram": "Gram of the layer's inputs", "fisher": "Fisher diagonal"}
         raise MergeError(
             f"method {name!r} needs statistics=, for each model a mapping from parameter name to "
-            "the "
-            f"{kinds[method.statistics]}"
+            f"the {kinds[method.statistics]}"
         )
     if not method.statistics and statistics:
         raise MergeError(f"method {name!r} would ignore the statistics; leave them out")
@@ -234,9 +233,8 @@ def _normalized(pattern: str, row: Sequence[float]) -> tuple[float, ...]:
     total = math.fsum(row)
     if abs(total) <= 1e-6 * sum(map(abs, row)):
         raise MergeError(
-            f"{_where(pattern, row)} sum to {total:g}, so they cannot be normalised: change them, "
-            "or take a method that "
-            "adds task vectors"
+            f"{_where(pattern, row)} sum to {total:g}, so they cannot be normalised: "
+            "change them, or take a method that adds task vectors"
         )
     return tuple(c / total for c in row)
 

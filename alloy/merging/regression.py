@@ -62,8 +62,7 @@ def regmean(
         if gram.sum_DD.shape != (model.shape[1], model.shape[1]):
             raise MergeError(
                 f"a Gram has shape {tuple(gram.sum_DD.shape)}, a weight whose inputs meet dim "
-                f"{gram.dim} of "
-                f"{tuple(model.T.shape if transposed else model.shape)} needs "
+                f"{gram.dim} of {tuple(model.T.shape if transposed else model.shape)} needs "
                 f"{(model.shape[1], model.shape[1])}"
             )
         if not bool(gram.sum_DD.isfinite().all()):

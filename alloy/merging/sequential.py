@@ -88,8 +88,7 @@ def sequential(
         if tuple(bias) != tuple(of_layers[name]):
             raise MergeError(
                 f"{name} has coefficients {tuple(of_layers[name])} for its weight and "
-                f"{tuple(bias)} for "
-                f"its bias; sequential fits both at once, so give one for both"
+                f"{tuple(bias)} for its bias; sequential fits both at once, so give one for both"
             )
     fit_layers(student, lessons, coefficients=of_layers, ridge=ridge, residual=residual)
     state = student.state_dict()

@@ -236,8 +236,7 @@ def inverse_temperature(logits_NC: Tensor, targets: Tensor) -> float:
     if targets.shape != logits_NC.shape:
         raise RepairError(
             f"targets of shape {tuple(targets.shape)} for logits of shape "
-            f"{tuple(logits_NC.shape)}; "
-            f"give labels [N] or probabilities [N, C]"
+            f"{tuple(logits_NC.shape)}; give labels [N] or probabilities [N, C]"
         )
     wanted = (targets.double() * logits_NC).sum(1).mean()
     low, high = 0.01, 100.0
@@ -275,8 +274,7 @@ def _teachers(
         if spec is None or inputs != "merged" or not copies:
             raise RepairError(
                 f"{[*modules]} run in their own units: give `spec`, take the merged model's "
-                "inputs, and give "
-                f"the weights of the parent whose units the merged model has"
+                "inputs, and give the weights of the parent whose units the merged model has"
             )
         reference = next(iter(copies.values()))
         try:

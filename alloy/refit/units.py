@@ -143,8 +143,8 @@ def _refuse_other_depths(trace: Trace, other: Trace) -> None:
         whose = "the other model" if alone[0] in ours else "the reference"
         raise MergeError(
             f"{whose} has no layer {alone[0]!r} ({len(ours)} layers in the reference, "
-            f"{len(theirs)} in the "
-            f"other): models of different depths have no layers to follow one by one"
+            f"{len(theirs)} in the other): "
+            "models of different depths have no layers to follow one by one"
         )
 
 
@@ -152,12 +152,10 @@ def _refuse_other_outputs(name: str, space: Space, x_ND: Tensor, y_NE: Tensor) -
     if len(x_ND) != len(y_NE):
         raise MergeError(
             f"{name} computes {len(x_ND)} samples in the reference and {len(y_NE)} in the other "
-            "model: "
-            f"tokens or pixels have no counterparts"
+            "model: tokens or pixels have no counterparts"
         )
     if not space and x_ND.shape[1] != y_NE.shape[1]:
         raise MergeError(
             f"{name} writes {x_ND.shape[1]} outputs in the reference and {y_NE.shape[1]} in the "
-            "other model, "
-            f"and no symmetry moves them: outputs must mean the same in both"
+            "other model, and no symmetry moves them: outputs must mean the same in both"
         )

@@ -58,8 +58,8 @@ class Masks:
             if not torch.equal(mask.bool(), second.bool()):
                 raise MaskError(
                     f"{name} and {other} have the same shape {tuple(mask.shape)} and mask "
-                    "different "
-                    f"tokens: pad one of them further, so that activations tell which they are of"
+                    "different tokens: "
+                    "pad one of them further, so that activations tell which they are of"
                 )
         self.pending.difference_update(name for name, _ in fits)
         if mask.all():

@@ -148,8 +148,7 @@ def _noticed(
             yield Warned(
                 "unobserved space",
                 f"no layer and no matrix product of the model shows the units of space {space!r}: "
-                "only "
-                f"its weights can be compared",
+                "only its weights can be compared",
             )
     if routed:
         yield Warned(

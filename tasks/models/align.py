@@ -61,9 +61,8 @@ def align_all(job: Job, folder: Path, report: Report) -> None:
             )
         except AlignmentError as error:
             raise AlignmentError(
-                f"set {job.set!r}: align.alignments.{name}: {error}; an alignment that "
-                "some sets cannot "
-                "have names the others in `sets`"
+                f"set {job.set!r}: align.alignments.{name}: {error}; "
+                "an alignment that some sets cannot have names the others in `sets`"
             ) from error
         change = functions.largest_change(alignment) if alignment.exact else None
         save_tensors(alignment.to_tensors(), folder / f"{name}.safetensors")
@@ -128,9 +127,9 @@ class Functions:
                 worst = max(worst, float((ours - theirs).abs().max() / spread))
             if not worst <= TOLERANCE:
                 raise AlignmentError(
-                    f"set {self.set!r}: {alignment.preset} changes the outputs of {name} by "
-                    f"{worst:.1e} of "
-                    f"their spread, {TOLERANCE:.0e} is allowed: report this, with the model"
+                    f"set {self.set!r}: {alignment.preset} changes the outputs "
+                    f"of {name} by {worst:.1e} of their spread, {TOLERANCE:.0e} is allowed: "
+                    "report this, with the model"
                 )
         return worst
 

@@ -72,9 +72,8 @@ def find_spec(job: Job, member: str, file: Path, report: Report) -> None:
     report("step")
     report(
         "say",
-        f"{type(model).__name__} ({member}): {len(spec.spaces)} spaces; random "
-        "transforms change its "
-        f"outputs by {checked.worst_change:.0e}",
+        f"{type(model).__name__} ({member}): {len(spec.spaces)} spaces; "
+        f"random transforms change its outputs by {checked.worst_change:.0e}",
     )
 
 

@@ -173,8 +173,7 @@ def images(
     if processor is None:
         raise CalibrationError(
             f"{where}: {checkpoint} has no image processor (preprocessor_config.json); "
-            "save the one it "
-            "was trained with beside its weights"
+            "save the one it was trained with beside its weights"
         )
     mode = "L" if getattr(load_config(checkpoint), "num_channels", 3) == 1 else "RGB"
     batches: list[Mapping[str, Tensor]] = []
@@ -323,8 +322,7 @@ def _input_columns(where: str, params: ModelsCalibration, rows: Any, checkpoint:
     if not names:
         raise CalibrationError(
             f"{where}: no column is an input of the model: found {rows.column_names}; "
-            "name the column "
-            "of texts or pictures (`column`), or call one as the model does: "
+            "name the column of texts or pictures (`column`), or call one as the model does: "
             f"{forward_inputs(checkpoint)}"
         )
     chosen = rows.select(range(min(params.examples, len(rows)))).with_format("torch")
@@ -346,9 +344,8 @@ def _joined(where: str, batches: Sequence[Mapping[str, Tensor]], checkpoint: Pat
         shapes = {tuple(batch[name].shape[1:]) for batch in batches}
         if len(shapes) > 1:
             raise CalibrationError(
-                f"{where}: {name} comes out in several shapes, {sorted(shapes)}: give "
-                "examples of one "
-                "size, or a processor that makes one"
+                f"{where}: {name} comes out in several shapes, {sorted(shapes)}: "
+                "give examples of one size, or a processor that makes one"
             )
         joined = torch.cat([batch[name] for batch in batches])
         inputs[name] = joined.float() if joined.is_floating_point() else joined.long()
@@ -378,8 +375,7 @@ def refuse_other_processors(checkpoints: Sequence[Path]) -> None:
             if another != first:
                 raise CheckpointError(
                     f"the {what} of {checkpoints[0]} and {other} differ: "
-                    f"{_difference(first, another)}; "
-                    "models are merged that see the same inputs"
+                    f"{_difference(first, another)}; models are merged that see the same inputs"
                 )
 
 

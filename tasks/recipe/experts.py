@@ -219,9 +219,9 @@ class ExpertsRecipe(Section):
             check_arm(where, arm)
             if arm.reads_statistics and arm.checkpoint not in self.collect.checkpoints:
                 raise ParamsError(
-                    f"{where}: it needs statistics of {arm.checkpoint!r}, which "
-                    "collect.checkpoints "
-                    f"does not name (found {self.collect.checkpoints}); add it there"
+                    f"{where}: it needs statistics of {arm.checkpoint!r}, "
+                    f"which collect.checkpoints does not name (found {self.collect.checkpoints}); "
+                    "add it there"
                 )
         self._check_calibration()
         self._check_models()

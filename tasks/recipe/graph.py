@@ -57,9 +57,8 @@ def refuse_stale(recipe: str) -> None:
         expected = _entry(loaded, stage) if _has(loaded, stage) else None
         if (known.get(stage) or {}).get(recipe) != expected:
             raise ParamsError(
-                f"{GRAPH} does not know {loaded.where} as it is now: `python -m "
-                "tasks.recipe.graph` "
-                "writes it anew"
+                f"{GRAPH} does not know {loaded.where} as it is now: "
+                "`python -m tasks.recipe.graph` writes it anew"
             )
 
 

@@ -85,9 +85,8 @@ def read_result(
         ]
         if missing:
             raise IncomparableError(
-                f"version {version} has no {' and no '.join(missing)}, which "
-                "params/promote.yaml asks for; "
-                "register it with such an evaluation, or change the gates"
+                f"version {version} has no {' and no '.join(missing)}, which params/promote.yaml "
+                "asks for; register it with such an evaluation, or change the gates"
             )
         scores[benchmark] = Score(metrics[name], metrics[f"{name}_standard_error"])
         data[benchmark] = tags[tag]
@@ -103,9 +102,8 @@ def decide(gates: Gates, champion: Result, challenger: Result) -> Decision:
     if differing:
         raise IncomparableError(
             f"version {champion.version} (champion) and version {challenger.version} (challenger) "
-            "were measured "
-            f"on different data: {', '.join(differing)}; evaluate and register both "
-            "on the same data"
+            f"were measured on different data: {', '.join(differing)}; "
+            "evaluate and register both on the same data"
         )
     comparisons = tuple(
         Comparison(

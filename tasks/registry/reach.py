@@ -56,9 +56,8 @@ def reaching() -> Generator[None]:
 def unreachable(address: str, reason: str) -> TrackingError:
     """The one error, with its advice."""
     return TrackingError(
-        f"MLflow at {without_secret(address)}: {reason}; "
-        f"start it or set MLFLOW_TRACKING_URI (without it: {DATABASE} in the workspace), then run "
-        "the stage again"
+        f"MLflow at {without_secret(address)}: {reason}; start it or set MLFLOW_TRACKING_URI "
+        f"(without it: {DATABASE} in the workspace), then run the stage again"
     )
 
 

@@ -78,9 +78,8 @@ class ServedModel(PythonModel):
         output = (params or {}).get("output", OPTIONS["output"])
         if not self.answers_rows:
             raise BadRequestError(
-                f"only modality transformers answer; this {self.architecture} is kept "
-                "to be loaded: "
-                "mlflow.artifacts.download_artifacts, then from_pretrained on artifacts/"
+                f"only modality transformers answer; this {self.architecture} is kept to be "
+                "loaded: mlflow.artifacts.download_artifacts, then from_pretrained on artifacts/"
             )
         if output not in _ANSWER:
             raise BadRequestError(f"output {output!r} is unknown; choose one of {sorted(_ANSWER)}")

@@ -202,9 +202,8 @@ def _verified(file: RemoteFile, folder: Path, snapshot: Snapshot, wanted: dict[s
         if right not in (None, computed):
             transfer.forget(path)
             raise SourceError(
-                f"{snapshot.source}: {file.path} has the wrong hash: {who} says {right}, "
-                f"found {computed}; "
-                "the old state stands"
+                f"{snapshot.source}: {file.path} has the wrong hash: "
+                f"{who} says {right}, found {computed}; the old state stands"
             )
     return digest
 

@@ -95,15 +95,13 @@ class Hub:
             ) from error
         except errors.RepositoryNotFoundError as error:
             raise SourceError(
-                f"{name}: the hub at {self._endpoint} has no such repository, or it is "
-                "private and HF_TOKEN "
-                "is missing or not allowed to read it"
+                f"{name}: the hub at {self._endpoint} has no such repository, "
+                "or it is private and HF_TOKEN is missing or not allowed to read it"
             ) from error
         except (errors.OfflineModeIsEnabled, *self._transport_errors()) as error:
             raise UnreachableError(
-                f"{name}: no answer from {self._endpoint} ({error}); check the network "
-                "and HF_ENDPOINT, "
-                "or use a local folder"
+                f"{name}: no answer from {self._endpoint} ({error}); "
+                "check the network and HF_ENDPOINT, or use a local folder"
             ) from error
         except errors.HfHubHTTPError as error:
             raise SourceError(f"{name}: the hub refuses: {error}") from error

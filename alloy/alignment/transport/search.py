@@ -119,8 +119,7 @@ class TransportSearch:
         if cost.shape[0] != cost.shape[1]:
             raise ValueError(
                 f"space {name!r} has {cost.shape[0]} units in the reference and {cost.shape[1]} in "
-                "the "
-                "other model: residual='identity' cannot map it"
+                "the other model: residual='identity' cannot map it"
             )
         return torch.eye(len(cost), dtype=torch.float64)
 
@@ -250,9 +249,9 @@ def activation_distance(moments: CrossMoments | SampledMoments) -> Tensor:
     """
     if isinstance(moments, SampledMoments):
         raise ValueError(
-            "transport compares all pairs of units, too many for a space of "
-            f"{moments.x_ND.shape[1]}: use "
-            "weight_share=1 without statistics of it, or a preset that permutes"
+            "transport compares all pairs of units, "
+            f"too many for a space of {moments.x_ND.shape[1]}: "
+            "use weight_share=1 without statistics of it, or a preset that permutes"
         )
     square = moments.square_D[:, None] + moments.square_E[None] - 2 * moments.product_DE
     return square.clamp(min=0).sqrt() / moments.count**0.5

@@ -143,19 +143,17 @@ def check_sizes(
             space is None or any(axis.parameter in plan.shared for axis in space.axes)
         ):
             raise ValueError(
-                f"{name!r} has {ours} units in {names[0]!r} and {theirs} in {names[1]!r}, and "
-                "cannot lose "
-                f"any: {why}; preset 'ot_fusion' fuses other numbers"
+                f"{name!r} has {ours} units in {names[0]!r} and {theirs} in {names[1]!r}, "
+                f"and cannot lose any: {why}; preset 'ot_fusion' fuses other numbers"
             )
         if space is None or name not in plan.zipped:
             continue
         if unread(spec, name):
             if space.kind != "general linear":
                 raise ValueError(
-                    f"{name!r} has {ours} units in {names[0]!r} and {theirs} in {names[1]!r}, no "
-                    "weight reads "
-                    "them, and the two sides that meet cannot be told apart: only equally many are "
-                    "zipped"
+                    f"{name!r} has {ours} units in {names[0]!r} and {theirs} in {names[1]!r}, "
+                    "no weight reads them, and the two sides that meet cannot be told apart: "
+                    "only equally many are zipped"
                 )
             notes.append(
                 f"scores of {name!r} are taken to be divided by the root of their {ours} and "
@@ -163,9 +161,8 @@ def check_sizes(
             )
         if name in spec.unfoldable or any(fold.space == name for fold in spec.folds):
             notes.append(
-                f"norms take statistics over the units of {name!r}, {ours} and {theirs}: a merged "
-                "unit "
-                "counts once in them, however many units it is made of"
+                f"norms take statistics over the units of {name!r}, {ours} and {theirs}: "
+                "a merged unit counts once in them, however many units it is made of"
             )
     return notes
 

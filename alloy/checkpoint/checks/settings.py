@@ -195,9 +195,8 @@ def _chosen(
             different.append(template)
     if len(different) > 1:
         findings.problem(
-            f"the chat templates of {few(list(templates))} differ; say which the result should "
-            "have: "
-            f"chat_template={next(iter(templates))!r}, or a file"
+            f"the chat templates of {few(list(templates))} differ; "
+            f"say which the result should have: chat_template={next(iter(templates))!r}, or a file"
         )
         return None
     if different and speaker not in templates:

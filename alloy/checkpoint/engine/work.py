@@ -65,14 +65,12 @@ class Tensors:
             if not np.isfinite(values).all():
                 index = start + int(np.flatnonzero(~np.isfinite(values))[0])
                 return MergeError(
-                    f"{self.name} in {source!r} ({entry.file}) has NaN or Inf at flat index "
-                    f"{index}; "
-                    "repair or replace that checkpoint"
+                    f"{self.name} in {source!r} ({entry.file}) "
+                    f"has NaN or Inf at flat index {index}; repair or replace that checkpoint"
                 )
         return MergeError(
-            f"{self.name}: the result leaves the range of {self.dtype}; lower the coefficients or "
-            "ask for "
-            "dtype='float32'"
+            f"{self.name}: the result leaves the range of {self.dtype}; "
+            "lower the coefficients or ask for dtype='float32'"
         )
 
 
@@ -104,8 +102,8 @@ class Copy(_Work):
         for row, source in zip(rows[1:], tensors.sources[1:], strict=True):
             if not np.array_equal(row, rows[0]):
                 raise MergeError(
-                    f"{tensors.name} is {tensors.dtype} and differs between {tensors.sources[0]!r} "
-                    f"and {source!r}; "
+                    f"{tensors.name} is {tensors.dtype} and differs "
+                    f"between {tensors.sources[0]!r} and {source!r}; "
                     f"say whose to take: copy={{{tensors.name!r}: {tensors.sources[0]!r}}}"
                 )
         dtype = tensors.inputs[0].dtype

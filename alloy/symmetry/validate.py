@@ -5,13 +5,15 @@ hide nothing. What no output shows cannot be checked: a key bias, which softmax 
 unnoticed.
 """
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd as _Convolution
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -27,6 +29,7 @@ TOLERANCE = 1e-9
 """Largest change of an output, relative to its spread, that counts as none (float64)."""
 DEGENERATE = 1e-7
 """An output whose spread is below this part of its size proves nothing."""
+_FAINT = 1e-6  # a spread over the batch below this part of the size is rounding
 _HUGE = 1e30  # masks write the lowest number; it says nothing about the units
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -100,7 +103,7 @@ class Prober:
         self.spec = spec
         self.observe = observe or observe_outputs
         self.generator = torch.Generator().manual_seed(seed)
-        self.model = copy.deepcopy(model).to("cpu").double()
+        self.model = _copy_in_float64(model)
         examples = [example_inputs] if isinstance(example_inputs, Mapping) else example_inputs
         self.examples = [tree_map(_double, dict(example)) for example in examples]
         self.slots = {
@@ -112,19 +115,22 @@ class Prober:
         drawn = random_weights(self.slots, buffers, self.generator)
         kept = {name: self.slots[name].detach().clone() for name in spec.folded}
         self.weights = {**drawn, **kept}
+        with unit_outputs(self.model, set(spec.folded)):
+            self.run(self.weights)
+        self.weights = {name: slot.detach().clone() for name, slot in self.slots.items()}
         self.outputs = self.run(self.weights)
         self.spreads = tuple(_spread(y) for y in self.outputs)
-        scales = [_scale(y) for y in self.outputs]
+        others = self.run(random_weights(self.slots, buffers, self.generator) | kept)
         self.not_proven = tuple(
             i
-            for i, (spread, scale) in enumerate(zip(self.spreads, scales, strict=True))
-            if not spread > DEGENERATE * scale
+            for i, (y, other) in enumerate(zip(self.outputs, others, strict=True))
+            if not self.spreads[i] > DEGENERATE * _scale(y) or _change(y, other) == 0
         )
         if len(self.not_proven) == len(self.outputs):
             raise NotProvenError(
                 f"not proven: none of the {len(self.outputs)} outputs varies over the batch "
-                f"(spreads {[f'{s:.1e}' for s in self.spreads]}): give inputs that differ, or "
-                "another observe="
+                f"(spreads {[f'{s:.1e}' for s in self.spreads]}) and with the weights: give inputs "
+                "that differ, or another observe="
             )
 
     def run(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
@@ -137,10 +143,25 @@ class Prober:
         with plain_kernels(self.model), torch.no_grad(), torch.random.fork_rng():
             for example in self.examples:
                 torch.manual_seed(0)
-                with _Float64():
-                    observed = self.observe(self.model(**copy.deepcopy(example)))
+                observed = self._forward(copy.deepcopy(example))
                 outputs += [t.clone() for t in tree_leaves(observed) if isinstance(t, Tensor)]
         return outputs
+
+    def _forward(self, example: dict[str, Any]) -> Any:
+        narrow = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # of constants that the model's code makes
+        try:
+            with _Float64():
+                return self.observe(self.model(**example))
+        except SymmetryError:
+            raise
+        except Exception as failure:
+            raise NotProvenError(
+                f"not proven: the model's forward fails in float64 ({type(failure).__name__}: "
+                f"{str(failure).split(chr(10))[0]})"
+            ) from failure
+        finally:
+            torch.set_default_dtype(narrow)
 
     def change(self, transforms: Transforms, weights: Mapping[str, Tensor] | None = None) -> float:
         """Measure the largest change of an output, relative to its spread, under transport."""
@@ -174,8 +195,73 @@ class Prober:
         )
 
 
+def _copy_in_float64(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).to("cpu").double()
+    except Exception as failure:
+        raise NotProvenError(
+            f"not proven: the model cannot be copied ({type(failure).__name__}: {failure})"
+        ) from failure
+
+
+@contextlib.contextmanager
+def unit_outputs(model: nn.Module, kept: Container[str]) -> Generator[None]:
+    """Rescale random weights while the model runs, so that no layer's signal dies or explodes.
+
+    Each layer with a matrix (or kernels) is scaled as it first runs, so that its outputs differ
+    over the batch by 1 (standard deviation; over everything where the batch agrees), its bias is
+    moved so that they are near zero on average. Running statistics of norms are moved to those of
+    their inputs. Weights in `kept` stay as they are.
+    """
+    names = {id(p): name for name, p in [*model.named_parameters(), *model.named_buffers()]}
+    done: set[int] = set()
+
+    def is_first(tensor: Any) -> bool:
+        first = isinstance(tensor, Tensor) and id(tensor) not in done
+        done.add(id(tensor))
+        return first and names.get(id(tensor), "") not in kept
+
+    def scale(module: Any, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return None
+        spread = _spread(output)
+        if not spread > _FAINT * _scale(output):
+            spread = float(output.std()) if output.numel() > 1 else 0.0
+        if not (0 < spread < _HUGE and is_first(module.weight)):
+            return None
+        module.weight.data.div_(spread)
+        output = output / spread
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor) and is_first(bias):
+            drawn = bias.data.clone()
+            bias.data.div_(spread)
+            at = 1 if isinstance(module, _Convolution) else -1
+            if output.shape[at] == bias.numel():
+                shift = 0.3 * drawn - output.movedim(at, -1).flatten(0, -2).mean(0)
+                bias.data.add_(shift)
+                output = (output.movedim(at, -1) + shift).movedim(-1, at)
+        return output
+
+    def centre(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        mean, var = module.running_mean, module.running_var
+        if is_first(mean) and is_first(var):
+            x = inputs[0].transpose(0, 1).flatten(1)
+            spread = x.var(1, correction=0)
+            mean.add_(x.mean(1))
+            var.mul_(spread + spread.mean())  # a channel that hardly varies is not blown up
+
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(getattr(module, "running_var", None), Tensor):
+                stack.callback(module.register_forward_pre_hook(centre).remove)
+            elif isinstance(weight, Tensor) and weight.ndim > 1 and not any(module.children()):
+                stack.callback(module.register_forward_hook(scale).remove)
+        yield
+
+
 def random_weights(
-    weights: Mapping[str, Tensor], buffers: Iterable[str], generator: Generator
+    weights: Mapping[str, Tensor], buffers: Iterable[str], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Weights that hide nothing: no zeros, no ones, gains and variances positive.
 

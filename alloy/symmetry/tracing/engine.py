@@ -5,12 +5,14 @@ Two kinds of notes are left for later, when all terms are final (`structure.py`,
 depend on what; `links` say how an operation treats a dim beyond reordering, which decides the kind.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from alloy.symmetry.tracing.links import Link, Order, Same, Slot
 from alloy.symmetry.tracing.recording.log import Call, Log, Value, written
@@ -20,6 +22,7 @@ from alloy.symmetry.tracing.terms import (
     collapse,
     concrete,
     cut,
+    direct_sum,
     family_indices,
     find,
     flatten_product,
@@ -171,6 +174,8 @@ class Engine:
                 )
             self.values[value.id] = value
             self.dims[value.id] = [Node(n, reason) for n in value.shape]
+            if value.id in self.log.buffers and reason and value.storage not in self.mutated:
+                self.dims[value.id] = constant_dims(self.log.buffers[value.id], reason)
         return self.dims[value.id]
 
     def set(self, value: Value, dims: Sequence[Node]) -> None:
@@ -342,6 +347,26 @@ def live_calls(log: Log) -> list[Call]:
                 live.add(value.id)
                 storages.add(value.storage)
     return kept[::-1]
+
+
+def constant_dims(table: Tensor, reason: str) -> list[Node]:
+    """The dims of a table whose numbers are known: uniform where they repeat, pinned elsewhere."""
+    dims = []
+    for dim, size in enumerate(table.shape):
+        rows = table.detach().movedim(dim, 0).reshape(size, -1)
+        changes = (rows[1:] != rows[:-1]).any(1).nonzero().flatten() + 1
+        bounds = [0, *changes.tolist(), size]
+        parts, single = [], 0  # places in a row that differ from both neighbours
+        for start, end in itertools.pairwise(bounds):
+            if end - start == 1:
+                single += 1
+                continue
+            parts += [Node(single, reason)] if single else []
+            parts.append(Node(end - start, uniform=True))
+            single = 0
+        parts += [Node(single, reason)] if single else []
+        dims.append(direct_sum(parts) if parts else Node(size, reason))
+    return dims
 
 
 def merged(dims: Sequence[Node]) -> Node:

@@ -12,17 +12,14 @@ product in every pair, the operations become one, "rotary", with a rule of its o
 not, nothing is replaced, and the ordinary rules pin what they must.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
-import torch
 
 from alloy.symmetry.tracing.recording.log import Call, Log, Value
+from alloy.symmetry.tracing.tables import COPIES, VIEWS, Symbol, Tables, elementwise
 
-Symbol = int
 Form = dict[tuple[int, tuple[Symbol, ...]], int]
 """A polynomial: (coordinate of the source, factors) -> coefficient."""
 
@@ -30,9 +27,7 @@ ROTARY = SimpleNamespace(_schema=SimpleNamespace(name="rotary", arguments=()), t
 """The operation that takes the place of those of a rotary embedding."""
 
 _CONTRACTIONS = {"mm", "addmm", "bmm", "baddbmm", "mv", "convolution"}
-_COPIES = {"clone", "alias", "detach", "_to_copy", "contiguous", "lift_fresh"}
-_VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_copy"}
-_ENDS = {"add", "sub", "cat"} | _VIEWS
+_ENDS = {"add", "sub", "cat"} | VIEWS
 _MOST_CALLS = 40
 
 
@@ -67,12 +62,11 @@ class _Finder:
     def __init__(self, calls: Sequence[Call], log: Log) -> None:
         self.calls = calls
         self.mutated = log.mutated_storages()
-        self.buffers = log.buffers
         self.kept = {v.id for v in log.roots} | log.read
         self.producer: dict[int, int] = {}
         self.users: dict[int, list[int]] = {}
         self.moving = _moving(calls, log)
-        self.tables = _Tables(self)
+        self.tables = Tables(calls, self.producer, self.mutated, log.buffers)
         for number, call in enumerate(calls):
             for value in call.tensors():
                 self.users.setdefault(value.id, []).append(number)
@@ -182,12 +176,6 @@ def _by_coordinate(form: Form) -> dict[int, dict[tuple[Symbol, ...], int]]:
     return parts
 
 
-def _elementwise(function: Callable, *arrays: Any) -> np.ndarray:
-    """`function` of every element of object arrays, broadcast."""
-    result = np.frompyfunc(function, len(arrays), 1)(*arrays)
-    return np.asarray(result, dtype=object)
-
-
 def _plus(a: Form, b: Form, sign: int = 1) -> Form:
     total = dict(a)
     for term, coefficient in b.items():
@@ -206,7 +194,7 @@ def _negative(form: Form) -> Form:
 class _Region:
     """Forms of the values between a source and its rotated version, over their trailing dims."""
 
-    def __init__(self, source: Value, tables: "_Tables") -> None:
+    def __init__(self, source: Value, tables: Tables) -> None:
         self.lead = len(source.shape) - 1
         self.front = source.shape[:-1]
         units = np.empty(source.shape[-1], dtype=object)
@@ -219,7 +207,7 @@ class _Region:
     def apply(self, call: Call, number: int) -> None:
         first = next(v for v in call.tensors() if v.id in self.forms)
         turned = any(v.id in self.complex for v in call.tensors())
-        if turned and call.name not in ("mul", "view_as_real", *_COPIES):
+        if turned and call.name not in ("mul", "view_as_real", *COPIES):
             raise NotLinearError
         results = _LINEAR[call.name](self, call, first, number)
         for out, form in zip(call.outputs, results, strict=True):
@@ -245,7 +233,7 @@ def _copy(region: _Region, call: Call, x: Value, number: int) -> list[np.ndarray
 
 
 def _neg(region: _Region, call: Call, x: Value, number: int) -> list[np.ndarray]:
-    return [_elementwise(_negative, region.forms[x.id])]
+    return [elementwise(_negative, region.forms[x.id])]
 
 
 def _add(region: _Region, call: Call, x: Value, number: int) -> list[np.ndarray]:
@@ -254,7 +242,7 @@ def _add(region: _Region, call: Call, x: Value, number: int) -> list[np.ndarray]
         raise NotLinearError
     sign = -1 if call.name == "sub" else 1
     forms = (region.forms[v.id] for v in (a, b))
-    return [_elementwise(lambda p, q: _plus(p, q, sign), *forms)]
+    return [elementwise(lambda p, q: _plus(p, q, sign), *forms)]
 
 
 def _mul(region: _Region, call: Call, x: Value, number: int) -> list[np.ndarray]:
@@ -263,20 +251,20 @@ def _mul(region: _Region, call: Call, x: Value, number: int) -> list[np.ndarray]
     form = region.forms[x.id]
     if not isinstance(table, Value):
         symbol = region.table_keys.number(table)
-        return [_elementwise(lambda f: _times(f, symbol), form)]
+        return [elementwise(lambda f: _times(f, symbol), form)]
     shift = len(x.shape) - len(table.shape)
     if shift < 0 or not table.shape:
         raise NotLinearError
     keys = region.table_keys.keys(table, max(region.lead - shift, 0), number)
     region.tables.append((table, shift))
     if x.id not in region.complex:
-        return [_elementwise(_times, form, keys)]
+        return [elementwise(_times, form, keys)]
     region.complex.add(call.outputs[0].id)
     real, imaginary = (region.table_keys.part(keys, part) for part in ("real", "imaginary"))
     re, im = form[..., 0], form[..., 1]
     products = (re, im, real, imaginary)
-    minus = _elementwise(lambda p, q, c, s: _plus(_times(p, c), _times(q, s), -1), *products)
-    plus = _elementwise(lambda p, q, c, s: _plus(_times(p, s), _times(q, c)), *products)
+    minus = elementwise(lambda p, q, c, s: _plus(_times(p, c), _times(q, s), -1), *products)
+    plus = elementwise(lambda p, q, c, s: _plus(_times(p, s), _times(q, c)), *products)
     return [np.stack([minus, plus], axis=-1)]
 
 
@@ -328,8 +316,8 @@ def _as_complex(region: _Region, call: Call, x: Value, number: int) -> list[np.n
 
 
 _LINEAR: dict[str, Callable[[_Region, Call, Value, int], list[np.ndarray]]] = {
-    **dict.fromkeys(_COPIES, _copy),
-    **dict.fromkeys(_VIEWS, _view),
+    **dict.fromkeys(COPIES, _copy),
+    **dict.fromkeys(VIEWS, _view),
     "unsqueeze": _view,
     "squeeze": _view,
     "neg": _neg,
@@ -348,152 +336,3 @@ _LINEAR: dict[str, Callable[[_Region, Call, Value, int], list[np.ndarray]]] = {
     "view_as_real": _as_complex,
 }
 """Linear maps of coordinates: operation -> the forms of its outputs."""
-
-
-class _Tables:
-    """Equality of the entries of tables: entries with one key are equal wherever they are read.
-
-    The key of an entry names the whole slice of a tensor at these places of its trailing dims, as
-    the operations and places that it was made of.
-    """
-
-    def __init__(self, finder: _Finder) -> None:
-        self.finder = finder
-        self.known: dict[tuple[int, int], np.ndarray] = {}
-        self.symbols: dict[Any, Symbol] = {}
-
-    def number(self, value: Any) -> Symbol:
-        return self._intern(("number", repr(value)))
-
-    def part(self, keys: np.ndarray, name: str) -> np.ndarray:
-        return _elementwise(lambda key: self._intern((name, key)), keys)
-
-    def keys(self, value: Value, lead: int, reader: int) -> np.ndarray:
-        """Symbols for a value's entries, of shape `value.shape[lead:]`."""
-        if value.storage in self.finder.mutated:  # what is written to has contents for each reader
-            return self._leaves((value.id, reader), value, lead)
-        if (value.id, lead) not in self.known:
-            number = self.finder.producer.get(value.id)
-            made = None if number is None else self._made(number, value, lead)
-            if value.id in self.finder.buffers:
-                made = self._columns(value, lead)
-            if made is None or made.shape != value.shape[lead:]:
-                made = self._leaves((value.id,), value, lead)
-            self.known[value.id, lead] = made
-        return self.known[value.id, lead]
-
-    def _intern(self, key: Any) -> Symbol:
-        return self.symbols.setdefault(key, len(self.symbols))
-
-    def _leaves(self, name: tuple[int, ...], value: Value, lead: int) -> np.ndarray:
-        shape = value.shape[lead:]
-        keys = np.empty(math.prod(shape), dtype=object)
-        keys[:] = [self._intern(("entry", *name, lead, i)) for i in range(len(keys))]
-        return keys.reshape(shape)
-
-    def _columns(self, value: Value, lead: int) -> np.ndarray:
-        """Give columns of a table whose numbers are known equal keys if all their numbers are."""
-        shape = value.shape[lead:]
-        columns = self.finder.buffers[value.id].detach().double().reshape(-1, math.prod(shape))
-        kinds = torch.unique(columns, dim=1, return_inverse=True)[1].tolist()
-        keys = np.empty(len(kinds), dtype=object)
-        keys[:] = [self._intern(("kind", value.id, lead, kind)) for kind in kinds]
-        return keys.reshape(shape)
-
-    def _tag(self, tag: tuple, keys: np.ndarray) -> np.ndarray:
-        """Rename keys after an operation that acts in front of the trailing dims."""
-        return _elementwise(lambda key: self._intern((*tag, key)), keys)
-
-    def _made(self, number: int, out: Value, lead: int) -> np.ndarray | None:
-        call = self.finder.calls[number]
-        inputs, rank = call.inputs, len(out.shape)
-        source: Any = inputs.get("self")
-        if call.name in ("cat", "stack"):
-            return self._joined(call, inputs["tensors"], inputs["dim"] % rank, lead, number)
-        if call.name in ("select", "unbind", "slice", "split", "split_with_sizes"):
-            return self._piece(call, source, out, lead, number)
-        if call.name in ("unsqueeze", "squeeze", *_VIEWS):
-            start = _same_front(source.shape, out.shape, lead)
-            if start is None:
-                return None
-            keys = self.keys(source, start, number).reshape(out.shape[lead:])
-            return self._tag(("view", source.shape[:start], out.shape[:lead]), keys)
-        if call.name in ("expand", "repeat", "repeat_interleave"):
-            return self._repeated(call, source, out, lead, number)
-        if call.name == "transpose" and max(inputs[k] % rank for k in ("dim0", "dim1")) < lead:
-            dims = sorted(inputs[k] % rank for k in ("dim0", "dim1"))
-            return self._tag(("transpose", *dims), self.keys(source, lead, number))
-        tags = call.operation.tags
-        random = torch.Tag.nondeterministic_seeded in tags
-        if call.name in _COPIES or (torch.Tag.pointwise in tags and not random):
-            return self._pointwise(call, rank, lead, number)
-        return None
-
-    def _pointwise(self, call: Call, rank: int, lead: int, number: int) -> np.ndarray | None:
-        operands = [v for v in call.inputs.values() if isinstance(v, Value)]
-        if len(operands) < len(list(call.tensors())) or len(call.outputs) > 1:
-            return None
-        others = repr([(k, v) for k, v in call.inputs.items() if not isinstance(v, Value)])
-        names = tuple(k for k, v in call.inputs.items() if isinstance(v, Value))
-        tag = (str(call.operation), names, others)
-        keys = [self.keys(v, max(lead - rank + len(v.shape), 0), number) for v in operands]
-        return _elementwise(lambda *k: self._intern((*tag, *k)), *keys)
-
-    def _joined(
-        self, call: Call, parts: list[Value], dim: int, lead: int, number: int
-    ) -> np.ndarray | None:
-        added = int(call.name == "stack")
-        if any(part.shape == (0,) for part in parts):
-            return None
-        if dim < lead:
-            tag = (call.name, dim, tuple(part.shape[:lead] for part in parts))
-            keys = [self.keys(part, lead - added, number) for part in parts]
-            return _elementwise(lambda *k: self._intern((*tag, *k)), *keys)
-        join = np.stack if added else np.concatenate
-        return join([self.keys(part, lead, number) for part in parts], dim - lead)
-
-    def _piece(
-        self, call: Call, source: Value, out: Value, lead: int, number: int
-    ) -> np.ndarray | None:
-        dim = call.inputs["dim"] % len(source.shape)
-        drops = call.name in ("select", "unbind")
-        place = next(i for i, v in enumerate(call.outputs) if v.id == out.id)
-        if call.name == "slice":
-            index: Any = slice(*(call.inputs[k] for k in ("start", "end", "step")))
-        elif call.name == "select":
-            index = call.inputs["index"]
-        elif call.name == "unbind":
-            index = place
-        else:
-            start = sum(v.shape[dim] for v in call.outputs[:place])
-            index = slice(start, start + out.shape[dim])
-        if dim < lead:
-            keys = self.keys(source, lead + drops, number)
-            return self._tag(("piece", dim, repr(index)), keys)
-        axis = dim - lead
-        return self.keys(source, lead, number)[(slice(None),) * axis + (index,)]
-
-    def _repeated(
-        self, call: Call, source: Value, out: Value, lead: int, number: int
-    ) -> np.ndarray | None:
-        start = lead - (len(out.shape) - len(source.shape))
-        if start < 0:
-            return None
-        keys = self.keys(source, start, number)
-        if call.name == "expand":
-            keys = np.broadcast_to(keys, out.shape[lead:])
-        elif call.name == "repeat":
-            keys = np.tile(keys, call.inputs["repeats"][lead:])
-        else:
-            dim, times = call.inputs.get("dim"), call.inputs["repeats"]
-            if dim is None or not isinstance(times, int) or dim % len(source.shape) < start:
-                return None
-            return keys.repeat(times, dim % len(source.shape) - start)
-        return self._tag(("repeat", source.shape[:start], out.shape[:lead]), keys)
-
-
-def _same_front(before: Sequence[int], after: Sequence[int], lead: int) -> int | None:
-    """Find where to split a view's source so that its front is the result's up to `lead`."""
-    goal = math.prod(after[:lead])
-    starts: Iterable[int] = range(len(before) + 1)
-    return next((s for s in starts if math.prod(before[:s]) == goal), None)

@@ -263,7 +263,18 @@ def collapse(node: Node) -> None:
 
 
 def split(node: Node, outer: int) -> tuple[Node, Node] | None:
-    """Refine a dim in place into `outer` groups of units; None if its structure forbids it."""
+    """Refine a dim in place into `outer` groups of units; None if its structure forbids it.
+
+    What is pinned anyway can be split in any way, and is not refined where it cannot be.
+    """
+    pieces = _split(node, outer)
+    if pieces is None and node.size % outer == 0 and is_pinned(node):
+        reason = next((leaf.reason for leaf in leaves(node) if leaf.reason), "a single unit")
+        return Node(outer, reason), Node(node.size // outer, reason)
+    return pieces
+
+
+def _split(node: Node, outer: int) -> tuple[Node, Node] | None:
     node = find(node)
     if node.size % outer:
         return None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from alloy.symmetry.tracing.engine import Contraction, Engine, merged
+from alloy.symmetry.tracing.engine import Contraction, Engine, RuleDoesNotApply, merged
 from alloy.symmetry.tracing.links import Dual, Order, Over, Total
 from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.registry import rule, varies
@@ -75,6 +75,31 @@ def mv(engine: Engine, call: Call) -> None:
     engine.set(out, engine.get(a)[:-1])
     if len(a.shape) == 2:
         engine.same(a, out, [(0, 0)])
+
+
+@rule("linalg_solve_triangular triangular_solve")
+def solve_triangular(engine: Engine, call: Call) -> None:
+    """X of A X = B (X A = B unless `left`) for a triangular A [.., n, n]: its order is fixed."""
+    if call.name == "triangular_solve":
+        b, a, left = call.inputs["self"], call.inputs["A"], True
+    else:
+        a, b, left = call.inputs["self"], call.inputs["B"], call.inputs["left"]
+    out, reason = call.outputs[0], "order of a triangular system"
+    rank = len(out.shape)
+    mixed, free = (rank - 2, rank - 1) if left else (rank - 1, rank - 2)
+    if len(b.shape) != rank or b.shape[-2:] != out.shape[-2:]:
+        raise RuleDoesNotApply
+    engine.pin_dims(a, [len(a.shape) - 2, len(a.shape) - 1], reason)
+    engine.pin_dims(b, [mixed], reason)
+    dims = []
+    for d in range(rank - 2):
+        places = ((v, d - rank + len(v.shape)) for v in (a, b))
+        nodes = [engine.get(v)[i] for v, i in places if i >= 0 and v.shape[i] > 1]
+        dims.append(merged(nodes) if nodes else Node(1))
+    engine.set(out, [*dims, *engine.get(b)[-2:]])
+    engine.same(b, out, [(free, free)])
+    for copied in call.outputs[1:]:  # `triangular_solve` gives back A
+        engine.set(copied, engine.get(a))
 
 
 @rule("_euclidean_dist _cdist_forward")

@@ -3,7 +3,7 @@
 from alloy.symmetry.tracing.engine import Engine, merged
 from alloy.symmetry.tracing.links import Order, Piece
 from alloy.symmetry.tracing.recording.log import Call, Value
-from alloy.symmetry.tracing.rules.registry import pass_dims, rule, take_piece, varies
+from alloy.symmetry.tracing.rules.registry import join_indices, pass_dims, rule, take_piece, varies
 from alloy.symmetry.tracing.terms import Node, cut, direct_sum, split
 
 
@@ -56,16 +56,18 @@ def split_(engine: Engine, call: Call) -> None:
         start += out.shape[dim]
 
 
-@rule("cat concat")
+@rule("cat concat", keeps_indices=True)
 def cat(engine: Engine, call: Call) -> None:
     out = call.outputs[0]
     values = [v for v in call.inputs["tensors"] if v.shape != (0,)]
+    join_indices(engine, values, out)
     _join(engine, values, out, call.inputs["dim"] % len(out.shape), 0)
 
 
-@rule("stack")
+@rule("stack", keeps_indices=True)
 def stack(engine: Engine, call: Call) -> None:
     out = call.outputs[0]
+    join_indices(engine, call.inputs["tensors"], out)
     _join(engine, call.inputs["tensors"], out, call.inputs["dim"] % len(out.shape), 1)
 
 

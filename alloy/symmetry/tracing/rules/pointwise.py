@@ -3,7 +3,7 @@
 import math
 
 from alloy.errors import SymmetryError
-from alloy.symmetry.tracing.engine import Engine, merged
+from alloy.symmetry.tracing.engine import Engine, RuleDoesNotApply, merged
 from alloy.symmetry.tracing.links import Even, Odd, Over, Same, Times
 from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.registry import pass_indices, rule, varies
@@ -31,7 +31,7 @@ EVEN = {"abs", "cos", "cosh"}
 @rule(
     "lift copy masked_fill where dropout hardswish hardtanh pointwise gelu silu relu leaky_relu "
     "elu threshold softplus mish hardsigmoid nan_to_num clamp clamp_min clamp_max celu prelu "
-    "_prelu_kernel rrelu relu6 floor_divide bucketize isin polar complex _conj real imag angle "
+    "_prelu_kernel rrelu relu6 floor_divide polar complex _conj real imag angle "
     "resolve_conj resolve_neg addcmul addcdiv lerp bitwise_and bitwise_or bitwise_xor bitwise_not "
     "fmod remainder log_sigmoid_forward fake_quantize_per_tensor_affine"
 )
@@ -93,6 +93,20 @@ def _pointwise_link(
         engine.link(Odd(moving[0], out))
     elif len(moving) == 1 and (name in EVEN or call.inputs.get("exponent") in (4, 6)):
         engine.link(Even(moving[0], out))
+
+
+@rule("bucketize isin")
+def compared(engine: Engine, call: Call) -> None:
+    """Each element is compared with all of another tensor's, whose order may matter."""
+    first, other = (
+        ("self", "boundaries") if call.name == "bucketize" else ("elements", "test_elements")
+    )
+    elements = call.inputs.get(first)
+    if not isinstance(elements, Value):
+        raise RuleDoesNotApply
+    if isinstance(call.inputs[other], Value):
+        engine.pin_all(call.inputs[other], f"compared by {call.name}")
+    engine.set(call.outputs[0], engine.get(elements))
 
 
 @rule("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor")

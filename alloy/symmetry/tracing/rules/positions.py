@@ -56,6 +56,22 @@ def im2col(engine: Engine, call: Call) -> None:
     engine.set(out, [n, product([c, window]), Node(out.shape[2], "positions")])
 
 
+@rule("col2im")
+def col2im(engine: Engine, call: Call) -> None:
+    """Windows [n, channels x window, places] added up to positions [n, channels, height, width]."""
+    x, out = call.inputs["self"], call.outputs[0]
+    if len(x.shape) != 3:
+        raise RuleDoesNotApply
+    engine.pin_dims(x, [2], "positions")
+    n, fused, _ = engine.get(x)
+    pair = split(fused, out.shape[1])
+    if pair is None:
+        raise RuleDoesNotApply
+    pin(pair[1], "window")
+    engine.set(out, [n, pair[0], *(Node(size, "positions") for size in out.shape[2:])])
+    engine.same(x, out, [(0, 0)])
+
+
 @rule("unfold")
 def unfold(engine: Engine, call: Call) -> None:
     x, out = call.inputs["self"], call.outputs[0]

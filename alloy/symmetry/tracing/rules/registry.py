@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from alloy.symmetry.tracing.engine import Engine, Rule
 from alloy.symmetry.tracing.links import Beside, Piece
 from alloy.symmetry.tracing.recording.log import Call, Value
-from alloy.symmetry.tracing.terms import Node, is_uniform
+from alloy.symmetry.tracing.terms import Node, find, is_uniform, unify
 
 RULES: dict[str, Rule] = {}
 """ATen name of an operation -> its rule."""
@@ -45,6 +45,21 @@ def pass_indices(engine: Engine, call: Call) -> None:
     if space is not None:
         for out in call.outputs:
             engine.spaces_of_indices[out.id] = space
+
+
+def join_indices(engine: Engine, values: Sequence[Value], out: Value) -> None:
+    """Let indices that are joined count along one dim, if all of them count along equal ones."""
+    spaces = [engine.spaces_of_indices.get(value.id) for value in values]
+    known = [space for space in spaces if space is not None]
+    if not known:
+        return
+    if len(known) == len(values) and len({find(space).size for space in known}) == 1:
+        for space in known[1:]:
+            unify(known[0], space)
+        engine.spaces_of_indices[out.id] = known[0]
+        return
+    for value in values:
+        engine.pin_indices(value, "indices joined with numbers of another meaning")
 
 
 def pass_dims(

@@ -1,7 +1,7 @@
 """Operations that rearrange the dims of one tensor: views, transposes, expansions, repeats."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from alloy.symmetry.tracing.engine import Engine, RuleDoesNotApply
 from alloy.symmetry.tracing.links import View
@@ -25,15 +25,87 @@ def view(engine: Engine, call: Call) -> None:
 
 @rule("as_strided")
 def as_strided(engine: Engine, call: Call) -> None:
-    """Only where it adds or removes dims of size 1 (adaptive pooling)."""
+    """A dim of the result that walks along one dim of the source, step by step, passes.
+
+    What is read in windows, which may overlap, is pinned.
+    """
     source, out = call.inputs["self"], call.outputs[0]
     strides, offset = source.place or ((), None)
-    before = [pair for pair in zip(source.shape, strides, strict=True) if pair[0] > 1]
-    after = [p for p in zip(out.shape, call.inputs["stride"], strict=True) if p[0] > 1]
-    if before != after or call.inputs["storage_offset"] not in (None, offset):
+    if offset is None or call.inputs["storage_offset"] not in (None, offset):
         raise RuleDoesNotApply
-    if out.id not in engine.dims:
+    contiguous = _contiguous(source.shape, strides) and _contiguous(
+        out.shape, call.inputs["stride"]
+    )
+    if contiguous and math.prod(source.shape) == math.prod(out.shape):
         view(engine, call)
+        return
+    before = {d: (n, strides[d]) for d, n in enumerate(source.shape) if n > 1}
+    steps = call.inputs["stride"]
+    passing = _walks(before, {j: (n, steps[j]) for j, n in enumerate(out.shape) if n > 1})
+    nodes = engine.get(source)
+    engine.pin_dims(source, before.keys() - passing.values(), "windows")
+    dims = [Node(n, "windows") for n in out.shape]
+    for place, d in passing.items():
+        dims[place] = nodes[d]
+    engine.set(out, dims)
+    engine.same(source, out, ((d, place) for place, d in passing.items()))
+
+
+def _contiguous(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Check that a tensor lies in memory in the order of its dims, without gaps."""
+    size = 1
+    for n, stride in reversed([*zip(shape, strides, strict=True)]):
+        if n > 1 and stride != size:
+            return False
+        size *= n
+    return True
+
+
+Steps = Mapping[int, tuple[int, int]]
+"""Dim -> its size, and the stride from one place to the next."""
+
+
+def _walks(before: Steps, after: Steps) -> dict[int, int]:
+    """Find which dims pass from a memory layout to another view of it: dim after -> dim before.
+
+    The others must be windows over runs of dims that are one stretch of memory. Raises
+    RuleDoesNotApply if the view crosses from one run into another.
+    """
+    dims = {pair: d for d, pair in before.items()}
+    passing = {j: dims.pop(pair) for j, pair in after.items() if pair in dims}
+    while True:
+        runs = _runs([before[d] for d in before.keys() - passing.values()])
+        misfit = _misfit(runs, [after[j] for j in after.keys() - passing.keys()])
+        if misfit is None:
+            return passing
+        inner = [j for j in passing if after[j][1] <= misfit]
+        if not inner:
+            raise RuleDoesNotApply
+        del passing[max(inner, key=lambda j: after[j][1])]  # windows reach across this dim, too
+
+
+def _runs(steps: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join dims that lie in memory one right after the other; the largest strides come first."""
+    runs: list[tuple[int, int]] = []
+    for n, stride in sorted(steps, key=lambda pair: -pair[1]):
+        if runs and runs[-1][1] == n * stride:
+            runs[-1] = (runs[-1][0] * n, stride)
+        else:
+            runs.append((n, stride))
+    return runs
+
+
+def _misfit(runs: Sequence[tuple[int, int]], windows: Iterable[tuple[int, int]]) -> int | None:
+    """Name the stride of a window that stays in none of the runs; None if all do."""
+    farthest = [0] * len(runs)
+    for n, stride in windows:
+        fits = [i for i, (_, step) in enumerate(runs) if step and not stride % step and stride]
+        if not fits:
+            return stride
+        farthest[fits[0]] += (n - 1) * (stride // runs[fits[0]][1])
+        if farthest[fits[0]] >= runs[fits[0]][0]:
+            return stride
+    return None
 
 
 def _permute(engine: Engine, call: Call, order: Sequence[int]) -> None:
@@ -103,10 +175,10 @@ def repeat(engine: Engine, call: Call) -> None:
 
 @rule("repeat_interleave")
 def repeat_interleave(engine: Engine, call: Call) -> None:
-    source, out = call.inputs["self"], call.outputs[0]
     times, dim = call.inputs["repeats"], call.inputs.get("dim")
     if not isinstance(times, int) or dim is None:
         raise RuleDoesNotApply
+    source, out = call.inputs["self"], call.outputs[0]
     dim %= len(source.shape)
     dims = list(engine.get(source))
     dims[dim] = product([dims[dim], Node(times, uniform=True)])

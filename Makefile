@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help merge serve test check format lock
+.PHONY: help merge promote rollback sweep serve ui test check format lock
 
 RECIPE ?= modality
 DEVICE ?=
@@ -22,8 +22,20 @@ help: ## list the commands
 merge: $(READY) ## run what is stale of RECIPE, from checkpoints to a registered model
 	@python -m flows.pipeline '$(RECIPE)' $(ARGS)
 
+promote: $(READY) ## make the newest version of RECIPE the champion if its gates are met
+	@python -m flows.promote '$(RECIPE)' $(ARGS)
+
+rollback: $(READY) ## give the champion's place back to the version that had it before
+	@python -m flows.promote '$(RECIPE)' --rollback $(ARGS)
+
+sweep: $(READY) ## RECIPE with many settings: ARGS='merge.result=interpolation,regmean'
+	@python -m flows.sweep '$(RECIPE)' $(ARGS)
+
 serve: $(READY) ## a local Prefect server on which RECIPE runs every night and promotion follows
 	@python -m flows.serve '$(RECIPE)' $(ARGS)
+
+ui: $(READY) ## the pages of Prefect and MLflow side by side
+	@python -m flows.ui $(ARGS)
 
 test: $(READY) ## the default tests; SLOW=1 adds the longer proofs, ARGS='-k name' chooses
 	@OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --dist worksteal $(if $(SLOW),,-m 'not slow') $(ARGS)

@@ -23,7 +23,8 @@ from prefect.states import Completed, Failed, State
 
 from flows.graph import GraphError, Stage, is_recorded, select, stale_stages
 from flows.kept import kept, recover
-from flows.server import ServerError, own_server
+from flows.server import own_server
+from flows.services import ServerError
 from flows.states import UNREACHABLE, is_unreachable, log_failures_plainly
 from flows.workspace import Say, dvc, end_as_ctrl_c, only_run, run_streaming, tell
 from tasks.recipe.load import load

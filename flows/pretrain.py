@@ -13,7 +13,8 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
-from flows.server import ServerError, own_server
+from flows.server import own_server
+from flows.services import ServerError
 from flows.workspace import end_as_ctrl_c, only_run, run_streaming
 from tasks.experts.pretrain import SHARING
 

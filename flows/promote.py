@@ -20,7 +20,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed, State
 
-from flows.server import ServerError, own_server
+from flows.server import own_server
+from flows.services import ServerError
 from flows.states import UNREACHABLE, is_unreachable, log_failures_plainly
 from flows.workspace import end_as_ctrl_c, only_run
 from tasks.recipe.load import load

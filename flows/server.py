@@ -23,15 +23,10 @@ from pathlib import Path
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from flows import answers
+from flows.services import HOST, START_SECONDS, ServerError
 
-HOST = "127.0.0.1"
-START_SECONDS = 300  # a busy machine takes its time
 GRACE_SECONDS = 5
 MOST_STARTS = 3  # anew, where somebody kills it
-
-
-class ServerError(RuntimeError):
-    """A Prefect server cannot do its work; the message says why."""
 
 
 @contextmanager

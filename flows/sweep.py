@@ -24,7 +24,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from alloy.errors import nearest
 from flows.graph import GraphError, select
-from flows.server import ServerError, own_server
+from flows.server import own_server
+from flows.services import ServerError
 from flows.workspace import dvc, end_as_ctrl_c, run_streaming
 from tasks.recipe.load import read
 from tasks.recipe.plan import check

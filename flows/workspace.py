@@ -129,16 +129,19 @@ def _environment() -> dict[str, str]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Interrupt a process group of which something still runs; kill it if it does not end.
+    """End what still runs of a command's group; nothing of one that ended well is touched."""
+    if process.poll() != 0:
+        end_group(process, signal.SIGINT, GRACE_SECONDS)
 
-    Nothing of a command that ended well is touched.
-    """
-    for number in (signal.SIGINT, signal.SIGKILL):
-        if process.poll() == 0 or not _members(process.pid):
+
+def end_group(process: subprocess.Popen, gently: signal.Signals, seconds: float) -> None:
+    """End a process and its group: with a signal to all, and by force what then still runs."""
+    for number in (gently, signal.SIGKILL):
+        if not _members(process.pid):
             break
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        deadline = time.monotonic() + GRACE_SECONDS
+        deadline = time.monotonic() + seconds
         while _members(process.pid) and time.monotonic() < deadline:
             process.poll()  # reaps the leader
             time.sleep(POLL_SECONDS)

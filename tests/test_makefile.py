@@ -85,6 +85,28 @@ def test_an_unchanged_environment_costs_nothing(tmp_path: Path) -> None:
     assert ".ci/venv" in run("make", "--dry-run", "merge", folder=tmp_path)[1]
 
 
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [
+        ("merge", "flows.pipeline 'other' --more"),
+        ("promote", "flows.promote 'other' --more"),
+        ("rollback", "flows.promote 'other' --rollback --more"),
+        ("sweep", "flows.sweep 'other' --more"),
+        ("serve", "flows.serve 'other' --more"),
+        ("ui", "flows.ui --more"),
+    ],
+)
+def test_a_target_runs_its_flow(tmp_path: Path, target: str, command: str) -> None:
+    """RECIPE= and ARGS= arrive where they are meant."""
+    shutil.copy(REPOSITORY / "Makefile", tmp_path)
+    for name in (".venv/.ready", "requirements.lock", "requirements.overrides", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".venv" / ".ready")
+    arguments = ("--dry-run", target, "RECIPE=other", "ARGS=--more")
+    assert run("make", *arguments, folder=tmp_path) == (0, f"python -m {command}\n")
+
+
 def test_the_device_reaches_the_stages(tmp_path: Path) -> None:
     """DEVICE= is what `tasks.evaluation.loading` reads as ALLOY_DEVICE."""
     shutil.copy(REPOSITORY / "Makefile", tmp_path)

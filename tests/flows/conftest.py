@@ -51,7 +51,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
         return urllib.request.urlopen(url, timeout=1).status == 200
     except OSError:
@@ -97,7 +97,7 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ) as server,
     ):
         try:
-            wait_until(lambda: _answers(f"{url}/health"), 120)
+            wait_until(lambda: answers(f"{url}/health"), 120)
             yield url
         finally:
             APILogWorker.drain_all(timeout=5)

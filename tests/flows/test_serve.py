@@ -9,7 +9,8 @@ import subprocess
 import pytest
 import yaml
 
-from flows.serve import ServeError, serve
+from flows.serve import serve
+from flows.services import ServerError
 from tests.flows.conftest import REPOSITORY, Workspace, ask, free_port, wait_until
 
 
@@ -26,7 +27,7 @@ def test_a_port_that_is_taken_is_refused() -> None:
     """Serving twice says so and names a way out."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ServeError, match=rf"port {port} is taken .*--port {port + 1}"):
+        with pytest.raises(ServerError, match=rf"port {port} is taken .*--port {port + 1}"):
             serve("modality", port)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.server import ServerError, own_server
+from flows.server import own_server
+from flows.services import ServerError
 from tests.flows.conftest import Workspace, wait_until
 from tests.flows.test_pipeline import RUN, ran
 

@@ -75,8 +75,9 @@ def merge(
     )
     owner = _owners(named, settings)
     measured = _statistics_of_owners(owner, statistics, len(models))
+    _check_units(models)
     if statistics is not None:
-        _check_units(models, statistics)
+        _check_units_of_grams(models, statistics)
     owned = list(dict.fromkeys(owner.values()))
     if spec.scope == "model":
         merged = merge_whole(settings, owned, models, base, data)
@@ -317,7 +318,20 @@ def _statistics_of_owners(
     return result
 
 
-def _check_units(models: Sequence[Weights], statistics: Sequence[Mapping[str, Any]]) -> None:
+def _check_units(models: Sequence[Weights]) -> None:
+    """Refuse models that different alignments brought into different units."""
+    units = {i: m.units for i, m in enumerate(models) if isinstance(m, AlignedWeights)}
+    if len(set(units.values())) > 1:
+        of_each = ", ".join(f"models[{i}] of {tag or 'none'}" for i, tag in units.items())
+        raise MergeError(
+            f"the models are in the units of different alignments ({of_each}): bring all of them "
+            "into one space with one alignment"
+        )
+
+
+def _check_units_of_grams(
+    models: Sequence[Weights], statistics: Sequence[Mapping[str, Any]]
+) -> None:
     """Refuse Grams of other units than the weights', or moved for some models only."""
     moved: set[bool] = set()
     for i, (model, measured) in enumerate(zip(models, statistics, strict=True)):

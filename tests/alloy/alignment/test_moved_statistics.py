@@ -105,6 +105,13 @@ def test_grams_of_which_some_were_moved_are_refused(case, aligned):
         _ = gram + replace(gram, units="elsewhere")
 
 
+def test_models_of_different_alignments_are_refused(case, aligned):
+    _, spec, _, weights = case
+    backwards = alloy.align_models(weights, spec, preset="git_rebasin", reference="b")
+    with pytest.raises(MergeError, match="units of different alignments"):
+        alloy.merge("linear", [aligned[1]["b"], backwards.apply(weights)["a"]])
+
+
 def test_units_survive_files(case, aligned):
     _, _, statistics, _ = case
     alignment, _, _ = aligned

@@ -23,6 +23,9 @@ from alloy.symmetry.parts import by_blocks
 from alloy.symmetry.spec import ROTARY_KINDS, SymmetrySpec
 from alloy.symmetry.transforms import Transform
 
+_ROUNDING_64, _ROUNDING_32 = 1e-12, 1e-7  # of the largest similarity, a unit
+_NO_TURN = 1e-9  # of the largest similarity: pairs that gain less by a turn stay, angles of 0
+
 
 class Solved(NamedTuple):
     """The best transforms for each pair of parent units, and their values, [*P, *Po, ...]."""
@@ -119,7 +122,7 @@ def rotate_pairs(stride: int) -> Operator:
         cosine = total[..., x, x] + total[..., y, y]
         sine = total[..., y, x] - total[..., x, y]
         value = torch.hypot(cosine, sine)
-        keep = value <= cosine + 1e-9 * total.abs().amax((-1, -2))[..., None]
+        keep = value <= cosine + _NO_TURN * total.abs().amax((-1, -2))[..., None]
         angle = torch.where(keep, 0.0, torch.atan2(sine, cosine))
         matrix = torch.zeros_like(total)
         matrix[..., x, x] = matrix[..., y, y] = angle.cos()
@@ -348,7 +351,7 @@ def _trace(total: Tensor) -> Tensor:
 
 def _beats(value: Tensor, total: Tensor) -> Tensor:
     """True where values exceed the identity's by more than rounding."""
-    rounding = 1e-12 if total.dtype == torch.float64 else 1e-7
+    rounding = _ROUNDING_64 if total.dtype == torch.float64 else _ROUNDING_32
     largest = total.abs().amax((-1, -2)).double()
     return value > _trace(total) + rounding * largest * total.shape[-1]
 

@@ -32,6 +32,8 @@ from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.transforms import Transforms, transport
 from alloy.types import Weights
 
+_ROUNDING = 1e-6  # of an entry of a float32 matrix: a unit that moves less has not moved
+
 
 class SpaceAlignment(NamedTuple):
     """Effect of an alignment on one space: similarities are means over units and weights or points.
@@ -171,7 +173,7 @@ def moved_units(space: str, spec: SymmetrySpec, transforms: Transforms) -> tuple
     kind = "permutation"
     if transform.matrix is not None:
         eye = torch.eye(transform.size, dtype=transform.matrix.dtype)
-        changed |= (transform.matrix - eye).abs().amax(-1).flatten() > 1e-6
+        changed |= (transform.matrix - eye).abs().amax(-1).flatten() > _ROUNDING
         kind = "orthogonal" if is_orthogonal(transform.matrix) else "general linear"
     elif transform.signs is not None:
         changed |= (transform.signs != 1).flatten()
@@ -182,7 +184,7 @@ def moved_units(space: str, spec: SymmetrySpec, transforms: Transforms) -> tuple
 def is_orthogonal(matrix: Tensor) -> bool:
     """True for matrices [*batch, n, n] that turn units without stretching them, up to rounding."""
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
-    return bool(((matrix @ matrix.mT - eye).abs() <= 1e-6).all())
+    return bool(((matrix @ matrix.mT - eye).abs() <= _ROUNDING).all())
 
 
 def _all_units(matrix: Tensor) -> Tensor:

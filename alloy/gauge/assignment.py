@@ -15,6 +15,9 @@ from alloy.symmetry.parts import owned_axes
 from alloy.symmetry.spec import ROTARY_KINDS, Axis, SymmetrySpec, unit_view
 from alloy.symmetry.transforms import Transform, compose, rotary_matrix
 
+_GAIN = 1e-9  # of J: a smaller gain is rounding, and steps that gain nothing might never end
+_TIE = 1e-12  # of the largest value, a unit: sums in float64 in another order differ by less
+
 
 def match(problem: Problem, gauge: Transformed, generator: torch.Generator | None) -> Transformed:
     """Assign heads and neurons of each free model to those of the others, where that lowers J."""
@@ -39,7 +42,7 @@ def match(problem: Problem, gauge: Transformed, generator: torch.Generator | Non
             sum(float(error(x.weight_MOI, x.gram_MII, problem.ridge)) for x in moved)
             for moved in (here, there)
         )
-        if then < now * (1 - 1e-9):
+        if then < now * (1 - _GAIN):
             result = proposal
     return tuple(result)
 
@@ -158,7 +161,7 @@ def _assign(value_nn: Tensor) -> tuple[Tensor, float]:
     """The bijection of largest total value, and that total; the identity where nothing beats it."""
     rows, columns = linear_sum_assignment(value_nn.numpy(), maximize=True)
     best, as_is = float(value_nn[rows, columns].sum()), float(value_nn.diagonal().sum())
-    if best <= as_is + 1e-12 * float(value_nn.abs().max()) * len(rows):
+    if best <= as_is + _TIE * float(value_nn.abs().max()) * len(rows):
         return torch.arange(len(rows)), as_is
     return torch.from_numpy(columns), best
 

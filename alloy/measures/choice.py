@@ -19,6 +19,8 @@ from alloy.errors import MeasureError
 from alloy.measures.encoders import ENCODER_MEASURES, Measure
 from alloy.types import Weights
 
+_ROUNDING = 1e-9  # of a mean over examples: equal merges differ by less
+
 
 class Gain(NamedTuple):
     """The mean difference of a measure over examples, and its standard error."""
@@ -28,7 +30,7 @@ class Gain(NamedTuple):
 
     def exceeds(self, num_errors: float) -> bool:
         """True if the gain is above 0 by more than so many standard errors, and than rounding."""
-        return self.mean > num_errors * self.error + 1e-9
+        return self.mean > num_errors * self.error + _ROUNDING
 
     def __neg__(self) -> Gain:
         return Gain(-self.mean, self.error)

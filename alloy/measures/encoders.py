@@ -20,6 +20,10 @@ from alloy.errors import MeasureError
 Measure = Callable[[Tensor, Tensor], Tensor]
 """Answers [N, D] and a parent's [N, E] -> a value for each example, [N]; more is better."""
 
+_CONSTANT = 1e-12  # of the mean square: less variance is rounding, and all answers are alike
+_LEVEL = 1e-9  # the norm of a row of cosines that varies by float64's rounding alone
+_TINY = 1e-30  # keeps a division by zero finite
+
 
 def explained_variance(answers_ND: Tensor, parent_ND: Tensor) -> Tensor:
     """The share of the spread of a parent's answers that the answers explain, by example.
@@ -38,7 +42,7 @@ def explained_variance(answers_ND: Tensor, parent_ND: Tensor) -> Tensor:
             f"explained variance compares the same units, neighbours and similarities any"
         )
     spread = (parent_ND - parent_ND.mean(0)).square().sum(1).mean()
-    if spread <= 1e-12 * parent_ND.square().sum(1).mean():
+    if spread <= _CONSTANT * parent_ND.square().sum(1).mean():
         raise MeasureError("a parent answers all examples alike: there is no variance to explain")
     return 1 - (answers_ND - parent_ND).square().sum(1) / spread
 
@@ -105,7 +109,7 @@ def _checked(answers: Tensor, parent: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cosines(x_ND: Tensor) -> Tensor:
-    unit_ND = x_ND / x_ND.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    unit_ND = x_ND / x_ND.norm(dim=1, keepdim=True).clamp(min=_TINY)
     return unit_ND @ unit_ND.T
 
 
@@ -113,4 +117,4 @@ def _centred(similarity_NM: Tensor) -> Tensor:
     """Rows about their mean at norm 1; 0 where they vary by rounding alone."""
     centred = similarity_NM - similarity_NM.mean(1, keepdim=True)
     norm = centred.norm(dim=1, keepdim=True)
-    return torch.where(norm > 1e-9, centred / norm.clamp(min=1e-30), 0.0)
+    return torch.where(norm > _LEVEL, centred / norm.clamp(min=_TINY), 0.0)

@@ -19,6 +19,8 @@ from alloy.types import Batch, Weights
 
 Measures = Callable[[Any, Batch], Mapping[str, Tensor]]
 
+_FLAT = 1e-6  # the share of a square off the line: the mean of two float32 models has less
+
 
 def path(
     start: Weights, end: Weights, ts: Iterable[float]
@@ -99,7 +101,7 @@ def plane(a: Weights, b: Weights, c: Weights) -> Plane:
             ab, ac = ab + float(u.square().sum()), ac + float(v.square().sum())
             inner += float((u * v).sum())
     width = ab**0.5
-    if width == 0 or ac - inner**2 / ab <= 1e-6 * ac:
+    if width == 0 or ac - inner**2 / ab <= _FLAT * ac:
         raise LandscapeError(
             "the three models lie on one line (two models and their mean do): "
             "take one off it, such as a parent before alignment"

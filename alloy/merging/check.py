@@ -13,6 +13,8 @@ from alloy.errors import MergeError, nearest
 from alloy.merging.method import Coefficients, MergeMethod, MergeSettings
 from alloy.merging.methods import MERGE_METHODS
 
+_CANCELLED = 1e-6  # of the coefficients' sizes: a smaller sum multiplies them a million times
+
 
 def oriented(options: Mapping[str, Any], transposed: Iterable[str]) -> dict[str, Any]:
     """Options of a method that has `transposed`, set for these tensors unless the options say
@@ -231,7 +233,7 @@ def _checked(
 def _normalized(pattern: str, row: Sequence[float]) -> tuple[float, ...]:
     """The row divided by its sum."""
     total = math.fsum(row)
-    if abs(total) <= 1e-6 * sum(map(abs, row)):
+    if abs(total) <= _CANCELLED * sum(map(abs, row)):
         raise MergeError(
             f"{_where(pattern, row)} sum to {total:g}, so they cannot be normalised: "
             "change them, or take a method that adds task vectors"

@@ -20,6 +20,7 @@ from alloy.merging.averages import combine
 from alloy.merging.selection import accumulator, task_vector
 
 _BLOCK = 1 << 20  # entries in float64 at a time
+_TINY = 1e-8  # radians that are their own sine in float64; a mean this short has cancelled
 _LINEAR_COSINE = 0.9995  # nearer to parallel or antiparallel, the great circle is ill-conditioned
 
 
@@ -75,7 +76,7 @@ def karcher_mixture(
     """
 
     def stretch(angle_n: Tensor) -> Tensor:
-        return torch.where(angle_n > 1e-8, angle_n / angle_n.sin().clamp(min=1e-8), 1.0)
+        return torch.where(angle_n > _TINY, angle_n / angle_n.sin().clamp(min=_TINY), 1.0)
 
     def mean(inner_nn: Tensor) -> Tensor:
         return _mean_direction(inner_nn, coefficients, max_iterations, tolerance, stretch=stretch)
@@ -160,7 +161,7 @@ def _mean_direction(
         return (x_n @ cosine_nn @ x_n).clamp(min=0).sqrt()
 
     share_n = weight_n * (norm_n > 0)
-    if size(share_n) <= 1e-8 * share_n.sum():
+    if size(share_n) <= _TINY * share_n.sum():
         return weight_n
     share_n = share_n / share_n.sum()
     mean_n = share_n / size(share_n)

@@ -38,6 +38,7 @@ _MOVES = (
     _ATEN.view.default,
     _ATEN._unsafe_view.default,
 )
+_BLOCKED = 1e-6  # of the largest gain: a change divided by less would be float32's rounding
 """Operations that only move entries, if they keep all of them."""
 
 
@@ -82,7 +83,7 @@ class ModuleCall:
         for step in self.path:
             gain = step.move(gain) * step.gain
         gain = self._moved_back(gain)
-        return torch.where(gain.abs() > 1e-6 * gain.abs().max(), change / gain, 0)
+        return torch.where(gain.abs() > _BLOCKED * gain.abs().max(), change / gain, 0)
 
     def _moved_back(self, entries: Tensor) -> Tensor:
         place = torch.arange(self.output.numel(), device=entries.device).view(self.output.shape)

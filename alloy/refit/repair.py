@@ -34,6 +34,7 @@ from alloy.statistics.points import first_tensor, layer_of
 from alloy.symmetry.spec import SymmetrySpec, leaves
 from alloy.types import Batch, Weights
 
+_ROUNDING = 1e-6  # of a scale or a sum to one: float32 weights cannot tell
 _SMALL = 4_000_000  # numbers in the inputs of calibration data that may run as one batch
 
 
@@ -125,7 +126,7 @@ def match_variance(
                 torch.stack([moments[name][k] for moments in wanted], 1) @ share for k in (0, 1)
             )
             scale_D = torch.where(own_deviation_D > 0, deviation_D / own_deviation_D, 1.0)
-            scale_D = torch.where((scale_D - 1).abs() < 1e-6, 1.0, scale_D)
+            scale_D = torch.where((scale_D - 1).abs() < _ROUNDING, 1.0, scale_D)
             group[name].rescale(scale_D, mean_D - scale_D * own_mean_D)
     return _weights_of(student, merged)
 
@@ -317,7 +318,7 @@ def _equal_or_given(
 ) -> list[float]:
     if coefficients is None:
         return [1 / len(parents)] * len(parents)
-    if set(coefficients) != set(parents) or abs(sum(coefficients.values()) - 1) > 1e-6:
+    if set(coefficients) != set(parents) or abs(sum(coefficients.values()) - 1) > _ROUNDING:
         raise RepairError(
             f"coefficients {dict(coefficients)} must be of the parents {list(parents)} and sum to 1"
         )

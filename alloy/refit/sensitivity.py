@@ -31,6 +31,7 @@ from alloy.refit.linear_layer import LinearLayer
 
 Answers = Callable[[Any, Batch], Sequence[Tensor]]
 """The answers to keep, of a model and a batch: tensors [..., C] whose errors count alike."""
+_ROUNDING = 1e-12  # of the squares: an answer that spreads less is constant but for rounding
 
 
 def sensitivities(
@@ -102,7 +103,7 @@ def _spreads(module: nn.Module, batches: Iterable[Batch], answers: Answers) -> l
     spreads = []
     for i, (total_C, square, count) in enumerate(zip(sums, squares, counts, strict=True)):
         spread = float(square - total_C.square().sum() / max(count, 1))
-        if spread <= 1e-12 * float(square) or count == 0:
+        if spread <= _ROUNDING * float(square) or count == 0:
             raise MergeError(f"answer {i} is the same for all data: there is nothing to keep")
         spreads.append((spread / examples) ** 0.5)
     return spreads

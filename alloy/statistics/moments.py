@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-12  # of the mean square: less variance is the rounding of float64 sums
+
 
 @dataclass(frozen=True)
 class Gram:
@@ -155,7 +157,7 @@ class CrossMoments:
             mean_square = squares / self.count
             spread = mean_square - (total / self.count) ** 2
             # below the rounding of the two sums the difference is noise, not variance
-            return torch.where(spread > 1e-12 * mean_square, spread, 0.0)
+            return torch.where(spread > _ROUNDING * mean_square, spread, 0.0)
 
         return variance(self.sum_D, self.square_D), variance(self.sum_E, self.square_E)
 
@@ -185,7 +187,7 @@ def _standardised(x_ND: Tensor) -> Tensor:
     centred_ND = x_ND - x_ND.mean(0)
     norm_D = centred_ND.norm(dim=0)
     # below the rounding of the samples what is left is noise, not variance
-    varies_D = norm_D.square() > 1e-12 * x_ND.square().sum(0)
+    varies_D = norm_D.square() > _ROUNDING * x_ND.square().sum(0)
     return torch.where(varies_D, centred_ND / norm_D.clamp(min=1e-30), 0.0)
 
 

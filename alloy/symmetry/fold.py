@@ -32,6 +32,8 @@ from alloy.symmetry.tracing.places import Atom
 from alloy.symmetry.transforms import check_weights
 from alloy.types import Weights
 
+_FOLDED = 1e-6  # of a gain to one and of a bias to zero: float32's rounding of what was folded
+
 AxisOf = Mapping[tuple[str, int, int], Axis]
 """(weight, dim, place) -> axis, for one space."""
 
@@ -250,7 +252,7 @@ def unfold_norms(
         _check_bias(fold)
         if fold.bias is not None:
             _check_given(fold.bias.parameter, model, gains)
-            if work.units(fold.bias, fold.space).abs().max() > 1e-6:
+            if work.units(fold.bias, fold.space).abs().max() > _FOLDED:
                 raise SymmetryError(f"{fold.bias.parameter!r} is not folded: it is not zero")
             work.move_bias(fold, -gains[fold.bias.parameter].double())
     return work.result()
@@ -316,7 +318,7 @@ def _check_gain(name: str, offset: float, weights: Weights, gains: Weights) -> N
     gain = gains[name].double() + offset
     if not (gain.isfinite() & (gain != 0)).all():
         raise SymmetryError(f"gain {name!r} has a zero, NaN or Inf: readers would be divided by it")
-    if (weights[name].double() + offset - 1).abs().max() > 1e-6:
+    if (weights[name].double() + offset - 1).abs().max() > _FOLDED:
         raise SymmetryError(f"{name!r} is not folded: its gain is not one; unfold what was folded")
 
 

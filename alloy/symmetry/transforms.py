@@ -27,6 +27,8 @@ from alloy.symmetry.spec import (
 )
 from alloy.types import Weights
 
+_ROUNDING = 1e-4  # of a matrix to its kind: rotations multiplied in float32 drift by less
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -419,15 +421,15 @@ def _check_kind(space: Space, transform: Transform) -> None:
         stride = space.pair_stride
         first = torch.arange(space.size)[torch.arange(space.size) // stride % 2 == 0]
         a, b = matrix[..., first, first], matrix[..., first + stride, first]
-        if (matrix - rotary_matrix(a, b, stride)).abs().max() > 1e-4 * matrix.abs().max():
+        if (matrix - rotary_matrix(a, b, stride)).abs().max() > _ROUNDING * matrix.abs().max():
             refuse(f"no rotation and scale of the pairs of units {stride} apart")
     if space.kind not in ("general linear", "rotary"):
         product = transform.matrix.double() @ transform.matrix.double().mT
-        if (product - torch.eye(space.size, dtype=product.dtype)).abs().max() > 1e-4:
+        if (product - torch.eye(space.size, dtype=product.dtype)).abs().max() > _ROUNDING:
             refuse("not orthogonal")
     if space.kind == "orthogonal fixing ones":
         sums = transform.matrix.double().sum(-1)
-        if (sums - 1).abs().max() > 1e-4:
+        if (sums - 1).abs().max() > _ROUNDING:
             refuse("orthogonal but moves the all-ones vector")
 
 

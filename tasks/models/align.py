@@ -34,6 +34,7 @@ from tasks.storage import write_folder, write_json
 # of an output's spread: what an exact alignment may change; norms of Llama compute in float32
 # (2e-6)
 TOLERANCE = 1e-5
+TINY = 1e-30  # the least spread of an output: a constant one may not change at all
 
 
 def main(recipe: ModelsRecipe) -> None:
@@ -123,7 +124,7 @@ class Functions:
         worst = 0.0
         for name, moved in alignment.apply(self.weights).items():
             for ours, theirs in zip(self.before[name], self.outputs(name, moved), strict=True):
-                spread = ours.std().clamp(min=1e-30)
+                spread = ours.std().clamp(min=TINY)
                 worst = max(worst, float((ours - theirs).abs().max() / spread))
             if not worst <= TOLERANCE:
                 raise AlignmentError(

@@ -36,6 +36,7 @@ from tasks.reports import cards
 from tasks.storage import read_json, write_folder, write_json
 
 LEFT_BEHIND = ("config.json", "manifest.json", "alloy_merge.json", "README.md")  # of the reference
+DOUBLED_RTOL, DOUBLED_ATOL = 1e-3, 1e-5  # logits of a doubled layer are doubled, up to rounding
 COUNTER = "num_batches_tracked"  # of a batch norm: no weight, and nothing reads it afterwards
 
 Weights = dict[str, Tensor]
@@ -253,7 +254,8 @@ def output_layer(model: nn.Module, weights: Weights, batch: Mapping[str, Tensor]
     ]
     for name in reversed(candidates):
         model.load_state_dict(repair.scale_outputs(weights, name, 2.0))
-        if torch.allclose(answers(model, batch).rows, 2 * before, rtol=1e-3, atol=1e-5):
+        doubled = answers(model, batch).rows
+        if torch.allclose(doubled, 2 * before, rtol=DOUBLED_RTOL, atol=DOUBLED_ATOL):
             return name
     raise ValueError("temperature: no layer of its own writes the logits, so none can be scaled")
 

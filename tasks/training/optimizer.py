@@ -21,6 +21,7 @@ NEWTON_SCHULZ = (
     -4.7750,
     2.0315,
 )  # a quintic that takes singular values to about 1 in 5 steps
+_ZERO_NORM = 1e-7  # added to a norm, so that a momentum of zeros stays zero
 _FUSED_QKV = 3  # rows of a fused projection are three matrices
 
 
@@ -49,7 +50,7 @@ def orthogonalize(matrices_NRC: Tensor, num_steps: int = 5) -> Tensor:
     if matrices_NRC.shape[1] > matrices_NRC.shape[2]:
         return orthogonalize(matrices_NRC.transpose(1, 2), num_steps).transpose(1, 2)
     a, b, c = NEWTON_SCHULZ
-    x = matrices_NRC / (matrices_NRC.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = matrices_NRC / (matrices_NRC.norm(dim=(1, 2), keepdim=True) + _ZERO_NORM)
     for _ in range(num_steps):
         gram = x @ x.transpose(1, 2)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -40,6 +40,8 @@ from alloy.types import Weights
 Residual = Literal["joint", "mean", "identity"]
 Readers = Literal["average", "sum"]
 
+_TIE = 1e-12  # of costs: a plan that saves less than this has not beaten the units' own order
+
 
 class TransportSettings(NamedTuple):
     """`residual`: one plan over all that writes a space ("joint"), the mean of one for each
@@ -126,7 +128,7 @@ class TransportSearch:
     def _share(self, cost: Tensor) -> Tensor:
         n, m = cost.shape
         share = n * transport_plan(cost, self.settings.regularisation)
-        if n == m and float((share * cost).sum()) >= float(cost.diagonal().sum()) - 1e-12:
+        if n == m and float((share * cost).sum()) >= float(cost.diagonal().sum()) - _TIE:
             return torch.eye(n, dtype=torch.float64)
         return share
 

@@ -45,6 +45,8 @@ from alloy.symmetry.spec import (
 from alloy.symmetry.transforms import Transform, identity, move
 from alloy.types import Weights
 
+_TIE = 1e-6  # of float32 sums: a zip that explains no more keeps units that belong together as is
+
 
 @dataclass(frozen=True)
 class ZipPlan:
@@ -361,7 +363,7 @@ class ZipSearch:
             clusters_R = zipped.cluster_R
             if len(set(widths)) == 1:
                 as_is = torch.arange(widths[0]).repeat(len(widths))
-                better = explained(similarity, clusters_R) > explained(similarity, as_is) + 1e-6
+                better = explained(similarity, clusters_R) > explained(similarity, as_is) + _TIE
                 clusters_R = clusters_R if better else as_is
             chosen = torch.full((sum(widths),), -1)
             chosen[torch.cat(kept)] = clusters_R

@@ -19,6 +19,7 @@ from numba import njit
 from torch import Tensor
 
 _SPENT = np.float32(-1e30)
+_WHOLE = 1e-4  # added before a product is cut to an integer: 100 x 0.29 is 29, not 28
 """The similarity of pairs that are beyond a budget."""
 
 
@@ -62,7 +63,7 @@ def zip_units(
     work = similarity_RR.detach().to(torch.float32, copy=True).numpy()
     origin = np.repeat(np.arange(num_models), sizes)
     surplus = np.maximum(np.array(sizes) - width, 0)  # a wider model cannot but merge within itself
-    spend = surplus + int((size - width) // num_models * budget + 1e-4)
+    spend = surplus + int((size - width) // num_models * budget + _WHOLE)
     labels = np.arange(size)
     total = _merge(work, origin, spend, width, float(repeat), labels)
     if not np.isfinite(total):

@@ -30,6 +30,7 @@ from tasks.models.shared.jobs import Job, batches
 
 MASKED_SHARE = 0.15  # of the words, as in BERT's training
 IGNORED = -100
+TINY = 1e-30  # keeps logarithms of 0 and divisions by no variance finite, in float32 too
 
 Inputs = Mapping[str, Tensor]
 Candidate = Callable[[Inputs], Answers]
@@ -187,13 +188,13 @@ def _together(answers: Sequence[Answers]) -> Answers:
         [answer.rows.softmax(1) if answer.are_logits else answer.rows for answer in answers]
     )
     mean = rows.mean(0)
-    return answers[0]._replace(rows=mean.clamp(min=1e-30).log() if answers[0].are_logits else mean)
+    return answers[0]._replace(rows=mean.clamp(min=TINY).log() if answers[0].are_logits else mean)
 
 
 def _variance(parts: Iterable[Tensor]) -> Tensor:
     """The mean squared distance of rows to their mean."""
     rows = torch.cat(list(parts))
-    return (rows - rows.mean(0)).square().sum(1).mean().clamp(min=1e-30)
+    return (rows - rows.mean(0)).square().sum(1).mean().clamp(min=TINY)
 
 
 def _by_example(rows: Sequence[Tensor], examples: Sequence[Tensor]) -> Tensor:

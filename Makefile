@@ -46,7 +46,7 @@ check: $(READY) ## what CI checks besides the tests: lint, format, types, layers
 	ty check
 	lint-imports
 
-format: $(READY) ## mend what ruff can mend
+format: $(READY) ## fix what ruff can fix
 	ruff check --fix
 	ruff format
 

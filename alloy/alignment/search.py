@@ -218,7 +218,7 @@ class Search:
         return matched
 
     def _gain(self, matched: Matched, changes: State) -> float:
-        """By how much a step raises the objective."""
+        """The rise of the objective by a step."""
         if self.similarity.scale == "unit":
             return matched.value - matched.as_is
         share = self.similarity.weight_share

@@ -320,9 +320,7 @@ class Blocks:
 
     @cached_property
     def _unit_moments(self) -> tuple[int, list[Tensor], list[Tensor]]:
-        """For each side the sums and the norms of each unit's centred stretches, laid end to
-        end.
-        """
+        """Sums and norms of each unit's centred stretches, laid end to end, for each side."""
         columns = sum(ours.shape[1] for _, ours, _ in self.rows)
         sums, norms = [], []
         for side in (1, 2):
@@ -333,7 +331,7 @@ class Blocks:
         return columns, sums, norms
 
     def __call__(self, rows: slice, columns: slice) -> OfUnits:
-        """For [n] units and [m] units of the other model: [n, m]."""
+        """Similarities [n, m] of n units with m units of the other model."""
         odd, even = torch.zeros(()), None
         for axis, ours, theirs in self.rows:
             product = self.weight_share * (ours[rows] @ theirs[columns].T)

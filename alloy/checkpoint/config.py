@@ -56,7 +56,7 @@ def vocabulary_size(config: Mapping | None) -> int | None:
 
 
 def stored_transposed(config: Mapping | None, names: Iterable[str]) -> set[str]:
-    """Those of the names whose matrices the architecture of a config stores [in, out].
+    """The names whose matrices the architecture of a config stores [in, out].
 
     It is built on the meta device, without memory for its weights. A file may hold a model with a
     head or without, so names are compared without the prefixes that one of both lacks. None are

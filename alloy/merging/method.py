@@ -141,8 +141,9 @@ class MergeMethod:
 
     @property
     def mix(self) -> Callable[..., Tensor] | None:
-        """For a two-pass method that only mixes: `mix(inner_nn, coefficients=..., **options) ->
-        mixture_n`.
+        """A two-pass method's mixture: `mix(inner_nn, coefficients=..., **options) -> mixture_n`.
+
+        None for methods that do more than mix.
 
         inner_nn are float64 [..., n, n], the inner products of the task vectors (of the models,
         without a base). The result is base + sum of mixture_n[i] * (model i - base), or the sum of

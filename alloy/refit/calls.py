@@ -123,7 +123,7 @@ class CallRecorder:
         self.order: list[str] = []
         """Names, at each call."""
         self.streams: set[int] = set()
-        """Of the sums (`ModuleCall.summed_as`) those that were added to, and those of such sums."""
+        """Sums (`ModuleCall.summed_as`) that were added to, and sums of such sums."""
         self.held: list[Tensor] = []
         """Originals, so that no memory is used twice and identities tell tensors apart."""
 

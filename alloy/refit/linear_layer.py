@@ -24,7 +24,7 @@ class LinearLayer:
         self.groups = module.groups if isinstance(module, nn.Conv2d) else 1
         self.is_transposed = type(module).__name__ == "Conv1D"
         self.dim = 1 if self.is_convolution else -1
-        """Of the output, that its units lie along."""
+        """The dim of the output that its units lie along."""
         self.has_bias = norm is not None or module.bias is not None
 
     def samples(self, x: Tensor) -> Tensor:

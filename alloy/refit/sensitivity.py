@@ -117,7 +117,7 @@ def _gradients(
     spreads: Sequence[float],
     generator: torch.Generator | None,
 ) -> dict[str, list[Tensor]]:
-    """By layer and call, the gradient of the answers along random directions."""
+    """Gradients of the answers along random directions, by layer and call."""
     outputs: dict[str, list[Tensor]] = {}
 
     def hook(name: str):

@@ -118,7 +118,7 @@ def stream_layers(traces: Sequence[Trace]) -> list[set[str]]:
 
 
 def layer_of_student(student: nn.Module, name: str, traces: Sequence[Trace]) -> LinearLayer:
-    """With the batch norm behind it."""
+    """The student's layer, with the batch norm behind it."""
     norm, *others = {trace.norms.get(name) for trace in traces if name in trace.calls}
     if others:
         raise MergeError(f"behind {name} stands a batch norm for some of the data and not for all")

@@ -103,9 +103,7 @@ class _Moments:
         return _Moments(self.both.update(x_ND, y_NE), self.other.update(y_NE))
 
     def covariances(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of both models [D, E], of the other [E, E], and the variances of the reference [D]; as
-        sums.
-        """
+        """Sums of covariances of both models [D, E], of the other [E, E]; of variances [D]."""
         m = self.both
         return (
             m.product_DE - torch.outer(m.sum_D, m.sum_E) / m.count,

@@ -77,7 +77,7 @@ def losses(
 
 
 def _one_image(pixel_values: Tensor) -> Tensor:
-    """Of examples with two images the first."""
+    """The only or the first image of each example."""
     return pixel_values[:, 0] if pixel_values.dim() == 5 else pixel_values
 
 

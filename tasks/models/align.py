@@ -31,9 +31,7 @@ from tasks.models.shared.statistics import load_statistics
 from tasks.recipe.models import ModelsAlignment, ModelsRecipe
 from tasks.storage import write_folder, write_json
 
-# of an output's spread: what an exact alignment may change; norms of Llama compute in float32
-# (2e-6)
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of an output's spread, for exact alignments; Llama's float32 norms change 2e-6
 TINY = 1e-30  # the least spread of an output: a constant one may not change at all
 
 
@@ -116,7 +114,7 @@ class Functions:
         return outputs(self.models[name], weights, self.examples)
 
     def largest_change(self, alignment: Alignment) -> float:
-        """By how much an exact alignment changes any model's outputs, of their spread.
+        """The largest change of any model's outputs by an exact alignment, over their spread.
 
         Raises AlignmentError where that is more than TOLERANCE: then the alignment is not what it
         says.

@@ -159,7 +159,7 @@ def scores(
 def distances(
     job: Job, name: str, aligned: Mapping[str, Mapping[str, Tensor]], keep: float
 ) -> Iterator[DistanceRow]:
-    """Between every two members in the alignment's units, of floating-point tensors alone."""
+    """Distances of every two members in the alignment's units, over floats alone."""
     floating = {
         member: {n: t.float() for n, t in weights.items() if t.is_floating_point()}
         for member, weights in aligned.items()

@@ -27,7 +27,7 @@ HEADER = """\
 
 
 def graph() -> dict[str, dict[str, dict[str, str]]]:
-    """By stage and recipe, what the stage's entry in `dvc.yaml` fills in.
+    """Values that the entries of `dvc.yaml` fill in, by stage and recipe.
 
     Raises:
         ParamsError: a recipe that no stage could run.

@@ -261,7 +261,7 @@ class ModelsRecipe(Section):
 
     @property
     def is_calibrated(self) -> bool:
-        """Its units are aligned on calibration data before they are merged."""
+        """True where units are aligned on calibration data before they are merged."""
         return self.prepare is not None
 
     @property

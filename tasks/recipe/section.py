@@ -33,7 +33,7 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*$")]
-"""It names a folder, a stage or a registered model: letters, digits, `_` and `-`."""
+"""The name of a folder, a stage or a registered model: letters, digits, `_` and `-`."""
 
 
 def validated(where: str, section: type[S], values: object) -> S:

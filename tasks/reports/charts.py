@@ -5,9 +5,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-DPI = (
-    110  # 1,000 pixels for the 9 inches of a typical figure: a page's width, sharp on most screens
-)
+DPI = 110  # 1,000 pixels for the 9 inches of a typical figure: a page's width, sharp on screens
 PARENT, MERGED, NAIVE, ENSEMBLE = "#8c9bab", "#e07b39", "#f0c49f", "#5b8c5a"
 
 

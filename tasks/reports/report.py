@@ -63,5 +63,5 @@ class Report:
 
     @property
     def charts(self) -> list[Chart]:
-        """Those of all sections, in their order."""
+        """Charts of all sections, in their order."""
         return [p for section in self.sections for p in section.parts if isinstance(p, Chart)]

@@ -69,7 +69,7 @@ class Range:
     high: float = math.nan
     log: bool = False
     whole: bool = False
-    """Of integers."""
+    """Integers alone."""
     choices: tuple[Value, ...] = ()
 
     def propose(self, trial: optuna.Trial) -> Value:

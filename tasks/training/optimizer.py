@@ -16,11 +16,7 @@ from torch import Tensor, nn
 
 from alloy.modality import FRESH_HEADS
 
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # a quintic that takes singular values to about 1 in 5 steps
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a quintic: singular values are about 1 in 5 steps
 _ZERO_NORM = 1e-7  # added to a norm, so that a momentum of zeros stays zero
 _FUSED_QKV = 3  # rows of a fused projection are three matrices
 

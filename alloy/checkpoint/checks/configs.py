@@ -87,7 +87,7 @@ def compare_configs(
 
 
 def _equal_by_default(keys: Sequence[str], first: Mapping, other: Mapping) -> set[str]:
-    """Those of the keys, which one config lacks, whose value is the default of the architecture.
+    """The keys whose value is the architecture's default, which one config leaves out.
 
     transformers writes what differs from its defaults, and reads old keys as new ones. Both configs
     are completed by it; of an architecture that it lacks no default is known.

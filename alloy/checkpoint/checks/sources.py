@@ -41,12 +41,12 @@ class Sources:
 
     @cached_property
     def folders(self) -> dict[str, Path]:
-        """Those that are folders; a single file has neither config nor tokenizer."""
+        """Folders among the sources; a single file has neither config nor tokenizer."""
         return {name: c.path for name, c in self.checkpoints.items() if c.path.is_dir()}
 
     @cached_property
     def configs(self) -> dict[str, Mapping | None]:
-        """By source, the reference's first."""
+        """Configs by source, the reference's first."""
         configs = {name: c.config for name, c in self.checkpoints.items()}
         return {self.reference: configs[self.reference], **configs}
 

@@ -73,7 +73,7 @@ def _by_answers(job: Job, parents: Sequence[Candidate], seen: Sequence[Weights])
 
 
 def surest(logits: Sequence[Tensor]) -> Tensor:
-    """Of each row [C] that of the parent whose largest probability is larger than the others'."""
+    """Choose for each row [C] the parent whose largest probability exceeds the others'."""
     logits_PNC = torch.stack(list(logits))
     parent_N = logits_PNC.softmax(2).amax(2).argmax(0)
     return logits_PNC[parent_N, torch.arange(len(parent_N))]

@@ -74,7 +74,7 @@ class Labelled:
         self.classes, self.batch_size = classes, batch_size
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]:
-        """Of one model, or of an ensemble (`accuracy.ensemble`)."""
+        """Score one model, or an ensemble (`accuracy.ensemble`)."""
         each = [self._logits(candidate) for candidate in candidates]
         logits = each[0] if len(each) == 1 else accuracy.ensemble(each, self.classes)
         shares = accuracy.accuracies(logits, self.labels, self.tasks, self.classes)
@@ -128,7 +128,7 @@ class Unlabelled:
             ]
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]:
-        """Of one model, or of the mean answer of several."""
+        """Score one model, or the mean answer of several."""
         rows: dict[str, list[Tensor]] = {}
         where: dict[str, list[Tensor]] = {}
         start = 0

@@ -1,5 +1,4 @@
-"""Units of models trained apart, brought together: similarities, the search, presets, zip,
-transport.
+"""Alignment of the units of models trained apart: similarities, the search and its presets.
 
 `align_models` aligns any number of models by a preset, `align` one model to a reference, and an
 `Alignment` says how each comes into one space.

@@ -1,5 +1,4 @@
-"""Linear assignment, many problems at once, and warm: the search solves nearly the same one again
-and again.
+"""Linear assignment, many problems at once, each started from the prices of a similar one.
 
 Shortest augmenting paths after a reduction that assigns most rows (Jonker and Volgenant, Computing
 38, 1987). Prices of columns from an earlier solution make the next one cheap; any prices lead to an

@@ -93,9 +93,7 @@ def rotate(similarity: OfUnits, prices: Tensor | None = None) -> Solved:
 
 
 def rotate_fixing_ones(similarity: OfUnits, prices: Tensor | None = None) -> Solved:
-    """Orthogonal Procrustes among the rotations that keep the all-ones vector (LayerNorm
-    centres).
-    """
+    """Orthogonal Procrustes among rotations that keep the all-ones vector (LayerNorm centres)."""
     total = _total(similarity).double()
     n = total.shape[-1]
     start = torch.eye(n, dtype=torch.float64)
@@ -133,9 +131,7 @@ def rotate_pairs(stride: int) -> Operator:
 
 
 def operators(spec: SymmetrySpec, method: str) -> dict[str, Operator]:
-    """The operator of every space: the largest that the method asks for and the space's kind
-    allows.
-    """
+    """The operator of every space: the largest that method and kind of the space allow."""
     of_kind = MATCHING_METHODS[method]
     carried = {parent for space in spec.spaces.values() for parent in space.depends_on}
     chosen = {}
@@ -160,9 +156,7 @@ def rotating(spec: SymmetrySpec, method: str) -> frozenset[str]:
 
 
 class Matched(NamedTuple):
-    """Transforms of a space and of all that depends on it, what they are worth, and the
-    identity.
-    """
+    """Transforms of a space and all that depends on it, their value, and the identity's."""
 
     transforms: dict[str, Transform]
     value: float

@@ -1,6 +1,4 @@
-"""The report of an alignment: each space's similarity before and after, by weights and
-activations.
-"""
+"""The report of an alignment: each space's similarity before and after it."""
 
 from __future__ import annotations
 

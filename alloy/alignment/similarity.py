@@ -146,9 +146,7 @@ class OfUnits(NamedTuple):
 
 
 class KeptProducts(NamedTuple):
-    """The other model's stretches, by axis, and the inner products of them that were last
-    computed.
-    """
+    """The other model's stretches, by axis, and their last inner products."""
 
     rows: list[Tensor]
     products: OfUnits
@@ -244,9 +242,7 @@ class Similarity:
     def blocks(
         self, space: str, other: Weights, activations: Mapping[str, Tensor | Factored]
     ) -> Blocks:
-        """The result of `of_units`, a block at a time: for spaces whose pairs of units are too
-        many.
-        """
+        """The result of `of_units`, a block at a time: for spaces with too many pairs of units."""
         rows = [
             (axis, self._rows(self.reference, space, axis), self._rows(other, space, axis))
             for axis in (self.own_axes[space] if self.weight_share > 0 else ())

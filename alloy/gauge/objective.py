@@ -1,5 +1,4 @@
-"""The error that merging layers in least squares leaves, and how it moves with the models'
-transforms.
+"""The error that merging layers by least squares leaves, under transforms of the models.
 
 For one linear layer of models m with weights W_m, [out, in + 1] with the bias as last column, and
 Grams G_m of their inputs with a constant 1 behind them,
@@ -33,9 +32,7 @@ from alloy.types import Weights
 
 
 class Turn(NamedTuple):
-    """An orthogonal matrix of a space, [*batch, units, units], one for each unit of
-    `depends_on`.
-    """
+    """An orthogonal matrix, [*batch, units, units], one for each unit of `depends_on`."""
 
     matrix: Tensor
     depends_on: tuple[str, ...] = ()
@@ -47,9 +44,7 @@ Turns = Mapping[str, Turn]
 
 @dataclass(frozen=True)
 class SharedLayer:
-    """One linear layer in the models that have it: which, their weights [M, O, I], Grams [M,
-    I, I].
-    """
+    """One linear layer of several models: which, their weights [M, O, I], Grams [M, I, I]."""
 
     name: str
     rows: Term
@@ -137,9 +132,7 @@ def _layer(
 
 
 def as_matrix(weight: Tensor, dim: int) -> Tensor:
-    """A weight as [O, I]: a convolution's reads patches, a table's (dim 0) one row for each
-    input.
-    """
+    """A weight as [O, I]: a convolution's reads patches, a table's (dim 0) a row for each input."""
     return weight.flatten(1) if dim == 1 else weight.flatten(0, -2).T
 
 

@@ -1,6 +1,4 @@
-"""The problem that a search for a gauge solves: which layers, which spaces, and what stays
-still.
-"""
+"""The problem that a search for a gauge solves: layers, spaces, and what stays still."""
 
 from __future__ import annotations
 

@@ -168,9 +168,7 @@ def merge_layers(
     *,
     ridge: float = 1e-3,
 ) -> dict[str, Tensor]:
-    """W* of every layer under the transforms, float64: weights, and biases where Grams have a
-    constant.
-    """
+    """W* of every layer under the transforms, in float64; biases where Grams have a constant."""
     merged = {}
     for layer in layers_of(models, grams, spec):
         moved = transported(layer, spec, transforms)

@@ -1,6 +1,4 @@
-"""Starting points of the search: as the models are, their principal axes together or apart, given
-ones.
-"""
+"""Starting points: the models as they are, principal axes together or apart, given ones."""
 
 from __future__ import annotations
 

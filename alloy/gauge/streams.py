@@ -15,9 +15,7 @@ from alloy.symmetry.transforms import Transforms
 
 
 class StreamUse(NamedTuple):
-    """The part of a continuous space that the models' inputs fill: dims that hold 99 % of the
-    energy.
-    """
+    """The part of a continuous space that inputs fill: dims that hold 99 % of the energy."""
 
     space: str
     width: int

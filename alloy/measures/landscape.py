@@ -146,9 +146,7 @@ def mean_measures(
 
 
 def _combine(models: Sequence[Weights], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    """The linear combination in float64, rounded once; exactly a model where it has all the
-    weight.
-    """
+    """The linear combination in float64, rounded once; exactly a model that has all the weight."""
     if 1.0 in coefficients and sum(c != 0 for c in coefficients) == 1:
         return dict(models[coefficients.index(1.0)])
     combined = {}

@@ -1,5 +1,4 @@
-"""Arithmetic with task vectors τ_i = W_i - W_0: add them to their common base, dense, trimmed or
-dropped.
+"""Arithmetic with task vectors τ_i = W_i - W_0, dense, trimmed or dropped.
 
 A trimmed or dropped entry is 0 in its task vector. The `_ties` forms and DELLA then elect one sign
 per entry and average, over the models that agree with it, only (TIES, arXiv:2306.01708); the others

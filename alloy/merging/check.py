@@ -17,9 +17,7 @@ _CANCELLED = 1e-6  # of the coefficients' sizes: a smaller sum multiplies them a
 
 
 def oriented(options: Mapping[str, Any], transposed: Iterable[str]) -> dict[str, Any]:
-    """Options of a method that has `transposed`, set for these tensors unless the options say
-    it.
-    """
+    """Options of a method that has `transposed`, set for these tensors unless given."""
     by_name: dict[str, bool] = {glob.escape(name): True for name in sorted(transposed)}
     return {"transposed": by_name | {"*": False} if by_name else False, **options}
 

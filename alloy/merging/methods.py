@@ -1,5 +1,4 @@
-"""Every merge method, what it needs and what can be set, as data. The functions say what they
-compute.
+"""Every merge method, its needs and its options, as data. The functions say what they compute.
 
 They are named here and imported when they are first looked at: torch takes longer to import than
 many a merge of checkpoints, which needs the registry but not the functions where it has compiled

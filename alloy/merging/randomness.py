@@ -1,5 +1,4 @@
-"""Random numbers that depend on where they are used, not on when: any chunking, any thread, the
-same mask.
+"""Random numbers that depend on where they are used, not on when: one mask for any chunking.
 
 Output j of a stream is the (j+1)-th output of SplitMix64 (Steele, Lea, Flood 2014), which is a
 bijective mix of `key + (j + 1) * GOLDEN`, all modulo 2^64:

@@ -1,5 +1,4 @@
-"""Merge layer by layer in the order of computation, each fitted to what its merged inputs really
-are.
+"""Merge layer by layer in the order of computation, each fitted to its merged inputs.
 
 RegMean fits every layer to the inputs that its own model gives it. In the merged model those inputs
 no longer exist: the layers before have changed. `alloy.refit.least_squares` walks through the

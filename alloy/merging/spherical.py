@@ -1,5 +1,4 @@
-"""Means along great circles, and other mixtures whose coefficients depend on the angles between
-models.
+"""Means along great circles, and mixtures whose coefficients depend on angles of models.
 
 Whatever such a method does with directions, its result is a linear combination of the tensors, and
 the coefficients depend on nothing but their inner products. So each method here is a function from

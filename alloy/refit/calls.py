@@ -51,9 +51,7 @@ class OutputStep(NamedTuple):
 
 @dataclass
 class ModuleCall:
-    """One call of a module: its first input, its output, and the sum that this went into, if
-    any.
-    """
+    """One call of a module: its first input, its output, and the sum that this went into."""
 
     input: Tensor
     output: Tensor
@@ -72,8 +70,7 @@ class ModuleCall:
         return self._moved_back(self.sum) if self.path else self.sum
 
     def made_of(self, change: Tensor) -> Tensor:
-        """The change of the output that changes `stream()` so: it is divided by the gains on the
-        way.
+        """The change of the output that makes this change of `stream()`: gains are divided out.
 
         Where they are 0 beside the others, nothing that the module does reaches the sum: 0.
         """

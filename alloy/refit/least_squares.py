@@ -1,5 +1,4 @@
-"""Refit a model's layers by least squares, one after the other, to what its teachers' layers
-compute.
+"""Refit a model's layers by least squares, one after the other, to its teachers' layers.
 
 The student starts as any merge of its teachers. When a layer's turn comes, in the order of a
 forward pass, its inputs x are the student's own, all layers before already fitted, and its targets
@@ -64,8 +63,7 @@ def fit_layers(
     residual: bool = True,
     inputs: Literal["merged", "parents"] = "merged",
 ) -> list[str]:
-    """Fit the student's linear layers and 2-d convolutions, in place and in the order of
-    computation.
+    """Fit the student's linear layers and 2-d convolutions in place, in order of computation.
 
     A layer that is called several times is fitted on all of its calls. Layers that share their
     weight with another module stay as they are, and so does every layer whose targets ask for no

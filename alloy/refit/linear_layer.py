@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 
 class LinearLayer:
-    """A linear layer or convolution as a matrix for each group, and what a batch norm behind makes
-    of it.
-    """
+    """A linear layer or convolution as a matrix for each group, with the batch norm behind it."""
 
     def __init__(self, module: Any, norm: Any = None) -> None:
         self.module, self.norm = module, norm
@@ -28,9 +26,7 @@ class LinearLayer:
         self.has_bias = norm is not None or module.bias is not None
 
     def samples(self, x: Tensor) -> Tensor:
-        """The inputs that each output is a linear function of, [B, ..., G * I]: patches of a
-        convolution.
-        """
+        """The inputs that an output is linear in, [B, ..., G * I]: patches of a convolution."""
         if not isinstance(self.module, nn.Conv2d):
             return x
         conv = self.module
@@ -79,9 +75,7 @@ class LinearLayer:
     def write_normed(
         self, weight_GOI: Tensor, bias_GO: Tensor, mean_GO: Tensor, variance_GO: Tensor
     ) -> None:
-        """The same for layer and norm, given what W x will be: the norm has these moments and adds
-        b.
-        """
+        """Write layer and norm: the norm has these moments of W x, and adds b."""
         self.write(weight_GOI, torch.zeros_like(bias_GO))
         norm = self.norm
         norm.weight.copy_((variance_GO.flatten() + norm.eps).sqrt())
@@ -91,9 +85,7 @@ class LinearLayer:
 
 
 def fittable_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers, GPT-2's Conv1D and 2-d convolutions that share their weight with no other
-    module.
-    """
+    """Linear layers, Conv1D and 2-d convolutions that share their weight with no other module."""
     owners = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     return {
         name: layer

@@ -52,8 +52,7 @@ def fit_layers(
     ridge: float = 1e-2,
     spec: SymmetrySpec | None = None,
 ) -> dict[str, Tensor]:
-    """Refit each layer by least squares, so that it computes the mean of what the parents' layers
-    compute.
+    """Refit each layer by least squares to the mean of what the parents' layers compute.
 
     Permuted least squares (PLeaS, arXiv:2407.02447): `alloy.refit.least_squares` with all parents
     on the same data. A parent that is given as a module, of other widths, say, runs as it is: what
@@ -135,8 +134,7 @@ def match_variance(
 def reestimate_norms(
     model: nn.Module, weights: Weights, batches: Sequence[Batch]
 ) -> dict[str, Tensor]:
-    """Set the running mean and variance of every batch norm to those of its inputs over all
-    batches.
+    """Set the running mean and variance of every batch norm to those of its inputs.
 
     Norm after norm, so that each sees what the repaired ones before it give: the result does not
     depend on how the data are split, unlike that of a pass in training mode. The variance is
@@ -217,8 +215,7 @@ class _NormSums:
 
 
 def inverse_temperature(logits_NC: Tensor, targets: Tensor) -> float:
-    """The factor on the logits that minimises their cross-entropy to the targets, within 0.01 to
-    100.
+    """The factor on the logits, 0.01 to 100, that minimises their cross-entropy to the targets.
 
     Temperature scaling (arXiv:1706.04599). With the parents' mean probabilities as targets
     it needs no labels; a model whose own probabilities are the targets gets 1.

@@ -103,9 +103,7 @@ def in_groups(traces: Sequence[Trace]) -> list[list[str]]:
 
 
 def stream_layers(traces: Sequence[Trace]) -> list[set[str]]:
-    """Layers of each lesson that can follow a stream: of those that write into one sum the
-    last.
-    """
+    """Layers of each lesson that can follow a stream: the last that write into a sum."""
     following, groups = [], in_groups(traces)
     for trace in traces:
         last: dict[int, str] = {}
@@ -128,9 +126,7 @@ def layer_of_student(student: nn.Module, name: str, traces: Sequence[Trace]) -> 
 
 
 class Seen(NamedTuple):
-    """One call of a layer: what it read, and the call that wrote, of the norm behind if there is
-    one.
-    """
+    """One call of a layer: its input, and the call that wrote (of the norm behind, if any)."""
 
     input: Tensor
     wrote: ModuleCall

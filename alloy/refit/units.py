@@ -88,9 +88,7 @@ def units_between(
 
 @dataclass(frozen=True)
 class _Moments:
-    """Moments of one layer's outputs in both models, D units of the reference and E of the
-    other.
-    """
+    """Moments of a layer's outputs in both models: D units of the reference, E of the other."""
 
     both: CrossMoments
     other: Gram

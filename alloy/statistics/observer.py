@@ -1,5 +1,4 @@
-"""One model on calibration data: each of its units summed up, and what must be multiplied handed
-over.
+"""One model on calibration data: sums of its units, and what must be multiplied.
 
 Shape legend: N tokens, D units of a point.
 """
@@ -158,9 +157,7 @@ class Observer:
         return unit.read(activation)
 
     def _add_units(self, key: str, x_ND: Tensor, call: int = 0) -> Tensor:
-        """Add to the sums; returns the units about their centre, in memory that the next batch
-        reuses.
-        """
+        """Add to the sums; the units about their centre, in memory that the next batch reuses."""
         if len(x_ND) == 0:  # a batch of padding alone
             return x_ND
         x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
@@ -247,9 +244,7 @@ def _linear_inputs(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, int
 
 
 def _moments(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over samples; on CPUs several times faster than `torch.var_mean` over
-    rows.
-    """
+    """Mean and variance over samples; on CPUs several times faster than `torch.var_mean`."""
     if x_ND.device.type != "cpu":
         variance_D, mean_D = torch.var_mean(x_ND, 0, correction=0)
         return mean_D, variance_D

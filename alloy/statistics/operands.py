@@ -49,9 +49,7 @@ class Operand(NamedTuple):
 
 
 def operands(spec: SymmetrySpec, spaces: Collection[str]) -> dict[str, Operand]:
-    """All the places where some spaces may show, by key; which of them do only the model can
-    say.
-    """
+    """Places where some spaces may show, by key; only a run of the model says which do."""
     candidates = {}
     for space in spec.spaces:
         for axis in owned_axes(spec, space) if space in spaces else ():
@@ -179,9 +177,7 @@ _MOVES |= {"split", "split_with_sizes", "unbind", "chunk", "narrow", "flip", "in
 
 
 def unit_labels(spec: SymmetrySpec, space: str, axis: Axis) -> Tensor:
-    """The unit of each entry of a weight, as wide as the weight in memory only where labels
-    vary.
-    """
+    """The unit of each entry of a weight, expanded in memory only where labels vary."""
     layout, parents = spec.layout[axis.parameter], spec.spaces[space].depends_on
 
     def varies(dim: int) -> bool:
@@ -204,9 +200,7 @@ def _constant(label: Tensor, dim: int) -> bool:
 
 
 def _columns(units: Tensor, size: int) -> Tensor | None:
-    """The places of each of `size` units, [D, R]; None where some are missing or lie in fewer
-    places.
-    """
+    """The places of each of `size` units, [D, R]; None if some are missing or have fewer."""
     counts = torch.bincount(units[units >= 0], minlength=size)
     if len(counts) != size or not counts.min() or counts.min() != counts.max():
         return None

@@ -34,9 +34,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class UnitPoint:
-    """A point at which the units of a space can be read: which entries of the activation they
-    are.
-    """
+    """A point at which the units of a space can be read, and their entries in the activation."""
 
     space: str
     axis: Axis
@@ -87,9 +85,7 @@ class UnitPoint:
 
 
 class LayerDims(NamedTuple):
-    """The layout of a module's weight: the dims of inputs and outputs, if it has
-    them.
-    """
+    """The layout of a module's weight: the dims of inputs and outputs, if any."""
 
     input: int | None
     output: int | None
@@ -247,9 +243,7 @@ def _source_of(
 def _layers(
     space: str, spec: SymmetrySpec, modules: Mapping[str, nn.Module]
 ) -> Iterable[tuple[Axis, str, LayerDims]]:
-    """A space's own axes with the modules that their weights belong to, those of tied weights
-    too.
-    """
+    """A space's own axes with the modules of their weights, those of tied weights too."""
     aliases: dict[str, list[str]] = {}
     for alias, first in spec.tied.items():
         aliases.setdefault(first, []).append(alias)

@@ -116,9 +116,7 @@ def _unnumbered(key: str) -> str:
 
 
 def _differing(ours: Mapping[str, list[Tensor]], theirs: Mapping[str, list[Tensor]]) -> set[str]:
-    """The points at which two models saw different numbers of tokens: each routes them its
-    own way.
-    """
+    """Points at which two models saw different numbers of tokens: each routes its own way."""
     differing = set(ours) ^ set(theirs)
     for key in set(ours) & set(theirs):
         if [len(x) for x in ours[key]] != [len(x) for x in theirs[key]]:

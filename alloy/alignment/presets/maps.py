@@ -150,9 +150,7 @@ def _zip_notes(given: Given, planned: ZipPlan) -> list[str]:
 def _reports(
     given: Given, alignment: Alignment, kinds: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Sequence[SpaceAlignment]]:
-    """Similarities of models that maps have brought together; before only where widths are
-    equal.
-    """
+    """Reports of models that maps have brought together; before only where widths are equal."""
     aligned = alignment.apply(given.models)
     ours = given.reference
     return {

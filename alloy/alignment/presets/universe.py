@@ -72,9 +72,7 @@ class Universe(Preset):
         )
 
     def _starts(self, given: Given, kept: Collection[str]) -> Iterator[Mapping[str, Transforms]]:
-        """Starting points of the search: each model as the reference of all others, and
-        anywhere.
-        """
+        """Starting points: each model as the reference of all others, and random ones."""
         star = Descent(
             weight_share=self.weight_share,
             method=self.method,

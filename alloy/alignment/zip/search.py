@@ -50,8 +50,7 @@ _TIE = 1e-6  # of float32 sums: a zip that explains no more keeps units that bel
 
 @dataclass(frozen=True)
 class ZipPlan:
-    """Spaces that are zipped, spaces that are only permuted, and the weights shared in the
-    end.
+    """Spaces that are zipped, spaces that are only permuted, and the weights that end shared.
 
     `reasons` says why a space is not zipped.
     """

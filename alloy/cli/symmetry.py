@@ -16,15 +16,11 @@ from alloy.errors import SymmetryError, nearest
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
     from transformers import PreTrainedModel
-
-    from alloy.symmetry import Space, SymmetrySpec
 
 EXAMPLE = """**Example**: spaces of a checkpoint, or of a config.json alone
 
     alloy symmetry models/bert --output bert.symmetry.json"""
-_PINNED_ROWS = 12
 
 
 def symmetry(
@@ -42,14 +38,12 @@ def symmetry(
     ] = None,
 ) -> None:
     """Show which units may be reordered, flipped or turned without changing the function."""
-    from rich.console import Console
-
     import alloy
 
     with refusals("symmetry"):
         architecture = load(model)
         spec = alloy.find_symmetries(architecture, example_inputs(architecture))
-        show(spec, Console())
+        typer.echo(spec)
         if output is not None:
             _write_whole(output, spec.to_json() + "\n")
             typer.echo(f"wrote {output}: {len(spec.spaces)} spaces over {len(spec.layout)} weights")
@@ -141,58 +135,6 @@ def example_inputs(model: "PreTrainedModel") -> "dict[str, torch.Tensor]":
 
 def _sub_configs(config: Any) -> list[Any]:
     return [c for name in getattr(config, "sub_configs", {}) if (c := getattr(config, name, None))]
-
-
-def _where(space: "Space") -> str:
-    """The first axes of a space, and how many more there are."""
-    shown = [str(axis) for axis in space.axes[:3]]
-    more = len(space.axes) - len(shown)
-    return "\n".join([*shown, *([f"and {more} more"] if more else [])])
-
-
-def _kind(space: "Space") -> str:
-    if not space.pair_stride:
-        return space.kind
-    return f"{space.kind}\npairs {space.pair_stride} apart"
-
-
-def show(spec: "SymmetrySpec", console: "Console") -> None:
-    """Print the spaces, and what is pinned and why."""
-    from rich.table import Table
-
-    numbers = {name: str(i) for i, name in enumerate([*spec.spaces, *spec.fixed])}
-    table = Table(title=f"{len(spec.spaces)} spaces", show_lines=True)
-    for column in ("#", "size", "kind", "after folding norms", "per unit of", "where it lies"):
-        table.add_column(column, justify="right" if column in ("#", "size") else "left")
-    for space in spec.spaces.values():
-        parents = ", ".join(numbers[p] for p in space.depends_on)
-        folded = space.folded_kind if space.folded_kind != space.kind else ""
-        table.add_row(
-            numbers[space.name], str(space.size), _kind(space), folded, parents, _where(space)
-        )
-    console.print(table)
-    reasons: dict[str, list[str]] = {}
-    for pinned in spec.pinned:
-        reasons.setdefault(pinned.reason, []).append(f"{pinned.axis} ({pinned.size})")
-    if reasons:
-        table = Table(title="pinned, and why", show_lines=True)
-        table.add_column("why")
-        table.add_column("what")
-        for reason, axes in reasons.items():
-            more = len(axes) - _PINNED_ROWS
-            table.add_row(
-                reason,
-                "\n".join([*axes[:_PINNED_ROWS], *([f"and {more} more"] if more > 0 else [])]),
-            )
-        console.print(table)
-    for space, reason in spec.unfoldable.items():
-        console.print(f"space {numbers[space]} cannot be folded: {reason}")
-    if spec.unused:
-        console.print(
-            f"not reached by the example inputs, left as they are: {', '.join(spec.unused)}"
-        )
-    for operation, module in spec.unknown_operations.items():
-        console.print(f"no rule for {operation} (in {module}): what it touches is pinned")
 
 
 def _write_whole(path: Path, text: str) -> None:

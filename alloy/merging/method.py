@@ -28,6 +28,15 @@ Coefficients = Sequence[float] | Mapping[str, Sequence[float]]
 """One float per model; or by glob pattern of names, the first that matches a name decides."""
 
 
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    float: "a number",
+    int: "a whole number",
+    str: "text",
+    tuple: "a list of glob patterns",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """One setting of a method: its type, its default, and the values that make sense.
@@ -50,7 +59,7 @@ class Option:
         if self.type is tuple and isinstance(value, list):
             value = tuple(value)
         if type(value) is not self.type:
-            raise MergeError(f"option {name}={value!r}: it must be a {self.type.__name__}")
+            raise MergeError(f"option {name}={value!r}: it must be {_KINDS[self.type]}")
         if isinstance(value, tuple) and not all(isinstance(v, str) and v for v in value):
             raise MergeError(f"option {name}={value!r}: give a list of glob patterns")
         if self.choices and value not in self.choices:

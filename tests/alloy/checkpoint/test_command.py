@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,19 @@ def test_a_path_may_hold_an_equals_sign(tmp_path, write, weights):
 )
 def test_python_arguments_become_options(python, options):
     assert in_options(python) == options
+
+
+def test_no_refusal_speaks_of_python_arguments():
+    """Every refusal of the table of tried inputs, said by the command line, names options alone."""
+    text = (Path(__file__).parents[3] / "docs" / "tried_inputs.md").read_text()
+    refusals = [row for row in text.splitlines() if "| refused: " in row]
+    arguments = re.compile(
+        r"(?<![\w.-])(tokenizer|dtype|allow|drop|copy|shard_bytes|chat_template|threads)(\[.*?\])?="
+    )
+    spoken = [row.partition("| refused: ")[2].removesuffix(" |") for row in refusals]
+    python = [row for row in spoken if arguments.search(row)]
+    assert len(python) > 100
+    assert [row for row in python if arguments.search(in_options(row))] == []
 
 
 def test_help_shows_an_example_and_completion():

@@ -77,17 +77,17 @@ REFUSED = {
     ),
     "density that is not a number": (
         {"method": "ties", "base": weights(), "density": "half"},
-        "must be a float",
+        "must be a number",
     ),
     "density that is a bool": (
         {"method": "ties", "base": weights(), "density": True},
-        "must be a float",
+        "must be a number",
     ),
     "density that is nan": ({"method": "ties", "base": weights(), "density": math.nan}, "outside"),
-    "flag that is a number": ({"method": "linear", "normalize": 1}, "must be a bool"),
+    "flag that is a number": ({"method": "linear", "normalize": 1}, "must be true or false"),
     "seed that is a float": (
         {"method": "dare_linear", "base": weights(), "seed": 1.5},
-        "must be a int",
+        "must be a whole number",
     ),
     "unknown choice": (
         {"method": "ties", "base": weights(), "election": "mas"},

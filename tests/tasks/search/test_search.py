@@ -183,7 +183,10 @@ REFUSED = [
     (["tiny", "interpolation", "coefficients.v=0..1"], "takes no coefficients"),
     (["tiny", "linear", "coefficients.x=0..1"], r"choose one of \['l', 'v', 'vl'\]"),
     (["tiny", "linear", "coefficients.v=0..1"], r"lack \['l'\]"),
-    (["tiny", "linear", "options.normalize=true,maybe"], "normalize='maybe': it must be a bool"),
+    (
+        ["tiny", "linear", "options.normalize=true,maybe"],
+        "normalize='maybe': it must be true or false",
+    ),
     (
         ["tiny", "interpolation", "options.ratio=0..1", "options.ratio[*]=0..1"],
         "all with a pattern or none",

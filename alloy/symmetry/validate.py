@@ -22,8 +22,8 @@ from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.tracing.recording.kernels import plain_kernels
 from alloy.symmetry.tracing.recording.observe import Observe, observe_outputs
 from alloy.symmetry.tracing.recording.refusals import refuse_untraceable
-from alloy.symmetry.tracing.recording.trace import Inputs
-from alloy.symmetry.transforms import Transforms, random_transforms, transport
+from alloy.symmetry.tracing.recording.trace import Inputs, listed_examples
+from alloy.symmetry.transforms import Transforms, check_weights, random_transforms, transport
 
 TOLERANCE = 1e-9
 """Largest change of an output, relative to its spread, that counts as none (float64)."""
@@ -104,13 +104,16 @@ class Prober:
         self.observe = observe or observe_outputs
         self.generator = torch.Generator().manual_seed(seed)
         self.model = _copy_in_float64(model)
-        examples = [example_inputs] if isinstance(example_inputs, Mapping) else example_inputs
-        self.examples = [tree_map(_double, dict(example)) for example in examples]
+        self.examples = [
+            tree_map(lambda v: _double(v.cpu()) if isinstance(v, Tensor) else v, dict(example))
+            for example in listed_examples(example_inputs)
+        ]
         self.slots = {
             name: tensor
             for name, tensor in self.model.state_dict(keep_vars=True).items()
             if isinstance(tensor, Tensor)
         }
+        check_weights(self.slots, spec)
         buffers = set(dict(self.model.named_buffers()))
         drawn = random_weights(self.slots, buffers, self.generator)
         kept = {name: self.slots[name].detach().clone() for name in spec.folded}

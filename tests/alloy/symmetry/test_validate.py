@@ -6,7 +6,7 @@ import transformers as hf
 from torch import nn
 
 import alloy
-from alloy.errors import NotProvenError
+from alloy.errors import NotProvenError, SymmetryError
 from alloy.symmetry.validate import Prober
 
 N, H = 16, 4
@@ -111,6 +111,20 @@ def test_a_forward_that_float64_breaks_is_not_proven_and_says_so():
     spec = alloy.find_symmetries(Narrow(), inputs)
     with pytest.raises(NotProvenError, match=r"fails in float64 \(RuntimeError: expected scalar"):
         alloy.validate(Narrow(), spec, inputs)
+
+
+@pytest.mark.parametrize("inputs", [torch.randn(2, 4), 3, [], [torch.randn(2, 4)], "x"])
+def test_examples_that_are_no_dicts_are_refused(inputs):
+    spec = alloy.find_symmetries(Fading(torch.relu), {"x": torch.randn(4, 8)})
+    with pytest.raises(SymmetryError, match="must be a dict of the model's keyword arguments"):
+        alloy.validate(Fading(torch.relu), spec, inputs)
+
+
+def test_a_spec_of_another_model_is_refused():
+    inputs = {"x": torch.randn(2, 4)}
+    spec = alloy.find_symmetries(Narrow(), inputs)
+    with pytest.raises(SymmetryError, match=r"'up\.weight' of the spec is missing"):
+        alloy.validate(Fading(torch.relu), spec, {"x": torch.randn(4, 8)})
 
 
 def test_outputs_that_no_weight_moves_prove_nothing():

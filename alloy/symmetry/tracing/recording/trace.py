@@ -8,7 +8,7 @@ ones.
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,15 +28,23 @@ Inputs = Mapping[str, Any]
 _EXPLORATIONS = 8
 
 
-def trace(model: nn.Module, example_inputs: Inputs | Sequence[Inputs], observe: Observe) -> Log:
-    """Run the model on each example and join the logs. Raises SymmetryError if that fails."""
-    refuse_untraceable(model)
-    examples = [example_inputs] if isinstance(example_inputs, Mapping) else list(example_inputs)
+def listed_examples(example_inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
+    """Examples as a list, whether one or several were given."""
+    several = isinstance(example_inputs, Iterable) and not isinstance(example_inputs, Tensor)
+    one = isinstance(example_inputs, Mapping)
+    examples = [example_inputs] if one else list(example_inputs) if several else []
     if not examples or not all(isinstance(example, Mapping) for example in examples):
         raise SymmetryError(
             "example_inputs must be a dict of the model's keyword arguments, or a list of such "
-            "dicts"
+            f"dicts; given: {type(example_inputs).__name__}"
         )
+    return examples
+
+
+def trace(model: nn.Module, example_inputs: Inputs | Sequence[Inputs], observe: Observe) -> Log:
+    """Run the model on each example and join the logs. Raises SymmetryError if that fails."""
+    refuse_untraceable(model)
+    examples = listed_examples(example_inputs)
     log = _trace(model, examples, observe)
     reached = log.reached()
     if not any(root.id in reached for root in log.roots):

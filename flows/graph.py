@@ -1,8 +1,8 @@
 """The stages of a recipe as DVC sees them: in which order they run, and which must run again.
 
 `Repo().index` and the files in `.dvc/tmp` are DVC's own, not a public interface; they are read here
-and nowhere else. Whatever is asked is asked under DVC's repository lock, which every DVC process
-holds while it writes `dvc.lock`.
+and nowhere else. Every question is put under DVC's repository lock, which every DVC process holds
+while it writes `dvc.lock`.
 """
 
 import hashlib
@@ -119,8 +119,8 @@ def is_recorded(address: str) -> bool:
 
 
 def _stage(repo: Repo, address: str):
-    [found] = [stage for stage in repo.index.stages if stage.addressing == address]
-    return found
+    [stage] = [stage for stage in repo.index.stages if stage.addressing == address]
+    return stage
 
 
 def _ask(question: Callable[[Repo], T]) -> T:

@@ -106,12 +106,12 @@ def _reason(status: int, output: Sequence[str]) -> str:
     command = _exit_status(output) or 0
     if command < 0 or command > _SHELL_SIGNAL:
         return _killed(-command if command < 0 else command - _SHELL_SIGNAL)
-    said = (
+    lines = (
         [words for words in output if not words.startswith(_VERDICT)]
         or output
         or ["no reason given"]
     )
-    return f"failed: {said[-1]}"
+    return f"failed: {lines[-1]}"
 
 
 def _killed(number: int) -> str:
@@ -186,10 +186,10 @@ def publish(recipe: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    asked = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     end_as_ctrl_c()
     try:
-        return _run(asked)
+        return _run(options)
     except (ParamsError, GraphError, ServerError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -201,18 +201,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(asked: argparse.Namespace) -> int:
-    addresses = plan(asked.recipe, to=asked.to, only=asked.only)
-    with workspace(f"{asked.recipe} in a terminal"):
-        stale = next(stale_stages(addresses, forced(asked.recipe, asked.refresh)), None)
+def _run(options: argparse.Namespace) -> int:
+    addresses = plan(options.recipe, to=options.to, only=options.only)
+    with workspace(f"{options.recipe} in a terminal"):
+        stale = next(stale_stages(addresses, forced(options.recipe, options.refresh)), None)
     if stale is None:
         # Said without Prefect, whose server alone takes ten seconds to start.
-        print(f"Nothing to do: {len(addresses)} stages of {asked.recipe} are up to date.")
+        print(f"Nothing to do: {len(addresses)} stages of {options.recipe} are up to date.")
     else:
-        check_contents(load(asked.recipe))
+        check_contents(load(options.recipe))
         with own_server():
             state = pipeline(
-                asked.recipe, to=asked.to, only=asked.only, refresh=asked.refresh, return_state=True
+                options.recipe,
+                to=options.to,
+                only=options.only,
+                refresh=options.refresh,
+                return_state=True,
             )
         if not state.is_completed():
             print(
@@ -220,9 +224,9 @@ def _run(asked: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 1
-    table = Workspace(asked.recipe).table
-    if not (asked.to or asked.only) and table.is_file():
-        tables.show(asked.recipe)
+    table = Workspace(options.recipe).table
+    if not (options.to or options.only) and table.is_file():
+        tables.show(options.recipe)
     return 0
 
 

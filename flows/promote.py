@@ -205,17 +205,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--rollback", action="store_true", help="undo the last promotion")
     choice.add_argument("--regardless", metavar="REASON", help="promote without a comparison")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     end_as_ctrl_c()
     try:
-        _name(asked.recipe)
-        promotion.load_gates(asked.recipe)
+        _name(options.recipe)
+        promotion.load_gates(options.recipe)
         tracking.connect()
         with own_server():
-            if asked.rollback:
-                state = rollback(asked.recipe, return_state=True)
+            if options.rollback:
+                state = rollback(options.recipe, return_state=True)
             else:
-                state = promote(asked.recipe, asked.regardless, return_state=True)
+                state = promote(options.recipe, options.regardless, return_state=True)
     except (ParamsError, tracking.TrackingError, ServerError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -27,11 +27,11 @@ POOL = "alloy"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    asked = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     end_as_ctrl_c()
     try:
-        check(asked.recipe)
-        serve(asked.recipe, asked.port)
+        check(options.recipe)
+        serve(options.recipe, options.port)
     except (ParamsError, ServerError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

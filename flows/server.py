@@ -114,8 +114,8 @@ class _Server:
 
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").split("\n")
-        said = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        return f"{said.strip()} ({self._log} has the rest)"
+        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        return f"{last.strip()} ({self._log} has the rest)"
 
     def end(self) -> None:
         self._ending = True

@@ -100,17 +100,21 @@ def _refuse_unknown(recipe: str, key: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    asked = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     end_as_ctrl_c()
     try:
-        check(asked.recipe)
-        combinations(asked.recipe, asked.settings)
-        select(asked.recipe, to=asked.to)
+        check(options.recipe)
+        combinations(options.recipe, options.settings)
+        select(options.recipe, to=options.to)
         _keep_curves()
-        runner = ThreadPoolTaskRunner(max_workers=asked.workers)
+        runner = ThreadPoolTaskRunner(max_workers=options.workers)
         with own_server():
             state = sweep.with_options(task_runner=runner)(  # ty: ignore[invalid-argument-type]
-                asked.recipe, asked.settings, to=asked.to, name=asked.name, return_state=True
+                options.recipe,
+                options.settings,
+                to=options.to,
+                name=options.name,
+                return_state=True,
             )
     except (ParamsError, GraphError, ServerError, OSError) as error:
         print(error, file=sys.stderr)

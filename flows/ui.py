@@ -27,10 +27,10 @@ from tasks.registry.reach import uri, without_secret
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    asked = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     end_as_ctrl_c()
     try:
-        show(asked.prefect_port, asked.mlflow_port)
+        show(options.prefect_port, options.mlflow_port)
     except (ServerError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

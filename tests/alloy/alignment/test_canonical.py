@@ -219,3 +219,18 @@ def test_settings_that_make_no_sense_are_refused():
     ):
         with pytest.raises(AlignmentError, match=message):
             alloy.align_models(models, spec, preset="dual", **settings)
+
+
+@pytest.mark.slow
+def test_rotations_of_a_folded_stream_are_undone_as_far_as_the_tolerance_says():
+    """J is quadratic near its optimum, so a tolerance of 1e-9 leaves an error of its root."""
+    model, inputs = _llama()
+    spec = alloy.find_symmetries(model, inputs)
+    weights, folded = alloy.fold_norms(dict(model.state_dict()), spec)
+    drawn = random_transforms(folded, torch.Generator().manual_seed(0))
+    planted = transport(weights, folded, drawn)
+    settings = {"space": "weight", "method": "orthogonal"}
+    found = align(weights, planted, folded, **settings, canonical=True)
+    assert _distance(weights, transport(planted, folded, found)) < 1e-3
+    without = align(weights, planted, folded, **settings)
+    assert _distance(weights, transport(planted, folded, without)) > 0.1

@@ -16,7 +16,7 @@ export ALLOY_DEVICE := $(DEVICE)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## list the commands
-	@echo 'make COMMAND [RECIPE=modality] [DEVICE=cpu|cuda]'
+	@echo 'make COMMAND [RECIPE=modality] [DEVICE=cpu|cuda|cuda:1|mps]'
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 merge: $(READY) ## run what is stale of RECIPE, from checkpoints to a registered model

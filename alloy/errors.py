@@ -13,6 +13,10 @@ class AlloyError(ValueError):
     """An input that Alloy refuses."""
 
 
+class DeviceError(AlloyError):
+    """A device that this machine does not have."""
+
+
 class SymmetryError(AlloyError):
     """A model that cannot be traced, or transforms that do not fit a spec."""
 

@@ -235,7 +235,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m flows.pipeline",
         description="Run what is stale of a recipe, from its checkpoints to a registered model.",
         epilog="`dvc stage list` names the stages; `dvc repro STAGE@RECIPE` runs them without "
-        "Prefect. The device is chosen by ALLOY_DEVICE=cpu|cuda, the best one by default.",
+        "Prefect. ALLOY_DEVICE=cpu|cuda|cuda:1|mps chooses the device, by default a GPU if there "
+        "is one.",
     )
     parser.add_argument(
         "recipe", nargs="?", default="modality", help="one of params/recipes.yaml (modality)"

@@ -32,6 +32,6 @@ def transport_grams(
         if torch.equal(inverse_DD, eye_DD):
             moved[name] = gram
         else:
-            map_DD = torch.linalg.inv(inverse_DD)
+            map_DD = torch.linalg.inv(inverse_DD).to(gram.sum_DD.device)
             moved[name] = replace(gram, sum_DD=map_DD @ gram.sum_DD @ map_DD.T)
     return moved

@@ -119,4 +119,4 @@ def _act(matrix: Tensor, units: Tensor, shape: torch.Size) -> Tensor:
     *batch, _, num_source = matrix.shape
     dtype = torch.promote_types(units.dtype, torch.float32)
     columns = units.to(dtype).reshape(*batch, num_source, -1)
-    return (matrix.to(dtype) @ columns).reshape(shape)
+    return (matrix.to(units.device, dtype) @ columns).reshape(shape)

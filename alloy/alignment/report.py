@@ -25,6 +25,7 @@ from alloy.alignment.similarity import (
     mean_cosine,
     mean_covariance,
 )
+from alloy.devices import on_cpu
 from alloy.statistics.moments import CrossMoments, SampledMoments
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.transforms import Transforms, transport
@@ -65,6 +66,7 @@ def describe(
     statistics: PairMoments | None = None,
 ) -> list[SpaceAlignment]:
     """Each space's similarity before and after the transforms, by weights and by activations."""
+    reference, other = on_cpu(reference), on_cpu(other)
     return Comparison(
         spec=spec,
         other_spec=spec,

@@ -29,6 +29,7 @@ from alloy.alignment.moves import num_flat_units, total_of_pairs
 from alloy.alignment.similarity import PairMoments, Scale, Similarity
 from alloy.alignment.state import Family, State, families
 from alloy.alignment.warm import Warm
+from alloy.devices import on_cpu
 from alloy.errors import AlignmentError
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.transforms import (
@@ -92,6 +93,7 @@ def align(
     """
     share = checked_share(space, weight_share, statistics)
     check_method(method)
+    reference, other = on_cpu(reference), on_cpu(other)  # kernels of numba compute there
     check_weights(reference, other, spec)
     check_statistics(statistics or {}, spec, spec)
     for name in keep:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alloy.devices import on_cpu
 from alloy.errors import GaugeError
 from alloy.statistics.moments import Gram
 from alloy.symmetry.spec import ROTARY_KINDS, Leaf, Product, Sum, SymmetrySpec, Term, leaves
@@ -75,6 +76,8 @@ def layers_of(
         GaugeError: a Gram of another size, of a weight that a model lacks, of no tokens or not
             finite; models of which only some have a constant.
     """
+    models = [on_cpu(weights) for weights in models]
+    grams = [{name: gram.to("cpu") for name, gram in own.items()} for own in grams]
     for model, (weights, measured) in enumerate(zip(models, grams, strict=True)):
         for name, gram in measured.items():
             _check(name, gram, model, weights, spec)

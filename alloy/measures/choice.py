@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from alloy.devices import beside
 from alloy.errors import MeasureError
 from alloy.measures.encoders import ENCODER_MEASURES, Measure
 from alloy.types import Weights
@@ -110,10 +111,9 @@ def answers_of(
     Raises:
         MeasureError: no batches.
     """
-    device = next(iter(weights.values())).device
     rows = []
     for batch in batches:
-        here = {key: value.to(device) for key, value in batch.items()}
+        here = beside(weights, batch)
         rows.append(read(functional_call(model, dict(weights), (), here), here))
     if not rows:
         raise MeasureError("there are no batches: choose by held-out data")

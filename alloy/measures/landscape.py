@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from alloy.devices import beside
 from alloy.errors import LandscapeError
 from alloy.refit.repair import reestimate_norms
 from alloy.types import Batch, Weights
@@ -136,7 +137,8 @@ def mean_measures(
     totals: dict[str, float] = {}
     count = 0
     for batch in batches:
-        by_name = measures(functional_call(model, dict(weights), (), dict(batch)), batch)
+        here = beside(weights, batch)
+        by_name = measures(functional_call(model, dict(weights), (), here), here)
         for name, values in by_name.items():
             totals[name] = totals.get(name, 0.0) + float(values.double().sum())
         count += len(next(iter(by_name.values())))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from alloy.devices import beside
 from alloy.errors import MergeError
 from alloy.merging.apply import layer_of
 from alloy.merging.averages import combine
@@ -177,8 +178,9 @@ def _input_grams(
     ]
     try:
         for batch in batches:
-            mask = batch.get("attention_mask")
-            functional_call(module, dict(weights), args=(), kwargs=dict(batch))
+            here = beside(weights, batch)
+            mask = here.get("attention_mask")
+            functional_call(module, dict(weights), args=(), kwargs=here)
     finally:
         for handle in handles:
             handle.remove()

@@ -135,7 +135,7 @@ def merge_tensor(
             raise MergeError(
                 f"{name} has no {method.statistics} statistics; every tensor needs them"
             )
-        keywords["statistics"] = statistics
+        keywords["statistics"] = statistics and [s.to(first.device) for s in statistics]
     if method.random:
         keywords |= {"name": name, "offset": offset}
     try:
@@ -222,7 +222,7 @@ def merge_whole(
         keywords["base"] = {name: base[name] for name in names}
     owned = [{name: model[name] for name in names} for model in models]
     merged = method.function(owned, coefficients=settings.coefficients, **keywords)
-    result = {name: merged[name].to(models[0][name].dtype) for name in names}
+    result = {name: merged[name].to(models[0][name]) for name in names}
     for name, tensor in result.items():
         _require_finite(tensor, f"{name} in the result", "lower the coefficients")
     return result

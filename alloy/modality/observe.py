@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from alloy.devices import beside
 from alloy.modality.experts import expert_name, split_experts
 from alloy.modality.modeling import ModalityModel
 from alloy.modality.passes import PASSES, Batch
@@ -103,12 +104,13 @@ class _Collector:
         return layers
 
     def see(self, batch: Batch) -> None:
+        batch = beside(self.model, batch)
         means = {modality: self._run(modality, batch) for modality in self.experts}
         for modality, sums in self.moments.items():
             for unit in self.units[modality]:
                 key = _key(unit)
                 ours, theirs = means[REFERENCE][key], means[modality][key]
-                zero = CrossMoments.zero(ours.shape[-1], theirs.shape[-1])
+                zero = CrossMoments.zero(ours.shape[-1], theirs.shape[-1], device=ours.device)
                 sums[key] = sums.get(key, zero).update(ours, theirs)
 
     def _run(self, modality: str, batch: Batch) -> dict[str, Tensor]:
@@ -140,18 +142,20 @@ class _Collector:
                 f"the calibration data or the checkpoint is broken"
             )
         grams = self.grams[modality]
-        grams[name] = grams.get(name, Gram.zero(x_ND.shape[-1])).update(x_ND)
+        grams[name] = grams.get(name, Gram.zero(x_ND.shape[-1], device=x_ND.device)).update(x_ND)
 
     def statistics(self) -> ExpertStatistics:
         if not all(self.grams.values()):
             raise ValueError("there are no calibration batches: nothing was observed")
+        grams = {m: {n: gram.to("cpu") for n, gram in own.items()} for m, own in self.grams.items()}
         moments = {modality: self._by_space(modality) for modality in self.moments}
-        return ExpertStatistics(self.grams, moments)
+        return ExpertStatistics(grams, moments)
 
     def _by_space(self, modality: str) -> dict[str, list[CrossMoments]]:
         spaces: dict[str, list[CrossMoments]] = {}
         for unit in self.units[modality]:
-            spaces.setdefault(unit.space, []).append(self.moments[modality][_key(unit)])
+            moments = self.moments[modality][_key(unit)].to("cpu")
+            spaces.setdefault(unit.space, []).append(moments)
         return spaces
 
 

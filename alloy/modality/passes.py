@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from alloy.devices import beside
 from alloy.modality.experts import expert_name, split_experts
 from alloy.modality.modeling import ModalityModel
 from alloy.types import Batch
@@ -109,7 +110,7 @@ def answers_of(
     model: ModalityModel, batch: Batch, *, modality: str, kind: Answers = "heads"
 ) -> tuple[Tensor, ...]:
     """Run one modality's pass and answer: one tensor a head, then (kind "states") the states."""
-    own_pass = PASSES[modality]
+    own_pass, batch = PASSES[modality], beside(model, batch)
     states_BSD = own_pass.forward(model, batch)
     answers = own_pass.answers(model, batch, states_BSD)
     if kind == "heads":

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from alloy.devices import beside
 from alloy.modality.modeling import ModalityModel
 from alloy.modality.passes import PASSES, Answers, Batch, answers_of, layers_of
 from alloy.refit import LinearLayer, Sensitivity, sensitivities
@@ -90,6 +91,7 @@ def affine_grams(
     grams: dict[str, dict[str, Gram]] = {}
     layers = {modality: own for modality in PASSES if (own := layers_of(model, modality))}
     for number, batch in enumerate(batches):
+        batch = beside(model, batch)
         for modality, own in layers.items():
             own_pass, sums = PASSES[modality], grams.setdefault(modality, {})
             mask_BS = own_pass.mask(model, batch)
@@ -105,9 +107,9 @@ def affine_grams(
                     x_ND = weight_BS[kept_BS.bool()].double().sqrt()[:, None] * x_ND
                     count = len(x_BSD)
                 name = f"{layer}.weight"
-                before = sums.get(name, Gram.zero(x_ND.shape[1]))
+                before = sums.get(name, Gram.zero(x_ND.shape[1], device=x_ND.device))
                 sums[name] = replace(before.update(x_ND), count=before.count + count)
-    return grams
+    return {m: {name: gram.to("cpu") for name, gram in own.items()} for m, own in grams.items()}
 
 
 def without_constant(

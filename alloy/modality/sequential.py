@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from alloy.devices import beside
 from alloy.modality.experts import (
     MODALITIES,
     agnostic_config,
@@ -75,7 +76,7 @@ def merge_sequentially(
 
 
 def _masks(model: ModalityModel, batch: Batch, *, modality: str) -> dict[str, Tensor]:
-    mask = PASSES[modality].mask(model, batch)
+    mask = PASSES[modality].mask(model, beside(model, batch))
     return {} if mask is None else {"attention_mask": mask}
 
 

@@ -25,6 +25,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from alloy.devices import on_cpu
 from alloy.modality.configuration import ModalityConfig
 from alloy.modality.experts import (
     MODALITIES,
@@ -99,7 +100,7 @@ def towers(model: ModalityModel) -> dict[str, TowerWeights]:
             f"a model of sharing {config.sharing!r} has parts in one basis for all modalities; "
             f"only sharing 'none' has streams that may turn apart"
         )
-    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    weights = {name: t.double() for name, t in on_cpu(model.state_dict()).items()}
     experts = split_experts(weights, config)
     gains = {name: tensor for name, tensor in weights.items() if ".scale" in name}
     eye_DD = torch.eye(config.hidden_size, dtype=torch.float64)
@@ -197,7 +198,7 @@ def _assembled(
     model: ModalityModel, moved: Mapping[str, Weights], with_adapters: bool
 ) -> dict[str, Tensor]:
     """The model's weights, given its moved towers."""
-    old = model.state_dict()
+    old = on_cpu(model.state_dict())
     experts = {
         modality: {
             name: tensor

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alloy.devices import beside
 from alloy.errors import MergeError
 
 Batch = Mapping[str, Any]
 
 
 def _call(module: nn.Module, batch: Batch) -> object:
-    return module(**batch)
+    return module(**beside(module, batch))
 
 
-def _no_mask(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-    del module
-    return batch
+def _own_masks(module: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    return beside(module, batch)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Lesson:
     shares: Tensor | None = None
     """[P] or [P, examples] of column sums 1: how much each teacher counts; equally by default."""
     forward: Callable[[Any, Batch], object] = _call
-    masks: Callable[[Any, Batch], Mapping[str, Tensor]] = _no_mask
+    masks: Callable[[Any, Batch], Mapping[str, Tensor]] = _own_masks
     """The masks of samples that count, by names as `alloy.statistics.masks` knows them; by default
     in the batch.
     """

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alloy.devices import beside, device_of
 from alloy.errors import MergeError, RepairError
 from alloy.refit import least_squares
 from alloy.refit.calls import CallRecorder
@@ -111,8 +112,9 @@ def match_variance(
         RepairError: coefficients that do not fit, no batches.
     """
     _check(merged, parents, batches)
-    share = torch.tensor(_equal_or_given(parents, coefficients), dtype=torch.float64)
     student = loaded(model, merged)
+    share = torch.tensor(_equal_or_given(parents, coefficients), dtype=torch.float64)
+    share = share.to(device_of(student))
     groups = [
         {n: layer for n, layer in group.items() if not layer.norm and _writes_units(n, layer, spec)}
         for group in layers_in_order(student, Lesson([], batches))
@@ -150,7 +152,7 @@ def reestimate_norms(
     norms = batch_norms(student)
     if not norms:
         return _weights_of(student, weights)
-    few = {name: tensor[:2] for name, tensor in batches[0].items()}
+    few = beside(student, {name: tensor[:2] for name, tensor in batches[0].items()})
     order = CallRecorder(norms, copies=False).run(student, lambda: student(**few)).order
     once = {name: norms[name] for name in order if order.count(name) == 1}
     whole = _as_one(batches)
@@ -160,8 +162,9 @@ def reestimate_norms(
     for name, norm in once.items():
         sums = _NormSums()
         for batch in batches:
+            inputs = beside(student, batch)
             recorder = CallRecorder({name: norm}, expected=1, copies=False)
-            (call,) = recorder.run(student, lambda b=batch: student(**b)).calls[name]
+            (call,) = recorder.run(student, lambda x=inputs: student(**x)).calls[name]
             sums.add(call.input)
         sums.write(norm)
     return _weights_of(student, weights)
@@ -188,7 +191,7 @@ def _estimate_in_passing(student: nn.Module, norms: Iterable[nn.Module], batch: 
 
     handles = [norm.register_forward_pre_hook(see, with_kwargs=True) for norm in norms]
     try:
-        student(**batch)
+        student(**beside(student, batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -286,8 +289,9 @@ def _teachers(
 
 
 def _weights_of(student: nn.Module, merged: Weights) -> dict[str, Tensor]:
+    """The student's weights, where the merged ones lie."""
     state = student.state_dict()
-    return {name: state.get(name, tensor) for name, tensor in merged.items()}
+    return {name: state.get(name, t).to(t.device) for name, t in merged.items()}
 
 
 def _shares(
@@ -356,8 +360,9 @@ def _unit_moments(
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
     modules = {name: module.get_submodule(name) for name in layers}
     for batch in batches:
-        masks = Masks(batch)
-        calls = CallRecorder(modules).run(module, lambda b=batch: module(**b)).calls
+        inputs = beside(module, batch)
+        masks = Masks(inputs)
+        calls = CallRecorder(modules).run(module, lambda x=inputs: module(**x)).calls
         for name, call in ((name, call) for name, of_layer in calls.items() for call in of_layer):
             y_ND = masks.kept(layers[name].outputs(call.output)).double()
             count, total, square = sums.get(name, (0, y_ND.new_zeros(()), y_ND.new_zeros(())))

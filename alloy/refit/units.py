@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from alloy.devices import beside
 from alloy.errors import MergeError
 from alloy.refit.lessons import Batch, Lesson, Units
 from alloy.refit.linear_layer import LinearLayer
@@ -67,9 +68,9 @@ def units_between(
     spaces = {name: _space_written(name, layer, spec) for name, layer in layers.items()}
     moments: dict[str, _Moments] = {}
     for batch in batches:
-        masks = Masks(batch)
+        masks = Masks(beside(reference, batch))
         ours, theirs = (
-            watch(model, partial(model, **batch), trace_of, layers, streams=streams)
+            watch(model, partial(model, **beside(model, batch)), trace_of, layers, streams=streams)
             for model, trace_of in ((reference, trace), (other, other_trace))
         )
         for name, layer in layers.items():
@@ -95,7 +96,10 @@ class _Moments:
 
     @classmethod
     def zero(cls, x_ND: Tensor, y_NE: Tensor) -> _Moments:
-        return cls(CrossMoments.zero(x_ND.shape[1], y_NE.shape[1]), Gram.zero(y_NE.shape[1]))
+        return cls(
+            CrossMoments.zero(x_ND.shape[1], y_NE.shape[1], device=x_ND.device),
+            Gram.zero(y_NE.shape[1], device=x_ND.device),
+        )
 
     def update(self, x_ND: Tensor, y_NE: Tensor) -> _Moments:
         return _Moments(self.both.update(x_ND, y_NE), self.other.update(y_NE))
@@ -105,7 +109,7 @@ class _Moments:
         m = self.both
         return (
             m.product_DE - torch.outer(m.sum_D, m.sum_E) / m.count,
-            self.other.sum_DD.cpu() - torch.outer(m.sum_E, m.sum_E) / m.count,
+            self.other.sum_DD - torch.outer(m.sum_E, m.sum_E) / m.count,
             m.square_D - m.sum_D.square() / m.count,
         )
 

@@ -46,13 +46,17 @@ class Gram:
             raise ValueError(f"inputs meet dim 0 or 1 of a weight, got dim={self.dim!r}")
 
     @classmethod
-    def zero(cls, size: int, *, dim: int = 1) -> Gram:
-        return cls(torch.zeros(size, size, dtype=torch.float64), 0, dim)
+    def zero(cls, size: int, *, dim: int = 1, device: torch.device | None = None) -> Gram:
+        return cls(torch.zeros(size, size, dtype=torch.float64, device=device), 0, dim)
 
     def update(self, x_ND: Tensor) -> Gram:
         x_ND = x_ND.double()
         product_DD = (x_ND.T @ x_ND).to(self.sum_DD.device)
         return replace(self, sum_DD=self.sum_DD + product_DD, count=self.count + len(x_ND))
+
+    def to(self, device: torch.device | str) -> Gram:
+        """The same sums on a device."""
+        return replace(self, sum_DD=self.sum_DD.to(device))
 
     def __add__(self, other: Gram) -> Gram:
         if self.dim != other.dim:
@@ -89,9 +93,11 @@ class CrossMoments:
     """
 
     @classmethod
-    def zero(cls, size: int, other_size: int) -> CrossMoments:
+    def zero(
+        cls, size: int, other_size: int, *, device: torch.device | None = None
+    ) -> CrossMoments:
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64)
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
 
         return cls(
             zeros(size),
@@ -108,7 +114,7 @@ class CrossMoments:
                 f"cross-moments need the same examples on both sides, got {len(x_ND)} and "
                 f"{len(y_NE)}"
             )
-        x_ND, y_NE = x_ND.double().cpu(), y_NE.double().cpu()
+        x_ND, y_NE = (z.double().to(self.sum_D.device) for z in (x_ND, y_NE))
         batch = CrossMoments(
             x_ND.sum(0),
             y_NE.sum(0),
@@ -129,6 +135,11 @@ class CrossMoments:
             self.count + other.count,
             self.keeps_sign,
         )
+
+    def to(self, device: torch.device | str) -> CrossMoments:
+        """The same sums on a device."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def correlation_DE(self) -> Tensor:
         """Pearson correlation of every unit with every unit of the other model.
@@ -175,6 +186,10 @@ class SampledMoments:
     @property
     def count(self) -> int:
         return len(self.x_ND)
+
+    def to(self, device: torch.device | str) -> SampledMoments:
+        """The same samples on a device."""
+        return replace(self, x_ND=self.x_ND.to(device), y_NE=self.y_NE.to(device))
 
     def correlation_factors(self) -> tuple[Tensor, Tensor]:
         """x [N, D] and y [N, E] whose product xᵀ y is `CrossMoments.correlation_DE`."""

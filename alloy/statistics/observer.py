@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from alloy.devices import beside
 from alloy.errors import CollectionError
 from alloy.statistics.masks import Masks
 from alloy.statistics.moments import Gram
@@ -55,7 +56,6 @@ class Observer:
         self.inputs = _linear_inputs(self.modules) if grams else {}
         self.points = {key: unit.point for key, unit in self.units.items()}
         self.points |= {w: Point(module, "input") for w, (module, _) in self.inputs.items()}
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.centres: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
@@ -89,7 +89,7 @@ class Observer:
             return {}
         seen: dict[str, Side] = {}
         with self._following(candidates, lambda key, side, _: seen.update({key: side})):
-            self.model(**self._moved(batch))
+            self.model(**beside(self.model, batch))
         return preferred(candidates, seen)
 
     @contextmanager
@@ -97,16 +97,10 @@ class Observer:
         with plain_kernels(self.model), Follow(self.model, self.spec, operands, see):
             yield
 
-    def _moved(self, batch: Batch) -> dict[str, Tensor]:
-        return {
-            key: value.to(self.device) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
-
     def _forward(
         self, batch: Batch, points: Mapping[str, Point], operands: Mapping[str, Operand]
     ) -> dict[str, list[Tensor]]:
-        inputs = self._moved(batch)
+        inputs = beside(self.model, batch)
         masks = Masks(inputs)
         seen: dict[str, list[Tensor]] = {}
         first: dict[object, tuple[str, StorageWeakRef]] = {}

@@ -75,10 +75,10 @@ class Transform:
         if self.matrix is not None:
             return self._multiply(source, variance)
         if self.permutation is not None:
-            result = _take(result, self.permutation)
+            result = _take(result, self.permutation.to(source.device))
         if self.signs is not None and variance:
             shape = (*self.signs.shape, *[1] * (result.ndim - self.signs.ndim))
-            result = result * self.signs.to(result.dtype).reshape(shape)
+            result = result * self.signs.to(result).reshape(shape)
         return result
 
     def _multiply(self, source: Tensor, variance: int) -> Tensor:
@@ -86,7 +86,7 @@ class Transform:
             raise SymmetryError("a gain cannot follow a matrix: call fold_norms first")
         matrix = self._any()
         dtype = torch.promote_types(torch.promote_types(source.dtype, matrix.dtype), torch.float32)
-        matrix = matrix.to(dtype)
+        matrix = matrix.to(source.device, dtype)
         if variance < 0:
             matrix = torch.linalg.inv(matrix).mT
         batch = self.batch_shape
@@ -102,7 +102,9 @@ def _take(source: Tensor, index: Tensor) -> Tensor:
     if index.ndim == 1:
         return source.index_select(0, index)
     batch = math.prod(index.shape[:-1])
-    offsets = torch.arange(batch).reshape(*index.shape[:-1], 1) * index.shape[-1]
+    offsets = (
+        torch.arange(batch, device=index.device).reshape(*index.shape[:-1], 1) * index.shape[-1]
+    )
     flat = source.reshape(batch * index.shape[-1], -1)
     return flat.index_select(0, (index + offsets).flatten()).reshape(source.shape)
 
@@ -142,7 +144,7 @@ class _Mover:
     def __init__(self, spec: SymmetrySpec, transforms: Transforms) -> None:
         self.spec = spec
         self.transforms = transforms
-        self.indices: dict[Term, Tensor] = {}
+        self.indices: dict[tuple[Term, torch.device], Tensor] = {}
         self.scratch: dict[object, Tensor] = {}
 
     def move(self, weight: Tensor, name: str) -> Tensor:
@@ -153,8 +155,8 @@ class _Mover:
         if all(self._fits_one_dim(layout[axis.dim], space) for space, axis in axes):
             *first, last = {axis.dim: None for _, axis in axes}
             for dim in first:
-                weight = self._gather(weight, dim, self._index(layout[dim]))
-            return weight.index_select(last, self._index(layout[last]))
+                weight = self._gather(weight, dim, self._index(layout[dim], weight.device))
+            return weight.index_select(last, self._index(layout[last], weight.device))
         result = weight.clone(memory_format=torch.contiguous_format)
         for space, axis in axes:
             view = unit_view(result, self.spec, space, axis)
@@ -177,9 +179,9 @@ class _Mover:
         pure = transform.signs is None and transform.matrix is None
         return pure and inside.issuperset(self.spec.spaces[space].depends_on)
 
-    def _index(self, term: Term) -> Tensor:
+    def _index(self, term: Term, device: torch.device) -> Tensor:
         """Source of each result unit of a dim: the transport of `0, 1, 2, ...`."""
-        if term not in self.indices:
+        if (term, device) not in self.indices:
             index = torch.arange(term.size)
             rank = {name: i for i, name in enumerate(self.spec.order)}
             inside = [
@@ -192,8 +194,8 @@ class _Mover:
                     index, (term,), self.spec.spaces[space].depends_on, Axis("", 0, path)
                 )
                 view.copy_(self.transforms[space].act(view))
-            self.indices[term] = index
-        return self.indices[term]
+            self.indices[term, device] = index.to(device)
+        return self.indices[term, device]
 
 
 def identity(spec: SymmetrySpec) -> dict[str, Transform]:

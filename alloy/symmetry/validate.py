@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd as _Convolution
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from alloy.devices import beside
 from alloy.errors import NotProvenError, SymmetryError
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.tracing.recording.kernels import plain_kernels
@@ -105,7 +106,7 @@ class Prober:
         self.generator = torch.Generator().manual_seed(seed)
         self.model = _copy_in_float64(model)
         self.examples = [
-            tree_map(lambda v: _double(v.cpu()) if isinstance(v, Tensor) else v, dict(example))
+            tree_map(_double, beside(self.model, example))
             for example in listed_examples(example_inputs)
         ]
         self.slots = {

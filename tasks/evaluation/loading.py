@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from alloy.devices import chosen_device
 from alloy.errors import CheckpointError
 
 OURS = {"modality": "alloy.modality"}  # model_type: the package that teaches transformers of it
@@ -19,26 +20,32 @@ OURS = {"modality": "alloy.modality"}  # model_type: the package that teaches tr
 disable_progress_bar()  # a bar for each model that a stage reads in milliseconds
 
 
-def device() -> torch.device:
-    """ALLOY_DEVICE (`make merge DEVICE=cuda`), else a GPU if there is one, else the CPU."""
-    name = os.environ.get("ALLOY_DEVICE", "")
-    if not name:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(name)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"DEVICE={name!r} cannot be used here ({error}); try cpu") from error
-    return chosen
+def use_device(stage: str, *, float64: bool = False) -> None:
+    """Name the device of a stage (`make merge DEVICE=cuda`), before anything else is done.
+
+    A stage that computes in float64 runs on the CPU where the device has none (Apple's mps).
+
+    Raises:
+        DeviceError: a device that is not there.
+    """
+    chosen = chosen_device()
+    if float64 and chosen.type == "mps":
+        os.environ["ALLOY_DEVICE"] = "cpu"
+        print(f"{stage}: on cpu: mps has no float64")
+        return
+    print(f"{stage}: on {chosen}")
 
 
-def load_any(folder: Path) -> PreTrainedModel:
-    """Load a model of any architecture in evaluation mode, float32, on `device()`.
+def load_any(folder: Path, on: torch.device | None = None) -> PreTrainedModel:
+    """Load a model of any architecture in evaluation mode, float32.
+
+    Args:
+        on: a device, by default the chosen one.
 
     Raises:
         CheckpointError: no checkpoint there, or weights that the model lacks or does not know.
     """
-    return load_whole(model_class(folder), folder)
+    return load_whole(model_class(folder), folder, on)
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -77,8 +84,8 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load_whole(architecture: Any, folder: Path) -> Any:
-    """Load a checkpoint's model in evaluation mode, float32, on `device()`.
+def load_whole(architecture: Any, folder: Path, on: torch.device | None = None) -> Any:
+    """Load a checkpoint's model in evaluation mode, float32, by default on the chosen device.
 
     Raises:
         CheckpointError: the model lacks weights of the checkpoint, or the other way round.
@@ -89,4 +96,4 @@ def load_whole(architecture: Any, folder: Path) -> Any:
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         raise CheckpointError(f"{folder} does not fit its own config.json: {wrong}")
-    return model.eval().to(device())
+    return model.eval().to(chosen_device() if on is None else on)

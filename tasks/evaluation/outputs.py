@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from alloy.devices import beside
 from alloy.symmetry import observe_outputs
 
 
@@ -25,8 +26,7 @@ class Answers(NamedTuple):
 @torch.no_grad()
 def answers(model: nn.Module, inputs: Mapping[str, Tensor]) -> Answers:
     """A model's answers to one batch, float32, on the CPU."""
-    place = next(model.parameters()).device
-    return read(model(**{name: tensor.to(place) for name, tensor in inputs.items()}), inputs)
+    return read(model(**beside(model, inputs)), inputs)
 
 
 def read(output: Any, inputs: Mapping[str, Tensor]) -> Answers:

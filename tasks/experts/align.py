@@ -12,6 +12,7 @@ from alloy.modality import split_experts
 from alloy.modality.observe import REFERENCE, ExpertStatistics, expert_spec
 from alloy.symmetry import SymmetrySpec, Transform, transforms_to_tensors
 from alloy.types import Weights
+from tasks.evaluation.loading import use_device
 from tasks.experts.shared.loading import load_model
 from tasks.experts.shared.statistics import load_spec, load_statistics
 from tasks.recipe.experts import AlignParams, ExpertsRecipe
@@ -51,6 +52,7 @@ def align_experts(
 
 def main(recipe: ExpertsRecipe) -> None:
     workspace = recipe.workspace
+    use_device("align", float64=True)
     with write_folder(workspace.transforms) as folder:
         for name in recipe.collect.checkpoints:
             model = load_model(workspace.checkpoints / name)

@@ -11,7 +11,7 @@ import alloy
 from alloy.modality import ModalityConfig, ModalityModel, agnostic_config
 from alloy.modality.observe import collect_experts
 from alloy.symmetry import SymmetrySpec
-from tasks.evaluation.loading import device
+from tasks.evaluation.loading import use_device
 from tasks.experts.shared.loading import load_model
 from tasks.experts.shared.statistics import CALIBRATION, batches, save_statistics
 from tasks.recipe.experts import ExpertsRecipe
@@ -30,6 +30,7 @@ def agnostic_symmetries(config: ModalityConfig) -> SymmetrySpec:
 
 def main(recipe: ExpertsRecipe) -> None:
     params, workspace = recipe.collect, recipe.workspace
+    use_device("collect", float64=True)
     with write_folder(workspace.statistics) as folder:
         for name in params.checkpoints:
             model = load_model(workspace.checkpoints / name)
@@ -39,7 +40,7 @@ def main(recipe: ExpertsRecipe) -> None:
                 params.batch_size,
             )
             with torch.autocast(
-                device().type, dtype=torch.bfloat16, enabled=device().type == "cuda"
+                model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"
             ):
                 spec = agnostic_symmetries(model.config)
                 statistics = collect_experts(model, examples, spec)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from alloy.measures.distances import distance
 from alloy.modality import ModalityModel, split_experts
+from tasks.evaluation.loading import use_device
 from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, TRAINING_FREE, load_split
 from tasks.experts.report.build import build
 from tasks.experts.report.results import (
@@ -159,7 +160,7 @@ def distances(recipe: ExpertsRecipe) -> list[DistanceRow]:
     for arm_name, arm in merge.arms.items():
         key = arm.checkpoint, arm.align
         if key not in measured:
-            source = load_model(workspace.checkpoints / arm.checkpoint).cpu()
+            source = load_model(workspace.checkpoints / arm.checkpoint)
             experts = split_experts(source.state_dict(), source.config)
             if arm.align:
                 experts, _ = aligned(experts, arm.checkpoint, workspace)
@@ -246,6 +247,7 @@ def evaluate(recipe: ExpertsRecipe) -> Results:
 
 
 def main(recipe: ExpertsRecipe) -> None:
+    use_device("evaluate")
     results = evaluate(recipe)
     writer.write(build(results), recipe.workspace.reports)
     tables.show(recipe.name)

@@ -18,10 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alloy.devices import beside, chosen_device
 from alloy.errors import nearest
 from alloy.modality import ModalityModel
 from alloy.modality.objectives import distillation_losses
-from tasks.evaluation.loading import device
+from tasks.evaluation.loading import use_device
 from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, load_split, take
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import ExpertsRecipe, FinetuneParams
@@ -63,7 +64,7 @@ def losses(
     for name, data in train_data.items():
         benchmark = BENCHMARKS[name]
         batch = benchmark.sample(data, params.batch_sizes[name], generator)
-        batch = {key: tensor.to(model.device) for key, tensor in batch.items()}
+        batch = beside(model, batch)
         if params.task_weight:
             by_name[name] = params.task_weight * benchmark.loss(
                 benchmark.logits(model, batch), batch
@@ -106,7 +107,7 @@ def finetune(job: Job, report: Callable[..., None]) -> None:
         stopping=job.params.stopping,
     )
     with write_folder(done) as partial:
-        model.save_pretrained(partial)
+        model.cpu().save_pretrained(partial)
         for file in sorted(job.source.glob("*token*.json")):
             shutil.copy(file, partial)
         facts = {
@@ -152,7 +153,7 @@ def identity(job: Job) -> str:
         folder_digest(job.source),
         None if job.teacher is None else folder_digest(job.teacher),
         {name: folder_digest(data / name) for name in job.benchmarks},
-        device().type,
+        chosen_device().type,
         torch.__version__,
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -216,6 +217,7 @@ def _source(arm: str, recipe: ExpertsRecipe) -> tuple[Path, Path | None]:
 
 def main(recipe: ExpertsRecipe) -> None:
     jobs = plan(recipe)
+    use_device("finetune")
     with ExitStack() as stack:
         logs = {name: stack.enter_context(_open_run(name, job)) for name, job in jobs.items()}
 

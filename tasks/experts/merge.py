@@ -21,6 +21,7 @@ from alloy.modality.observe import REFERENCE
 from alloy.modality.sensitivity import affine_grams, without_constant
 from alloy.modality.sequential import merge_sequentially
 from alloy.statistics.moments import Gram
+from tasks.evaluation.loading import use_device
 from tasks.experts.shared.alignment import aligned
 from tasks.experts.shared.loading import load_model
 from tasks.experts.shared.statistics import load_statistics
@@ -84,7 +85,7 @@ def merge_arm(
 ) -> ModalityModel:
     """The agnostic model of one arm; what its gauge says of it goes into `reports`."""
     workspace = recipe.workspace
-    source = load_model(workspace.checkpoints / arm.checkpoint).cpu()
+    source = load_model(workspace.checkpoints / arm.checkpoint)
     data = calibration(recipe, arm.masked_share) if arm.reads_data else []
     if arm.gauge is not None:
         source, report = move(source, arm.gauge, data, arm.answers)
@@ -112,7 +113,7 @@ def merge_arm(
         grams = None if grams is None else grams_moved
     base = None
     if arm.base is not None:
-        base = load_model(workspace.checkpoints / arm.base).cpu().state_dict()
+        base = load_model(workspace.checkpoints / arm.base).state_dict()
     merged = merge_experts(experts, arm, base=base, grams=grams)
     model = ModalityModel(agnostic_config(source.config))
     model.load_state_dict({**shared_weights(weights, source.config), **merged}, strict=True)
@@ -127,7 +128,7 @@ def _sequential_options(arm: ArmParams) -> dict[str, Any]:
 
 def write_checkpoint(model: ModalityModel, source: Path, card: str, folder: Path) -> None:
     """A folder that `from_pretrained` loads: weights, config, the source's tokenizer, a card."""
-    model.save_pretrained(folder)
+    model.cpu().save_pretrained(folder)
     for file in sorted(source.glob("token*.json")) + sorted(source.glob("special_tokens*.json")):
         shutil.copy(file, folder)
     (folder / "README.md").write_text(card)
@@ -160,6 +161,7 @@ def _coefficients(
 
 def main(recipe: ExpertsRecipe) -> None:
     workspace = recipe.workspace
+    use_device("merge", float64=True)
     with write_folder(workspace.arms) as arms:
         for name, arm in recipe.merge.arms.items():
             how = ", aligned" * arm.align + ", in the best gauge" * (arm.gauge is not None)

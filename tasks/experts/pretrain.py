@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from alloy.devices import beside, chosen_device
 from alloy.errors import nearest
 from alloy.modality import (
     FRESH_HEADS,
@@ -44,6 +45,7 @@ from tasks.data.scenes.words import (
     VOCABULARY,
     tokenizer,
 )
+from tasks.evaluation.loading import use_device
 from tasks.recipe.experts import SceneParams
 from tasks.recipe.load import load_experts, load_file
 from tasks.recipe.pretraining import PretrainParams, TransformerParams
@@ -131,13 +133,13 @@ def pretrain(
     Its step checkpoints, and the seed's, are in `work`.
     """
     config = model_config(params.model, bank.params, SHARING[arm])
-    model = ModalityModel(config)
+    model = ModalityModel(config).to(chosen_device())
     generator = SceneGenerator(bank, "train", params.seed)
 
     def losses_at(step: int) -> dict[str, Tensor]:
         return pretraining_losses(
             model,
-            generator.batch(params.batch_size, step),
+            beside(model, generator.batch(params.batch_size, step)),
             mask_token_id=TOKEN["[MASK]"],
             mask_probability=params.mask_probability,
             generator=step_generator(params.seed, step),
@@ -167,7 +169,7 @@ def release(
 ) -> None:
     """Write the checkpoint, its tokenizer, how it was made, and its card."""
     with write_folder(target) as partial:
-        model.save_pretrained(partial)
+        model.cpu().save_pretrained(partial)
         tokenizer().save_pretrained(partial)
         facts = {
             "arm": arm,
@@ -262,6 +264,7 @@ def main(arms: Sequence[str]) -> None:
         if arm not in SHARING:
             raise ParamsError(f"{arm!r} is no checkpoint: {nearest(arm, list(SHARING))}")
     params = load_file("pretrain", PretrainParams)
+    use_device("pretrain")
     load_bank(load_experts(params.recipe).prepare.scenes)  # built once, for all
     chains = [[arm for arm in chain if arm in arms] for chain in CHAINS]
     with ExitStack() as stack:

@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_map
 
 import alloy
 from alloy.alignment.result import Alignment
+from alloy.devices import beside
 from alloy.errors import AlignmentError
 from alloy.symmetry import observe_outputs
+from tasks.evaluation.loading import use_device
 from tasks.models.measures.scores import merge_score
 from tasks.models.shared.jobs import (
     Job,
@@ -38,6 +40,7 @@ TINY = 1e-30  # the least spread of an output: a constant one may not change at 
 def main(recipe: ModelsRecipe) -> None:
     planned = {job.name: job for job in jobs(recipe) if recipe.alignments(job.set)}
     out = recipe.workspace.transforms
+    use_device("align", float64=True)
     with write_folder(out) as folder:
         num = {name: len(recipe.alignments(job.set)) for name, job in planned.items()}
         arguments = {name: (job, job.within(folder)) for name, job in planned.items()}
@@ -104,7 +107,7 @@ class Functions:
 
     @cached_property
     def models(self) -> dict[str, nn.Module]:
-        return {name: load_any(folder).cpu().double() for name, folder in self.folders.items()}
+        return {name: load_any(folder).double() for name, folder in self.folders.items()}
 
     @cached_property
     def before(self) -> dict[str, list[Tensor]]:
@@ -139,7 +142,7 @@ def outputs(
 ) -> list[Tensor]:
     """The outputs of a model with other weights, where they count."""
     model.load_state_dict(weights)
-    return observe_outputs(model(**tree_map(_double, dict(inputs))))
+    return observe_outputs(model(**tree_map(_double, beside(model, inputs))))
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import alloy
-from tasks.evaluation.loading import device, load_any
+from alloy.devices import chosen_device
+from tasks.evaluation.loading import load_any, use_device
 from tasks.models.shared.jobs import (
     Job,
     Report,
@@ -33,6 +34,7 @@ from tasks.storage import write_folder, write_json
 
 def main(recipe: ModelsRecipe) -> None:
     planned = jobs(recipe)
+    use_device("collect", float64=True)
     for job in planned:
         refuse_other_architectures(job)
     out = recipe.workspace.statistics
@@ -63,7 +65,7 @@ def find_spec(job: Job, member: str, file: Path, report: Report) -> None:
     Raises SymmetryError for a model that cannot be traced, or whose outputs a symmetry would
     change.
     """
-    model = load_any(job.folders[member]).cpu()
+    model = load_any(job.folders[member], torch.device("cpu"))
     examples = first_examples(job.calibration)
     spec = alloy.find_symmetries(model, examples)
     report("step")
@@ -95,7 +97,8 @@ def collect(job: Job, folder: Path, report: Report) -> None:
             yield batch
             report("step")
 
-    with torch.autocast(device().type, dtype=torch.bfloat16, enabled=device().type == "cuda"):
+    kind = chosen_device().type
+    with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
         statistics = alloy.collect(
             job.models(), seen(), job.specs(folder), joint=params.joint, grams=params.grams
         )

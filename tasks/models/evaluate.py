@@ -22,7 +22,7 @@ from alloy.checkpoint import load_weights
 from alloy.measures import landscape
 from alloy.measures.distances import ModelDistances, distance
 from alloy.refit import repair
-from tasks.evaluation.loading import load_any
+from tasks.evaluation.loading import load_any, use_device
 from tasks.models.measures.yardsticks import Yardstick, as_candidate, yardsticks
 from tasks.models.report.build import build
 from tasks.models.report.distances import build as build_distances
@@ -53,6 +53,7 @@ def main(recipe: ModelsRecipe) -> None:
 def _evaluate_calibrated(recipe: ModelsRecipe) -> reports.Report:
     """All measures of all sets and seeds."""
     planned = {job.name: job for job in jobs(recipe)}
+    use_device("evaluate", float64=True)
     results = run_jobs(
         "evaluate",
         evaluate,

@@ -25,7 +25,7 @@ from alloy.merging import MERGE_METHODS, oriented
 from alloy.refit import repair
 from alloy.statistics.points import transposed_weights
 from tasks.evaluation import accuracy
-from tasks.evaluation.loading import load_any, load_config
+from tasks.evaluation.loading import load_any, load_config, use_device
 from tasks.evaluation.outputs import answers
 from tasks.models import stream
 from tasks.models.shared.alignment import load_alignment
@@ -46,6 +46,7 @@ def main(recipe: ModelsRecipe) -> None:
     if not recipe.is_calibrated:
         stream.main(recipe)
         return
+    use_device("merge", float64=True)
     planned = {job.name: job for job in jobs(recipe) if recipe.arms(job.set)}
     with write_folder(recipe.workspace.arms) as folder:
         num = {name: len(recipe.arms(job.set)) for name, job in planned.items()}
@@ -267,7 +268,7 @@ def save(job: Job, weights: Weights, member: str, folder: Path, account: Mapping
     name = job.recipe.merge.dtype
     dtype = getattr(torch, name) if name else load_config(reference).dtype or torch.float32
     model.load_state_dict(weights)
-    model.to(dtype).save_pretrained(folder)
+    model.to("cpu", dtype).save_pretrained(folder)
     for file in sorted(reference.iterdir()):
         # Words and settings travel with the model; weights and words about them do not.
         words = file.suffix in (".json", ".txt", ".model", ".jinja")

@@ -27,6 +27,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from alloy.devices import beside, chosen_device
 from alloy.errors import nearest
 from tasks.data.classification import (
     CODE_SIZE,
@@ -37,6 +38,7 @@ from tasks.data.classification import (
     encode,
 )
 from tasks.evaluation import accuracy
+from tasks.evaluation.loading import use_device
 from tasks.evaluation.outputs import trimmed
 from tasks.recipe.load import load_file
 from tasks.recipe.pretraining import FamilyParams, MultitaskPretrainParams
@@ -153,8 +155,9 @@ def pretrain(job: Job, made: Path, work: Path, report: Report) -> None:
     tokenizer = character_tokenizer(texts) if isinstance(texts, list) else None
     split = own_task(splits["train"], job)
     inputs = encode(split.examples, tokenizer)
-    model = build(job, len(tokenizer) if tokenizer else None)
-    own = torch.full((job.params.batch_size,), job.task)
+    model = build(job, len(tokenizer) if tokenizer else None).to(chosen_device())
+    own = torch.full((job.params.batch_size,), job.task, device=model.device)
+    class_tasks = known["class_tasks"].to(model.device)
     order_seed = int.from_bytes(hashlib.sha256(job.name.encode()).digest()[:2], "big")
 
     def losses_at(step: int) -> dict[str, Tensor]:
@@ -163,9 +166,9 @@ def pretrain(job: Job, made: Path, work: Path, report: Report) -> None:
         batch = trimmed({name: tensor[rows] for name, tensor in inputs.items()})
         if "pixel_values" in batch:
             batch["pixel_values"] = varied(batch["pixel_values"], job.params, generator)
-        logits = accuracy.logits(model(**batch).logits, known)
-        logits = accuracy.within_tasks(logits, own, known["class_tasks"])
-        return {"cross_entropy": accuracy.loss(logits, split.labels[rows])}
+        logits = accuracy.logits(model(**beside(model, batch)).logits, known)
+        logits = accuracy.within_tasks(logits, own, class_tasks)
+        return {"cross_entropy": accuracy.loss(logits, split.labels[rows].to(logits.device))}
 
     progress = train(
         model,
@@ -181,7 +184,7 @@ def pretrain(job: Job, made: Path, work: Path, report: Report) -> None:
     score = score_of(model, encode(validation.examples, tokenizer), validation.labels, job)
     report("say", f"validation accuracy within its task {score.value:.1f} ± {score.error:.1f}")
     with write_folder(made / job.name) as folder:
-        model.half().save_pretrained(folder)
+        model.half().cpu().save_pretrained(folder)
         if tokenizer:
             tokenizer.save_pretrained(folder)
         facts = facts_of(job, model, progress.losses, score)
@@ -217,11 +220,12 @@ def score_of(
 ) -> accuracy.Score:
     """The accuracy within the model's own task."""
     known = classes(job.params.dataset)
-    outputs = [
-        model(**{name: tensor[start : start + EVALUATION_BATCH] for name, tensor in inputs.items()})
-        for start in range(0, len(labels), EVALUATION_BATCH)
-    ]
-    logits = accuracy.logits(torch.cat([output.logits for output in outputs]), known)
+    outputs = []
+    for start in range(0, len(labels), EVALUATION_BATCH):
+        stop = start + EVALUATION_BATCH
+        batch = {name: tensor[start:stop] for name, tensor in inputs.items()}
+        outputs.append(model(**beside(model, batch)).logits.cpu())
+    logits = accuracy.logits(torch.cat(outputs), known)
     tasks = torch.full_like(labels, job.task)
     return accuracy.accuracies(logits, labels, tasks, known)[f"task {job.task}"]
 
@@ -248,6 +252,7 @@ def train_family(family: str) -> None:
     if family not in params.families:
         raise ParamsError(f"{family!r} is no family: {nearest(family, list(params.families))}")
     DATASETS[params.families[family].dataset].read()  # caches are built once, for all
+    use_device("pretrain")
     made = MADE / family
     todo = [job for job in jobs(params, family) if not is_made(job, made)]
     num_chains = max(1, min(len(todo), num_cores()))

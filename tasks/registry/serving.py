@@ -27,6 +27,7 @@ from mlflow.pyfunc import PythonModel
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from alloy.devices import chosen_device
 from alloy.modality import ModalityConfig, ModalityModel
 
 INPUTS = (("image", "string"), ("text", "string"))
@@ -70,8 +71,7 @@ class ServedModel(PythonModel):
             AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_words else None
         )
         self.answers: Sequence[str] = context.model_config["answers"]
-        if torch.cuda.is_available():
-            self.model.to("cuda")
+        self.model.to(chosen_device())
 
     def predict(self, context, model_input: pd.DataFrame, params=None):
         """One answer a row; BadRequestError says which row cannot be answered and why."""

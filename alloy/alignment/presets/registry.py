@@ -13,6 +13,7 @@ from alloy.alignment.presets.maps import Transport, Zip
 from alloy.alignment.presets.preset import CollectedStatistics, Given, Preset
 from alloy.alignment.presets.universe import Universe
 from alloy.alignment.result import Alignment, require_names
+from alloy.devices import on_cpu
 from alloy.errors import AlignmentError
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.types import Weights
@@ -68,7 +69,7 @@ def align_models(
     specs = dict(spec) if isinstance(spec, Mapping) else dict.fromkeys(models, spec)
     require_names(specs, models)
     chosen = _with_settings(preset, settings)
-    ordered = {reference: models[reference], **models}
+    ordered = {n: on_cpu(w) for n, w in {reference: models[reference], **models}.items()}
     given = Given(preset, ordered, {name: specs[name] for name in ordered}, statistics)
     try:
         alignment = chosen.run(given)

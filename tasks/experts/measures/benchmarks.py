@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from alloy.devices import beside
 from alloy.modality.modeling import ModalityModel
 from tasks.evaluation.score import Score, mean_score
 from tasks.workspace import Workspace
@@ -47,10 +48,9 @@ def take(data: Split, index: Tensor | slice) -> dict[str, Tensor]:
     return {name: tensor[index] for name, tensor in data.items()}
 
 
-def batches(data: Split, batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def batches(data: Split, batch_size: int) -> Iterator[dict[str, Tensor]]:
     for start in range(0, num_examples(data), batch_size):
-        batch = take(data, slice(start, start + batch_size))
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+        yield take(data, slice(start, start + batch_size))
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ class Benchmark:
     def outputs(self, model: ModalityModel, data: Split, batch_size: int = 250) -> Tensor:
         """`logits` of every example of a split, on the CPU."""
         parts = [
-            self.logits(model, b).float().cpu() for b in batches(data, batch_size, model.device)
+            self.logits(model, beside(model, batch)).float().cpu()
+            for batch in batches(data, batch_size)
         ]
         return torch.cat(parts)
 
@@ -161,7 +162,7 @@ class Retrieval(Benchmark):
 
     @torch.no_grad()
     def outputs(self, model: ModalityModel, data: Split, batch_size: int = 250) -> Tensor:
-        parts = [_embeddings(model, b) for b in batches(data, batch_size, model.device)]
+        parts = [_embeddings(model, beside(model, b)) for b in batches(data, batch_size)]
         image, text = (torch.cat(side).float().cpu() for side in zip(*parts, strict=True))
         return image @ text.T
 

@@ -8,7 +8,7 @@ from tasks.evaluation.loading import load_config, load_whole
 
 
 def load_model(folder: Path) -> ModalityModel:
-    """The checkpoint's modality transformer in evaluation mode, float32, on `device()`.
+    """The checkpoint's modality transformer in evaluation mode, float32, on the chosen device.
 
     Raises:
         CheckpointError: no checkpoint there, one of another architecture, or weights that the model

@@ -11,7 +11,6 @@ from tqdm import tqdm
 from alloy.modality.observe import ExpertStatistics
 from alloy.statistics.moments import CrossMoments, Gram
 from alloy.symmetry import SymmetrySpec
-from tasks.evaluation.loading import device
 
 CALIBRATION = "calibration.safetensors"
 
@@ -20,7 +19,7 @@ MOMENT_FIELDS = ("sum_D", "sum_E", "square_D", "square_E", "product_DE")
 
 
 def batches(file: Path, num_examples: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """The first examples of a split, batch by batch, on the device.
+    """The first examples of a split, batch by batch.
 
     Raises:
         ValueError: the split has fewer.
@@ -32,10 +31,9 @@ def batches(file: Path, num_examples: int, batch_size: int) -> Iterator[dict[str
             f"collect.calibration_examples is {num_examples}, {file} has only {available}: "
             "lower it, or raise prepare's"
         )
-    target = device()
     for start in tqdm(range(0, num_examples, batch_size), desc="calibration", unit="batch"):
         stop = min(start + batch_size, num_examples)
-        yield {name: tensor[start:stop].to(target) for name, tensor in tensors.items()}
+        yield {name: tensor[start:stop] for name, tensor in tensors.items()}
 
 
 def load_spec(folder: Path) -> SymmetrySpec:

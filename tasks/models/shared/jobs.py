@@ -111,7 +111,8 @@ def jobs(recipe: ModelsRecipe) -> list[Job]:
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """A checkpoint's state dict as its model has it, on the CPU."""
-    return {name: t.detach().cpu() for name, t in load_any(folder).state_dict().items()}
+    model = load_any(folder, torch.device("cpu"))
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def read_spec(statistics: Path, job: Job, member: str) -> SymmetrySpec:

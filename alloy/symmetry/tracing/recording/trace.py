@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from alloy.devices import beside
 from alloy.errors import SymmetryError
 from alloy.symmetry.tracing.recording.kernels import plain_kernels
 from alloy.symmetry.tracing.recording.log import Log
@@ -44,7 +45,7 @@ def listed_examples(example_inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
 def trace(model: nn.Module, example_inputs: Inputs | Sequence[Inputs], observe: Observe) -> Log:
     """Run the model on each example and join the logs. Raises SymmetryError if that fails."""
     refuse_untraceable(model)
-    examples = listed_examples(example_inputs)
+    examples = [beside(model, example) for example in listed_examples(example_inputs)]
     log = _trace(model, examples, observe)
     reached = log.reached()
     if not any(root.id in reached for root in log.roots):

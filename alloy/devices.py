@@ -1,0 +1,70 @@
+"""Data follow the model: whoever calls a module moves the batch to where its parameters are.
+
+Batches come from files and stay on the CPU until a model reads them, so nobody else needs to know
+of devices. What is summed over batches lies where it is summed; what is handed back (statistics,
+transforms) lies on the CPU, and follows the weights that it is applied to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from alloy.errors import DeviceError
+
+
+def chosen_device() -> torch.device:
+    """The device of ALLOY_DEVICE (`cuda`, `cuda:1`, `mps`, `cpu`), else a GPU if there is one.
+
+    Raises:
+        DeviceError: no device of that name, or none on this machine.
+    """
+    asked = os.environ.get("ALLOY_DEVICE", "")
+    if not asked:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(asked)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(
+            f"DEVICE={asked!r} is not there ({str(error).splitlines()[0]}); this machine has "
+            f"{', '.join(_devices())}"
+        ) from error
+    return chosen
+
+
+def _devices() -> list[str]:
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def device_of(model: nn.Module | Mapping[str, Tensor]) -> torch.device:
+    """The device of a module, by its parameters or its buffers, or of a state dict."""
+    if isinstance(model, nn.Module):
+        first = next(model.parameters(), None)
+        first = next(model.buffers(), None) if first is None else first
+    else:
+        first = next(iter(model.values()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def beside(model: nn.Module | Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with its tensors on the model's device; what is there is not copied.
+
+    A model without values (on the device "meta") leaves the batch where it is.
+    """
+    device = device_of(model)
+    if device.type == "meta":
+        return dict(batch)
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(batch))
+
+
+def on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict on the CPU, for what computes there; tied tensors stay tied."""
+    moved = {id(tensor): tensor.cpu() for tensor in weights.values()}
+    return {name: moved[id(tensor)] for name, tensor in weights.items()}

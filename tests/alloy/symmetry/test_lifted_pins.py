@@ -337,3 +337,21 @@ def test_rotary_tables_may_be_chosen_by_position_but_not_by_unit(choose, kinds):
     spec = alloy.find_symmetries(model, inputs)
     assert [space.kind for space in spec.spaces.values()] == kinds
     alloy.validate(model, spec, inputs)
+
+
+class Routed(Net):
+    """One expert's gate for each token, in a model that also reads numbers of its input."""
+
+    def forward(self, x):
+        if float(x.sum()) > 1e9:
+            return x
+        h = self.up(x)
+        return self.down(h * nn.functional.one_hot(h.argmax(-1), num_classes=8))
+
+
+def test_one_hot_codes_count_along_the_units_where_real_tensors_are_traced_too():
+    torch.manual_seed(0)
+    model, inputs = Routed(None), {"x": torch.randn(2, 6, 4)}
+    spec = alloy.find_symmetries(model, inputs)
+    assert [space.size for space in spec.spaces.values()] == [8]
+    alloy.validate(model, spec, inputs)

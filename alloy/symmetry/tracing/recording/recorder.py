@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -90,6 +91,8 @@ class Recorder(TorchDispatchMode):
             self.log.read.update(v.id for v in values_in(inputs.values()))
         if operation._schema.name == "aten::lift_fresh":
             _keep_constant(args[0], outputs[0])
+        elif operation._schema.name == "aten::detach":
+            outputs[0].constant = inputs["self"].constant
         elif operation._schema.name == "aten::arange":
             numbers = [inputs.get(k) for k in ("start", "end", "step")]
             steps = [n for n in numbers if isinstance(n, int)]
@@ -149,7 +152,17 @@ class Reads(TorchFunctionMode):
         given: tuple[Any, ...] = tuple(args)
         if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr):
             self.recorder.log.read.add(self.recorder.unseen(given[0]).id)
+        if func is one_hot and (codes := _one_hot(*given, **(kwargs or {}))) is not None:
+            return codes
         return func(*given, **(kwargs or {}))
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor | None:
+    """One-hot codes without a look at the indices, which torch takes to check them."""
+    if num_classes < 1:
+        return None
+    classes = torch.arange(num_classes, device=tensor.device)
+    return (tensor[..., None] == classes).long()
 
 
 def values_in(arguments: Any) -> Iterator[Value]:

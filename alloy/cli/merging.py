@@ -27,8 +27,11 @@ PLAN_EXAMPLE = """**Example**: which tensor is made from what, before anything i
     alloy plan linear merged models/a models/b --coefficients '*mlp*=7,3' --coefficients '*=1,1'"""
 
 
+_STREAMED = sorted(name for name, method in MERGE_METHODS.items() if method.scope == "tensor")
+
+
 def _methods(incomplete: str) -> list[str]:
-    return [name for name in sorted(MERGE_METHODS) if name.startswith(incomplete)]
+    return [name for name in _STREAMED if name.startswith(incomplete)]
 
 
 def _of(*values: str) -> Callable[[str], list[str]]:
@@ -38,8 +41,7 @@ def _of(*values: str) -> Callable[[str], list[str]]:
 Method = Annotated[
     str,
     typer.Argument(
-        help=f"How to merge: {', '.join(sorted(MERGE_METHODS))}. docs/methods.md has each with its "
-        "paper.",
+        help=f"How to merge: {', '.join(_STREAMED)}. docs/methods.md has each with its paper.",
         autocompletion=_methods,
         show_default=False,
     ),
@@ -75,8 +77,8 @@ Options = Annotated[
     typer.Option(
         "--set",
         metavar="OPTION=VALUE",
-        help='An option of the method; by pattern of tensor names: density={"*attn*": 0.3, "*": '
-        "0.5}.",
+        help="An option of the method; by pattern of tensor names: "
+        '`density={"*attn*": 0.3, "*": 0.5}`.',
     ),
 ]
 Statistics = Annotated[
@@ -118,7 +120,10 @@ Drop = Annotated[
 ]
 Allow = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY", help="Config keys that may differ: the first source's are taken."),
+    typer.Option(
+        metavar="KEY",
+        help="Config keys and files that may differ: the first source's are taken.",
+    ),
 ]
 
 
@@ -155,11 +160,17 @@ def merge(
         )  # fmt: skip
         lock = threading.Lock()
         bar = tqdm(
-            total=plan.num_bytes, unit="B", unit_scale=True, desc="merge", disable=None, leave=False
+            desc="compile",  # what a machine's first merge waits for
+            total=plan.num_bytes,
+            unit="B",
+            unit_scale=True,
+            disable=None,
+            leave=False,
         )
 
         def advance(num_bytes: int) -> None:
             with lock:
+                bar.set_description("merge", refresh=False)
                 bar.update(num_bytes)
 
         with bar:
@@ -227,6 +238,11 @@ def _request(
     allow: Sequence[str] | None,
 ) -> MergeRequest:
     """The settings of a merge as the library takes them."""
+    if method in MERGE_METHODS and method not in _STREAMED:
+        raise MergeError(
+            f"method {method!r} runs the models while it merges: give them to "
+            "alloy.merge_checkpoints in Python"
+        )
     return MergeRequest(
         method,
         _sources(sources),

@@ -1,5 +1,6 @@
 """`alloy merge` and `alloy plan`: every argument arrives, errors speak of options."""
 
+import errno
 import json
 import re
 import subprocess
@@ -162,7 +163,7 @@ def test_python_arguments_become_options(python, options):
 
 
 def test_no_refusal_speaks_of_python_arguments():
-    """Every refusal of the table of tried inputs, said by the command line, names options alone."""
+    """Every refusal of the table of tried inputs, as the command line says it, names options."""
     text = (Path(__file__).parents[3] / "docs" / "tried_inputs.md").read_text()
     refusals = [row for row in text.splitlines() if "| refused: " in row]
     arguments = re.compile(
@@ -172,6 +173,44 @@ def test_no_refusal_speaks_of_python_arguments():
     python = [row for row in spoken if arguments.search(row)]
     assert len(python) > 100
     assert [row for row in python if arguments.search(in_options(row))] == []
+
+
+def test_a_method_that_runs_the_models_is_for_python(folders, tmp_path):
+    status, _, said = run("merge", "adamerging", tmp_path / "out", folders["a"], folders["b"])
+    assert status == 1
+    assert "runs the models while it merges: give them to alloy.merge_checkpoints" in said
+
+
+def test_an_interrupted_merge_ends_with_130_and_resumes(folders, tmp_path, monkeypatch):
+    """Ctrl-C is one sentence; the same command goes on where it stopped."""
+    from alloy.cli import merging
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    command = ["merge", "linear", tmp_path / "out", folders["a"], folders["b"]]
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "run_plan", interrupted)
+        status, _, said = run(*command)
+    assert (status, said) == (130, "alloy merge: interrupted\n")
+    assert run(*command)[0] == 0
+
+
+def test_a_full_disk_is_one_sentence(folders, tmp_path, monkeypatch):
+    """What the system refuses is our error with the file, whatever raises it; nothing looks done."""
+    from alloy.checkpoint import run as running
+
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(running, "write_through", full)
+    command = ["merge", "linear", tmp_path / "out", folders["a"], folders["b"]]
+    status, _, said = run(*command)
+    assert status == 1
+    assert re.fullmatch(r"alloy merge: .*out\.incomplete/.*: No space left on device\n", said)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert "went on after model.safetensors" in run(*command)[1]
 
 
 def test_help_shows_an_example_and_completion():

@@ -182,7 +182,7 @@ def _model_threshold(vectors: Sequence[Tensor], keep: float) -> Tensor:
 
 
 def _check_settings(keep: float, zeros: str, truncation: str) -> None:
-    if not 0 < keep <= 1:
+    if isinstance(keep, bool) or not isinstance(keep, float | int) or not 0 < keep <= 1:
         raise MergeError(f"keep={keep!r} is outside (0, 1]")
     for name, value, allowed in (
         ("zeros", zeros, ("exclude", "agree")),

@@ -23,10 +23,10 @@ _NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 
 def merge(
     method: str,
-    models: Sequence[Weights],
+    models: Sequence[Weights] | Mapping[str, Weights],
     *,
     base: Weights | None = None,
-    coefficients: Coefficients | None = None,
+    coefficients: Coefficients | Mapping[str, float] | None = None,
     statistics: Sequence[Mapping[str, Any]] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
@@ -35,11 +35,11 @@ def merge(
     Args:
         method: a name in `MERGE_METHODS`; its function's docstring has formula, source and
             requirements.
-        models: state dicts with the same names, shapes and dtypes.
+        models: state dicts with the same names, shapes and dtypes, in order or by name.
         base: the checkpoint that the models were trained from, for methods with task vectors.
-        coefficients: one float per model, or for layer-wise merges a mapping from glob patterns of
-            names to such lists. The first pattern that matches a name decides, and every name must
-            match one.
+        coefficients: one float per model, by name where the models have names, or for layer-wise
+            merges a mapping from glob patterns of tensor names to such lists. The first pattern
+            that matches a name decides, and every name must match one.
         statistics: for each model a mapping from parameter names to Grams of the layer's inputs
             (RegMean, `alloy.statistics.moments.Gram`) or to diagonals of the Fisher information
             (Fisher).
@@ -56,6 +56,7 @@ def merge(
             between models; Grams of other units than the weights' (`Alignment.move`); NaN or Inf
             in an input or in the result.
     """
+    models, coefficients = _in_order(models, coefficients)
     named = {f"models[{i}]": model for i, model in enumerate(models)}
     if base is not None:
         named["base"] = base
@@ -228,8 +229,37 @@ def merge_whole(
     return result
 
 
+def _in_order(models: Any, coefficients: Any) -> tuple[Sequence[Weights], Coefficients | None]:
+    """List the models, and their coefficients if both are given by name."""
+    if isinstance(models, Mapping) and all(isinstance(m, Mapping) for m in models.values()):
+        if isinstance(coefficients, Mapping) and coefficients.keys() == models.keys():
+            coefficients = [coefficients[name] for name in models]
+        return list(models.values()), coefficients
+    if not isinstance(models, list | tuple):
+        raise MergeError(
+            f"models is a {type(models).__name__}: give a list of state dicts, or a mapping by name"
+        )
+    return models, coefficients
+
+
+def check_weights(named: Mapping[str, Any]) -> None:
+    """Refuse what is no state dict: a mapping from name to tensor."""
+    for source, weights in named.items():
+        if not isinstance(weights, Mapping):
+            hint = " (model.state_dict())" if hasattr(weights, "state_dict") else ""
+            raise MergeError(
+                f"{source} is a {type(weights).__name__}: give its weights by name{hint}"
+            )
+        for name, tensor in weights.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise MergeError(
+                    f"{source}: {name!r} is a {type(tensor).__name__}: give tensors by name"
+                )
+
+
 def check_alike(named: Mapping[str, Weights]) -> None:
     """Refuse models whose names, shapes, dtypes or devices differ, naming the first few."""
+    check_weights(named)
     if not named:
         return
     (reference, first), *others = named.items()
@@ -299,6 +329,10 @@ def _statistics_of_owners(
     """
     if statistics is None:
         return {}
+    if not isinstance(statistics, list | tuple) or not all(
+        isinstance(measured, Mapping) for measured in statistics
+    ):
+        raise MergeError("statistics: give a list with a mapping for each model, in their order")
     if len(statistics) != num_models:
         raise MergeError(
             f"statistics of {len(statistics)} models, but there are {num_models} models"

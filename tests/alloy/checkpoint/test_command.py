@@ -197,7 +197,7 @@ def test_an_interrupted_merge_ends_with_130_and_resumes(folders, tmp_path, monke
 
 
 def test_a_full_disk_is_one_sentence(folders, tmp_path, monkeypatch):
-    """What the system refuses is our error with the file, whatever raises it; nothing looks done."""
+    """What the system refuses is our error with the file; nothing looks done."""
     from alloy.checkpoint import run as running
 
     def full(path, *_):

@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -115,7 +116,10 @@ def is_recorded(address: str) -> bool:
         outs = known[address].outs if address in known else []
         return bool(outs) and not any(out.workspace_status() for out in outs)
 
-    return _ask(look)
+    try:
+        return _ask(look)
+    except GraphError:  # on a full disk, say
+        return False
 
 
 def _stage(repo: Repo, address: str):
@@ -174,7 +178,8 @@ def _keep_lock_file(repo: Repo) -> None:
         return
     copy = Path(repo.root_dir) / COPY
     if not copy.is_file() or copy.read_bytes() != path.read_bytes():
-        with write_file(copy) as partial:
+        # A precaution: a disk that is full for it stops nothing.
+        with suppress(OSError), write_file(copy) as partial:
             shutil.copyfile(path, partial)
 
 
@@ -195,8 +200,10 @@ def _drop_dead_holders(repo: Repo) -> None:
                 place: list(filter(_lives, all_)) for place, all_ in held.get("read", {}).items()
             }
         except (ValueError, AttributeError, TypeError, KeyError):  # cut: its writer was killed
-            write, read = {}, {}
-        path.write_text(json.dumps({"write": write, "read": {p: r for p, r in read.items() if r}}))
+            held, write, read = None, {}, {}
+        living = {"write": write, "read": {p: r for p, r in read.items() if r}}
+        if held != living:
+            path.write_text(json.dumps(living))
 
 
 def _lives(holder: dict) -> bool:

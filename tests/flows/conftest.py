@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,31 +180,35 @@ def _environment(**more: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(ours)} | {"PATH": path} | more
 
 
-@pytest.fixture(scope="session")
-def new_toy(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Workspace:
-    """A recipe `toy` of three stages that do nothing but may be slow and may fail; none has run."""
-    folder = tmp_path_factory.mktemp("new") / "toy"
+def make_toy(folder: Path, url: str, recipes: Sequence[str] = ("toy",)) -> Workspace:
+    """Recipes of three stages that do nothing but may be slow and may fail; none has run."""
     for name in ("params", "control", ".dvc"):
         (folder / name).mkdir(parents=True)
-    for source, target in {
-        HERE / "toy_stage.py": "toy_stage.py",
-        HERE / "toy_dvc.yaml": "dvc.yaml",
-        REPOSITORY / "params" / "modality.yaml": "params/toy.yaml",
-        REPOSITORY / ".dvc" / "config": ".dvc/config",
-        REPOSITORY / ".dvc" / ".gitignore": ".dvc/.gitignore",
-        REPOSITORY / ".dvcignore": ".dvcignore",
-    }.items():
+    for source, target in (
+        (HERE / "toy_stage.py", "toy_stage.py"),
+        (HERE / "toy_dvc.yaml", "dvc.yaml"),
+        (REPOSITORY / ".dvc" / "config", ".dvc/config"),
+        (REPOSITORY / ".dvc" / ".gitignore", ".dvc/.gitignore"),
+        (REPOSITORY / ".dvcignore", ".dvcignore"),
+        *((REPOSITORY / "params" / "modality.yaml", f"params/{name}.yaml") for name in recipes),
+    ):
         shutil.copy(source, folder / target)
-    (folder / "params" / "recipes.yaml").write_text("recipes:\n  - toy\n")
+    (folder / "params" / "recipes.yaml").write_text(yaml.safe_dump({"recipes": list(recipes)}))
     (folder / "params" / "promote.yaml").write_text("gates: {}\n")
     (folder / ".gitignore").write_text("/out/\n/log\n/.alloy/\n/.prefect/\n")
-    workspace = Workspace(folder, _environment(PREFECT_API_URL=prefect_server))
+    workspace = Workspace(folder, _environment(PREFECT_API_URL=url))
     workspace.control("fetch.text", "checkpoint")
     workspace.control("merge.text", "method")
     git(folder, "init", "--quiet")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "--message", "toy")
     return workspace
+
+
+@pytest.fixture(scope="session")
+def new_toy(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Workspace:
+    """A recipe `toy` that has not run yet."""
+    return make_toy(tmp_path_factory.mktemp("new") / "toy", prefect_server)
 
 
 @pytest.fixture(scope="session")

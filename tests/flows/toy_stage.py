@@ -34,8 +34,11 @@ with hold_workspace(name):
         (control / f"{name}.failures").write_text(str(failures - 1))
         sys.stderr.write(f"{name}: the toy broke\n")
         sys.exit(int(setting("status", "1")))
-    with write_folder(Path("out") / name) as folder:
-        (folder / "first").write_text(setting("text", "text"))
-        time.sleep(float(setting("seconds", "0")))
-        (folder / "second").write_text("x" * int(setting("bytes", "1")))
+    try:
+        with write_folder(Path("out") / name) as folder:
+            (folder / "first").write_text(setting("text", "text"))
+            time.sleep(float(setting("seconds", "0")))
+            (folder / "second").write_text("x" * int(setting("bytes", "1")))
+    except OSError as error:
+        sys.exit(f"{name}: {error}")
     remember("end")

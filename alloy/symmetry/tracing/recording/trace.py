@@ -45,7 +45,8 @@ def listed_examples(example_inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
 def trace(model: nn.Module, example_inputs: Inputs | Sequence[Inputs], observe: Observe) -> Log:
     """Run the model on each example and join the logs. Raises SymmetryError if that fails."""
     refuse_untraceable(model)
-    examples = [beside(model, example) for example in listed_examples(example_inputs)]
+    given = listed_examples(example_inputs)
+    examples: list[Inputs] = [beside(model, example) for example in given]
     log = _trace(model, examples, observe)
     reached = log.reached()
     if not any(root.id in reached for root in log.roots):

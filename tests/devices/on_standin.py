@@ -1,0 +1,129 @@
+"""What runs on the stand-in device: `test_devices.py` runs this file in a process of its own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import alloy
+from alloy.alignment import PRESETS
+from alloy.devices import beside, device_of
+from tests import tiny_models
+from tests.devices import stages, standin
+
+CPU, THERE = torch.device("cpu"), torch.device(standin.NAME, 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch):
+    def choose(device: str) -> None:
+        monkeypatch.setenv("ALLOY_DEVICE", device)
+
+    return choose
+
+
+def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Equal but for the order of sums: linear layers add their bias elsewhere."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        if tensor.is_floating_point():
+            scale = float(theirs[name].double().abs().max()) + 1e-30
+            error = float((tensor.double() - theirs[name].double()).abs().max()) / scale
+            assert error < 1e-3, (name, error)
+        else:
+            assert torch.equal(tensor, theirs[name]), name
+
+
+def test_mixing_with_the_cpu_is_refused() -> None:
+    """As CUDA does: matrices and masks do not mix, scalars and indices do, `.to` and copy_ move."""
+    x = torch.ones(3, 3, device=THERE)
+    for mixed in (
+        lambda: x @ torch.ones(3, 3),
+        lambda: torch.ones(3, 3) + x,
+        lambda: x.index_select(0, torch.tensor([1])),
+        lambda: torch.cat([x, torch.ones(3, 3)]),
+        lambda: x.numpy(),
+        lambda: torch.randn(3, device=THERE, generator=torch.Generator()),
+        lambda: torch.nn.Linear(3, 3)(x),
+    ):
+        with pytest.raises(RuntimeError):
+            mixed()
+    assert float((x * torch.tensor(2.0))[torch.tensor([0])].sum()) == 6
+    assert torch.zeros(3, 3).copy_(x).sum() == 9
+
+
+def test_data_follow_the_model() -> None:
+    """Nested tensors too; what is no tensor stays, a model without values moves nothing."""
+    model = torch.nn.Linear(2, 2).to(THERE)
+    moved = beside(model, {"x": torch.ones(2), "deep": [torch.ones(1), 3], "word": "a"})
+    assert moved["x"].device == moved["deep"][0].device == device_of(model) == THERE
+    assert moved["deep"][1] == 3
+    assert moved["word"] == "a"
+    assert beside(dict(model.state_dict()), {"x": torch.ones(2)})["x"].device == THERE
+    meta = torch.nn.Linear(2, 2, device="meta")
+    assert beside(meta, {"x": torch.ones(2)})["x"].device == CPU
+
+
+@pytest.mark.parametrize("preset", [p for p in sorted(PRESETS) if p != "cycle_consistent"])
+def test_every_alignment_moves_weights_where_they_lie(preset: str) -> None:
+    """Models on the device are collected, aligned, moved and merged as those on the CPU."""
+    name = "ElectraModel"
+    inputs = {"input_ids": torch.randint(5, 31, (6, 5), generator=torch.Generator().manual_seed(0))}
+    aligned = {}
+    for device in (CPU, THERE):
+        models = {key: tiny_models.model(name, seed).to(device) for seed, key in enumerate("ab")}
+        cpu = tiny_models.model(name, 0)
+        spec = alloy.find_symmetries(cpu, inputs)
+        statistics = alloy.collect(models, [inputs], spec, joint=True, grams=True)
+        weights = {key: dict(model.state_dict()) for key, model in models.items()}
+        found = alloy.align_models(weights, spec, statistics, preset=preset)
+        moved = found.apply(weights)
+        assert {t.device for own in moved.values() for t in own.values()} == {device}
+        aligned[device] = {f"{k}/{n}": t.cpu() for k, own in moved.items() for n, t in own.items()}
+        if device == THERE and found.exact and not found._folds:
+            grams = list(found.move(statistics).grams.values())
+            merged = alloy.merge("regmean", list(moved.values()), statistics=grams)
+            assert {tensor.device for tensor in merged.values()} == {THERE}
+    close(aligned[THERE], aligned[CPU])
+
+
+def test_every_stage_and_arm_of_experts(tmp_path: Path, monkeypatch, on) -> None:
+    """collect, align, merge, finetune and evaluate give what they give on the CPU."""
+    written = {}
+    for device in ("cpu", standin.NAME):
+        (tmp_path / device).mkdir()
+        monkeypatch.chdir(tmp_path / device)
+        on(device)
+        stages.write_experts()
+        stages.run_experts(to_merge_alone=device == "cpu")
+        written[device] = stages.tensors(Path("models/experts"))
+    for part in ("statistics/", "arms/", "merged/"):
+        ours, theirs = (
+            {n: t for n, t in found.items() if n.startswith(part) and "in_gauge" not in n}
+            for found in (written[standin.NAME], written["cpu"])
+        )
+        assert ours
+        close(ours, theirs)
+    assert Path("reports/experts/metrics.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["RegNetForImageClassification", pytest.param("OPTForCausalLM", marks=pytest.mark.slow)],
+)
+def test_every_stage_and_arm_of_models(tmp_path: Path, monkeypatch, on, name: str) -> None:
+    """collect, align, merge with every repair, and evaluate."""
+    monkeypatch.chdir(tmp_path)
+    on(standin.NAME)
+    stages.write_models(name)
+    stages.run_models()
+    assert len(list(Path("models/models/arms/pair/0").iterdir())) >= 11
+    assert Path("reports/models/metrics.json").is_file()
+    transformers.AutoModel.from_pretrained("models/models/merged")

@@ -42,6 +42,8 @@ _DEFAULTS = {
     "truncation_side": "right",
 }
 """Values of settings that a tokenizer's files leave out."""
+_OLD_NAME, _NEW_NAME = "additional_special_tokens", "extra_special_tokens"
+"""transformers 5 lists under the new name what 4 lists under the old one."""
 _AROUND = ("post_processor", "truncation", "padding", "decoder")
 """Parts of tokenizer.json around the model."""
 
@@ -94,6 +96,8 @@ def _read(folder: Path) -> dict[str, Any] | None:
         if (path := source_file(folder, name)) is not None:
             data = read_json(path)
             result |= {key: _plain(data[key]) for key in _USE if data.get(key) is not None}
+    if isinstance(result.get(_NEW_NAME), list):
+        result[_OLD_NAME] = result.pop(_NEW_NAME)
     if (path := source_file(folder, "tokenizer.json")) is not None:
         data = read_json(path)
         result |= {key: _without_ids(data[key]) for key in _AROUND if data.get(key) is not None}

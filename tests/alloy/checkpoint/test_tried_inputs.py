@@ -637,6 +637,7 @@ for _what, _of_b in {
     "eos_token as an object": {"settings": {"eos_token": {"content": "</s>", "lstrip": False}}},
     "a pad_token more": {"settings": {"pad_token": "<pad>"}},
     "more special tokens": {"settings": {"additional_special_tokens": ["<a>"]}},
+    "more special tokens by their new name": {"settings": {"extra_special_tokens": ["<a>"]}},
     "another padding_side": {"settings": {"padding_side": "left"}},
     "another truncation_side": {"settings": {"truncation_side": "left"}},
     "another model_max_length": {"settings": {"model_max_length": 9}},
@@ -677,6 +678,14 @@ for _what, _wanted in {
         f"two chat templates, {_what} taken",
         lambda w, wanted=_wanted: (_templates(w), w.keywords.update(chat_template=wanted(w))),
     )
+
+
+def _renamed_tokens(world: World) -> None:
+    _text(settings={"extra_special_tokens": ["<a>"]})(world)
+    world.json("a", "special_tokens_map.json", {"additional_special_tokens": ["<a>"]})
+
+
+tried("how a tokenizer is used", "the same special tokens by old and new name", _renamed_tokens)
 for _file in ("preprocessor_config.json", "processor_config.json", "generation_config.json"):
     for _what, _values in {
         "of a alone": ({"size": 1}, None),

@@ -120,7 +120,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if path.exists():
             return Checkpoint(path, {e.name: e for e in _refuse_parts(read_header(path))}, None)
     except OSError as error:
-        raise CheckpointError(f"{str(path):.200}: {error.strerror or error}") from error
+        raise CheckpointError(f"{path!s:.200}: {error.strerror or error}") from error
     raise CheckpointError(
         f"{path}: no such folder or file; give a folder with config.json and safetensors "
         "(fetch models of a hub first)"

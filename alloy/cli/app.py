@@ -1,9 +1,9 @@
 """`alloy`: every command under one name.
 
 In a checkout of the project the package `tasks` lies beside this library, with a graph of stages,
-`dvc.yaml`; its module `tasks.cli` adds the commands that need recipes (`alloy new`). The library
-knows that name and no more: an installed wheel has none of it, and nothing is ever imported from
-the current folder.
+`dvc.yaml`; its module `tasks.recipe.cli` adds the commands that need recipes (`alloy new`). The
+library knows that name and no more: an installed wheel has none of it, and nothing is ever
+imported from the current folder.
 """
 
 from importlib import import_module
@@ -47,10 +47,13 @@ app.command("symmetry", epilog=symmetry.EXAMPLE, no_args_is_help=True)(symmetry.
 app.command("distance", epilog=distances.EXAMPLE, no_args_is_help=True)(distances.distance)
 
 
+PIPELINE = "tasks/recipe/cli.py"  # of a checkout: what adds the commands that need recipes
+
+
 def add_pipeline(root: Path) -> None:
     """Add the commands of a checkout, if `root`, the folder of this library, is one."""
-    if (root / "dvc.yaml").is_file() and (root / "tasks" / "cli.py").is_file():
-        import_module("tasks.cli").add_to(app)
+    if (root / "dvc.yaml").is_file() and (root / PIPELINE).is_file():
+        import_module(PIPELINE.removesuffix(".py").replace("/", ".")).add_to(app)
 
 
 add_pipeline(Path(alloy.__file__).parents[1])

@@ -136,8 +136,8 @@ def test_the_command_takes_members_one_after_another() -> None:
 
 def test_an_installed_library_has_no_commands_of_the_pipeline(tmp_path, monkeypatch) -> None:
     """Nothing is imported from a folder that is no checkout."""
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/cli.py").write_text("raise AssertionError")
+    (tmp_path / "tasks/recipe").mkdir(parents=True)
+    (tmp_path / "tasks/recipe/cli.py").write_text("raise AssertionError")
     before = len(cli.app.registered_commands)
     monkeypatch.setattr(cli, "import_module", lambda name: pytest.fail(name))
     cli.add_pipeline(tmp_path)

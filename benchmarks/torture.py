@@ -35,6 +35,7 @@ RUN = ("flows.pipeline", "toy")
 VICTIMS = ("group", "run", "DVC or stage", "all")
 """What is killed: the run's process group, its process, one of its children, everything at once."""
 LONGEST_RUN = 300  # seconds
+STAGES_SECONDS = 12  # in which the three stages run, on a machine that has nothing else to do
 
 
 @contextmanager
@@ -120,9 +121,13 @@ def kills(toy: Workspace, number: int, choice: random.Random) -> Iterator[tuple[
     for i in range(number):
         change(toy, "toy", text := f"text {i}")
         toy.log()
-        victim = VICTIMS[i % len(VICTIMS)]
+        victim = choice.choice(VICTIMS)
         run = toy.start(*RUN)
-        time.sleep(choice.uniform(0, length))
+        if i % 4 == 0:  # at any moment; else while stages run
+            time.sleep(choice.uniform(0, length))
+        else:
+            wait_until((toy.folder / "log").exists)
+            time.sleep(choice.uniform(0, STAGES_SECONDS))
         log = toy.log()
         under_way = log[-1].partition(" ")[2] if log and log[-1].startswith("start") else "between"
         kill(toy, run, victim, choice)
@@ -238,7 +243,7 @@ def own_folders(toy: Workspace) -> None:
     for recipe in ("toy", "twin"):
         (toy.folder / "control" / recipe).mkdir()
         for stage in ("fetch", "merge", "register"):
-            toy.control(f"{recipe}/{stage}.seconds", 0.5)
+            toy.control(f"{recipe}/{stage}.seconds", 2)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from alloy.modality import ModalityConfig, ModalityModel, copy_to_experts
 from flows.pipeline import main
 from tasks.experts.pretrain import model_config
-from tasks.recipe.experts import PrepareParams
+from tasks.recipe.experts import ExpertsRecipe
 from tasks.recipe.load import load, load_file
 from tasks.recipe.pretraining import PretrainParams
 
@@ -296,7 +296,9 @@ def small_checkpoints(folder: Path) -> None:
     """Tiny, hardly trained models of the released checkpoints' kinds, related as those are."""
     generator = torch.Generator().manual_seed(0)
     params = load_file("pretrain", PretrainParams)
-    scene = load(params.recipe, "prepare", PrepareParams).scenes
+    recipe = load(params.recipe)
+    assert isinstance(recipe, ExpertsRecipe)
+    scene = recipe.prepare.scenes
     sizes = {
         "hidden_size": 24,
         "intermediate_size": 48,

@@ -52,7 +52,7 @@ def test_the_second_command_has_nothing_to_do(small_run: tuple[Workspace, str]) 
     start = cpu_seconds()
     status, said = workspace.run("flows.pipeline", "modality")
     assert status == 0, said
-    assert said.startswith("Nothing to do: 8 stages of modality are up to date.")
+    assert said.startswith("Nothing to do: 9 stages of modality are up to date.")
     assert cpu_seconds() - start < 15
     assert results(workspace.folder) == before
 

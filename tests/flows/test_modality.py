@@ -9,7 +9,9 @@ import pytest
 from tasks.reports.readme import write_readme
 from tests.flows.conftest import Workspace, cpu_seconds, free_port
 
-STAGES = ["fetch", "prepare", "collect", "align", "merge", "finetune", "evaluate", "register"]
+STAGES = [
+    "fetch", "prepare", "collect", "align", "merge", "choose", "finetune", "evaluate", "register",
+]  # fmt: skip
 
 
 def results(folder: Path) -> dict[str, bytes]:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib import import_module
+from inspect import signature
 from types import ModuleType
 
 from tasks.locks import hold_workspace
@@ -49,13 +50,27 @@ def run_stage(description: str | None, switches: Mapping[str, str] | None = None
     try:
         recipe = load(options.pop("recipe"))
         with hold_workspace(f"{stage} of {recipe.name}"):
-            _module(stage, recipe).main(recipe, **options)
+            module = _module(stage, recipe)
+            module.main(recipe, **_chosen(stage, recipe, module, options))
     except ConnectionError as error:
         # The arguments are right, the network is not: flows try such a stage again.
         print(f"{stage}: {error}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
     except (ValueError, OSError) as error:
         sys.exit(f"{stage}: {error}")
+
+
+def _chosen(
+    stage: str, recipe: Recipe, module: ModuleType, options: Mapping[str, bool]
+) -> dict[str, bool]:
+    """The switches that were given, all of which this family's stage has."""
+    chosen = {name: given for name, given in options.items() if given}
+    if unknown := sorted(set(chosen) - set(signature(module.main).parameters)):
+        raise ParamsError(
+            f"--{unknown[0]}: the stage {stage} of recipe {recipe.name} (kind {recipe.kind}) has no "
+            "such switch: leave it out"
+        )
+    return chosen
 
 
 def _known() -> str:

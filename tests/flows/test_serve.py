@@ -34,8 +34,10 @@ def test_a_port_that_is_taken_is_refused() -> None:
 @pytest.mark.slow
 def test_a_schedule_fires_and_ctrl_c_ends_everything(toy: Workspace) -> None:
     """The worker runs stale stages on schedule, then the promotion; Ctrl-C leaves no process."""
-    gates = (REPOSITORY / "params" / "promote.yaml").read_text()
-    (toy.folder / "params" / "promote.yaml").write_text(gates.replace("  modality:", "  toy:"))
+    gates = yaml.safe_load((REPOSITORY / "params" / "promote.yaml").read_text())["gates"]
+    (toy.folder / "params" / "promote.yaml").write_text(
+        yaml.safe_dump({"gates": {"toy": gates["modality"]}})
+    )
     schedule = (REPOSITORY / "prefect.yaml").read_text()
     # The shipped times are in the night; the finest that cron knows is every minute.
     (toy.folder / "prefect.yaml").write_text(re.sub(r'cron: ".*"', 'cron: "* * * * *"', schedule))

@@ -123,7 +123,7 @@ MEMORY = """
 import resource
 import torch
 import alloy
-from tests.alloy.test_blocks import IDS, _mixtral
+from tests.alloy.alignment.test_blocks import IDS, _mixtral
 from alloy.symmetry import random_transforms, transport
 from alloy.symmetry.spec import with_kind
 

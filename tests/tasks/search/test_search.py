@@ -219,7 +219,7 @@ def test_a_recipe_of_kind_models_is_searched_by_joint_accuracy(workspace):
     recipe = tiny_models.recipe({"writer": "mnist", "examples": 32}, {0: ["a", "b"]})
     sizes = {"validation": 40, "test": 60}
     recipe["prepare"]["benchmarks"] = {"digits": {"writer": "mnist", "options": sizes}}
-    recipe["collect"]["sets"]["pair"]["benchmark"] = "digits"
+    recipe["sets"]["pair"]["benchmark"] = "digits"
     recipe["evaluate"]["curves"] = []
     recipes.write(workspace, mine=recipe)
     for stage in (fetch, prepare, collect, align):

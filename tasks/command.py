@@ -67,8 +67,8 @@ def _chosen(
     chosen = {name: given for name, given in options.items() if given}
     if unknown := sorted(set(chosen) - set(signature(module.main).parameters)):
         raise ParamsError(
-            f"--{unknown[0]}: the stage {stage} of recipe {recipe.name} (kind {recipe.kind}) has no "
-            "such switch: leave it out"
+            f"--{unknown[0]}: the stage {stage} of recipe {recipe.name} (kind {recipe.kind}) has "
+            "no such switch: leave it out"
         )
     return chosen
 

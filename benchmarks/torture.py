@@ -92,16 +92,18 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def kill(toy: Workspace, run: subprocess.Popen[str], victim: str, choice: random.Random) -> None:
-    """kill -9 what is named; what has ended meanwhile needs no killing."""
+def kill(toy: Workspace, run: subprocess.Popen[str], victim: str, choice: random.Random) -> str:
+    """kill -9 what is named, and say what was; a run without children is killed itself."""
     everything = toy.pids()
     children = [pid for pid in everything if pid != run.pid]
+    if victim == "DVC or stage" and not children:
+        victim = "run"
     if victim == "group":
         os.killpg(run.pid, signal.SIGKILL)
     chosen = {
         "group": [],
         "run": [run.pid],
-        "DVC or stage": [choice.choice(children)] if children else [run.pid],
+        "DVC or stage": [choice.choice(children)] if children else [],
         "all": everything,
     }[victim]
     for pid in chosen:
@@ -109,6 +111,7 @@ def kill(toy: Workspace, run: subprocess.Popen[str], victim: str, choice: random
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+    return victim
 
 
 def kills(toy: Workspace, number: int, choice: random.Random) -> Iterator[tuple[str, str, str]]:
@@ -130,7 +133,7 @@ def kills(toy: Workspace, number: int, choice: random.Random) -> Iterator[tuple[
             time.sleep(choice.uniform(0, STAGES_SECONDS))
         log = toy.log()
         under_way = log[-1].partition(" ")[2] if log and log[-1].startswith("start") else "between"
-        kill(toy, run, victim, choice)
+        victim = kill(toy, run, victim, choice)
         first = finish(run)
         if run.returncode == 0:
             under_way = "after the end"
@@ -138,8 +141,7 @@ def kills(toy: Workspace, number: int, choice: random.Random) -> Iterator[tuple[
         wrong = faults(toy, "toy", text, output)
         if status:
             wrong.append(f"exit {status}")
-        # A run that had no child yet was killed itself.
-        if victim == "DVC or stage" and run.returncode not in (0, 1, -signal.SIGKILL):
+        if victim == "DVC or stage" and run.returncode not in (0, 1):
             wrong.append(f"exit {run.returncode} at the kill")
         if "Traceback" in first:
             wrong.append("traceback at the kill")

@@ -57,6 +57,7 @@ _PACKED_TENSOR = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|nested_absmax|weight_packed|weight_scale|weight_scale_inv"
     r"|weight_zero_point|weight_shape)$|\.quant_state\.|_proj_(blocks|scales)$"
 )
+_NATIVE = "consolidated"  # opens the names of files as Mistral and Meta publish them
 _UNREADABLE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
@@ -342,6 +343,12 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
             )
         return [single], None
     weights = sorted(p.name for p in folder.iterdir() if p.name.endswith(".safetensors"))
+    if native := [name for name in weights if name.startswith(_NATIVE)]:
+        raise CheckpointError(
+            f"{folder}: {few(native)}: weights under their trainer's own names, which "
+            f"from_pretrained does not know; fetch {SINGLE}, too, or convert them with the script "
+            "of transformers"
+        )
     files = [file for name in weights if (file := source_file(folder, name)) is not None]
     if len(files) == 1:
         return files, None

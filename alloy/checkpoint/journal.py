@@ -91,7 +91,7 @@ def _is_entry(entry: Any, *, first: bool) -> bool:
 
 
 def _is_plain_name(name: object) -> bool:
-    """Whether a name stays within its folder: a file, or a file of a folder in it."""
+    """True of a name that stays within its folder: a file, or a file of a folder in it."""
     if not isinstance(name, str) or "\0" in name:
         return False
     parts = name.split("/")

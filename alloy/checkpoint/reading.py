@@ -6,6 +6,7 @@ A message names the file and the key, what was expected and what stands there.
 from __future__ import annotations
 
 import json
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from alloy.errors import CheckpointError
 
+_DVC_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
 _MAX_JSON_BYTES = 256 << 20  # no tokenizer is that large
 
 
@@ -21,7 +23,8 @@ def source_file(folder: Path, name: str) -> Path | None:
 
     Raises:
         CheckpointError: a folder, a pipe or a device of that name; a link to nowhere, or to a file
-            outside the folder that is not in the same repository of the hub's cache.
+            outside the folder that is neither in the same repository of the hub's cache nor in a
+            cache of DVC.
     """
     path = folder / name
     if not path.exists():
@@ -30,7 +33,7 @@ def source_file(folder: Path, name: str) -> Path | None:
         return None
     require_regular(path)
     target, home = path.resolve(), folder.resolve()
-    if not target.is_relative_to(home) and not _is_hub_blob(target, home):
+    if not (target.is_relative_to(home) or _is_hub_blob(target, home) or _is_dvc_object(target)):
         raise CheckpointError(
             f"{path}: a link that leaves its folder, to {target}; copy the file here if it belongs "
             "to the checkpoint"
@@ -46,8 +49,13 @@ def require_regular(path: Path) -> None:
 
 
 def _is_hub_blob(target: Path, snapshot: Path) -> bool:
-    """Whether a link follows the hub's cache: `snapshots/<commit>/` points into `blobs/` beside."""
+    """True of a link as the hub's cache has them: `snapshots/<commit>/` points into `blobs/`."""
     return snapshot.parent.name == "snapshots" and target.parent == snapshot.parent.parent / "blobs"
+
+
+def _is_dvc_object(target: Path) -> bool:
+    """True of an object in a cache of DVC, to which `cache.type symlink` links: it has no name."""
+    return _DVC_OBJECT.search(target.as_posix()) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:

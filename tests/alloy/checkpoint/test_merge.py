@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -252,6 +254,39 @@ def test_the_hubs_cache_tells_repository_commit_and_hashes(write, weights, tmp_p
         "revision": "c" * 40,
         "files": {"model.safetensors": digest},
     }
+
+
+@pytest.mark.parametrize(
+    ("place", "fails"),
+    [
+        (f"cache/files/md5/ab/{'c' * 30}", False),
+        (f"cache/files/md5/ab/{'c' * 30}/x", True),
+        (f"cache/files/md5/ab/{'c' * 29}", True),
+        ("elsewhere/model.safetensors", True),
+    ],
+)
+def test_a_cache_of_dvc_may_be_linked_to(write, weights, tmp_path, place, fails):
+    """`dvc config cache.type symlink` makes every file of an output a link into the cache."""
+    folder, stored = write("plain", weights(1)), tmp_path / place
+    stored.parent.mkdir(parents=True)
+    (folder / "model.safetensors").rename(stored)
+    (folder / "model.safetensors").symlink_to(stored)
+    with pytest.raises(MergeError, match="leaves its folder") if fails else nullcontext():
+        alloy.merge_checkpoints("linear", [folder], tmp_path / "out")
+    assert (tmp_path / "out").exists() is not fails
+
+
+def test_weights_under_a_trainers_own_names_are_no_checkpoint(write, weights, tmp_path):
+    """Mistral's archives hold the weights twice; `consolidated` alone loads as random weights."""
+    both, alone = write("both", weights(1)), write("alone", weights(2))
+    shutil.copy(both / "model.safetensors", both / "consolidated.safetensors")
+    alloy.merge_checkpoints("linear", [both], tmp_path / "out")
+    (alone / "model.safetensors").rename(alone / "consolidated.safetensors")
+    with pytest.raises(MergeError, match=r"consolidated.*from_pretrained does not know"):
+        alloy.merge_checkpoints("linear", [alone], tmp_path / "out2")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix == ".safetensors") == [
+        "model.safetensors"
+    ]
 
 
 def test_what_float16_cannot_hold_is_told(write, load, tmp_path):

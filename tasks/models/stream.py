@@ -75,6 +75,9 @@ def plan_of(job: Job, arm: ModelsArm, output: Path) -> MergePlan:
         statistics=arm.statistics,
         dtype=job.recipe.merge.dtype,
         tokenizer=arm.tokenizer,
+        chat_template=arm.chat_template,
+        allow=arm.allow,
+        drop=arm.drop,
         copy=dict.fromkeys(job.entry.kept, job.members[0]),
         options=arm.options,
     )

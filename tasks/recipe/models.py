@@ -157,6 +157,9 @@ class ModelsArm(Section):
     options: dict[str, Any] = Field(default={})  # checked against the method's own
     statistics: dict[str, str] | None = None  # by member a file of alloy's save_statistics
     tokenizer: Literal["same", "base", "union"] = "same"  # where vocabularies differ
+    chat_template: str | None = None  # the member whose template is taken where they differ
+    allow: list[str] = Field(default=[])  # glob patterns of config keys that may differ
+    drop: list[str] = Field(default=[])  # glob patterns of tensors that are left out
     repair: ModelsRepair = ModelsRepair()
 
     @property
@@ -178,6 +181,14 @@ class ModelsArm(Section):
                 "permuted_least_squares and repair take one coefficient a member, not patterns"
             )
         return self
+
+
+_STREAMED = ("statistics", "tokenizer", "chat_template", "allow", "drop")
+"""The settings of arms whose members are merged as they are."""
+
+
+def _default(field: str) -> object:
+    return ModelsArm.model_fields[field].get_default(call_default_factory=True)
 
 
 class ModelsResult(Section):
@@ -375,10 +386,12 @@ class ModelsRecipe(Section):
             raise ParamsError(
                 f"{where}.repair needs calibration data: give prepare, collect and align"
             )
-        if self.is_calibrated and (arm.statistics is not None or arm.tokenizer != "same"):
+        given = [field for field in _STREAMED if getattr(arm, field) != _default(field)]
+        if self.is_calibrated and given:
             raise ParamsError(
-                f"{where}: statistics and tokenizer are of members that are merged as they are; "
-                "aligned ones have collect's statistics and one vocabulary"
+                f"{where}: {', '.join(given)}: only for members that are merged as they are; "
+                "aligned ones have collect's statistics, one vocabulary and one config: leave it "
+                "out, or leave out prepare, collect and align"
             )
         if arm.statistics is not None:
             for seed, members in entry.members.items():
@@ -386,6 +399,13 @@ class ModelsRecipe(Section):
                     raise ParamsError(
                         f"{where}.statistics: files of {sorted(arm.statistics)}, yet seed {seed} "
                         f"of set {name!r} merges {members}: give one file for each member"
+                    )
+        if arm.chat_template is not None:
+            for members in entry.members.values():
+                if arm.chat_template not in members:
+                    raise ParamsError(
+                        f"{where}.chat_template: {arm.chat_template!r}: "
+                        f"{nearest(arm.chat_template, members)}"
                     )
         spec = MERGE_METHODS[arm.method]
         try:

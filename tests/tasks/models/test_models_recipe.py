@@ -521,6 +521,8 @@ def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
             lambda r: r["align"]["alignments"]["mudsc"].update(settings={"score": "merge"}),
             "beside settings",
         ),
+        (lambda r: r["merge"]["arms"]["mudsc"].update(allow=["x"]), "allow: only for members that"),
+        (lambda r: r["merge"]["arms"]["mudsc"].update(tokenizer="union"), "tokenizer: only for"),
         (lambda r: r["evaluate"].update(curves=["x"]), r"evaluate\.curves: 'x'"),
         (lambda r: r["prepare"]["calibration"]["own"].update(texts="x"), "give one of images"),
         (lambda r: r["prepare"]["calibration"]["own"].update(tokens=8), "'tokens' is of texts"),

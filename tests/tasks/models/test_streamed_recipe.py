@@ -273,6 +273,8 @@ ARMS = [
         arm(method="regmean", coefficients=None, statistics={"a": "a.safetensors"}),
         "one file for each member",
     ),
+    (arm(chat_template="c"), r"chat_template: 'c': choose one of \['a', 'b'\]"),
+    (arm(allow="hidden_act"), "allow.*valid list"),
 ]
 
 
@@ -291,6 +293,20 @@ def test_the_readmes_recipe_is_one(workspace) -> None:
     (recipe,) = re.findall(r"```yaml\n(kind: models.*?)```", text, flags=re.DOTALL)
     Path("params/mine.yaml").write_text(recipe)
     assert load_models("mine").sets["mine"].kept == ["classifier.*"]
+
+
+def test_what_may_differ_and_what_is_left_out_is_said_in_the_arm(workspace) -> None:
+    """`allow`, `drop` and `chat_template` are those of `alloy.merge_checkpoints`."""
+    config = json.loads(Path("given/b/config.json").read_text())
+    Path("given/b/config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    for name in "ab":
+        Path(f"given/{name}/chat_template.jinja").write_text(f"{{{{ messages }}}} {name}")
+    run(fetch)
+    change_arm(allow=["hidden_act"], chat_template="b", drop=["pooler.*"])
+    run(merge)
+    assert json.loads((ARM.parent / "config.json").read_text())["hidden_act"] == "gelu"
+    assert (ARM.parent / "chat_template.jinja").read_text().endswith(" b")
+    assert not any(name.startswith("pooler.") for name in load_file(ARM))
 
 
 def test_a_merge_that_cannot_be_done_writes_nothing(workspace) -> None:

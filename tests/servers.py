@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import random
 import re
 import shutil
 import socket
@@ -23,17 +24,17 @@ PIECE_BYTES = 1 << 14
 
 
 def free_port() -> int:
-    """A port that is free, and whose number plus 10000 is too: SeaweedFS puts its gRPC there."""
+    """A port that is free, and whose number plus 10000 is too: SeaweedFS puts its gRPC there.
+
+    Both lie below the ports that a kernel gives to connections (from 32768 on): one of those may be
+    taken again before a server listens at it.
+    """
     while True:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            if port < 50000:
-                try:
-                    other.bind(("127.0.0.1", port + 10000))
-                except OSError:
-                    continue
-                return port
+        port = random.SystemRandom().randrange(10_000, 22_000)
+        with socket.socket() as one, socket.socket() as other, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 def wait_for_port(port: int, process: subprocess.Popen, seconds: float = 60) -> None:
@@ -75,7 +76,11 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            server = socket.create_connection(("127.0.0.1", self._target))
+            try:
+                server = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:  # the server is gone: so is the line
+                client.close()
+                continue
             threading.Thread(target=self._pass, args=(client, server, False), daemon=True).start()
             threading.Thread(target=self._pass, args=(server, client, True), daemon=True).start()
 
@@ -121,6 +126,8 @@ def s3_server(folder: Path) -> Iterator[int]:
     command += [f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.max=0"]
     command += [f"-master.port={master}", f"-volume.port={volume}", "-master.volumeSizeLimitMB=64"]
     command += ["-filer", f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={config}"]
+    # Their fixed ports would end the second server of a machine, after its S3 port has answered.
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
     with (folder / "weed.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:

@@ -19,14 +19,14 @@ from pathlib import Path
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, State
 
 from flows.graph import GraphError, Stage, is_recorded, select, stale_stages
 from flows.kept import kept, recover
 from flows.server import own_server
 from flows.services import ServerError
-from flows.states import UNREACHABLE, is_unreachable, log_failures_plainly
-from flows.workspace import Say, dvc, end_as_ctrl_c, only_run, run_streaming, tell
+from flows.states import UNREACHABLE, failed, is_unreachable, log_failures_plainly
+from flows.workspace import Say, complain, dvc, end_as_ctrl_c, only_run, run_streaming, tell
 from tasks.recipe.load import load
 from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.plan import check, check_contents
@@ -79,14 +79,12 @@ def reproduce(stage: Stage, lock: int, force: bool = False) -> State:
                 output.clear()
                 time.sleep(_BUSY_SECONDS)
     except OSError as error:
-        return Failed(message=f"stage {stage.address} cannot run: {error}; the old state stands")
+        return failed(f"stage {stage.address} cannot run: {error}; the old state stands")
     if status == 0:
         return Completed(message=f"{stage.address} is done")
     # A state, not an exception: the stage has said what happened, a traceback would bury it.
-    return Failed(
-        name=UNREACHABLE if _exit_status(output) == os.EX_TEMPFAIL else None,
-        message=f"stage {stage.address} {_reason(status, output)}",
-    )
+    name = UNREACHABLE if _exit_status(output) == os.EX_TEMPFAIL else None
+    return failed(f"stage {stage.address} {_reason(status, output)}", name)
 
 
 def _is_busy(output: Sequence[str]) -> bool:
@@ -133,7 +131,7 @@ def pipeline(
         with workspace(f"{recipe} in Prefect", get_run_logger().warning) as lock:
             return _run_stale(recipe, addresses, refresh, lock)
     except (ParamsError, GraphError, OSError) as error:
-        return Failed(message=str(error))
+        return failed(error)
 
 
 def _run_stale(recipe: str, addresses: Sequence[str], refresh: bool, lock: int) -> State:
@@ -147,7 +145,7 @@ def _run_stale(recipe: str, addresses: Sequence[str], refresh: bool, lock: int) 
         )
         state = run(stage, lock, stage.address in forced(recipe, refresh), return_state=True)
         if not state.is_completed():
-            return Failed(message=state.message)
+            return failed(state.message)
         done.append(stage.address)
     publish(recipe)
     return Completed(message=f"ran {', '.join(done)}" if done else "nothing was stale")
@@ -191,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(options)
     except (ParamsError, GraphError, ServerError, OSError) as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt:
         print(
@@ -219,10 +217,7 @@ def _run(options: argparse.Namespace) -> int:
                 return_state=True,
             )
         if not state.is_completed():
-            print(
-                f"{state.message}\nMend it and run the same command: it goes on from here.",
-                file=sys.stderr,
-            )
+            complain(f"{state.message}\nMend it and run the same command: it goes on from here.")
             return 1
     table = Workspace(options.recipe).table
     if not (options.to or options.only) and table.is_file():

@@ -11,11 +11,12 @@ import sys
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, State
 
 from flows.server import own_server
 from flows.services import ServerError
-from flows.workspace import end_as_ctrl_c, only_run, run_streaming
+from flows.states import failed
+from flows.workspace import complain, end_as_ctrl_c, only_run, run_streaming
 from tasks.experts.pretrain import SHARING
 
 
@@ -25,7 +26,7 @@ def train(arms: list[str], lock: int) -> State:
     command = [sys.executable, "-m", "tasks.experts.pretrain", *arms]
     status = run_streaming(command, get_run_logger().info, lock=lock)
     if status != 0:
-        return Failed(message=f"pre-training failed (exit status {status}); its output says why")
+        return failed(f"pre-training failed (exit status {status}); its output says why")
     return Completed(message=f"{', '.join(arms)}: done")
 
 
@@ -43,7 +44,7 @@ def main(arms: list[str]) -> int:
             # ty does not match Prefect's overloads of a flow's call
             state = pretrain(arms, return_state=True)  # ty: ignore[no-matching-overload]
     except (ServerError, OSError) as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)

@@ -18,12 +18,12 @@ from typing import Any
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, State
 
 from flows.server import own_server
 from flows.services import ServerError
-from flows.states import UNREACHABLE, is_unreachable, log_failures_plainly
-from flows.workspace import end_as_ctrl_c, only_run
+from flows.states import UNREACHABLE, failed, is_unreachable, log_failures_plainly
+from flows.workspace import complain, end_as_ctrl_c, only_run
 from tasks.recipe.load import load
 from tasks.recipe.section import ParamsError
 from tasks.recipe.shared import Gates
@@ -48,9 +48,9 @@ def _answer(question: Callable[[], object]) -> State:
     try:
         return Completed(data=question())
     except tracking.TrackingError as error:
-        return Failed(name=UNREACHABLE, message=str(error))
+        return failed(error, UNREACHABLE)
     except (promotion.IncomparableError, tracking.NotRegisteredError) as error:
-        return Failed(message=str(error))
+        return failed(error)
 
 
 def _value(state: State) -> Any:
@@ -131,14 +131,14 @@ def promote(recipe: str = "modality", regardless: str | None = None) -> State:
         with only_run(f"promotion of {recipe}", get_run_logger().warning):
             return _promote(recipe, name, gates, regardless)
     except (ParamsError, RefusedError) as error:
-        return Failed(message=str(error))
+        return failed(error)
 
 
 def _promote(recipe: str, name: str, gates: Gates, regardless: str | None) -> State:
     challenger: Version | None = _value(find(name, CHALLENGER))
     champion: Version | None = _value(find(name, CHAMPION))
     if challenger is None:
-        return Failed(message=f"{name} has no version {CHALLENGER!r}: register one first")
+        return failed(f"{name} has no version {CHALLENGER!r}: register one first")
     if champion and champion.number == challenger.number:
         return Completed(message=f"{name} version {champion.number} is the champion already")
     if ROLLED_BACK in challenger.tags and regardless is None:
@@ -170,10 +170,10 @@ def rollback(recipe: str = "modality", reason: str = "asked for") -> State:
         with only_run(f"rollback of {recipe}", get_run_logger().warning):
             champion: Version | None = _value(find(name, CHAMPION))
             if champion is None:
-                return Failed(message=f"{name} has no {CHAMPION}: there is nothing to roll back")
+                return failed(f"{name} has no {CHAMPION}: there is nothing to roll back")
             before = _value(move_back(name, champion, reason))
     except (ParamsError, RefusedError) as error:
-        return Failed(message=str(error))
+        return failed(error)
     again = (
         f"version {before} is the {CHAMPION} again" if before else f"no version is {CHAMPION} now"
     )
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 state = promote(options.recipe, options.regardless, return_state=True)
     except (ParamsError, tracking.TrackingError, ServerError, OSError) as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)

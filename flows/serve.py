@@ -19,7 +19,7 @@ from flows.services import (
     service,
     until_one_ends,
 )
-from flows.workspace import end_as_ctrl_c
+from flows.workspace import complain, end_as_ctrl_c
 from tasks.recipe.plan import check
 from tasks.recipe.section import ParamsError
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(options.recipe)
         serve(options.recipe, options.port)
     except (ParamsError, ServerError, OSError) as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt:
         print("Stopped. Schedules rest until the next `make serve`.")

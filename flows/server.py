@@ -12,27 +12,35 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlsplit, urlunsplit
+from urllib.request import urlopen
 
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
 from flows import answers
 from flows.services import HOST, START_SECONDS, ServerError
+from tasks.registry.secrets import without_secrets
 
 GRACE_SECONDS = 5
+_PROBE_SECONDS = 5
 MOST_STARTS = 3  # anew, where somebody kills it
 
 
 @contextmanager
 def own_server() -> Generator[None]:
     """Have an address at which Prefect answers: the one that is set, or our own server's."""
-    if PREFECT_API_URL.value():
+    if address := PREFECT_API_URL.value():
+        _refuse_silent(address)
         yield
         return
     listener = socket.create_server((HOST, 0))
@@ -47,6 +55,22 @@ def own_server() -> Generator[None]:
             yield
     finally:
         logging.getLogger("prefect.flow_runs").removeFilter(_NO_PAGE)
+
+
+def _refuse_silent(address: str) -> None:
+    """Raise ServerError where nothing answers; Prefect itself would end in a traceback."""
+    parts = urlsplit(address)
+    health = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
+    try:
+        urlopen(f"{health}/health", timeout=_PROBE_SECONDS).close()
+    except HTTPError:  # something answers, if only those who may ask
+        return
+    except (OSError, ValueError, HTTPException) as error:
+        if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # Prefect's to judge
+            raise ServerError(
+                f"Prefect at {without_secrets(address)}: nothing answers ({error}); start it, or "
+                "unset PREFECT_API_URL: a run has a server of its own"
+            ) from error
 
 
 class _NoPage(logging.Filter):

@@ -4,7 +4,9 @@ import logging
 
 from prefect import Task
 from prefect.client.schemas.objects import TaskRun
-from prefect.states import State
+from prefect.states import Failed, State
+
+from tasks.registry.secrets import without_secrets
 
 UNREACHABLE = "Unreachable"  # the state of a task to which nothing answered
 
@@ -12,6 +14,11 @@ UNREACHABLE = "Unreachable"  # the state of a task to which nothing answered
 def is_unreachable(task: Task, run: TaskRun, state: State) -> bool:
     """True if a task is worth another try."""
     return state.name == UNREACHABLE
+
+
+def failed(why: object, name: str | None = None) -> State:
+    """A failed state that says why; Prefect keeps it, so it holds no secret."""
+    return Failed(name=name, message=without_secrets(str(why)))
 
 
 class _NoEmptyTraceback(logging.Filter):

@@ -19,17 +19,19 @@ from pathlib import Path
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, Failed, State
+from prefect.states import Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from alloy.errors import nearest
 from flows.graph import GraphError, select
 from flows.server import own_server
 from flows.services import ServerError
-from flows.workspace import dvc, end_as_ctrl_c, run_streaming
+from flows.states import failed
+from flows.workspace import complain, dvc, end_as_ctrl_c, run_streaming
 from tasks.recipe.load import read
 from tasks.recipe.plan import check
-from tasks.recipe.section import ParamsError
+from tasks.recipe.section import ParamsError, refuse_secrets
+from tasks.registry.secrets import without_secrets
 from tasks.reports import markdown
 
 
@@ -40,7 +42,7 @@ def experiment(recipe: str, name: str, settings: Sequence[str], to: str) -> Stat
     command = dvc("exp", "run", "--temp", "--name", name, *changes, f"{to}@{recipe}")
     status = run_streaming(command, get_run_logger().info)
     if status != 0:
-        return Failed(message=f"{name} failed (exit status {status}); its output says why")
+        return failed(f"{name} failed (exit status {status}); its output says why")
     return Completed(message=f"{name} is done")
 
 
@@ -54,17 +56,18 @@ def sweep(recipe: str, settings: list[str], to: str = "evaluate", name: str = "s
         key: experiment.with_options(task_run_name=key).submit(recipe, key, combination, to)
         for key, combination in runs.items()
     }
-    failed = [key for key, future in futures.items() if not _end(future).is_completed()]
+    unfinished = [key for key, future in futures.items() if not _end(future).is_completed()]
     lines = [[key, ", ".join(combination)] for key, combination in runs.items()]
     shown = subprocess.run(
         dvc("exp", "show", "--md", "--only-changed", "--sha"), capture_output=True, text=True
     )
     create_markdown_artifact(
-        f"{markdown.table(['experiment', 'settings'], lines, num_names=2)}\n\n{shown.stdout}",
+        f"{markdown.table(['experiment', 'settings'], lines, num_names=2)}\n\n"
+        f"{without_secrets(shown.stdout)}",
         key=f"{recipe}-sweep",
     )
-    if failed:
-        return Failed(message=f"{', '.join(failed)} of {len(runs)} experiments failed")
+    if unfinished:
+        return failed(f"{', '.join(unfinished)} of {len(runs)} experiments failed")
     return Completed(message=f"{len(runs)} experiments: {', '.join(runs)}")
 
 
@@ -86,6 +89,7 @@ def combinations(recipe: str, settings: Sequence[str]) -> list[tuple[str, ...]]:
             raise ParamsError(f"setting {setting!r}: expected section.key=value,value")
         _refuse_unknown(recipe, key)
         choices.append([f"{key}={value}" for value in values.split(",")])
+    refuse_secrets("settings", settings)
     return list(itertools.product(*choices))
 
 
@@ -117,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return_state=True,
             )
     except (ParamsError, GraphError, ServerError, OSError) as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt:
         print("Interrupted. The workspace is as it was.", file=sys.stderr)

@@ -22,8 +22,9 @@ from flows.services import (
     until_one_ends,
     wait_for,
 )
-from flows.workspace import end_as_ctrl_c
-from tasks.registry.reach import uri, without_secret
+from flows.workspace import complain, end_as_ctrl_c
+from tasks.registry.reach import uri
+from tasks.registry.secrets import without_secrets
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         show(options.prefect_port, options.mlflow_port)
     except (ServerError, OSError) as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt:
         print("Stopped.")
@@ -61,7 +62,7 @@ def show(prefect_port: int, mlflow_port: int) -> None:
             servers.append(mlflow)
         pages = (
             running.removesuffix("/api") if running else f"http://{HOST}:{prefect_port}",
-            without_secret(tracking) if elsewhere else f"http://{HOST}:{mlflow_port}",
+            without_secrets(tracking) if elsewhere else f"http://{HOST}:{mlflow_port}",
         )
         print(f"Prefect: {pages[0]}    MLflow: {pages[1]}", flush=True)
         if servers:

@@ -21,6 +21,7 @@ from typing import TextIO
 import psutil
 
 from tasks.locks import STAGES, lock_holder, open_lock, sign_lock
+from tasks.registry.secrets import without_secrets
 from tasks.workspace import STATE
 
 LOCK = STATE / "run.lock"
@@ -33,6 +34,11 @@ Say = Callable[[str], object]
 def tell(line: str) -> None:
     """Print at once, into a pipe as well."""
     print(line, flush=True)
+
+
+def complain(why: object) -> None:
+    """Print why a command ends badly; an error's words may hold an address with its password."""
+    print(without_secrets(str(why)), file=sys.stderr)
 
 
 def end_as_ctrl_c() -> None:
@@ -95,7 +101,7 @@ def run_streaming(command: Sequence[str], say: Say, *, lock: int | None = None) 
         )
         try:
             for line in _follow(reader, process):
-                say(line.rstrip())
+                say(without_secrets(line.rstrip()))
             return process.wait()
         finally:
             _end(process)

@@ -2,6 +2,8 @@
 
 import os
 
+from tasks.registry.secrets import hide_secrets
+
 # Nothing phones home. Stages and flows both import this package before the tool that would report,
 # and `.venv/bin/activate` sets the same for commands by hand, so this is the one place. What the
 # user has set stands.
@@ -15,3 +17,6 @@ QUIET = {
 }
 for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
+
+# Nor does a secret reach a log: whoever logs it, and in whichever process of ours.
+hide_secrets()

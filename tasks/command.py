@@ -14,6 +14,7 @@ from types import ModuleType
 from tasks.locks import hold_workspace
 from tasks.recipe.load import Recipe, load, recipes
 from tasks.recipe.section import ParamsError
+from tasks.registry.secrets import without_secrets
 
 SHARED = {
     "fetch": "tasks.sources.fetch",
@@ -54,10 +55,10 @@ def run_stage(description: str | None, switches: Mapping[str, str] | None = None
             module.main(recipe, **_chosen(stage, recipe, module, options))
     except ConnectionError as error:
         # The arguments are right, the network is not: flows try such a stage again.
-        print(f"{stage}: {error}", file=sys.stderr)
+        print(f"{stage}: {without_secrets(str(error))}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
     except (ValueError, OSError) as error:
-        sys.exit(f"{stage}: {error}")
+        sys.exit(f"{stage}: {without_secrets(str(error))}")
 
 
 def _chosen(

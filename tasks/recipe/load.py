@@ -8,7 +8,7 @@ from typing import Any
 from alloy.errors import nearest
 from tasks.recipe.experts import ExpertsRecipe
 from tasks.recipe.models import ModelsRecipe
-from tasks.recipe.section import ParamsError, S, validated
+from tasks.recipe.section import ParamsError, S, refuse_secrets, validated
 from tasks.recipe.yaml_file import read_yaml
 
 PARAMS = Path("params")
@@ -50,7 +50,8 @@ def read(name: str) -> dict[str, Any]:
     """The sections of a recipe as they stand in its file.
 
     Raises:
-        ParamsError: there is no such recipe, or its file is no mapping of sections.
+        ParamsError: there is no such recipe, or its file is no mapping of sections or holds a
+            secret.
     """
     if name not in recipes():
         raise ParamsError(f"recipe {name!r} is unknown: {nearest(name, recipes())}")
@@ -65,6 +66,7 @@ def read(name: str) -> dict[str, Any]:
             raise ParamsError(
                 f"{path}: {key}: null: leave out a section that the recipe does not need"
             )
+    refuse_secrets(str(path), sections)
     return sections
 
 

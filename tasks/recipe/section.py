@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, 
 from pydantic_core import ErrorDetails
 
 from alloy.errors import nearest
+from tasks.registry.secrets import without_secrets
 
 LONGEST_INPUT = 80  # characters of a wrong value that a message repeats
 
@@ -46,6 +47,22 @@ def validated(where: str, section: type[S], values: object) -> S:
         return section.model_validate(values)
     except ValidationError as error:
         raise ParamsError("\n".join(_problem(where, p) for p in error.errors())) from error
+
+
+def refuse_secrets(where: str, values: object) -> None:
+    """Raise ParamsError for a password, a token or a signature: DVC and MLflow copy params."""
+    if isinstance(values, dict):
+        dot = ": " if where.endswith(".yaml") else "."
+        for key, value in values.items():
+            refuse_secrets(f"{where}{dot}{key}", value)
+    elif isinstance(values, list):
+        for value in values:
+            refuse_secrets(where, value)
+    elif isinstance(values, str) and (masked := without_secrets(values)) != values:
+        raise ParamsError(
+            f"{where}: {masked[:LONGEST_INPUT]!r} holds a secret, which DVC and MLflow would copy: "
+            "take it out of the file, the environment is its place"
+        )
 
 
 def _problem(where: str, problem: ErrorDetails) -> str:

@@ -37,7 +37,7 @@ class RegisterParams(Section):
 class ShipParams(Section):
     """Target to which the result is shipped."""
 
-    target: Annotated[str, StringConstraints(pattern=r"^s3://[^/]+/.+$")]
+    target: Annotated[str, StringConstraints(pattern=r"^s3://[^/@:]+/.+$")]
     model: Literal["finetuned", "merged"]
 
 

@@ -16,6 +16,8 @@ from urllib.error import HTTPError
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 from urllib.request import urlopen
 
+from tasks.registry.secrets import without_secrets
+
 DATABASE = Path("mlflow.db")
 
 _PROBE_SECONDS = 5
@@ -56,8 +58,8 @@ def reaching() -> Generator[None]:
 def unreachable(address: str, reason: str) -> TrackingError:
     """The one error, with its advice."""
     return TrackingError(
-        f"MLflow at {without_secret(address)}: {reason}; start it or set MLFLOW_TRACKING_URI "
-        f"(without it: {DATABASE} in the workspace), then run the stage again"
+        f"MLflow at {without_secrets(address)}: {without_secrets(reason)}; start it or set "
+        f"MLFLOW_TRACKING_URI (without it: {DATABASE} in the workspace), then run the stage again"
     )
 
 
@@ -92,17 +94,10 @@ def _probe_http(address: str, parts: SplitResult) -> None:
 
 
 def _probe_sqlite(address: str) -> None:
-    path = Path(address.removeprefix("sqlite:///"))
+    path = Path(address.removeprefix("sqlite:///").partition("?")[0])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=_PROBE_SECONDS)) as database:
             database.execute("select count(*) from sqlite_master")
     except (OSError, sqlite3.Error) as error:
         raise unreachable(address, f"not a usable database ({error})") from error
-
-
-def without_secret(address: str) -> str:
-    """A server's address without the name and password that it may hold."""
-    parts = urlsplit(address)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", "")) if host else address

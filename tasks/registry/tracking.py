@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import psutil
 
-from tasks.registry.reach import TrackingError, probe, reaching, uri, without_secret
+from tasks.registry.reach import TrackingError, probe, reaching, uri
+from tasks.registry.secrets import without_secrets
 
 ARTIFACTS = Path("mlartifacts")
 WRITER = "alloy.writer"  # tag of a run: the process that writes it
@@ -34,6 +35,8 @@ _QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # What it prints at the end of a run is the address with its password.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 # MLflow 3.17 warns of its own imports and of what it does to pandas; none of it is about us.
@@ -89,7 +92,7 @@ class Log:
         """Record settings; MLflow refuses to change one that is already there."""
         from mlflow.entities import Param
 
-        params = [Param(name, str(value)) for name, value in values.items()]
+        params = [Param(name, without_secrets(str(value))) for name, value in values.items()]
         with reaching():
             for start in range(0, len(params), _MOST_PARAMS_A_REQUEST):
                 batch = params[start : start + _MOST_PARAMS_A_REQUEST]
@@ -98,7 +101,7 @@ class Log:
     def tags(self, values: Mapping[str, str]) -> None:
         with reaching():
             for name, value in values.items():
-                self._client.set_tag(self.run_id, name, value)
+                self._client.set_tag(self.run_id, name, without_secrets(value))
 
     def file(self, path: Path) -> None:
         """Keep a copy of a file with the run."""
@@ -144,7 +147,7 @@ def run(
         _close_killed(client, experiment)
         run_id = resume if resume and _is_there(client, resume) else None
         if run_id is None:
-            owned = {**(tags or {}), WRITER: _writer()}
+            owned = {**_masked(tags or {}), WRITER: _writer()}
             run_id = client.create_run(experiment, run_name=name, tags=owned).info.run_id
         else:
             client.set_tag(run_id, WRITER, _writer())
@@ -254,7 +257,7 @@ def register(
             )
         _create_registered_model(client, name)
         version = client.create_model_version(
-            name, logged.model_uri, log.run_id, tags=dict(tags), model_id=logged.model_id
+            name, logged.model_uri, log.run_id, tags=_masked(tags), model_id=logged.model_id
         ).version
         client.set_registered_model_alias(name, alias, version)
     return str(version)
@@ -265,7 +268,7 @@ def version_of(name: str, alias: str) -> str:
     version = aliased(name, alias)
     if version is None:
         raise NotRegisteredError(
-            f"MLflow at {without_secret(uri())}: {name!r} has no version {alias!r}"
+            f"MLflow at {without_secrets(uri())}: {name!r} has no version {alias!r}"
         )
     return version.number
 
@@ -314,14 +317,14 @@ def tag_model(name: str, tags: Mapping[str, str]) -> None:
     client = connect()
     with reaching():
         for key, value in tags.items():
-            client.set_registered_model_tag(name, key, value)
+            client.set_registered_model_tag(name, key, without_secrets(value))
 
 
 def tag_version(name: str, number: str, tags: Mapping[str, str]) -> None:
     client = connect()
     with reaching():
         for key, value in tags.items():
-            client.set_model_version_tag(name, number, key, value)
+            client.set_model_version_tag(name, number, key, without_secrets(value))
 
 
 def model_files(name: str, number: str) -> dict[str, int]:
@@ -365,7 +368,7 @@ def _download_uri(client, name: str, number: str) -> str:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise NotRegisteredError(
-            f"MLflow at {without_secret(uri())} has no version {number} of {name!r}"
+            f"MLflow at {without_secrets(uri())} has no version {number} of {name!r}"
         ) from error
 
 
@@ -378,7 +381,7 @@ def _registered(client, name: str):
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise NotRegisteredError(
-            f"MLflow at {without_secret(uri())} has no registered model {name!r}; "
+            f"MLflow at {without_secrets(uri())} has no registered model {name!r}; "
             "`register` makes it"
         ) from error
 
@@ -391,6 +394,10 @@ def _create_registered_model(client, name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def _masked(tags: Mapping[str, str]) -> dict[str, str]:
+    return {name: without_secrets(value) for name, value in tags.items()}
 
 
 def _version(entity) -> Version:

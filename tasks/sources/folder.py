@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from tasks.registry.secrets import without_secrets
 from tasks.sources.source import PIECE_BYTES, RemoteFile, Snapshot, SourceError, digest
 from tasks.storage import sha256
 
@@ -16,7 +17,10 @@ class Folder:
     def refuse_missing(self) -> None:
         """Raise SourceError where the folder is not there."""
         if not self._path.is_dir():
-            raise SourceError(f"{self._path}: no such folder; give one in the Hugging Face layout")
+            raise SourceError(
+                f"{without_secrets(str(self._path))}: no such folder; "
+                "give one in the Hugging Face layout"
+            )
 
     def resolve(self) -> tuple[str, list[RemoteFile]]:
         self.refuse_missing()

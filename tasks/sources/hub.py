@@ -4,6 +4,7 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
+from tasks.registry.secrets import without_secrets
 from tasks.sources.source import (
     TIMEOUT_SECONDS,
     RemoteFile,
@@ -59,7 +60,9 @@ class Hub:
             get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS) as response,
         ):
             if response.status_code >= 500 or response.status_code == 429:
-                raise ConnectionError(f"{url}: the hub answers {response.status_code}")
+                raise ConnectionError(
+                    f"{without_secrets(url)}: the hub answers {response.status_code}"
+                )
             hf_raise_for_status(response)
             # A server that knows no ranges sends the file from its start.
             skip = start if response.status_code == 200 else 0
@@ -82,11 +85,12 @@ class Hub:
         from huggingface_hub import errors
 
         name = f"hf://{self._name}@{self.revision}"
+        endpoint = without_secrets(self._endpoint)
         try:
             yield
         except errors.RevisionNotFoundError as error:
             raise SourceError(
-                f"{name}: the hub at {self._endpoint} has {self._name} but no revision "
+                f"{name}: the hub at {endpoint} has {self._name} but no revision "
                 f"{self.revision!r}; name a branch, tag or commit that it has"
             ) from error
         except errors.GatedRepoError as error:
@@ -95,13 +99,14 @@ class Hub:
             ) from error
         except errors.RepositoryNotFoundError as error:
             raise SourceError(
-                f"{name}: the hub at {self._endpoint} has no such repository, "
+                f"{name}: the hub at {endpoint} has no such repository, "
                 "or it is private and HF_TOKEN is missing or not allowed to read it"
             ) from error
         except (errors.OfflineModeIsEnabled, *self._transport_errors()) as error:
             raise UnreachableError(
-                f"{name}: no answer from {self._endpoint} ({error}); "
+                f"{name}: no answer from {endpoint} ({without_secrets(str(error))}); "
                 "check the network and HF_ENDPOINT, or use a local folder"
             ) from error
         except errors.HfHubHTTPError as error:
-            raise SourceError(f"{name}: the hub refuses: {error}") from error
+            reason = without_secrets(str(error))
+            raise SourceError(f"{name}: the hub refuses: {reason}") from error

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from tasks.registry.secrets import without_secrets
 from tasks.sources.bucket import Bucket
 from tasks.sources.folder import Folder
 from tasks.sources.hub import Hub
@@ -22,12 +23,14 @@ def place(source: str) -> Source:
     """Place of a source, from its notation."""
     if match := re.fullmatch(r"hf://([\w.-]+(?:/[\w.-]+)?)(?:@(.+))?", source):
         return Hub(match[1], match[2] or "main")
-    if match := re.fullmatch(r"s3://([^/]+)/(.+?)/*", source):
+    if match := re.fullmatch(r"s3://([^/@:]+)/(.+?)/*", source):
         return Bucket(match[1], match[2])
     if match := re.fullmatch(r"mlflow:models/([^/@]+)(?:@([^/@]+)|/(\d+))", source):
         return Registry(match[1], alias=match[2], version=match[3])
     if "://" in source or source.startswith("mlflow:"):
-        raise SourceError(f"source {source!r} is unknown; write it as one of {', '.join(KINDS)}")
+        raise SourceError(
+            f"source {without_secrets(source)!r} is unknown; write it as one of {', '.join(KINDS)}"
+        )
     return Folder(Path(source))
 
 

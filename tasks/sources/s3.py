@@ -4,6 +4,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from tasks.registry.secrets import without_secrets
 from tasks.sources.source import TIMEOUT_SECONDS, SourceError, UnreachableError
 
 _CONNECT_SECONDS = 5
@@ -50,24 +51,27 @@ def s3_errors(name: str) -> Generator[None]:
     from urllib3.exceptions import HTTPError
 
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    where = without_secrets(endpoint)
     try:
         yield
     except exceptions.ClientError as error:
         code = error.response["Error"].get("Code", "")
-        message = f"{name} at {endpoint}: {code}: {_S3_REASONS.get(code, str(error))}"
+        reason = _S3_REASONS.get(code) or without_secrets(str(error))
+        message = f"{name} at {where}: {code}: {reason}"
         if code in _S3_PASSING:
             raise ConnectionError(message) from error
         raise SourceError(message) from error
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
-        raise SourceError(f"{name} at {endpoint}: {_CREDENTIALS}") from error
+        raise SourceError(f"{name} at {where}: {_CREDENTIALS}") from error
     except (
         exceptions.IncompleteReadError,
         exceptions.ReadTimeoutError,
         exceptions.ResponseStreamingError,
         HTTPError,
     ) as error:
-        raise ConnectionError(f"{name} at {endpoint}: {error}") from error
+        raise ConnectionError(f"{name} at {where}: {without_secrets(str(error))}") from error
     except (exceptions.HTTPClientError, exceptions.EndpointConnectionError) as error:
         raise UnreachableError(
-            f"{name}: no answer from {endpoint}; check the network and AWS_ENDPOINT_URL ({error})"
+            f"{name}: no answer from {where}; check the network and AWS_ENDPOINT_URL "
+            f"({without_secrets(str(error))})"
         ) from error

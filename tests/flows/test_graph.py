@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 # Modules whose change never changes what a stage writes: settings are tracked as params, the others
 # parse the command line and report to MLflow.
-WITHOUT_EFFECT = {"tasks.command", "tasks.registry.tracking"}
+WITHOUT_EFFECT = {"tasks.command", "tasks.registry.secrets", "tasks.registry.tracking"}
 
 
 @pytest.fixture

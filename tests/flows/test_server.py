@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.server import own_server
 from flows.services import ServerError
@@ -28,6 +29,18 @@ def test_a_server_that_cannot_start_is_one_sentence(
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{tmp_path}")
     with pytest.raises(ServerError, match=r"does not start: .*temporary-server\.log has the rest"):
         own_server().__enter__()
+
+
+def test_a_server_that_does_not_answer_is_one_sentence() -> None:
+    """Its address is told without the password that it holds."""
+    with (
+        temporary_settings({PREFECT_API_URL: "http://user:S3cret@127.0.0.1:9/api"}),
+        pytest.raises(ServerError) as refused,
+    ):
+        own_server().__enter__()
+    message = str(refused.value)
+    assert message.startswith("Prefect at http://***@127.0.0.1:9/api: nothing answers")
+    assert "unset PREFECT_API_URL" in message
 
 
 @pytest.mark.slow

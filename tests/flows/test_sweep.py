@@ -44,6 +44,7 @@ def test_every_combination_once(here: Workspace) -> None:
         ("mrege.result=x", "params/toy.yaml has no 'mrege': did you mean 'merge'?"),
         ("merge.result.deep=x", "params/toy.yaml.merge.result has no 'deep'"),
         ("merge.result", "expected section.key=value,value"),
+        ("merge.result=https://u:S3cret@h", "'merge.result=https://***@h' holds a secret"),
     ],
 )
 def test_a_setting_of_nothing_is_refused(here: Workspace, setting: str, message: str) -> None:

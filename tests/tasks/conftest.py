@@ -1,6 +1,7 @@
 """A workspace of its own for each test, and the servers that sources and sinks talk to."""
 
 import os
+import runpy
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,3 +114,48 @@ def mlflow_workspace(
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", "")
     shutil.copy(empty_database, workspace / "mlflow.db")
     return workspace
+
+
+class Planted:
+    """Secrets in the environment, and a search for them in whatever a stage wrote."""
+
+    TOKEN, KEY, PASSWORD = "hf_PlantedTokenOfTheHub", "Planted/Access+Key", "Planted%2FPassword"
+
+    def __init__(self, folder: Path, capture: pytest.CaptureFixture[str]) -> None:
+        self._folder = folder
+        self._capture = capture
+
+    def run(self, stage: str, monkeypatch: pytest.MonkeyPatch) -> str:
+        """Run a stage as `python -m` does; all that it printed, which holds no secret."""
+        monkeypatch.setattr("sys.argv", [stage, "toy"])
+        try:
+            runpy.run_module(f"tasks.{stage}", run_name="__main__", alter_sys=True)
+            message = ""
+        except SystemExit as end:
+            message = str(end.code)
+        output = "\n".join((message, *self._capture.readouterr()))
+        assert self._found_in(output.encode()) == []
+        return output
+
+    def leaks(self) -> list[str]:
+        """The files of the workspace that hold a secret, MLflow's database among them."""
+        files = [path for path in self._folder.rglob("*") if path.is_file()]
+        return [
+            f"{path.relative_to(self._folder)}: {secret}"
+            for path in files
+            for secret in self._found_in(path.read_bytes())
+        ]
+
+    def _found_in(self, content: bytes) -> list[str]:
+        forms = (self.TOKEN, self.KEY, self.PASSWORD, self.PASSWORD.replace("%2F", "/"))
+        return [form for form in forms if form.encode() in content]
+
+
+@pytest.fixture
+def planted(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Planted:
+    """Secrets in the environment of whatever runs in the workspace."""
+    monkeypatch.setenv("HF_TOKEN", Planted.TOKEN)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", Planted.KEY)
+    return Planted(workspace, capfd)

@@ -227,6 +227,23 @@ def test_without_mlflow_the_model_stands_and_a_rerun_registers(recipe, monkeypat
     assert Path("models/toy/registered.json").is_file()
 
 
+def test_registrations_write_no_secret(recipe, planted, monkeypatch) -> None:
+    """Neither those that MLflow refuses nor one that it takes, in its database or beside it."""
+    write_result()
+    for address in (
+        f"http://user:{planted.PASSWORD}@127.0.0.1:9",
+        f"postgresql://user:{planted.PASSWORD}@127.0.0.1:9/db",
+        f"unheard-of://user:{planted.PASSWORD}@host/db",
+        f"user:{planted.PASSWORD}@host/db",
+        f"databricks://{planted.TOKEN}",
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        assert "MLflow at " in planted.run("register", monkeypatch), address
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert "registered toy-model version 1" in planted.run("register", monkeypatch)
+    assert planted.leaks() == []
+
+
 def test_one_model_a_benchmark_is_refused_with_what_would_be_right(recipe) -> None:
     write_result()
     for file in Path("models/toy/finetuned").iterdir():

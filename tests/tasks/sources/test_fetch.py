@@ -448,6 +448,46 @@ assert pathlib.Path("models/toy/checkpoints/a/model.safetensors").read_bytes() =
         assert result.stdout.count("is full") == 2
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf://org/toy", "no answer from http://***@127.0.0.1:9"),
+        ("s3://b/a", "no answer from http://***@127.0.0.1:9"),
+        ("mlflow:models/toy@champion", "MLflow at http://***@127.0.0.1:9: nothing answers"),
+        ("https://user:Planted%2FPassword@host/a", "a: 'https://***@host/a' holds a secret"),
+        ("s3://key:Planted%2FPassword@b/a", "fetch.checkpoints.a: 's3://***@b/a' holds a secret"),
+        ("user:Planted%2FPassword@host", "fetch.checkpoints.a: '***@host' holds a secret"),
+        ("s3://b/a?X-Amz-Signature=Planted%2FPassword", "a: 's3://b/a?***' holds a secret"),
+    ],
+)
+def test_a_refused_fetch_writes_no_secret(
+    planted, write_recipe, monkeypatch, source: str, message: str
+) -> None:
+    address = f"http://user:{planted.PASSWORD}@127.0.0.1:9"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    for name in ("HF_ENDPOINT", "AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.setenv(name, address)
+    recipe(write_recipe, a=source)
+    assert message in planted.run("fetch", monkeypatch)
+    assert [leak for leak in planted.leaks() if not leak.startswith("params")] == []
+
+
+def test_a_hub_and_a_bucket_that_refuse_the_secrets_repeat_none(
+    planted, hub, bucket, write_recipe, monkeypatch
+) -> None:
+    hub.publish("org/toy", checkpoint())
+    hub.private = {"org/toy"}
+    monkeypatch.setenv("HF_TOKEN", planted.TOKEN)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", planted.KEY)
+    for source, message in {
+        "hf://org/toy": "HF_TOKEN is missing or not allowed",
+        f"s3://{bucket.name}/a": "SignatureDoesNotMatch",
+    }.items():
+        recipe(write_recipe, a=source)
+        assert message in planted.run("fetch", monkeypatch)
+    assert planted.leaks() == []
+
+
 def test_pickles_beside_safetensors_stay_away_and_are_named(hub, write_recipe, capsys) -> None:
     hub.publish("org/toy", checkpoint() | {"pytorch_model.bin": b"pickle", "tf.h5": b"h5"})
     run(recipe(write_recipe, a="hf://org/toy"))

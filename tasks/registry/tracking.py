@@ -263,6 +263,19 @@ def register(
     return str(version)
 
 
+def load(model: str):
+    """The served model of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a folder, loaded."""
+    import mlflow
+
+    if model.startswith("models:"):
+        connect()
+    with reaching():
+        mlflow.set_tracking_uri(uri())
+        if registry := os.environ.get("MLFLOW_REGISTRY_URI"):
+            mlflow.set_registry_uri(registry)
+        return mlflow.pyfunc.load_model(model).unwrap_python_model()
+
+
 def version_of(name: str, alias: str) -> str:
     """The number of the version that has an alias; NotRegisteredError where there is none."""
     version = aliased(name, alias)

@@ -1,8 +1,6 @@
 """A result becomes a version that anybody can load, with the lineage that says what it is."""
 
-import base64
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -13,19 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from alloy.modality import ModalityConfig, ModalityModel
+from alloy.modality import ModalityModel
 from tasks import storage
-from tasks.data.scenes.words import ANSWERS, MAX_TOKENS, VOCABULARY, tokenizer
+from tasks.data.scenes.words import ANSWERS, tokenizer
 from tasks.recipe.load import Recipe
 from tasks.recipe.load import load as load_recipe
 from tasks.registry import register, tracking
 from tasks.sources.fetch import main as fetch
 from tasks.sources.resolve import resolve
 from tests import servers
+from tests.tasks.registry.served import claim, picture, save_model
 
-SIDE = 16
 SCORES = {
     "test": {
         "finetuned": {
@@ -34,28 +31,6 @@ SCORES = {
         }
     }
 }
-
-
-def save_model(folder: Path, seed: int = 0) -> ModalityModel:
-    torch.manual_seed(seed)
-    config = ModalityConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_joint_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=SIDE,
-        patch_size=8,
-        vocab_size=len(VOCABULARY),
-        max_position_embeddings=MAX_TOKENS,
-        embedding_size=8,
-        num_answers=len(ANSWERS),
-        num_segment_classes=3,
-    )
-    model = ModalityModel(config).eval()
-    model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return model
 
 
 def write_result(scores: dict = SCORES, seed: int = 0, data: str = "a") -> ModalityModel:
@@ -74,14 +49,6 @@ def write_result(scores: dict = SCORES, seed: int = 0, data: str = "a") -> Modal
     storage.write_json(Path("data/toy/manifest.json"), {"files": files})
     storage.write_json(Path("reports/toy/metrics.json"), scores)
     return model
-
-
-def picture(seed: int = 0, side: int = SIDE) -> tuple[str, np.ndarray]:
-    """A random image as base64 PNG, and its pixels."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "PNG")
-    return base64.b64encode(content.getvalue()).decode(), pixels
 
 
 @pytest.fixture
@@ -183,9 +150,9 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recip
 
     for bad, params, message in [
         (rows[["text"]], {}, "row 0 has no image"),
-        (rows.assign(image="no base64!"), {}, "no PNG or JPEG in base64"),
+        (rows.assign(image="no base64!"), {}, "row 0: image is not base64"),
         (rows, {"output": "poems"}, "'poems' is unknown; choose one of"),
-        (rows.assign(text="cat " * 20), {}, "21 tokens, the model takes 9"),
+        (rows.assign(text="cat " * 20), {}, "row 0: text has 21 tokens, the model takes 1 to 9"),
     ]:
         with pytest.raises(Exception, match=message):
             served.predict(bad, params=params)
@@ -278,11 +245,22 @@ def test_mlflow_serves_the_model_over_http(recipe, tmp_path) -> None:
         assert answer["predictions"][0]["answer"] in ANSWERS
         answer = _post(port, {**body, "params": {"output": "scores"}})
         assert len(answer["predictions"][0]["scores"]) == 1
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            _post(port, {**body, "params": {"output": "poems"}})
-        assert refused.value.code == 400
-        assert "choose one of" in refused.value.read().decode()
-        refused.value.close()
+        bomb, _ = picture(side=1)
+        for bad, message in [
+            ({**body, "params": {"output": "poems"}}, "choose one of"),
+            ({"inputs": [[1, 2], [3, 4]]}, "columns"),
+            ({"inputs": {"image": [], "text": []}}, "rows"),
+            ({"dataframe_records": [{"picture": image}]}, "columns"),
+            ({"dataframe_records": [{"image": 5, "text": "where is cat"}]}, "image"),
+            ({"dataframe_records": [{"image": None, "text": "where is cat"}]}, "image"),
+            ({"dataframe_records": [{"image": claim(bomb, 20000, 20000), "text": "a"}]}, "large"),
+            ({"dataframe_records": [{"image": image, "text": "cat"}] * 1025}, "1 to 1024 rows"),
+        ]:
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                _post(port, bad)
+            assert refused.value.code == 400, bad
+            assert message in refused.value.read().decode(), bad
+            refused.value.close()
     finally:
         os.killpg(process.pid, 15)
         process.wait(30)

@@ -5,6 +5,7 @@ transforms of its spaces to weights; `validate` checks that the model's function
 enlarges the group. docs/symmetry.md explains the idea.
 """
 
+from alloy.symmetry.diagonal import Diagonal, Factor
 from alloy.symmetry.fold import add_norm_matrices, fold_norms, unfold_norms
 from alloy.symmetry.names import display_names
 from alloy.symmetry.spec import (
@@ -39,6 +40,8 @@ from alloy.symmetry.validate import NotProvenError, Validation, validate
 
 __all__ = [
     "Axis",
+    "Diagonal",
+    "Factor",
     "Fold",
     "Leaf",
     "NotProvenError",

@@ -450,6 +450,7 @@ def _folded_spec(spec: SymmetrySpec, chosen: set[str]) -> SymmetrySpec:
         pinned=(*spec.pinned, *pinned),
         folded=(*spec.folded, *sorted(gone)),
         folds=tuple(fold for fold in spec.folds if fold.space not in chosen),
+        diagonals={n: d for n, d in spec.diagonals.items() if d.depends_on[-1] not in chosen},
     )
 
 

@@ -66,6 +66,12 @@ def restrict(spec: SymmetrySpec, names: Sequence[str]) -> SymmetrySpec:
         pinned=tuple(p for p in spec.pinned if p.axis.parameter in kept),
         unused=tuple(name for name in spec.unused if name in kept),
         folds=(),
+        diagonals={
+            name: diagonal
+            for name, diagonal in spec.diagonals.items()
+            if kept.issuperset(factor.axis.parameter for factor in diagonal.factors)
+            and inside.issuperset(n for n in diagonal.depends_on[:-1] if n in spec.spaces)
+        },
     )
 
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from alloy.errors import SymmetryError
+from alloy.symmetry.diagonal import Diagonal
 from alloy.symmetry.layout import (
     Axis,
     Leaf,
@@ -117,6 +118,8 @@ class SymmetrySpec:
     """Axes of `reading` that also write their space (a tied embedding)."""
     warnings: tuple[str, ...] = ()
     """Sentences that a user should know before trusting the spec."""
+    diagonals: Mapping[str, Diagonal] = field(default_factory=dict)
+    """Scalings of single units, by name. Spaces that allow any matrix have none of their own."""
 
     def __repr__(self) -> str:
         return f"<SymmetrySpec: {_text().summary(self)}>"
@@ -232,6 +235,12 @@ def differences(first: SymmetrySpec, second: SymmetrySpec, *, sizes: bool = True
             a, b = getattr(ours, part), getattr(theirs, part)
             if a != b:
                 yield f"space {name!r} has {part} {a!r} in the first spec and {b!r} in the second"
+    for name in sorted(set(first.diagonals) | set(second.diagonals)):
+        ours, theirs = first.diagonals.get(name), second.diagonals.get(name)
+        if ours is None or theirs is None:
+            yield f"diagonal {name!r} is only in the {'first' if theirs is None else 'second'} spec"
+        elif (ours if sizes else replace(ours, shape=theirs.shape)) != theirs:
+            yield f"diagonal {name!r} lies on other weights in the first spec than in the second"
 
 
 def _outlines(terms: tuple[Term, ...]) -> list[list[tuple[tuple[str, ...], str | None, int]]]:
@@ -318,6 +327,7 @@ def _spec_to_data(spec: SymmetrySpec) -> dict[str, Any]:
         "reading": sorted(spec.reading),
         "both": sorted(spec.both),
         **({"warnings": list(spec.warnings)} if spec.warnings else {}),
+        **({"diagonals": [d.to_data() for d in spec.diagonals.values()]} if spec.diagonals else {}),
     }
 
 
@@ -364,6 +374,7 @@ def _spec_from_data(data: dict[str, Any]) -> SymmetrySpec:
         reading=frozenset(data.get("reading", ())),
         both=frozenset(data.get("both", ())),
         warnings=tuple(data.get("warnings", ())),
+        diagonals={d["name"]: Diagonal.from_data(d) for d in data.get("diagonals", ())},
     )
 
 
@@ -390,6 +401,7 @@ def with_kind(spec: SymmetrySpec, kind: Kind) -> SymmetrySpec:
             for name, terms in spec.layout.items()
         },
         pinned=(*spec.pinned, *(Pinned(axis, s.size, kept) for s in gone for axis in s.axes)),
+        diagonals=spec.diagonals if kind == "general linear" else {},
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from alloy.symmetry.diagonal import Diagonal, Factor
 from alloy.symmetry.names import display_names
 from alloy.symmetry.spec import Space, SymmetrySpec
 
@@ -18,6 +19,7 @@ def table(spec: SymmetrySpec) -> str:
 def summary(spec: SymmetrySpec) -> str:
     """Describe a spec in one line."""
     parts = [_count(len(spec.spaces), "space"), f"over {_count(len(spec.layout), 'weight')}"]
+    parts += [_count(len(spec.diagonals), "diagonal")] if spec.diagonals else []
     for number, word in ((len(spec.pinned), "pinned"), (len(spec.unused), "unused")):
         parts += [f"{number} {word}"] if number else []
     parts += [_count(len(spec.warnings), "warning")] if spec.warnings else []
@@ -36,6 +38,12 @@ def _lines(spec: SymmetrySpec) -> Iterator[str]:
         )
     for name, size in spec.fixed.items():
         yield f"{numbers[name]}: {name}, {size} units that cannot move, each with units of its own"
+    if spec.diagonals:
+        yield ""
+        yield from _columns(
+            ["each unit of", "may be scaled by", "which multiplies", "and divides"],
+            [_scaling(diagonal, numbers) for diagonal in spec.diagonals.values()],
+        )
     reasons: dict[str, list[str]] = {}
     for pinned in spec.pinned:
         reasons.setdefault(pinned.reason, []).append(f"{pinned.axis} ({pinned.size})")
@@ -69,6 +77,22 @@ def _row(space: Space, names: Mapping[str, str], numbers: Mapping[str, str]) -> 
         [", ".join(numbers[parent] for parent in space.depends_on)],
         _first([str(axis) for axis in space.axes], _AXES),
     ]
+
+
+def _scaling(diagonal: Diagonal, numbers: Mapping[str, str]) -> list[list[str]]:
+    units = diagonal.depends_on[-1]
+    where = f"space {numbers[units]}" if units in numbers else f"{diagonal.shape[-1]}, pinned"
+    sides = ([f for f in diagonal.factors if (f.exponent > 0) == up] for up in (True, False))
+    return [
+        [where],
+        ["any number but 0" if diagonal.any_sign else "a positive number"],
+        *(_first([_power(factor) for factor in side], _AXES) for side in sides),
+    ]
+
+
+def _power(factor: Factor) -> str:
+    power = abs(factor.exponent)
+    return str(factor.axis) + (f" by power {power}" if power > 1 else "")
 
 
 def _first(items: Sequence[str], most: int) -> list[str]:

@@ -2,7 +2,8 @@
 
 A transform of a space that depends on spaces of sizes B has shape [*B, units] (a permutation, its
 signs) or [*B, units, units] (a matrix). Convention: result unit i is source unit `permutation[i]`,
-times `signs[i]`; a matrix acts as `result = matrix @ source`. A space that `Transforms` does not
+times `signs[i]`; a matrix acts as `result = matrix @ source`. A diagonal's transform is a scale,
+[*B, units], of the units as they are after all transforms of spaces. What `Transforms` does not
 name stays as it is.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from alloy.errors import SymmetryError
+from alloy.symmetry.diagonal import Diagonal, Factor
 from alloy.symmetry.spec import (
     ROTARY_KINDS,
     Axis,
@@ -27,6 +29,7 @@ from alloy.symmetry.spec import (
 )
 from alloy.types import Weights
 
+_FIELDS = ("permutation", "signs", "matrix", "scale")
 _ROUNDING = 1e-4  # of a matrix to its kind: rotations multiplied in float32 drift by less
 
 
@@ -35,13 +38,14 @@ class Transform:
     """One element of a space's group: a permutation, with signs if any, or a matrix.
 
     `permutation` int64 [*batch, units]; `signs` +-1 [*batch, units]; `matrix` [*batch, units,
-    units].
+    units]. Of a diagonal's group: `scale` [*batch], the last dim of which is its units.
     """
 
     permutation: Tensor | None = None
     signs: Tensor | None = None
     matrix: Tensor | None = None
     depends_on: tuple[str, ...] = ()
+    scale: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -49,14 +53,17 @@ class Transform:
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        if self.scale is not None:
+            return tuple(self.scale.shape)
         return tuple(self._any().shape[: -2 if self.matrix is not None else -1])
 
     def _any(self) -> Tensor:
         tensor = next(
-            (t for t in (self.permutation, self.signs, self.matrix) if t is not None), None
+            (t for t in (self.permutation, self.signs, self.matrix, self.scale) if t is not None),
+            None,
         )
         if tensor is None:
-            raise SymmetryError("a transform needs a permutation, signs or a matrix")
+            raise SymmetryError("a transform needs a permutation, signs, a matrix or a scale")
         return tensor
 
     def as_matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -144,10 +151,34 @@ class _Mover:
     def __init__(self, spec: SymmetrySpec, transforms: Transforms) -> None:
         self.spec = spec
         self.transforms = transforms
+        self.factors: dict[str, list[tuple[Diagonal, Factor]]] = {}
+        for name in transforms:
+            if name in spec.diagonals:
+                for factor in spec.diagonals[name].factors:
+                    pair = (spec.diagonals[name], factor)
+                    self.factors.setdefault(factor.axis.parameter, []).append(pair)
         self.indices: dict[tuple[Term, torch.device], Tensor] = {}
         self.scratch: dict[object, Tensor] = {}
 
     def move(self, weight: Tensor, name: str) -> Tensor:
+        moved = self._move_units(weight, name)
+        factors = self.factors.get(self.spec.tied.get(name, name), ())
+        if factors and moved is weight:
+            moved = weight.clone(memory_format=torch.contiguous_format)
+        for diagonal, factor in factors:
+            view = diagonal.view(moved, self.spec.layout[name], factor)
+            view.copy_(self._scaled(view, diagonal, factor))
+        return moved
+
+    def _scaled(self, view: Tensor, diagonal: Diagonal, factor: Factor) -> Tensor:
+        scale = self.transforms[diagonal.name].scale
+        assert scale is not None
+        dtype = torch.promote_types(torch.promote_types(view.dtype, scale.dtype), torch.float32)
+        scale = scale.to(view.device, dtype) ** factor.exponent
+        scale = scale.reshape(*scale.shape, *[1] * (view.ndim - scale.ndim))
+        return scale * (view.to(dtype) + factor.offset) - factor.offset
+
+    def _move_units(self, weight: Tensor, name: str) -> Tensor:
         axes = [(s, a) for s, a in self.spec.axes_of(name) if s in self.transforms]
         if not axes:
             return weight
@@ -210,8 +241,20 @@ def identity(spec: SymmetrySpec) -> dict[str, Transform]:
 
 
 def random_transforms(spec: SymmetrySpec, generator: Generator) -> dict[str, Transform]:
-    """Draw a random element of the whole group, in float64: each space from its own kind."""
-    return {name: random_transform(spec, name, generator) for name in spec.spaces}
+    """Draw a random element of the whole group, in float64: each space from its own kind.
+
+    Scales lie between 1/2 and 2.
+    """
+    spaces = {name: random_transform(spec, name, generator) for name in spec.spaces}
+    return spaces | {name: _random_scale(d, generator) for name, d in spec.diagonals.items()}
+
+
+def _random_scale(diagonal: Diagonal, generator: Generator) -> Transform:
+    drawn = torch.rand(*diagonal.shape, generator=generator, dtype=torch.float64)
+    scale = 2 ** (2 * drawn - 1)
+    if diagonal.any_sign:
+        scale *= torch.randint(0, 2, diagonal.shape, generator=generator) * 2 - 1
+    return Transform(scale=scale, depends_on=diagonal.depends_on)
 
 
 def random_transform(spec: SymmetrySpec, name: str, generator: Generator) -> Transform:
@@ -274,7 +317,9 @@ def invert(transforms: Transforms) -> dict[str, Transform]:
 
 
 def _invert(transform: Transform, transforms: Transforms) -> Transform:
-    if transform.matrix is not None:
+    if transform.scale is not None:
+        inverse = replace(transform, scale=1 / transform.scale)
+    elif transform.matrix is not None:
         inverse = replace(transform, matrix=torch.linalg.inv(transform.matrix))
     else:
         order = None if transform.permutation is None else transform.permutation.argsort(-1)
@@ -300,6 +345,8 @@ def _compose(name: str, first: Transforms, second: Transforms) -> Transform:
     if name not in second:
         return before
     after = second[name]
+    if before.scale is not None and after.scale is not None:
+        return replace(after, scale=after.scale * before.scale)
     if before.matrix is not None or after.matrix is not None:
         return replace(
             after, permutation=None, signs=None, matrix=after.as_matrix() @ before.as_matrix()
@@ -326,7 +373,7 @@ def _reindex(transform: Transform, parents: Transforms, *, inverse_of: bool) -> 
     grid = _parent_positions(transform, parents, inverse_of=inverse_of)
     moved = {
         field: tensor[grid]
-        for field in ("permutation", "signs", "matrix")
+        for field in _FIELDS
         if (tensor := getattr(transform, field)) is not None
     }
     return replace(transform, **moved)
@@ -381,8 +428,13 @@ def check_weights(weights: Weights, spec: SymmetrySpec) -> None:
 def check_transforms(spec: SymmetrySpec, transforms: Transforms) -> None:
     """Raise SymmetryError unless each transform fits its space: shape, kind, bijection."""
     for name, transform in transforms.items():
+        if name in spec.diagonals:
+            _check_scale(spec.diagonals[name], transform)
+            continue
         if name not in spec.spaces:
             raise SymmetryError(f"transform of {name!r}: the spec has no such space")
+        if transform.scale is not None:
+            raise SymmetryError(f"transform of {name!r} is a scale; only diagonals have one")
         space = spec.spaces[name]
         expected = (*spec.batch_shape(name), space.size)
         shape = (*transform.batch_shape, transform.size)
@@ -392,6 +444,21 @@ def check_transforms(spec: SymmetrySpec, transforms: Transforms) -> None:
                 f"the space has {expected} over {space.depends_on}"
             )
         _check_kind(space, transform)
+
+
+def _check_scale(diagonal: Diagonal, transform: Transform) -> None:
+    scale = transform.scale
+    if scale is None:
+        raise SymmetryError(f"transform of {diagonal.name!r}, a diagonal, has no scale")
+    if tuple(scale.shape) != diagonal.shape or transform.depends_on != diagonal.depends_on:
+        raise SymmetryError(
+            f"scale of {diagonal.name!r} has shape {tuple(scale.shape)} over "
+            f"{transform.depends_on}; the diagonal has {diagonal.shape} over {diagonal.depends_on}"
+        )
+    if not (scale.isfinite() & (scale != 0)).all():
+        raise SymmetryError(f"scale of {diagonal.name!r} has a zero, NaN or Inf")
+    if not diagonal.any_sign and (scale < 0).any():
+        raise SymmetryError(f"scale of {diagonal.name!r} has negative numbers; it must be positive")
 
 
 def _check_kind(space: Space, transform: Transform) -> None:
@@ -436,11 +503,11 @@ def _check_kind(space: Space, transform: Transform) -> None:
 
 
 def transforms_to_tensors(transforms: Transforms) -> dict[str, Tensor]:
-    """Flat tensors for a safetensors file: `<space>/permutation`, `/signs`, `/matrix`."""
+    """Flat tensors for a safetensors file: `<space>/permutation`, `/signs`, `/matrix`, `/scale`."""
     return {
         f"{name}/{field}": tensor
         for name, transform in transforms.items()
-        for field in ("permutation", "signs", "matrix")
+        for field in _FIELDS
         if (tensor := getattr(transform, field)) is not None
     }
 
@@ -452,14 +519,12 @@ def transforms_from_tensors(
     fields: dict[str, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("/")
-        if name not in spec.spaces or field not in ("permutation", "signs", "matrix"):
+        described = spec.spaces.get(name) or spec.diagonals.get(name)
+        if described is None or field not in _FIELDS:
             raise SymmetryError(
                 f"tensor {key!r} names no space of the spec and no part of a transform"
             )
-        fields.setdefault(name, {})[field] = tensor
-    transforms = {
-        name: Transform(depends_on=spec.spaces[name].depends_on, **parts)
-        for name, parts in fields.items()
-    }
+        fields.setdefault(name, {"depends_on": described.depends_on})[field] = tensor
+    transforms = {name: Transform(**parts) for name, parts in fields.items()}
     check_transforms(spec, transforms)
     return transforms

@@ -180,7 +180,7 @@ class Prober:
         """Name the spaces that change the outputs on their own."""
         changes = {
             name: self.change({name: random_transforms(self.spec, self.generator)[name]})
-            for name in self.spec.spaces
+            for name in (*self.spec.spaces, *self.spec.diagonals)
         }
         guilty = sorted(
             (n for n in changes if not changes[n] <= TOLERANCE), key=lambda n: -changes[n]
@@ -191,11 +191,14 @@ class Prober:
                 "spread, although each space alone leaves them unchanged: a dependency between "
                 "spaces is wrong"
             )
-        worst = self.spec.spaces[guilty[0]]
+        worst = guilty[0]
+        what = f"diagonal {worst!r}"
+        if space := self.spec.spaces.get(worst):
+            what = f"space {worst!r} ({space.kind}, {space.size} units)"
         return (
-            f"space {worst.name!r} ({worst.kind}, {worst.size} units) is no symmetry: a random "
-            f"transform of it changes the outputs by {changes[worst.name]:.1e} of their spread, "
-            f"{TOLERANCE:.0e} is allowed; {len(guilty)} of {len(changes)} spaces do"
+            f"{what} is no symmetry: a random transform of it changes the outputs by "
+            f"{changes[worst]:.1e} of their spread, {TOLERANCE:.0e} is allowed; {len(guilty)} of "
+            f"{len(changes)} spaces and diagonals do"
         )
 
 

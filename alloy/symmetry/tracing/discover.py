@@ -5,6 +5,7 @@ import gc
 import math
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -32,6 +33,7 @@ from alloy.symmetry.tracing.recording.observe import Observe, observe_outputs
 from alloy.symmetry.tracing.recording.trace import Inputs, trace
 from alloy.symmetry.tracing.rotary import with_rotations
 from alloy.symmetry.tracing.rules import RULES
+from alloy.symmetry.tracing.scales import find_diagonals
 from alloy.symmetry.tracing.structure import acyclic, atoms_in_weights, dependencies, term_of
 from alloy.symmetry.tracing.terms import Node, find, pin
 from alloy.symmetry.tracing.terms import leaves as node_leaves
@@ -141,7 +143,7 @@ def spec_of(log: Log) -> SymmetrySpec:
         )
     first = {value.id: name for name, value in reversed(log.weights.items())}
     reading, both = roles(engine, free, {atom: axes[names[atom]] for atom in free})
-    return SymmetrySpec(
+    spec = SymmetrySpec(
         spaces=spaces,
         layout=layout,
         fixed={names[a]: on_weights[a].size for a in used if a not in free},
@@ -156,6 +158,8 @@ def spec_of(log: Log) -> SymmetrySpec:
         both=both,
         warnings=tuple(_warnings(log, engine)),
     )
+    alone = {atom: leaf for atom, leaf in on_weights.items() if atom not in used}
+    return replace(spec, diagonals=find_diagonals(engine, spec, alone, _names(engine, {*alone})))
 
 
 def _pin_tables(engine: Engine, kinds: Kinds, atom: int, leaf: Node) -> bool:

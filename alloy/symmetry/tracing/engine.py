@@ -112,18 +112,19 @@ class Engine:
     def _apply(self, call: Call) -> None:
         rule = self.rules.get(call.name) or self._default_rule(call)
         first_link = len(self.links)
+        gives_up = False
         try:
             rule.apply(self, call)
         except RuleDoesNotApply:
-            self.give_up(call)  # stricter than what the rule had stated so far, so still sound
+            gives_up = True  # stricter than what the rule had stated so far, so still sound
         except Exception as fault:
             if RAISE_FAULTS.get():
                 raise
             self.faults.setdefault(str(call.operation), f"{type(fault).__name__}: {fault}")
+            gives_up = True
+        if gives_up or any(value.id not in self.dims for value in call.outputs):
             self.give_up(call)
-        for value in call.outputs:
-            if value.id not in self.dims:
-                self.give_up(call)
+            del self.links[first_link:]
         self._default_links(call, first_link)
         self._keep_families(call)
         if not rule.keeps_indices and call.name not in SHAPE_ONLY:

@@ -14,7 +14,7 @@ turn.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,6 +25,8 @@ from alloy.symmetry.tracing.links import (
     Beside,
     Dual,
     Even,
+    Gained,
+    Homogeneous,
     Link,
     Odd,
     Order,
@@ -33,14 +35,17 @@ from alloy.symmetry.tracing.links import (
     RootMeanSquare,
     Rotation,
     Same,
+    Shift,
     Slot,
     Standardised,
     Times,
     Total,
     View,
+    Windows,
 )
 from alloy.symmetry.tracing.places import Atom, Places
 from alloy.symmetry.tracing.recording.log import Value
+from alloy.symmetry.tracing.relations import Relations
 from alloy.symmetry.tracing.terms import LEAF, Node, is_uniform
 
 
@@ -68,7 +73,7 @@ class Facts:
     reordered: list[tuple[Variable, Variable]] = field(default_factory=list)  # by a rotation
 
 
-class Kinds:
+class Kinds(Relations):
     """The groups of the spaces `atoms`, from the links of an engine whose terms are final."""
 
     def __init__(self, engine: Engine, atoms: Mapping[Atom, Node]) -> None:
@@ -100,11 +105,9 @@ class Kinds:
 
     def _read(self, link: Link) -> None:
         match link:
-            case Order((value, _) as slot):
-                if value.id in self._gain_like:  # `1 + gain` is still a gain
-                    self.signs.zeros.update(self.variables(slot))
-                else:
-                    self._forbid(self.variables(slot))
+            case Order() | Homogeneous() | Shift() | Gained():
+                for slot in link.slots:
+                    self._order(slot)
             case Same(x, y):
                 self._for_each_unit(self._same, x, y)
             case Dual(x, y):
@@ -115,19 +118,12 @@ class Kinds:
                 self._for_each_unit(self._even, x, y)
             case Total(x):
                 self._for_each_unit(self._total, x)
-            case Over(x, y, out):
+            case Over(x, y, out) | Windows(x, y, out):
                 self._for_each_unit(self._over, x, y, out)
             case Times(x, y, out):
                 self._times(x, y, out)
-            case View(before, after):
-                sides = ([v for s in slots for v in self.variables(s)] for slots in (before, after))
-                self._match(*sides)
-            case Piece(whole, part, start, end):
-                inside = self.places.within(self.places.node(whole), start, end)
-                self._piece(whole, part, inside)
-            case Beside(whole, part, cut, start, end):
-                nodes = self.places.node(whole), self.places.node(cut)
-                self._piece(whole, part, self.places.surviving(*nodes, start, end))
+            case View() | Piece() | Beside():
+                self._rearranged(link)
             case RootMeanSquare():
                 self._root_mean_square(link)
             case Standardised():
@@ -135,34 +131,11 @@ class Kinds:
             case Rotation():
                 self._rotation(link)
 
-    def _for_each_unit(self, relate: Callable[..., None], *slots: Slot) -> None:
-        columns = [self.variables(slot) for slot in slots]
-        if len({len(c) for c in columns}) > 1:
-            for column in columns:
-                self._forbid(column)
-            return
-        for row in zip(*columns, strict=True):
-            relate(*row)
-
-    def _match(self, ours: Sequence[Variable], theirs: Sequence[Variable]) -> None:
-        """The k-th place of a leaf on one side is its k-th place on the other."""
-        by_atom: dict[Atom, tuple[list[Variable], list[Variable]]] = defaultdict(lambda: ([], []))
-        for side, variables in enumerate((ours, theirs)):
-            for v in variables:
-                by_atom[self.places.atom_of[v]][side].append(v)
-        for left, right in by_atom.values():
-            if len(left) == len(right):
-                for x, y in zip(left, right, strict=True):
-                    self._same(x, y)
-            else:
-                self._forbid(left + right)
-
-    def _piece(self, whole: Slot, part: Slot, inside: list[int] | None) -> None:
-        variables = self.variables(whole)
-        if inside is None:
-            self._forbid([*variables, *self.variables(part)])
+    def _order(self, slot: Slot) -> None:
+        if slot[0].id in self._gain_like:  # `1 + gain` is still a gain
+            self.signs.zeros.update(self.variables(slot))
         else:
-            self._match([variables[i] for i in inside], self.variables(part))
+            self._forbid(self.variables(slot))
 
     def _forbid(self, variables: Sequence[Variable]) -> None:
         for v in variables:

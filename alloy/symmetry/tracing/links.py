@@ -36,6 +36,13 @@ class Same(_Pair):
     """Units pass from one dim to the other untouched, or are added to them."""
 
 
+class Homogeneous(_Pair):
+    """A function f of each unit, or of it and others of its kind, with f(s x) = s f(x) for s > 0.
+
+    ReLU and the largest value of a window are such.
+    """
+
+
 class Dual(_Pair):
     """Two dims are contracted: what multiplies one by M multiplies the other by its inverse."""
 
@@ -57,6 +64,26 @@ class Order(Link):
     @property
     def slots(self) -> tuple[Slot, ...]:
         return (self.slot,)
+
+
+@dataclass(frozen=True)
+class Shift(_Pair):
+    """A constant is added to each unit."""
+
+    constant: float
+
+
+@dataclass(frozen=True)
+class Gained(Link):
+    """The target is a gain times what has a scale of its own, plus a bias if there is one."""
+
+    target: Slot
+    gain: Slot
+    bias: Slot | None
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return self.target, self.gain, *([self.bias] if self.bias else [])
 
 
 @dataclass(frozen=True)
@@ -127,7 +154,11 @@ class Times(_Binary):
 
 
 class Over(_Binary):
-    """Units are divided one by one, or multiplied by what is no gain: signs multiply."""
+    """Units are divided one by one: signs multiply."""
+
+
+class Windows(_Binary):
+    """Each unit is multiplied by its own window of a convolution and summed: signs multiply."""
 
 
 @dataclass(frozen=True)

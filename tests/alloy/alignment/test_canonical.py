@@ -66,11 +66,13 @@ def _llama(kv_heads=4, seed=0):
     return _random(LlamaForCausalLM(config), seed), {"input_ids": _ids(60, 8)}
 
 
-def _planted(model, inputs, seed):
+def _planted(model, inputs, seed, *, scales=False):
+    """Plant a random element of the whole group, of its diagonals only with `scales`."""
     spec = alloy.find_symmetries(model, inputs)
     weights = dict(model.state_dict())
     drawn = random_transforms(spec, torch.Generator().manual_seed(seed))
-    return spec, weights, transport(weights, spec, drawn)
+    kept = {name: t for name, t in drawn.items() if scales or name in spec.spaces}
+    return spec, weights, transport(weights, spec, kept)
 
 
 def _distance(weights, other):
@@ -228,7 +230,7 @@ def test_rotations_of_a_folded_stream_are_undone_as_far_as_the_tolerance_says():
     spec = alloy.find_symmetries(model, inputs)
     weights, folded = alloy.fold_norms(dict(model.state_dict()), spec)
     drawn = random_transforms(folded, torch.Generator().manual_seed(0))
-    planted = transport(weights, folded, drawn)
+    planted = transport(weights, folded, {name: drawn[name] for name in folded.spaces})
     settings = {"space": "weight", "method": "orthogonal"}
     found = align(weights, planted, folded, **settings, canonical=True)
     assert _distance(weights, transport(planted, folded, found)) < 1e-3

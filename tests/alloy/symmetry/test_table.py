@@ -56,12 +56,14 @@ def test_a_printed_spec_is_a_table_and_its_repr_one_line():
         warnings=("beware",),
         unfoldable={"model.embed_tokens.weight[1]": "its gain stays"},
     )
-    assert repr(spec) == "<SymmetrySpec: 11 spaces over 27 weights, 2 pinned, 1 unused, 1 warning>"
+    counts = "11 spaces over 27 weights, 7 diagonals, 2 pinned, 1 unused, 1 warning"
+    assert repr(spec) == f"<SymmetrySpec: {counts}>"
     text = str(spec)
     for part in (
         "model.layers.0 q_proj units of each head",
         "pairs 2 apart",
         "and 18 more",
+        "each unit of  may be scaled by  which multiplies",
         "observed output  lm_head.weight[0] (16)",
         "left as they are: lonely.weight",
         "no rule for aten.odd.default (in model.norm)",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from alloy.symmetry.tracing.engine import Contraction, Engine, RuleDoesNotApply, merged
-from alloy.symmetry.tracing.links import Dual, Order, Over, Total
+from alloy.symmetry.tracing.links import Dual, Order, Total, Windows
 from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.registry import rule, varies
 from alloy.symmetry.tracing.terms import Node, is_uniform, pin, product, regroup, unify
@@ -156,7 +156,7 @@ def convolution(engine: Engine, call: Call) -> None:
         and weight.shape[1] == 1
         and x.shape[1] == groups == out.shape[1]
     ):
-        engine.link(Over((x, 1), (weight, 0), (out, 1)))  # per channel: signs multiply
+        engine.link(Windows((x, 1), (weight, 0), (out, 1)))  # per channel: signs multiply
     else:
         for slot in ((x, 1), (weight, 0), (weight, 1), (out, 1)):
             engine.link(Order(slot))

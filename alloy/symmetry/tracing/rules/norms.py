@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from alloy.symmetry.tracing.engine import Engine
-from alloy.symmetry.tracing.links import RootMeanSquare, Standardised
+from alloy.symmetry.tracing.links import Gained, RootMeanSquare, Standardised
 from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.registry import rule
 from alloy.symmetry.tracing.terms import Node, pin, split, unify
@@ -56,6 +56,7 @@ def group_norm(engine: Engine, call: Call) -> None:
     for value in call.outputs[1:]:
         engine.set(value, [Node(n, "statistics of a norm") for n in value.shape])
     engine.mix(x, range(2, len(x.shape)))
+    _gained(engine, call)
 
 
 @rule(
@@ -71,6 +72,14 @@ def batch_norm(engine: Engine, call: Call) -> None:
     engine.set(out, engine.get(x))
     for value in call.outputs[1:]:
         engine.set(value, [Node(n, "statistics of a norm") for n in value.shape])
+    _gained(engine, call)
+
+
+def _gained(engine: Engine, call: Call) -> None:
+    gain, bias = call.inputs["weight"], call.inputs["bias"]
+    if gain is not None:
+        slot = None if bias is None else (bias, 0)
+        engine.link(Gained((call.outputs[0], 1), (gain, 0), slot))
 
 
 @rule("_weight_norm_interface")

@@ -4,7 +4,7 @@ import math
 
 from alloy.errors import SymmetryError
 from alloy.symmetry.tracing.engine import Engine, RuleDoesNotApply, merged
-from alloy.symmetry.tracing.links import Even, Odd, Over, Same, Times
+from alloy.symmetry.tracing.links import Even, Homogeneous, Odd, Order, Over, Same, Shift, Times
 from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.registry import pass_indices, rule, varies
 from alloy.symmetry.tracing.terms import Node
@@ -26,6 +26,7 @@ ODD = {
     "trunc",
 }
 EVEN = {"abs", "cos", "cosh"}
+HOMOGENEOUS = {"relu", "leaky_relu", "maximum", "minimum", "max", "min"}
 
 
 @rule(
@@ -82,6 +83,8 @@ def _pointwise_link(
         if len(moving) == len(tensors) and not any(scalars) and not chosen_by:
             for slot in moving:
                 engine.link(Same(slot, out))
+        elif name == "add" and len(aligned) == len(tensors) == 1 and call.inputs["alpha"] == 1:
+            engine.link(Shift(moving[0], out, scalars[0]))
     elif name in ("mul", "div") and len(moving) == 1:
         if name == "mul" or moving[0][0] is call.inputs["self"]:
             engine.link(Same(moving[0], out))
@@ -89,10 +92,27 @@ def _pointwise_link(
         engine.link((Times if name == "mul" else Over)(*moving, out))
     elif name == "pow" and len(moving) == 1 and call.inputs["exponent"] == 2:
         engine.link(Times(moving[0], moving[0], out))
+    elif _is_homogeneous(call, name) and len(moving) == len(tensors):
+        for slot in moving:
+            engine.link(Homogeneous(slot, out))
+    elif name == "_prelu_kernel" and moving and moving[0][0] is call.inputs["self"]:
+        engine.link(Homogeneous(moving[0], out))
+        for slot in moving[1:]:
+            engine.link(Order(slot))
     elif len(moving) == 1 and name in ODD:
         engine.link(Odd(moving[0], out))
     elif len(moving) == 1 and (name in EVEN or call.inputs.get("exponent") in (4, 6)):
         engine.link(Even(moving[0], out))
+
+
+def _is_homogeneous(call: Call, name: str) -> bool:
+    """Check whether f(s x) = s f(x) for s > 0: what cuts at zero does so."""
+    inputs = call.inputs
+    if name in ("clamp", "clamp_min", "clamp_max"):
+        return all(bound in (None, 0) for bound in (inputs.get("min"), inputs.get("max")))
+    if name == "threshold":
+        return inputs["threshold"] == inputs["value"] == 0
+    return name in HOMOGENEOUS
 
 
 @rule("bucketize isin")

@@ -1,6 +1,7 @@
 """Operations that depend on the place along a dim: windows, shifts, resampling, transforms."""
 
 from alloy.symmetry.tracing.engine import Engine, RuleDoesNotApply, merged
+from alloy.symmetry.tracing.links import Homogeneous
 from alloy.symmetry.tracing.recording.log import Call
 from alloy.symmetry.tracing.rules.registry import listed_dims, pass_dims, rule
 from alloy.symmetry.tracing.terms import Node, direct_sum, pin, product, split
@@ -35,6 +36,9 @@ def resample(engine: Engine, call: Call) -> None:
     dims = range(len(x.shape) - count, len(x.shape))
     for out in call.outputs:
         pass_dims(engine, x, out, dims, "positions", linear="max" not in call.name)
+        if "max" in call.name and out.floating:
+            for d in range(dims.start):
+                engine.link(Homogeneous((x, d), (out, d)))
 
 
 @rule("grid_sampler_2d grid_sampler_3d grid_sampler _grid_sampler_2d_cpu_fallback")

@@ -1,7 +1,7 @@
 """Operations that sum, compare or sort along dims: the others survive, and indices may come out."""
 
 from alloy.symmetry.tracing.engine import Engine
-from alloy.symmetry.tracing.links import Total
+from alloy.symmetry.tracing.links import Homogeneous, Total
 from alloy.symmetry.tracing.recording.log import Call, Value
 from alloy.symmetry.tracing.rules.pointwise import pointwise
 from alloy.symmetry.tracing.rules.registry import listed_dims, pass_dims, rule
@@ -15,6 +15,8 @@ REDUCTIONS = (
     "sum mean amax amin prod var std any all logsumexp norm linalg_vector_norm max min median "
     "var_mean std_mean count_nonzero nansum nanmean mode aminmax argmax argmin"
 )
+
+_LARGEST = {"amax", "amin", "max", "min"}
 
 
 @rule(REDUCTIONS)
@@ -36,6 +38,9 @@ def reduction(engine: Engine, call: Call) -> None:
         engine.set(out, kept)
         if call.name in ("sum", "mean"):
             engine.same(x, out, places)
+        elif call.name in _LARGEST and out.floating:
+            for d, place in places:
+                engine.link(Homogeneous((x, d), (out, place)))
     if call.name in ("sum", "mean"):
         for d in dims:
             if x.shape[d] > 1:

@@ -69,7 +69,7 @@ SIZES = (
 )
 MODES: dict[str, dict[str, Any]] = {
     "permute": {},
-    "permute, units as read": {"units": "read"},
+    "permute, units as written": {"units": "written"},
     "zip": {"joint": True},
     "RegMean": {"grams": True},
 }
@@ -144,8 +144,9 @@ def main() -> None:
         "# Cost of statistics",
         "",
         "Two vision transformers side by side; each pass in turn in every round. permute: "
-        "cross-moments of all spaces by `alloy.collect`, units as written; zip: also the moments "
-        "within each model; RegMean: permute and the float64 Grams of all linear inputs.",
+        "cross-moments of all spaces by `alloy.collect`, units as the next layer reads them; zip: "
+        "also the moments within each model; RegMean: permute and the float64 Grams of all "
+        "linear inputs.",
         "",
         f"`python -m benchmarks.statistics`, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, {platform.processor() or platform.machine()}; medians of "

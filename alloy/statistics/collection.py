@@ -2,11 +2,12 @@
 
 The models run side by side on each batch. Every space is observed where it is computed, at all
 tokens of all blocks (`alloy.statistics.points`), and enters as sums (`alloy.statistics`): of each
-unit, of its square, and of its product with every unit of the other models. Units that are linear
-in others that are observed (queries, keys, values, the units of an MLP before its activation
-function) need no products of their own: cov(Wx, Vy) = W cov(x, y) Vᵀ. Spaces that no module shows
-are read where a weight is multiplied (`alloy.statistics.operands`), mixtures of experts with every
-expert on every token, so that all models see the same.
+unit, of its square, and of its product with every unit of the other models. With
+`units="written"`, units that are linear in others that are observed (queries, keys, values, the
+units of an MLP before its activation function) need no products of their own: cov(Wx, Vy) =
+W cov(x, y) Vᵀ. Spaces that no module shows are read where a weight is multiplied
+(`alloy.statistics.operands`), mixtures of experts with every expert on every token, so that all
+models see the same.
 
 Products are float32 matrix products of one batch, taken about a fixed centre (the first batch's
 mean) so that large means cancel before they are squared, and added up in float64. Grams, whose
@@ -44,7 +45,7 @@ def collect(
     joint: bool = False,
     grams: bool = False,
     pairs: Sequence[Pair] | None = None,
-    units: Literal["written", "read"] = "written",
+    units: Literal["written", "read"] = "read",
 ) -> Statistics:
     """Run calibration data through models side by side and sum up what their units compute.
 
@@ -60,10 +61,11 @@ def collect(
         joint: also sum the products of units within a model, as merging units within a model needs.
         grams: also sum the Grams of the inputs of all linear layers.
         pairs: the pairs of models whose units are compared, all by default.
-        units: "written", as linear layers compute them, before any activation function; or "read",
-            as the next layer sees them. The former costs next to nothing, because the moments of a
-            linear image follow from those of its source (`alloy.statistics.points.linear_images`).
-            Spaces that are no linear image are always read.
+        units: "read", as the next layer sees them and as the papers compare them; or "written", as
+            linear layers compute them, before any activation function. The latter costs next to
+            nothing, because the moments of a linear image follow from those of its source
+            (`alloy.statistics.points.linear_images`), and up to 3.6 points of joint accuracy on
+            MLPs. Spaces that are no linear image are always read.
 
     Returns:
         The sums, as one immutable value.

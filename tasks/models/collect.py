@@ -100,7 +100,12 @@ def collect(job: Job, folder: Path, report: Report) -> None:
     kind = chosen_device().type
     with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
         statistics = alloy.collect(
-            job.models(), seen(), job.specs(folder), joint=params.joint, grams=params.grams
+            job.models(),
+            seen(),
+            job.specs(folder),
+            units=params.units,
+            joint=params.joint,
+            grams=params.grams,
         )
     place = job.within(folder)
     place.mkdir(parents=True)

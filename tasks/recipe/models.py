@@ -91,6 +91,7 @@ class ModelsCollectParams(Section):
     """The statistics that are kept of the members (`alloy.collect`)."""
 
     batch_size: int = Field(gt=0)
+    units: Literal["read", "written"] = "read"  # by the next layer, or before the activation
     joint: bool  # joint moments of all models, which zip needs
     grams: bool  # of every layer's inputs, which RegMean and permuted least squares need
 

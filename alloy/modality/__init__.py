@@ -10,6 +10,7 @@ from alloy.modality.experts import (
     split_experts,
 )
 from alloy.modality.modeling import FRESH_HEADS, ModalityModel, ModalityOutput
+from alloy.modality.towers import Tower, import_tower
 
 __all__ = [
     "EXPERT_PARTS",
@@ -18,8 +19,10 @@ __all__ = [
     "ModalityConfig",
     "ModalityModel",
     "ModalityOutput",
+    "Tower",
     "agnostic_config",
     "copy_to_experts",
+    "import_tower",
     "join",
     "shared_weights",
     "split_experts",

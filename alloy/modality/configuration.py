@@ -1,10 +1,26 @@
 """The modality transformer's shape, and which parts of a block each modality owns."""
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from transformers import PretrainedConfig
 
 Sharing = Literal["none", "custom_attention", "custom_ffn", "custom_norms", "all"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
+NormPosition = Literal["pre", "post"]
+FinalNorm = Literal["shared", "own", "none"]
+RelativePositionBias = Literal["layer", "shared"]
+TextPositions = Literal["learned", "after_padding", "none"]
+ImagePooling = Literal["first", "mean"]
+
+_CHOICES = {
+    "sharing": Sharing,
+    "activation": Activation,
+    "norm_position": NormPosition,
+    "final_norm": FinalNorm,
+    "text_positions": TextPositions,
+    "image_pooling": ImagePooling,
+}
 
 EXPERT_PARTS: dict[str, tuple[str, ...]] = {
     "none": ("norm1", "attention", "norm2", "ffn"),
@@ -19,6 +35,9 @@ EXPERT_PARTS: dict[str, tuple[str, ...]] = {
 class ModalityConfig(PretrainedConfig):
     """Sizes of the modality transformer; the defaults are the base model of arXiv:2304.14933.
 
+    The settings behind `joint_adapters` let other architectures' towers stand in it
+    (`alloy.modality.towers`).
+
     Args:
         sharing: what the modalities share: "none" (modality-specific), "custom_attention",
             "custom_ffn" and "custom_norms" (only that part, with its norm, is specific), "all"
@@ -31,9 +50,30 @@ class ModalityConfig(PretrainedConfig):
         joint_adapters: whether a fixed matrix per modality stands where its stream enters the
             joint blocks, for models whose streams have bases of their own
             (`alloy.modality.streams`).
+        activation: of the feed-forward networks.
+        norm_position: "pre", before attention and feed-forward network, or "post", behind each
+            update (BERT).
+        final_norm: the norm behind the last block: one that the modalities share, one of their
+            own, or none.
+        causal: modalities of which a token sees only itself and the tokens before it.
+        relative_position_bias: whether attention scores have BEiT's learned bias by relative
+            position: a table of each block's own ("layer"), one for all blocks ("shared"), or None.
+        relative_text_distance: length of the longest text with a relative position bias; 0 if only
+            images have one.
+        num_image_prefix_tokens: learned tokens in front of the patches: 1 is the class token.
+        image_positions: whether image tokens have learned positions.
+        image_norm: whether a norm stands between image embeddings and blocks (CLIP).
+        patch_bias: whether the patch embedding has a bias.
+        image_pooling: what stands for the image: its "first" token or the "mean" of its patches.
+        text_positions: "learned", from 0 on; "after_padding", from behind the padding id, without
+            padding (RoBERTa); or "none".
+        text_norm: whether a norm stands between text embeddings and blocks.
+        text_norm_eps: of that norm and the masked-word head's, if other than `layer_norm_eps`.
+        num_text_types: number of learned types of words (BERT's segments).
+        head_norm_eps: of the norms in the answer and pair heads, if other than `layer_norm_eps`.
 
     Raises:
-        ValueError: sizes that do not fit one another, an unknown `sharing`.
+        ValueError: sizes that do not fit one another, an unknown choice.
     """
 
     model_type = "modality"
@@ -61,6 +101,22 @@ class ModalityConfig(PretrainedConfig):
         num_segment_classes: int = 150,
         segment_cells: int = 1,
         joint_adapters: bool = False,
+        activation: Activation = "gelu",
+        norm_position: NormPosition = "pre",
+        final_norm: FinalNorm = "shared",
+        causal: Sequence[str] = (),
+        relative_position_bias: RelativePositionBias | None = None,
+        relative_text_distance: int = 0,
+        num_image_prefix_tokens: int = 1,
+        image_positions: bool = True,
+        image_norm: bool = False,
+        patch_bias: bool = True,
+        image_pooling: ImagePooling = "first",
+        text_positions: TextPositions = "learned",
+        text_norm: bool = True,
+        text_norm_eps: float | None = None,
+        num_text_types: int = 0,
+        head_norm_eps: float | None = None,
         **kwargs,
     ):
         self.sharing = sharing
@@ -83,14 +139,41 @@ class ModalityConfig(PretrainedConfig):
         self.num_segment_classes = num_segment_classes
         self.segment_cells = segment_cells
         self.joint_adapters = joint_adapters
+        self.activation = activation
+        self.norm_position = norm_position
+        self.final_norm = final_norm
+        self.causal = list(causal)
+        self.relative_position_bias = relative_position_bias
+        self.relative_text_distance = relative_text_distance
+        self.num_image_prefix_tokens = num_image_prefix_tokens
+        self.image_positions = image_positions
+        self.image_norm = image_norm
+        self.patch_bias = patch_bias
+        self.image_pooling = image_pooling
+        self.text_positions = text_positions
+        self.text_norm = text_norm
+        self.text_norm_eps = text_norm_eps
+        self.num_text_types = num_text_types
+        self.head_norm_eps = head_norm_eps
+        self._refuse_unknown_choices()
         self._refuse_impossible_sizes()
         self.pad_token_id = pad_token_id
         super().__init__(**kwargs)
 
+    def _refuse_unknown_choices(self) -> None:
+        for setting, choices in _CHOICES.items():
+            if (value := getattr(self, setting)) not in get_args(choices):
+                known = list(get_args(choices))
+                raise ValueError(f"{setting} {value!r} is unknown; choose one of {known}")
+        if self.relative_position_bias not in (known := [None, *get_args(RelativePositionBias)]):
+            raise ValueError(
+                f"relative_position_bias {self.relative_position_bias!r} is unknown; "
+                f"choose one of {known}"
+            )
+        if strange := set(self.causal) - {"v", "l", "vl"}:
+            raise ValueError(f"causal names {sorted(strange)}; the modalities are v, l and vl")
+
     def _refuse_impossible_sizes(self) -> None:
-        if self.sharing not in EXPERT_PARTS:
-            known = list(get_args(Sharing))
-            raise ValueError(f"sharing {self.sharing!r} is unknown; choose one of {known}")
         for divisor, dividend in (
             ("num_attention_heads", "hidden_size"),
             ("patch_size", "image_size"),
@@ -105,6 +188,16 @@ class ModalityConfig(PretrainedConfig):
                 f"num_joint_layers {self.num_joint_layers} must lie between 0 and "
                 f"num_hidden_layers {self.num_hidden_layers}"
             )
+        if self.relative_position_bias is not None and self.num_image_prefix_tokens != 1:
+            raise ValueError(
+                f"a relative position bias is for images with one class token, not for "
+                f"num_image_prefix_tokens {self.num_image_prefix_tokens}"
+            )
+        if self.num_image_prefix_tokens == 0 and self.image_pooling == "first":
+            raise ValueError(
+                "without prefix tokens no first token stands for the image: "
+                "image_pooling must be 'mean'"
+            )
 
     @property
     def num_single_layers(self) -> int:
@@ -114,6 +207,10 @@ class ModalityConfig(PretrainedConfig):
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.num_image_prefix_tokens + self.num_patches
 
     def modalities(self, layer: int) -> tuple[str, ...]:
         """Modalities with experts in a block: v and l everywhere, vl in the joint blocks."""

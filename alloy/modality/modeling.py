@@ -5,9 +5,9 @@ has one expert per modality: v (image tokens), l (text tokens), vl (both; the la
 The dual-encoder pass runs every block on one modality; the joint pass runs the lower blocks on each
 modality apart and the last M blocks on text and image tokens together.
 
-Shapes: B batch, T text tokens, P patches, I = 1 + P image tokens, S any sequence, D hidden,
-H heads, K channels of a head, E embedding, V vocabulary, A answers, C segment classes, G label
-cells per side.
+Shapes: B batch, T text tokens, P patches, N prefix tokens of an image (1 unless `config` says
+otherwise), I = N + P image tokens, S any sequence, D hidden, E embedding, V vocabulary, A answers,
+C segment classes, G label cells per side.
 """
 
 import math
@@ -20,176 +20,21 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from alloy.modality.configuration import EXPERT_PARTS, ModalityConfig
+from alloy.modality.configuration import ModalityConfig
+from alloy.modality.experts import MODALITIES
+from alloy.modality.layers import (
+    Block,
+    ImageEmbeddings,
+    JointAdapter,
+    LayerScale,
+    MaskedWordHead,
+    MlpHead,
+    PositionBias,
+    TextEmbeddings,
+)
 
 FRESH_HEADS = ("answer_head.", "pair_head.", "segment_head.")
 """Heads that pre-training does not train: they answer the benchmarks, after fine-tuning."""
-
-
-class Writer(nn.Linear):
-    """Linear layer into the residual stream; it starts smaller the deeper it stands (BEiT)."""
-
-    def __init__(self, size_in: int, size_out: int, layer: int):
-        super().__init__(size_in, size_out)
-        self.depth_scale = 1 / math.sqrt(2 * (layer + 1))
-
-
-class LayerScale(nn.Module):
-    """Learned gain per unit of a block's update (CaiT)."""
-
-    def __init__(self, size: int, initial_gain: float):
-        super().__init__()
-        self.initial_gain = initial_gain
-        self.gain = nn.Parameter(torch.full((size,), initial_gain))
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.gain * x_BSD
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection."""
-
-    def __init__(self, config: ModalityConfig, layer: int):
-        super().__init__()
-        self.config = config
-        self.num_heads = config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = Writer(config.hidden_size, config.hidden_size, layer)
-
-    def forward(self, x_BSD: Tensor, mask_B11S: Tensor | None) -> Tensor:
-        B, S, D = x_BSD.shape
-        qkv = self.qkv(x_BSD).view(B, S, 3, self.num_heads, D // self.num_heads)
-        q_BHSK, k_BHSK, v_BHSK = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.config._attn_implementation == "sdpa":
-            context = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask_B11S)
-        else:
-            scores_BHSS = q_BHSK @ k_BHSK.transpose(-2, -1) / math.sqrt(D // self.num_heads)
-            if mask_B11S is not None:
-                scores_BHSS = scores_BHSS.masked_fill(~mask_B11S, float("-inf"))
-            context = scores_BHSS.softmax(-1) @ v_BHSK
-        return self.proj(context.transpose(1, 2).reshape(B, S, D))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config: ModalityConfig, layer: int):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Writer(config.intermediate_size, config.hidden_size, layer)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BSD)))
-
-
-class Block(nn.Module):
-    """Pre-norm block: x + scale1 Attention(norm1(x)), then x + scale2 FFN(norm2(x)).
-
-    A part with experts is a `ModuleDict` by modality; LayerScale is always shared.
-    """
-
-    def __init__(self, config: ModalityConfig, layer: int):
-        super().__init__()
-        makers = {
-            "norm1": lambda: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
-            "attention": lambda: Attention(config, layer),
-            "norm2": lambda: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps),
-            "ffn": lambda: FeedForward(config, layer),
-        }
-        modalities = config.modalities(layer)
-        for part, make in makers.items():
-            with_experts = part in EXPERT_PARTS[config.sharing]
-            experts = nn.ModuleDict({m: make() for m in modalities}) if with_experts else make()
-            setattr(self, part, experts)
-        self.dropout = nn.Dropout(config.dropout)
-        self.scale1 = self.scale2 = nn.Identity()
-        if config.layer_scale is not None:
-            self.scale1 = LayerScale(config.hidden_size, config.layer_scale)
-            self.scale2 = LayerScale(config.hidden_size, config.layer_scale)
-
-    def _part(self, name: str, modality: str) -> nn.Module:
-        part = getattr(self, name)
-        return part[modality] if isinstance(part, nn.ModuleDict) else part
-
-    def forward(self, x_BSD: Tensor, modality: str, mask_B11S: Tensor | None) -> Tensor:
-        update = self._part("attention", modality)(self._part("norm1", modality)(x_BSD), mask_B11S)
-        x_BSD = x_BSD + self.dropout(self.scale1(update))
-        update = self._part("ffn", modality)(self._part("norm2", modality)(x_BSD))
-        return x_BSD + self.dropout(self.scale2(update))
-
-
-class ImageEmbeddings(nn.Module):
-    """Patches by a strided convolution, a class token in front, learned positions."""
-
-    def __init__(self, config: ModalityConfig):
-        super().__init__()
-        self.patches = nn.Conv2d(
-            config.num_channels, config.hidden_size, config.patch_size, config.patch_size
-        )
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.positions = nn.Parameter(torch.zeros(1, 1 + config.num_patches, config.hidden_size))
-
-    def forward(self, pixel_values_BCHW: Tensor) -> Tensor:
-        if pixel_values_BCHW.dtype == torch.uint8:
-            pixel_values_BCHW = pixel_values_BCHW.to(self.positions.dtype) / 127.5 - 1
-        patches_BPD = self.patches(pixel_values_BCHW).flatten(2).transpose(1, 2)
-        cls_B1D = self.cls_token.expand(patches_BPD.shape[0], -1, -1)
-        return torch.cat([cls_B1D, patches_BPD], dim=1) + self.positions
-
-
-class TextEmbeddings(nn.Module):
-    """Words and learned positions, normalised as in BERT."""
-
-    def __init__(self, config: ModalityConfig):
-        super().__init__()
-        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = nn.Parameter(
-            torch.zeros(1, config.max_position_embeddings, config.hidden_size)
-        )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, input_ids_BT: Tensor) -> Tensor:
-        num_tokens = input_ids_BT.shape[1]
-        return self.norm(self.words(input_ids_BT) + self.positions[:, :num_tokens])
-
-
-class JointAdapter(nn.Linear):
-    """Fixed change of basis of one modality's stream, where it meets the other; starts as none.
-
-    It is part of the state dict and counts among the parameters. No gradient reaches it, so
-    training leaves it alone.
-    """
-
-    def __init__(self, size: int):
-        super().__init__(size, size, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        # Loading makes every parameter require gradients, whatever it did before.
-        return F.linear(input, self.weight.detach())
-
-
-class MaskedWordHead(nn.Module):
-    """BERT's masked-language-modelling head, its decoder not tied to the word embeddings."""
-
-    def __init__(self, config: ModalityConfig):
-        super().__init__()
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return self.decoder(self.norm(F.gelu(self.transform(x_ND))))
-
-
-class MlpHead(nn.Module):
-    """Linear, LayerNorm, GELU, Linear: the paper's VQA and pair-reasoning heads."""
-
-    def __init__(self, size_in: int, size_inner: int, size_out: int, eps: float):
-        super().__init__()
-        self.inner = nn.Linear(size_in, size_inner)
-        self.norm = nn.LayerNorm(size_inner, eps=eps)
-        self.out = nn.Linear(size_inner, size_out)
-
-    def forward(self, x_BD: Tensor) -> Tensor:
-        return self.out(F.gelu(self.norm(self.inner(x_BD))))
 
 
 @dataclass
@@ -210,7 +55,7 @@ class ModalityModel(PreTrainedModel):
 
     Images are `[B, 3, H, W]`, uint8 or float with 0..255 mapped to -1..1; texts are int64 ids and a
     mask (1 = token) `[B, T]`, the class token first. Merging merges `blocks.*`; embeddings, the
-    final norm and heads are shared.
+    final norm and heads are no part of an expert.
     """
 
     config_class = ModalityConfig
@@ -230,16 +75,19 @@ class ModalityModel(PreTrainedModel):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         if config.joint_adapters:
             self.image_adapter, self.text_adapter = JointAdapter(D), JointAdapter(D)
-        self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        if config.relative_position_bias is not None:
+            self.position_bias = PositionBias(config)
+        self.norm = _final_norm(config)
         self.pooler = nn.Linear(D, D)
         self.image_projection = nn.Linear(D, E, bias=False)
         self.text_projection = nn.Linear(D, E, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.masked_word_head = MaskedWordHead(config)
         self.statement_head = nn.Linear(D, 2)
-        self.pair_head = MlpHead(2 * D, 2 * D, 2, config.layer_norm_eps)
+        eps = config.layer_norm_eps if config.head_norm_eps is None else config.head_norm_eps
+        self.pair_head = MlpHead(2 * D, 2 * D, 2, eps)
         if config.num_answers:
-            self.answer_head = MlpHead(D, 2 * D, config.num_answers, config.layer_norm_eps)
+            self.answer_head = MlpHead(D, 2 * D, config.num_answers, eps)
         if config.num_segment_classes:
             labels = config.segment_cells**2 * config.num_segment_classes
             self.segment_head = nn.Linear(D, labels)
@@ -257,10 +105,14 @@ class ModalityModel(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, ImageEmbeddings):
-            init.trunc_normal_(module.cls_token, std=std)
+            if module.cls_token is not None:
+                init.trunc_normal_(module.cls_token, std=std)
+            if module.positions is not None:
+                init.trunc_normal_(module.positions, std=std)
+        elif isinstance(module, TextEmbeddings) and module.positions is not None:
             init.trunc_normal_(module.positions, std=std)
-        elif isinstance(module, TextEmbeddings):
-            init.trunc_normal_(module.positions, std=std)
+        elif isinstance(module, PositionBias):
+            init.zeros_(module.table)
         elif isinstance(module, LayerScale):
             init.constant_(module.gain, module.initial_gain)
         elif isinstance(module, ModalityModel):
@@ -274,10 +126,15 @@ class ModalityModel(PreTrainedModel):
         return self.run_blocks(x_BID, "v", 0, num_layers)
 
     def text_states(
-        self, input_ids_BT: Tensor, attention_mask_BT: Tensor, num_layers: int | None = None
+        self,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        num_layers: int | None = None,
+        token_type_ids_BT: Tensor | None = None,
     ) -> Tensor:
         """Text tokens after `num_layers` blocks (default: all), not normed, [B, T, D]."""
-        x_BTD = self.text_embeddings(input_ids_BT) + self.type_embeddings.weight[0]
+        x_BTD = self.text_embeddings(input_ids_BT, token_type_ids_BT)
+        x_BTD = x_BTD + self.type_embeddings.weight[0]
         return self.run_blocks(x_BTD, "l", 0, num_layers, key_mask(attention_mask_BT))
 
     def run_blocks(
@@ -289,9 +146,20 @@ class ModalityModel(PreTrainedModel):
         mask_B11S: Tensor | None = None,
     ) -> Tensor:
         """Run the blocks from `start` up to `stop` (None: the last) with one modality's experts."""
-        for block in self.blocks[start:stop]:
-            x_BSD = block(x_BSD, modality, mask_B11S)
+        num_tokens = x_BSD.shape[1]
+        mask_B1SS, biases = mask_B11S, None
+        if modality in self.config.causal:
+            mask_B1SS = causal_mask(num_tokens, mask_B11S, x_BSD.device)
+        if self.config.relative_position_bias is not None:
+            biases = self.position_bias(modality, num_tokens)
+        for i in range(len(self.blocks))[start:stop]:
+            bias_HSS = None if biases is None else biases[i]
+            x_BSD = self.blocks[i](x_BSD, modality, mask_B1SS, bias_HSS)
         return x_BSD
+
+    def final_norm(self, x: Tensor, modality: str) -> Tensor:
+        """Norm behind the last block: shared, each modality's own, or none."""
+        return self.norm[modality](x) if isinstance(self.norm, nn.ModuleDict) else self.norm(x)
 
     def encode_image(self, pixel_values_BCHW: Tensor) -> Tensor:
         """Unit-length embeddings of images by the dual-encoder pass, [B, E]."""
@@ -302,10 +170,14 @@ class ModalityModel(PreTrainedModel):
         return self.embed_text(self.text_states(input_ids_BT, attention_mask_BT))
 
     def embed_image(self, states_BID: Tensor) -> Tensor:
-        return F.normalize(self.image_projection(self.norm(states_BID[:, 0])), dim=-1)
+        num_prefix = self.config.num_image_prefix_tokens
+        pooled_BD = states_BID[:, 0]
+        if self.config.image_pooling == "mean":
+            pooled_BD = states_BID[:, num_prefix:].mean(1)
+        return F.normalize(self.image_projection(self.final_norm(pooled_BD, "v")), dim=-1)
 
     def embed_text(self, states_BTD: Tensor) -> Tensor:
-        return F.normalize(self.text_projection(self.norm(states_BTD[:, 0])), dim=-1)
+        return F.normalize(self.text_projection(self.final_norm(states_BTD[:, 0], "l")), dim=-1)
 
     # The joint pass.
 
@@ -327,7 +199,8 @@ class ModalityModel(PreTrainedModel):
         if self.config.joint_adapters:
             image_BID, text_BTD = self.image_adapter(image_BID), self.text_adapter(text_BTD)
         x_BSD = torch.cat([text_BTD, image_BID], dim=1)
-        return self.norm(self.run_blocks(x_BSD, "vl", self.config.num_single_layers, None, mask))
+        x_BSD = self.run_blocks(x_BSD, "vl", self.config.num_single_layers, None, mask)
+        return self.final_norm(x_BSD, "vl")
 
     def pool(self, states_BSD: Tensor) -> Tensor:
         """Pass the text's class token through a linear layer and tanh, [B, D]."""
@@ -355,7 +228,8 @@ class ModalityModel(PreTrainedModel):
         """Class scores of G labels per patch side, from `image_states`, [B, C, h G, w G]."""
         B, side = image_BID.shape[0], self.config.image_size // self.config.patch_size
         G, C = self.config.segment_cells, self.config.num_segment_classes
-        labels = self.segment_head(self.norm(image_BID[:, 1:])).view(B, side, side, G, G, C)
+        patches_BPD = image_BID[:, self.config.num_image_prefix_tokens :]
+        labels = self.segment_head(self.final_norm(patches_BPD, "v")).view(B, side, side, G, G, C)
         return labels.permute(0, 5, 1, 3, 2, 4).reshape(B, C, side * G, side * G)
 
     def forward(
@@ -385,6 +259,24 @@ class ModalityModel(PreTrainedModel):
 def key_mask(attention_mask_BS: Tensor) -> Tensor:
     """Mask of the keys that every query may see, [B, 1, 1, S]."""
     return attention_mask_BS[:, None, None, :].bool()
+
+
+def causal_mask(num_tokens: int, mask_B11S: Tensor | None, device: torch.device) -> Tensor:
+    """Mask of the keys no later than their query; every query may see itself, [B or 1, 1, S, S]."""
+    no_later_SS = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
+    if mask_B11S is None:
+        return no_later_SS[None, None]
+    itself_SS = torch.eye(num_tokens, dtype=torch.bool, device=device)
+    return (mask_B11S & no_later_SS) | itself_SS
+
+
+def _final_norm(config: ModalityConfig) -> nn.Module:
+    if config.final_norm == "none":
+        return nn.Identity()
+    if config.final_norm == "shared":
+        return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+    norms = {m: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for m in MODALITIES}
+    return nn.ModuleDict(norms)
 
 
 AutoConfig.register("modality", ModalityConfig)

@@ -57,7 +57,7 @@ def _pair_states(model: ModalityModel, batch: Batch) -> Tensor:
 
 def _pair_mask(model: ModalityModel, batch: Batch) -> Tensor:
     mask_BT = batch["attention_mask"]
-    return torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1 + model.config.num_patches)], 1)
+    return torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), model.config.num_image_tokens)], 1)
 
 
 def _image_answers(model: ModalityModel, batch: Batch, states_BID: Tensor) -> tuple[Tensor]:
@@ -117,7 +117,7 @@ def answers_of(
         return answers
     mask_BS = own_pass.mask(model, batch)
     if modality != "vl":  # there the norm is part of the pass
-        states_BSD = model.norm(states_BSD)
+        states_BSD = model.final_norm(states_BSD, modality)
     return *answers, states_BSD if mask_BS is None else states_BSD[mask_BS.bool()]
 
 

@@ -34,7 +34,8 @@ from alloy.modality.experts import (
     shared_weights,
     split_experts,
 )
-from alloy.modality.modeling import Block, ModalityModel
+from alloy.modality.layers import Block
+from alloy.modality.modeling import ModalityModel
 from alloy.symmetry import (
     SymmetrySpec,
     Transform,
@@ -100,6 +101,7 @@ def towers(model: ModalityModel) -> dict[str, TowerWeights]:
             f"a model of sharing {config.sharing!r} has parts in one basis for all modalities; "
             f"only sharing 'none' has streams that may turn apart"
         )
+    _refuse_other_architectures(config)
     weights = {name: t.double() for name, t in on_cpu(model.state_dict()).items()}
     experts = split_experts(weights, config)
     gains = {name: tensor for name, tensor in weights.items() if ".scale" in name}
@@ -119,6 +121,25 @@ def towers(model: ModalityModel) -> dict[str, TowerWeights]:
         folded, folded_spec = fold_norms(own, spec)
         result[modality] = TowerWeights(_without_norm_biases(folded, config, first), folded_spec)
     return result
+
+
+def _refuse_other_architectures(config: ModalityConfig) -> None:
+    """Refuse what would not stay the same function in another gauge."""
+    turning = {
+        "norm_position": "pre",
+        "final_norm": "shared",
+        "relative_position_bias": None,
+        "image_norm": False,
+        "image_positions": True,
+        "patch_bias": True,
+        "num_image_prefix_tokens": 1,
+        "image_pooling": "first",
+    }
+    for setting, value in turning.items():
+        if (actual := getattr(config, setting)) != value:
+            raise ValueError(
+                f"streams turn in models of {setting} {value!r} alone; this one has {actual!r}"
+            )
 
 
 def _trace(config: ModalityConfig, first: int) -> SymmetrySpec:

@@ -57,3 +57,22 @@ def test_models_without_streams_of_their_own_are_refused(model, specific):
     stream = random_transforms(spec, torch.Generator().manual_seed(0))[STREAM]
     with pytest.raises(ValueError, match="the stream of 'l' cannot turn"):
         in_gauge(turning, {"l": {STREAM: stream}})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm_position": "post"},
+        {"final_norm": "own"},
+        {"relative_position_bias": "shared"},
+        {"image_norm": True},
+        {"image_positions": False},
+        {"patch_bias": False},
+        {"num_image_prefix_tokens": 2},
+        {"image_pooling": "mean"},
+    ],
+)
+def test_architectures_that_would_not_stay_the_same_are_refused(specific, changes):
+    ((setting, value),) = changes.items()
+    with pytest.raises(ValueError, match=f"streams turn in models of {setting} .*has {value!r}"):
+        towers(specific(**changes))

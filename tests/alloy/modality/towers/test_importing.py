@@ -1,0 +1,215 @@
+"""An imported tower computes what it computed, and goes back as it came."""
+
+import pytest
+import torch
+import transformers
+
+from alloy.errors import CheckpointError
+from alloy.modality import ModalityModel, import_tower
+
+IMAGE_TOWERS = {
+    "vit": ("ViTModel", "ViTConfig", None, {}),
+    "vit without biases": ("ViTModel", "ViTConfig", None, {"qkv_bias": False}),
+    "vit in a classifier": ("ViTForImageClassification", "ViTConfig", None, {}),
+    "deit": ("DeiTModel", "DeiTConfig", None, {}),
+    "dinov2": ("Dinov2Model", "Dinov2Config", None, {}),
+    "clip": ("CLIPModel", "CLIPConfig", "vision_model", {}),
+    "clip alone": ("CLIPVisionModel", "CLIPVisionConfig", None, {"hidden_act": "gelu"}),
+    "siglip": ("SiglipModel", "SiglipConfig", "vision_model", {}),
+    "siglip alone": ("SiglipVisionModel", "SiglipVisionConfig", None, {}),
+}
+TEXT_TOWERS = {
+    "clip": ("CLIPModel", "CLIPConfig", "text_model", {}),
+    "clip alone": ("CLIPTextModel", "CLIPTextConfig", None, {}),
+    "siglip": ("SiglipModel", "SiglipConfig", "text_model", {}),
+    "siglip alone": ("SiglipTextModel", "SiglipTextConfig", None, {}),
+}
+
+
+def part_of(model, part: str | None):
+    """The tower in a transformers model, or what is left of the model without its head."""
+    return model.base_model if part is None else model.get_submodule(part)
+
+
+def image_states(model: ModalityModel, images: torch.Tensor) -> torch.Tensor:
+    return model.final_norm(model.image_states(images), "v")
+
+
+def text_states(model: ModalityModel, texts: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model.final_norm(model.text_states(*texts.values()), "l")
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.dtype == torch.float64
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", IMAGE_TOWERS)
+def test_image_towers_compute_what_they_computed(case, hf_model, images):
+    model, config, part, changes = IMAGE_TOWERS[case]
+    model = hf_model(model, config, **changes)
+    tower = part_of(model, part)
+    theirs = tower(images).last_hidden_state
+    if model.config.model_type.startswith("clip"):  # its norm stands behind the pooling
+        theirs = tower.post_layernorm(theirs)
+    assert_same(image_states(import_tower(model, part).model(), images), theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", TEXT_TOWERS)
+def test_text_towers_compute_what_they_computed(case, hf_model, texts):
+    model, config, part, changes = TEXT_TOWERS[case]
+    model = hf_model(model, config, **changes)
+    words = texts["attention_mask"].bool()
+    theirs = part_of(model, part)(**texts).last_hidden_state
+    assert_same(text_states(import_tower(model, part).model(), texts)[words], theirs[words])
+
+
+@pytest.mark.parametrize(
+    "case", {**IMAGE_TOWERS, **{f"{n} texts": t for n, t in TEXT_TOWERS.items()}}
+)
+def test_export_undoes_import(case, hf_model):
+    """Every tensor of the model comes back, equal to the bit, heads and other towers included."""
+    towers = TEXT_TOWERS if case.endswith(" texts") else IMAGE_TOWERS
+    model, config, part, changes = towers[case.removesuffix(" texts")]
+    model = hf_model(model, config, **changes)
+    exported, weights = import_tower(model, part).export(), model.state_dict()
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
+def test_a_changed_tower_exports_its_changes(hf_model, images):
+    """What training does to the blocks, the other model computes too."""
+    model = hf_model("SiglipModel", "SiglipConfig")
+    tower = import_tower(model, "vision_model")
+    trained = tower.model()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter += 0.1
+        trained.type_embeddings.weight.zero_()
+    model.load_state_dict(tower.with_weights(trained.state_dict()).export())
+    with torch.no_grad():
+        theirs = model.vision_model(images).last_hidden_state
+        assert_same(image_states(trained, images), theirs)
+
+
+@pytest.mark.parametrize("shard", ["5GB", "3KB"])
+def test_a_folder_is_imported_as_its_model(shard, hf_model, images, tmp_path):
+    model = hf_model("ViTForImageClassification", "ViTConfig")
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    tower = import_tower(tmp_path)
+    assert tower.export().keys() == model.state_dict().keys()
+    assert_same(image_states(tower.model(), images), model.vit(images).last_hidden_state)
+
+
+@torch.no_grad()
+def test_one_tower_starts_all_experts(hf_model, images):
+    """Every modality's experts are copies of the tower; the image tower stays what it was."""
+    tower = import_tower(hf_model("Dinov2Model", "Dinov2Config"))
+    whole = tower.model(sharing="none", num_joint_layers=1, vocab_size=11)
+    weights = whole.state_dict()
+    for name in (n for n in weights if ".v." in n):
+        assert torch.equal(weights[name], weights[name.replace(".v.", ".l.")])
+    assert torch.equal(weights["blocks.1.ffn.v.fc1.weight"], weights["blocks.1.ffn.vl.fc1.weight"])
+    assert "blocks.0.ffn.vl.fc1.weight" not in weights
+    assert weights["text_embeddings.words.weight"].shape == (11, 12)
+    assert torch.equal(image_states(whole, images), image_states(tower.model(), images))
+
+
+def test_what_is_fresh_depends_on_the_seed_alone(hf_model):
+    tower = import_tower(hf_model("ViTModel", "ViTConfig"))
+    first, second, other = (tower.model(seed=seed).state_dict() for seed in (0, 0, 1))
+    name = "text_embeddings.words.weight"
+    assert torch.equal(first[name], second[name])
+    assert not torch.equal(first[name], other[name])
+
+
+# Refusals.
+
+
+def other_model(config: str, **sizes):
+    return transformers.AutoModel.from_config(getattr(transformers, config)(**sizes))
+
+
+SMALL = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "vocab_size": 30}
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes", "reason"),
+    [
+        ("LlamaConfig", {**SMALL, "intermediate_size": 8}, "its positions are rotary"),
+        (
+            "SwinConfig",
+            {"image_size": 8, "patch_size": 4, "embed_dim": 4, "depths": [1], "num_heads": [1]},
+            "it attends within windows",
+        ),
+        ("ElectraConfig", {**SMALL, "embedding_size": 12, "intermediate_size": 8}, "choose one of"),
+    ],
+)
+def test_architectures_without_an_importer_are_refused(config, sizes, reason):
+    with pytest.raises(CheckpointError, match=f"has no tower for the modality.*{reason}"):
+        import_tower(other_model(config, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "changes", "message"),
+    [
+        ("Dinov2Model", "Dinov2Config", {"use_swiglu_ffn": True}, "gated .SwiGLU."),
+        ("ViTModel", "ViTConfig", {"hidden_act": "silu"}, "activation 'silu' is none of"),
+        ("ViTModel", "ViTConfig", {"image_size": (12, 8)}, r"image_size \(12, 8\) is not square"),
+    ],
+)
+def test_settings_that_cannot_be_carried_are_refused(model, config, changes, message, hf_model):
+    with pytest.raises(CheckpointError, match=message):
+        import_tower(hf_model(model, config, **changes))
+
+
+@pytest.mark.parametrize("part", [None, "vision", "text_mode"])
+def test_a_part_must_exist(part, hf_model):
+    with pytest.raises(CheckpointError, match=f"clip has no tower {part!r}: .*'vision_model'"):
+        import_tower(hf_model("CLIPModel", "CLIPConfig"), part)
+
+
+def test_a_folder_must_be_a_checkpoint(hf_model, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        import_tower(tmp_path)
+    hf_model("ViTModel", "ViTConfig").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        import_tower(tmp_path)
+
+
+def test_missing_and_surplus_weights_of_a_file_are_named(hf_model, tmp_path):
+    model = hf_model("ViTModel", "ViTConfig")
+    weights = model.state_dict()
+    taken = weights.pop("layers.1.mlp.fc1.weight")
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(CheckpointError, match=r"missing weights \['layers\.1\.mlp\.fc1\.weight'\]"):
+        import_tower(tmp_path)
+    weights |= {"layers.1.mlp.fc1.weight": taken, "layers.1.mlp.gate": torch.ones(2)}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(CheckpointError, match=r"unexpected weights \['layers\.1\.mlp\.gate'\]"):
+        import_tower(tmp_path)
+
+
+def test_a_layer_that_no_layer_takes_is_named(hf_model):
+    model = hf_model("ViTModel", "ViTConfig")
+    model.layers[1].mlp.gate = torch.nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match=r"takes: \['layers\.1\.mlp\.gate\.bias', "):
+        import_tower(model)
+
+
+def test_a_bias_that_the_other_model_lacks_must_be_zero(hf_model):
+    tower = import_tower(hf_model("ViTModel", "ViTConfig", qkv_bias=False))
+    weights = dict(tower.weights)
+    weights["blocks.0.attention.qkv.bias"] = torch.ones(36).double()
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attention\.qkv\.bias is not zero"):
+        tower.with_weights(weights).export()
+
+
+def test_unknown_settings_are_refused(hf_model):
+    tower = import_tower(hf_model("ViTModel", "ViTConfig"))
+    with pytest.raises(CheckpointError, match=r"'joint_layers' is no setting.*num_joint_layers"):
+        tower.model(joint_layers=1)

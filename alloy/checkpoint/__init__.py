@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from alloy.checkpoint.adapter.source import open_source
     from alloy.checkpoint.format import Checkpoint, Entry, open_checkpoint
     from alloy.checkpoint.plan import MergePlan, plan_merge
     from alloy.checkpoint.request import MergeRequest
@@ -25,6 +26,7 @@ __all__ = [
     "load_weights",
     "merge_checkpoints",
     "open_checkpoint",
+    "open_source",
     "plan_merge",
     "run_plan",
     "save_statistics",
@@ -34,6 +36,7 @@ _HOMES = {
     "Checkpoint": "alloy.checkpoint.format",
     "Entry": "alloy.checkpoint.format",
     "open_checkpoint": "alloy.checkpoint.format",
+    "open_source": "alloy.checkpoint.adapter.source",
     "MergePlan": "alloy.checkpoint.plan",
     "plan_merge": "alloy.checkpoint.plan",
     "MergeRequest": "alloy.checkpoint.request",

@@ -12,16 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from alloy.checkpoint.format import Checkpoint
 from alloy.checkpoint.hash import Origin, origin_of, sha256
 from alloy.checkpoint.plan import MergePlan
 
-Origins = Mapping[str, Origin]
+Origins = Mapping[str, Sequence[tuple[Path, Origin]]]
+"""By source its folder with its origin, then its adapter's."""
 
 
 def origins_of(plan: MergePlan, *, trust_manifests: bool) -> Origins:
     """The origin of each source, looked up before anything is written."""
     return {
-        name: origin_of(source.path, source.files, trust_manifest=trust_manifests)
+        name: [
+            (place, origin_of(place, _files_in(place, source), trust_manifest=trust_manifests))
+            for place in (source.path, source.adapter)
+            if place is not None
+        ]
         for name, source in plan.sources.items()
     }
 
@@ -115,9 +121,10 @@ def _sources(plan: MergePlan, origins: Origins, hash_all: bool) -> dict[str, dic
     Hashing three sources takes longer than merging them; without it the record has the sizes.
     """
     known = {
-        file: origins[name].hashes.get(_within(source.path, file))
+        file: origin.hashes.get(_within(place, file))
         for name, source in plan.sources.items()
-        for file in source.files
+        for place, origin in origins[name]
+        for file in _files_in(place, source)
     }
     if hash_all:
         unknown = [file for file, digest in known.items() if digest is None]
@@ -125,15 +132,27 @@ def _sources(plan: MergePlan, origins: Origins, hash_all: bool) -> dict[str, dic
             known |= dict(zip(unknown, pool.map(sha256, unknown), strict=True))
     return {
         name: {
-            "source": origins[name].source,
-            "revision": origins[name].revision,
+            "source": " + ".join(origin.source for _, origin in origins[name]),
+            "revision": " + ".join(
+                str(origin.revision) for _, origin in origins[name] if origin.revision is not None
+            )
+            or None,
             "files": {
-                _within(source.path, file): known[file] or file.stat().st_size
-                for file in source.files
+                _within(place, file): known[file] or file.stat().st_size
+                for place, _ in origins[name]
+                for file in _files_in(place, source)
             },
         }
         for name, source in plan.sources.items()
     }
+
+
+def _files_in(place: Path, source: Checkpoint) -> list[Path]:
+    """The files of a source that lie in its folder, or in its adapter's."""
+    if source.adapter is None:
+        return source.files
+    own = {entry.file for entry in source.entries.values()}
+    return [file for file in source.files if (file in own) == (place == source.path)]
 
 
 def _within(source: Path, file: Path) -> str:

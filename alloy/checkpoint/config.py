@@ -87,6 +87,21 @@ def stored_transposed(config: Mapping | None, names: Iterable[str]) -> set[str]:
     return {name for name in names if name in transposed or _tail(name) in tails}
 
 
+def is_tied(config: Mapping | None) -> bool:
+    """True if the model has a head that its config ties to the embeddings."""
+    kind = _class_of(config) if config else None
+    if config is None or kind is None:
+        return bool(config and config.get("tie_word_embeddings"))
+    if not getattr(kind, "_tied_weights_keys", None):
+        return False
+    try:
+        complete = kind.config_class.from_dict(dict(config))
+    except Exception:  # a configuration that its own class refuses says nothing
+        return bool(config.get("tie_word_embeddings"))
+    parts = (complete, complete.get_text_config())
+    return any(getattr(part, "tie_word_embeddings", False) for part in parts)
+
+
 def _tail(name: str) -> str:
     """Cut a name before its first number, as no prefix changes the rest: `0.attn.c_attn.weight`."""
     parts = name.split(".")

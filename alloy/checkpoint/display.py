@@ -24,7 +24,7 @@ def plan_table(plan: MergePlan) -> str:
             *lines,
             "",
             f"method   {plan.settings.name}" + (f" ({options})" if options else ""),
-            *(f"source   {name}: {source.path}" for name, source in plan.sources.items()),
+            *(f"source   {name}: {source.title}" for name, source in plan.sources.items()),
             *(f"note     {note}" for note in plan.notes),
             f"files    {', '.join([*plan.layout, *plan.files])}",
             f"output   {plan.output}: {len(plan.tensors)} tensors, {plan.num_bytes:,} bytes in "

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alloy.checkpoint.reading import (
     few,
@@ -26,6 +26,9 @@ from alloy.checkpoint.reading import (
     typed,
 )
 from alloy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from alloy.checkpoint.adapter.fold import Fold
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
@@ -52,6 +55,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 MODULES = "modules.json"
 ADAPTER = "adapter_config.json"
+ON_ITS_BASE = "name it with its base, BASE+ADAPTER, two folders with a plus between them"
 _ADAPTER_TENSOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|hada_w\d)\b")
 _PACKED_TENSOR = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|nested_absmax|weight_packed|weight_scale|weight_scale_inv"
@@ -69,6 +73,8 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     file: Path
     start: int
+    fold: Fold | None = None
+    """What an adapter changes of it; the bytes of the file are then the base's."""
 
     @property
     def num_elements(self) -> int:
@@ -93,14 +99,27 @@ class Checkpoint:
     modules: tuple[str, ...] = ()
     """Folders of further modules, as sentence-transformers keeps them; `<folder>/<name>` are their
     tensors."""
+    adapter: Path | None = None
+    """The folder of the adapter on it; `path` is then its base."""
+    notes: tuple[str, ...] = ()
+    """What whoever merges it should know."""
 
     @property
     def files(self) -> list[Path]:
-        return list(dict.fromkeys(entry.file for entry in self.entries.values()))
+        """The files with its tensors: its own, then its adapter's."""
+        entries = self.entries.values()
+        own = (entry.file for entry in entries)
+        folds = (entry.fold for entry in entries if entry.fold is not None)
+        return list(dict.fromkeys([*own, *(part.file for fold in folds for part in fold.entries)]))
 
     @property
     def num_bytes(self) -> int:
         return sum(entry.num_bytes for entry in self.entries.values())
+
+    @property
+    def title(self) -> str:
+        """The source as a user writes it: `base`, or `base+adapter`."""
+        return str(self.path) if self.adapter is None else f"{self.path}+{self.adapter}"
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -307,8 +326,7 @@ def _refuse_parts(entries: list[Entry]) -> list[Entry]:
     factors = [e.name for e in entries if _ADAPTER_TENSOR.search(e.name)]
     if factors:
         raise CheckpointError(
-            f"{entries[0].file}: an adapter ({few(factors, 2)}), no whole weights; load it on its "
-            "base with peft, call merge_and_unload and save the result"
+            f"{entries[0].file}: an adapter ({few(factors, 2)}), no whole weights; {ON_ITS_BASE}"
         )
     return entries
 
@@ -317,8 +335,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The files that hold the weights, and the index if there is one."""
     if source_file(folder, ADAPTER) is not None:
         raise CheckpointError(
-            f"{folder}: {ADAPTER} makes it an adapter, which loaders put on the weights; load it "
-            "on its base with peft, call merge_and_unload and save the result"
+            f"{folder}: {ADAPTER} makes it an adapter, which loaders put on the weights; "
+            f"{ON_ITS_BASE}"
         )
     single = source_file(folder, SINGLE)
     shards = [p.name for p in sorted(folder.iterdir()) if _SHARD.fullmatch(p.name)]

@@ -31,7 +31,7 @@ from alloy.checkpoint.config import (
     stored_transposed,
 )
 from alloy.checkpoint.display import plan_table
-from alloy.checkpoint.format import INDEX, SINGLE, Checkpoint
+from alloy.checkpoint.format import ADAPTER, INDEX, SINGLE, Checkpoint
 from alloy.checkpoint.reading import few
 from alloy.checkpoint.request import MergeRequest
 from alloy.checkpoint.statistics import Measurements, open_statistics
@@ -92,7 +92,8 @@ class MergePlan:
 
     def _read_files(self) -> list[Path]:
         weights = [f for source in self.sources.values() for f in source.files]
-        beside = [p for p in self.files.values() if isinstance(p, Path)]
+        adapters = [s.adapter / ADAPTER for s in self.sources.values() if s.adapter is not None]
+        beside = [p for p in self.files.values() if isinstance(p, Path)] + adapters
         return weights + beside + (self.statistics.files if self.statistics else [])
 
     def __str__(self) -> str:
@@ -115,8 +116,8 @@ def _plan(request: MergeRequest) -> MergePlan:
     findings.stop()
     output = Path(request.output)
     paths = _paths(request)
-    sources = open_sources(findings, paths)
-    check_output(findings, paths, output)
+    sources = open_sources(findings, paths, request.allow)
+    check_output(findings, paths | _parts(sources), output)
     findings.stop()
 
     compare_configs(findings, sources.configs, request.allow)
@@ -170,6 +171,15 @@ def _paths(request: MergeRequest) -> dict[str, Path]:
     base = {} if request.base is None else {BASE: Path(request.base)}
     assert isinstance(request.sources, Mapping), "a checked request names its sources"
     return base | {name: Path(path) for name, path in request.sources.items()}
+
+
+def _parts(sources: Sources) -> dict[str, Path]:
+    """The base and the adapter of each source that has one, by name."""
+    parts = {}
+    for name, source in sources.checkpoints.items():
+        if source.adapter is not None:
+            parts |= {name: source.path, f"adapter of {name}": source.adapter}
+    return parts
 
 
 def _check_scope(findings: Findings, method: str, tensors: Sequence[PlannedTensor]) -> None:

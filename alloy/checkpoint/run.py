@@ -82,9 +82,9 @@ def merge_checkpoints(
 
     Args:
         method: a name in `alloy.merging.MERGE_METHODS`.
-        sources: folders in the Hugging Face layout or single safetensors files, in order or by
-            name. The first one's names, order, sharding, config and tokenizer are those of the
-            result.
+        sources: folders in the Hugging Face layout, single safetensors files, or "BASE+ADAPTER",
+            a folder of PEFT on its base, in order or by name. The first one's names, order,
+            sharding, config and tokenizer are those of the result.
         output: a folder that does not exist or is empty.
         base: the checkpoint that the sources were trained from, for methods with task vectors.
         coefficients: one per source, or by glob pattern of tensor names; the first pattern that

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alloy.checkpoint.adapter.source import open_source
 from alloy.checkpoint.format import Checkpoint, open_checkpoint
 from alloy.checkpoint.reading import few
 from alloy.checkpoint.tensors import load_tensor
@@ -111,7 +112,7 @@ def save_statistics(
     from alloy.statistics.moments import Gram
 
     if weights is not None and checkpoint is not None:
-        stored = open_checkpoint(checkpoint)
+        stored = open_source(checkpoint)
         measured = {_stored_name(n, weights[n], stored): value for n, value in measured.items()}
     tensors = {}
     for name, value in measured.items():

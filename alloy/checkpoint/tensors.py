@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alloy.checkpoint.format import Entry, open_checkpoint
+from alloy.checkpoint.adapter.source import open_source
+from alloy.checkpoint.format import Entry
 from alloy.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -21,12 +22,12 @@ TORCH_DTYPES = {
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, by name.
+    """All tensors of a checkpoint, or of `base+adapter`, by name.
 
     Raises:
-        CheckpointError: as `open_checkpoint`.
+        CheckpointError: as `open_source`.
     """
-    return {name: load_tensor(entry) for name, entry in open_checkpoint(path).entries.items()}
+    return {name: load_tensor(entry) for name, entry in open_source(path).entries.items()}
 
 
 def load_tensor(entry: Entry) -> torch.Tensor:
@@ -34,11 +35,29 @@ def load_tensor(entry: Entry) -> torch.Tensor:
     import torch
 
     data = bytearray(entry.num_bytes)
-    with entry.file.open("rb") as file:
-        file.seek(entry.start)
-        if file.readinto(data) != entry.num_bytes:
-            raise CheckpointError(f"{entry.file}: ended while {entry.name} was read; it changed")
+    if entry.fold is not None:
+        _read_folded(entry, data)
+    else:
+        with entry.file.open("rb") as file:
+            file.seek(entry.start)
+            if file.readinto(data) != entry.num_bytes:
+                raise CheckpointError(
+                    f"{entry.file}: ended while {entry.name} was read; it changed"
+                )
     dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
     if not data:
         return torch.empty(entry.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
+
+
+def _read_folded(entry: Entry, data: bytearray) -> None:
+    """A tensor as its adapter changes it."""
+    import numpy as np
+
+    from alloy.checkpoint.adapter.compute import Input
+
+    source = Input(entry)
+    try:
+        source.read(0, np.frombuffer(data, np.uint8))
+    finally:
+        source.close()

@@ -53,8 +53,9 @@ Sources = Annotated[
     list[str],
     typer.Argument(
         metavar="[NAME=]SOURCE...",
-        help="The checkpoints, in order: folders with config.json and safetensors, or safetensors "
-        "files. The first one's names, order, sharding, config and tokenizer are the result's.",
+        help="The checkpoints, in order: folders with config.json and safetensors, safetensors "
+        "files, or BASE+ADAPTER, an adapter of PEFT on its base. The first one's names, order, "
+        "sharding, config and tokenizer are the result's.",
         show_default=False,
     ),
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from alloy.checkpoint.adapter.source import open_source
 from alloy.checkpoint.checks.findings import Findings
-from alloy.checkpoint.format import Checkpoint, open_checkpoint
+from alloy.checkpoint.format import Checkpoint
 
 BASE = "base"
 """The name of the base among the sources."""
@@ -51,7 +52,12 @@ class Sources:
         return {self.reference: configs[self.reference], **configs}
 
 
-def open_sources(findings: Findings, paths: Mapping[str, Path]) -> Sources:
+def open_sources(
+    findings: Findings, paths: Mapping[str, Path], allow: Sequence[str] = ()
+) -> Sources:
     """Every checkpoint that can be opened; a problem for each that cannot."""
-    opened = {name: findings.attempt(open_checkpoint, path) for name, path in paths.items()}
+    opened = {name: findings.attempt(open_source, path, allow) for name, path in paths.items()}
+    for checkpoint in opened.values():
+        for note in () if checkpoint is None else checkpoint.notes:
+            findings.note(note)
     return Sources({name: c for name, c in opened.items() if c is not None})

@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from alloy.checkpoint.adapter.compute import Input
 from alloy.checkpoint.engine.steps import Rows, Shard, Step, Work, read_mapped
 from alloy.checkpoint.engine.writing import BLOCK_BYTES, GrowingFile
-from alloy.checkpoint.format import ITEM_BYTES, Entry, read_into
+from alloy.checkpoint.format import ITEM_BYTES, Entry
 
 _CHUNK_BYTES = 1 << 20
 _SMALLEST_CHUNK_BYTES = 1 << 16
@@ -102,17 +103,17 @@ class _Task:
     """Rounds of measuring that are complete."""
     remaining: int = 0
     """Pieces of this round that are not done."""
-    descriptors: list[int] = field(default_factory=list)
+    inputs: list[Input] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.remaining = len(self.spans)
 
     def open(self) -> None:
-        self.descriptors = [os.open(entry.file, os.O_RDONLY) for entry in self.step.inputs]
+        self.inputs = [Input(entry) for entry in self.step.inputs]
 
     def close(self) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.pop())
+        while self.inputs:
+            self.inputs.pop().close()
 
 
 class _Piece(NamedTuple):
@@ -360,7 +361,7 @@ class _Schedule:
         if not step.inputs:
             return buffer, []
         if step.row_maps is not None:
-            return buffer, read_mapped(step, task.descriptors, piece.start, piece.stop)
+            return buffer, read_mapped(step, task.inputs, piece.start, piece.stop)
         widths = [(piece.stop - piece.start) * ITEM_BYTES[e.dtype] for e in step.inputs]
         space = buffer
         if sum(widths) > len(buffer):
@@ -371,10 +372,10 @@ class _Schedule:
             rows = space[: sum(widths)].reshape(len(widths), widths[0])
         else:
             rows = np.split(space[: sum(widths)], np.cumsum(widths)[:-1])
-        for entry, descriptor, row in zip(step.inputs, task.descriptors, rows, strict=True):
-            start = piece.start * ITEM_BYTES[entry.dtype]
-            _prefetch(descriptor, entry, start, len(row))
-            read_into(descriptor, row.data, entry.start + start, entry.file)
+        for source, row in zip(task.inputs, rows, strict=True):
+            start = piece.start * ITEM_BYTES[source.entry.dtype]
+            _prefetch(source.descriptor, source.entry, start, len(row))
+            source.read(piece.start, row)
         return buffer, rows
 
     def _buffer(self, num_bytes: int) -> np.ndarray:

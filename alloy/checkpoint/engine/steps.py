@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from alloy.checkpoint.adapter.compute import Input
 from alloy.checkpoint.engine.kernels import KINDS, mix
-from alloy.checkpoint.format import ITEM_BYTES, Entry, encode_header, read_into
+from alloy.checkpoint.format import ITEM_BYTES, Entry, encode_header
 
 Rows = np.ndarray | Sequence[np.ndarray]
 """One row of bytes per input; an array [inputs, bytes] where all have one dtype."""
@@ -93,7 +94,7 @@ class Shard:
         return len(self.header) + sum(step.num_bytes for step in self.steps)
 
 
-def read_mapped(step: Step, descriptors: Sequence[int], start: int, stop: int) -> np.ndarray:
+def read_mapped(step: Step, inputs: Sequence[Input], start: int, stop: int) -> np.ndarray:
     """The inputs' rows in the order of the output's vocabulary, as [inputs, bytes].
 
     A row that an input lacks is the base's (input 0) if that has it, else the mean of those that
@@ -105,16 +106,14 @@ def read_mapped(step: Step, descriptors: Sequence[int], start: int, stop: int) -
     begin, end = (i * ITEM_BYTES[first.dtype] // width for i in (start, stop))
     rows = np.empty((len(step.inputs), end - begin, width), np.uint8)
     missing = np.zeros((len(step.inputs), end - begin), bool)
-    for i, (entry, descriptor, row_map) in enumerate(
-        zip(step.inputs, descriptors, step.row_maps, strict=True)
-    ):
+    for i, (source, row_map) in enumerate(zip(inputs, step.row_maps, strict=True)):
         wanted = row_map[begin:end]
         missing[i] = wanted < 0
         breaks = np.flatnonzero((np.diff(wanted) != 1) | (wanted[:-1] < 0)) + 1
         for run in np.split(np.arange(end - begin), breaks):
             if wanted[run[0]] >= 0:
-                target = rows[i, run[0] : run[-1] + 1].reshape(-1).data
-                read_into(descriptor, target, entry.start + int(wanted[run[0]]) * width, entry.file)
+                target = rows[i, run[0] : run[-1] + 1].reshape(-1)
+                source.read(int(wanted[run[0]]) * (width // ITEM_BYTES[first.dtype]), target)
     for column in np.flatnonzero(missing.any(0)):
         _fill(rows[:, column], missing[:, column], step.prefer_first, KINDS[first.dtype])
     return rows.reshape(len(step.inputs), -1)

@@ -19,7 +19,7 @@ import numpy as np
 import alloy.checkpoint.engine.kernels as kernels
 from alloy.checkpoint.engine.steps import Rows
 from alloy.checkpoint.format import ITEM_BYTES, Entry
-from alloy.checkpoint.tensors import TORCH_DTYPES
+from alloy.checkpoint.tensors import TORCH_DTYPES, load_tensor
 from alloy.errors import MergeError
 from alloy.merging import MergeMethod, MergeSettings
 
@@ -332,9 +332,14 @@ def merged_whole(
 
 
 def _mapped(entry: Entry) -> Any:
-    """A tensor whose memory is its file: read when used, given back when memory is short."""
+    """A tensor whose memory is its file: read when used, given back when memory is short.
+
+    One that an adapter changes is held in memory.
+    """
     import torch
 
+    if entry.fold is not None:
+        return load_tensor(entry)
     if not entry.num_bytes:
         return torch.empty(entry.shape, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))
     pages = np.memmap(entry.file, np.uint8, "c", entry.start, (entry.num_bytes,))

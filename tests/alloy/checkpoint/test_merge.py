@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 import alloy
 from alloy.checkpoint import MergeRequest, open_checkpoint, plan_merge, run_plan, save_statistics
+from alloy.checkpoint.adapter.compute import Input
 from alloy.checkpoint.engine import writing
 from alloy.checkpoint.engine.steps import Step, read_mapped
 from alloy.errors import CheckpointError, MergeError
@@ -526,10 +527,10 @@ def test_rows_are_looked_up_by_token(data, tmp_path_factory):
         "w", "F32", (num_rows, width), tuple(entries), partial(object), tuple(maps), prefer_first
     )
     start = data.draw(st.integers(0, num_rows - 1))
-    descriptors = [os.open(entry.file, os.O_RDONLY) for entry in entries]
-    found = read_mapped(step, descriptors, start * width, num_rows * width).view(np.float32)
-    for descriptor in descriptors:
-        os.close(descriptor)
+    inputs = [Input(entry) for entry in entries]
+    found = read_mapped(step, inputs, start * width, num_rows * width).view(np.float32)
+    for source in inputs:
+        source.close()
     for j in range(start, num_rows):
         present = [tables[i, m[j]] for i, m in enumerate(maps) if m[j] >= 0]
         fallback = present[0] if prefer_first and maps[0][j] >= 0 else sum(present) / len(present)

@@ -1,0 +1,1 @@
+"""Adapters of PEFT on a checkpoint: what they change, and what the changed tensors hold."""

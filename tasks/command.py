@@ -15,6 +15,7 @@ from tasks.locks import hold_workspace
 from tasks.recipe.load import Recipe, load, recipes
 from tasks.recipe.section import ParamsError
 from tasks.registry.secrets import without_secrets
+from tasks.sources.edited import refuse_edited
 
 SHARED = {
     "fetch": "tasks.sources.fetch",
@@ -51,6 +52,8 @@ def run_stage(description: str | None, switches: Mapping[str, str] | None = None
     try:
         recipe = load(options.pop("recipe"))
         with hold_workspace(f"{stage} of {recipe.name}"):
+            if stage != "fetch":
+                refuse_edited(recipe.workspace.checkpoints)
             module = _module(stage, recipe)
             module.main(recipe, **_chosen(stage, recipe, module, options))
     except ConnectionError as error:

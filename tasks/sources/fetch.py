@@ -22,6 +22,7 @@ from tasks.recipe.load import Recipe
 from tasks.recipe.shared import CheckpointParams
 from tasks.sources import resolve as sources
 from tasks.sources import transfer
+from tasks.sources.edited import edited, shown
 from tasks.sources.place import is_pinned
 from tasks.sources.source import MANIFEST, RemoteFile, Snapshot, SourceError
 
@@ -117,15 +118,11 @@ def _stands(folder: Path, snapshot: Snapshot, wanted: CheckpointParams) -> bool:
     manifest = _manifest(folder)
     if (manifest.get("source"), manifest.get("revision")) != (snapshot.source, snapshot.revision):
         return False
-    files = manifest["files"]
-    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    return there == {*files, MANIFEST} and all(
-        (folder / name).stat().st_size == file["size"]
-        and storage.sha256(folder / name)
-        == file["sha256"]
-        == wanted.sha256.get(name, file["sha256"])
-        for name, file in files.items()
-    )
+    if names := edited(folder, all_hashes=True):
+        print(f"{folder.name}: {shown(names)}: not what was fetched, and fetched again")
+        return False
+    hashes = {name: file["sha256"] for name, file in manifest["files"].items()}
+    return hashes == hashes | wanted.sha256
 
 
 def _bring(

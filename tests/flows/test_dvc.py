@@ -48,6 +48,19 @@ def test_damage_in_the_cache_is_never_brought_back(toy: Workspace, run_here: Her
     assert toy.text("out/merge/first") == "method"
 
 
+def test_a_checkpoint_edited_by_hand_is_fetched_again(toy: Workspace, run_here: Here) -> None:
+    """Also where DVC's copy of it is damaged; what is made of it is up to date again."""
+    (toy.folder / "out/fetch/first").write_text("edited")
+    for copy in (toy.folder / ".dvc" / "cache" / "files").rglob("*"):
+        if copy.is_file() and copy.read_bytes() == b"checkpoint":
+            copy.chmod(0o644)
+            copy.write_text("chackpoint")
+    status, said = run_here("toy")
+    assert status == 0, said
+    assert toy.log() == ran("fetch")
+    assert toy.text("out/fetch/first") == "checkpoint"
+
+
 @pytest.mark.parametrize("cut", [0, 0.3, 0.7])
 def test_a_cut_lock_file_comes_back(toy: Workspace, run_here: Here, cut: float) -> None:
     """A dvc.lock that a killed DVC left empty or cut is what it was; the stages are up to date."""

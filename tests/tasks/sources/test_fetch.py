@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -446,6 +447,46 @@ assert pathlib.Path("models/toy/checkpoints/a/model.safetensors").read_bytes() =
         assert result.returncode == 0, result.stdout + result.stderr
         assert "bytes are needed" in result.stdout
         assert result.stdout.count("is full") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!")),
+        ("tokenizer.json", Path.unlink),
+        ("vocab.txt", Path.touch),
+    ],
+)
+def test_a_checkpoint_edited_after_fetch_is_found_and_fetched_again(
+    hub, write_recipe, monkeypatch, capsys, name: str, change
+) -> None:
+    """Another stage refuses it in one sentence, fetch brings back what was fetched."""
+    hub.publish("org/toy", checkpoint())
+    run(recipe(write_recipe, a="hf://org/toy"))
+    change(fetched() / name)
+    edited = read(fetched())
+    monkeypatch.setattr("sys.argv", ["register", "toy"])
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_module("tasks.register", run_name="__main__", alter_sys=True)
+    assert str(refused.value).startswith(
+        f"register: models/toy/checkpoints/a: {name}: not what was fetched; run the stage fetch"
+    )
+    assert read(fetched()) == edited
+
+    capsys.readouterr()
+    run()
+    assert f"a: {name}: not what was fetched, and fetched again" in capsys.readouterr().out
+    assert read(fetched()) == checkpoint()
+
+
+def test_an_edited_checkpoint_stands_where_its_source_does_not_answer(hub, write_recipe) -> None:
+    hub.publish("org/toy", checkpoint())
+    run(recipe(write_recipe, a="hf://org/toy"))
+    (fetched() / "LICENSE").write_text("mine")
+    hub.close()
+    with pytest.raises(UnreachableError):
+        run()
+    assert read(fetched()) == checkpoint() | {"LICENSE": b"mine"}
 
 
 @pytest.mark.parametrize(

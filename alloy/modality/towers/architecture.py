@@ -7,7 +7,7 @@ of a block. A bias that the other model lacks is zero here.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +27,13 @@ class Joined(NamedTuple):
     dim: int = 0
 
 
-Names = Mapping[str, str | Joined]
+class FirstOf(NamedTuple):
+    """Names of which a model has one or the other; the first that it has counts."""
+
+    choices: tuple[str | Joined, ...]
+
+
+Names = Mapping[str, str | Joined | FirstOf]
 
 
 class Required(NamedTuple):
@@ -53,8 +59,8 @@ class Architecture:
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Patterns of layers that cannot be carried and may be left out, by what they are."""
     required: Mapping[str, Required] = field(default_factory=dict)
-    optional: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Settings that change if a weight, by its name there, is absent."""
+    optional: Mapping[tuple[str, ...], Mapping[str, Any]] = field(default_factory=dict)
+    """Settings that change if none of these weights, by their names there, is present."""
 
 
 class Part(NamedTuple):
@@ -93,8 +99,8 @@ def settings_of(architecture: Architecture, config: Any, names: Iterable[str]) -
         name: value(config) if callable(value) else value
         for name, value in architecture.settings.items()
     }
-    for name, changes in architecture.optional.items():
-        if name not in present:
+    for optional, changes in architecture.optional.items():
+        if present.isdisjoint(optional):
             settings |= changes
     return settings
 
@@ -115,7 +121,7 @@ def layout_of(
     num_layers = 1 + max(int(m[1]) for n in sizes if (m := re.match(r"blocks\.(\d+)\.", n)))
     layout, missing = {}, []
     for name, here in sizes.items():
-        sources, dim = _sources(architecture.names, name, num_layers)
+        sources, dim = _sources(architecture.names, name, num_layers, weights)
         found = [weights.get(source) for source in sources]
         absent = [source for source, tensor in zip(sources, found, strict=True) if tensor is None]
         if absent and not name.endswith(".bias"):
@@ -131,7 +137,9 @@ def layout_of(
     return layout
 
 
-def _sources(names: Names, name: str, num_layers: int) -> tuple[tuple[str, ...], int]:
+def _sources(
+    names: Names, name: str, num_layers: int, present: Container[str]
+) -> tuple[tuple[str, ...], int]:
     """Names there of a tensor here, and the dim along which they stand one behind the other."""
     match = re.match(r"blocks\.(\d+)\.", name)
     general = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
@@ -142,14 +150,21 @@ def _sources(names: Names, name: str, num_layers: int) -> tuple[tuple[str, ...],
     if general not in names:
         raise CheckpointError(f"the architecture has no place for {name!r}")
     entry = names[general]
-    entry = Joined((entry,)) if isinstance(entry, str) else entry
+    choices = entry.choices if isinstance(entry, FirstOf) else (entry,)
     layers = range(num_layers) if match is None else [int(match[1])]
-    if not any("{i}" in source for source in entry.names):
+    expanded = [_expanded(choice, suffix, layers) for choice in choices]
+    complete = [choice for choice in expanded if all(n in present for n in choice[0])]
+    return (complete or expanded)[0]
+
+
+def _expanded(
+    entry: str | Joined, suffix: str, layers: Iterable[int]
+) -> tuple[tuple[str, ...], int]:
+    entry = Joined((entry,)) if isinstance(entry, str) else entry
+    if not any("{i}" in name for name in entry.names):
         layers = [0]
-    sources = tuple(
-        source.replace("{i}", str(i)) + suffix for i in layers for source in entry.names
-    )
-    return sources, entry.dim
+    names = tuple(name.replace("{i}", str(i)) + suffix for i in layers for name in entry.names)
+    return names, entry.dim
 
 
 def _place(sources: tuple[str, ...], found: list[Tensor | None], here: Tensor, dim: int) -> Place:

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from alloy.modality.towers.architecture import (
     scatter,
     settings_of,
 )
-from alloy.modality.towers.sources import read_source, refuse_unknown_type
+from alloy.modality.towers.sources import Source, read_source, refuse_unknown_type
 from alloy.modality.towers.tables import ARCHITECTURES
 from alloy.types import Weights
 
@@ -98,29 +98,29 @@ def import_tower(
         CheckpointError: a model that has no importer, a part that it does not have, layers that
             cannot be carried, weights that are missing or unknown.
     """
-    config, weights = read_source(source)
-    refuse_unknown_type(config, ARCHITECTURES)
-    parts = ARCHITECTURES[config.model_type]
+    read = read_source(source)
+    refuse_unknown_type(read.config, ARCHITECTURES)
+    parts = ARCHITECTURES[read.config.model_type]
     if part is None and len(parts) == 1:
         (part,) = parts
     if part is None or part not in parts:
         raise CheckpointError(
-            f"{config.model_type} has no tower {part!r}: {nearest(str(part), parts)}"
+            f"{read.config.model_type} has no tower {part!r}: {nearest(str(part), parts)}"
         )
-    return carry(parts[part], config, weights, part=part, without=without)
+    return _carry(parts[part], read, part, without)
 
 
-def carry(
-    architecture: Architecture,
-    config: Any,
-    weights: Weights,
-    *,
-    part: str = "",
-    without: Sequence[str] = (),
-) -> Tower:
+def _carry(architecture: Architecture, source: Source, part: str, without: Sequence[str]) -> Tower:
     """Put a tower's weights under the modality transformer's names, by its table entry."""
+    config, weights, missing = source
     name = f"{config.model_type} {part}".strip()
     prefix = _prefix(architecture, weights, part)
+    lacking = {n.removeprefix(prefix) for n in missing if n.startswith(prefix)}
+    if lacking := sorted(_inside(architecture, lacking)):
+        raise CheckpointError(
+            f"{name}: the file lacks weights {[prefix + n for n in lacking[:3]]} "
+            f"({len(lacking)} in all)"
+        )
     own = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     settings: dict[str, Any] = {"num_joint_layers": 0, "num_answers": 0, "num_segment_classes": 0}
     modality_config = ModalityConfig(**settings | settings_of(architecture, config, own))
@@ -207,12 +207,17 @@ def _refuse_left_over(
                 f"{prefix}{min(there)}; `without=[{layers!r}]` leaves it out"
             )
         rest = rest - there
-    outside = re.compile("|".join(architecture.outside) or r"(?!)")
-    if other := sorted(n for n in rest if not outside.fullmatch(n)):
+    if other := sorted(_inside(architecture, rest)):
         raise CheckpointError(
             f"{name} has weights that no layer of the modality transformer takes: "
             f"{[prefix + n for n in other[:3]]} ({len(other)} in all)"
         )
+
+
+def _inside(architecture: Architecture, names: Iterable[str]) -> set[str]:
+    """Names, below the tower's prefix, of weights that do not stay outside."""
+    outside = re.compile("|".join(architecture.outside) or r"(?!)")
+    return {name for name in names if not outside.fullmatch(name)}
 
 
 def _grown(table: Tensor, old: ModalityConfig, new: ModalityConfig) -> Tensor:

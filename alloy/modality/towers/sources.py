@@ -1,10 +1,11 @@
 """Where towers come from: models and checkpoints of transformers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -24,27 +25,32 @@ _TRAITS = {
 """Settings by which an architecture shows what the modality transformer does not have."""
 
 
-def read_source(source: PreTrainedModel | str | Path) -> tuple[Any, dict[str, Tensor]]:
-    """Config and weights of a model, or of a folder in the format of transformers.
+class Source(NamedTuple):
+    """A model of transformers, or what its file holds of it."""
+
+    config: Any
+    weights: dict[str, Tensor]
+    missing: frozenset[str] = frozenset()
+    """Weights of the model that its file lacks."""
+
+
+def read_source(source: PreTrainedModel | str | Path) -> Source:
+    """Read config and weights of a model, or of a folder in the format of transformers.
+
+    Weights of the folder that its model does not have are read, too.
 
     Raises:
-        CheckpointError: a folder that is no checkpoint, weights missing from it or unknown in it.
+        CheckpointError: a folder that is no checkpoint of safetensors.
     """
     if isinstance(source, PreTrainedModel):
-        return source.config, on_cpu(source.state_dict())
+        return Source(source.config, on_cpu(source.state_dict()))
     folder = Path(source)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; a tower comes from a folder that has one")
-    model = _load(folder)
-    return model.config, dict(model.state_dict())
-
-
-def _load(folder: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     (name,) = (config.architectures or ["AutoModel"])[:1]
-    made = getattr(transformers, name, AutoModel)
     try:
-        model, names = made.from_pretrained(
+        model, names = getattr(transformers, name, AutoModel).from_pretrained(
             folder,
             dtype="auto",
             local_files_only=True,
@@ -53,13 +59,19 @@ def _load(folder: Path) -> PreTrainedModel:
         )
     except OSError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    for kind in ("missing_keys", "unexpected_keys"):
-        if rest := sorted(names[kind]):
-            raise CheckpointError(
-                f"{folder}: {kind.removesuffix('_keys')} weights {rest[:3]} ({len(rest)} in all) "
-                f"of a {type(model).__name__}"
-            )
-    return model
+    weights = {n: t for n, t in model.state_dict().items() if n not in names["missing_keys"]}
+    surplus = _read(folder, set(names["unexpected_keys"]))
+    return Source(model.config, weights | surplus, frozenset(names["missing_keys"]))
+
+
+def _read(folder: Path, names: Set[str]) -> dict[str, Tensor]:
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")) if names else []:
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in names & set(file.keys())}
+    if lost := sorted(names - tensors.keys()):
+        raise CheckpointError(f"{folder}: weights {lost[:3]} are not in its files by these names")
+    return tensors
 
 
 def refuse_unknown_type(config: Any, known: Mapping[str, object]) -> None:

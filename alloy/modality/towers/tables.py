@@ -1,6 +1,7 @@
 """Towers that can be imported: one entry a kind, by the type of the model and the tower's name."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from alloy.errors import CheckpointError, nearest
@@ -207,15 +208,157 @@ SIGLIP_TEXT = Architecture(
     outside=(r"head\..*",),
 )
 
+# Texts: BERT and RoBERTa, whose norms stand behind the updates.
+
+_BERT_EMBEDDINGS = {
+    "text_embeddings.words": "embeddings.word_embeddings",
+    "text_embeddings.types": "embeddings.token_type_embeddings",
+    "text_embeddings.positions": "embeddings.position_embeddings.weight",
+    "text_embeddings.norm": "embeddings.LayerNorm",
+}
+_BERT_NAMES = {
+    **_BERT_EMBEDDINGS,
+    **_blocks(
+        "encoder.layer.{i}",
+        norm1="attention.output.LayerNorm",
+        qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+        proj="attention.output.dense",
+        norm2="output.LayerNorm",
+        fc1="intermediate.dense",
+        fc2="output.dense",
+    ),
+}
+_BERT_SETTINGS = {**_SIZES, **_BERT_WORDS, "norm_position": "post", "final_norm": "none"}
+_BERT_OUTSIDE = (r"pooler\..*", r"embeddings\.(position|token_type)_ids")
+
+BERT = Architecture(
+    inputs="texts",
+    names=_BERT_NAMES,
+    settings=_BERT_SETTINGS,
+    outside=_BERT_OUTSIDE,
+    required=_ENCODER_ONLY,
+)
+
+ROBERTA = replace(BERT, settings={**_BERT_SETTINGS, "text_positions": "after_padding"})
+
+# Images, texts and pairs: FLAVA.
+
+_FLAVA_BLOCKS = {
+    **_blocks(
+        "encoder.layer.{i}",
+        norm1="layernorm_before",
+        qkv=(
+            "attention.attention.query",
+            "attention.attention.key",
+            "attention.attention.value",
+        ),
+        proj="attention.output.dense",
+        norm2="layernorm_after",
+        fc1="intermediate.dense",
+        fc2="output.dense",
+    ),
+    "norm": "layernorm",
+}
+
+FLAVA_IMAGE = Architecture(
+    inputs="images",
+    subconfig="image_config",
+    names={**_VIT_EMBEDDINGS, **_FLAVA_BLOCKS},
+    settings={**_SIZES, **_IMAGES},
+    outside=_VIT_OUTSIDE,
+)
+
+FLAVA_TEXT = Architecture(
+    inputs="texts",
+    subconfig="text_config",
+    names={**_BERT_EMBEDDINGS, **_FLAVA_BLOCKS},
+    settings={**_SIZES, **_BERT_WORDS},
+    outside=_BERT_OUTSIDE,
+)
+
+FLAVA_MULTIMODAL = Architecture(
+    inputs="states",
+    subconfig="multimodal_config",
+    names=_FLAVA_BLOCKS,
+    settings=_SIZES,
+    outside=(r"pooler\..*", r"cls_token"),
+)
+
+# Speech: Whisper. Its encoder reads states of sounds, which its convolutions make.
+
+_WHISPER_BLOCKS = {
+    **_blocks(
+        "layers.{i}",
+        norm1="self_attn_layer_norm",
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        proj="self_attn.out_proj",
+        norm2="final_layer_norm",
+        fc1="fc1",
+        fc2="fc2",
+    ),
+    "norm": "layer_norm",
+}
+_WHISPER_SETTINGS = {
+    "hidden_size": from_config("d_model"),
+    "activation": _activation("activation_function"),
+    "layer_norm_eps": 1e-5,
+    "layer_scale": None,
+}
+
+WHISPER_ENCODER = Architecture(
+    inputs="states",
+    names=_WHISPER_BLOCKS,
+    settings={
+        **_WHISPER_SETTINGS,
+        "num_hidden_layers": from_config("encoder_layers"),
+        "num_attention_heads": from_config("encoder_attention_heads"),
+        "intermediate_size": from_config("encoder_ffn_dim"),
+    },
+    outside=(r"conv[12]\..*", r"embed_positions\..*"),
+)
+
+WHISPER_DECODER = Architecture(
+    inputs="texts",
+    names={
+        "text_embeddings.words": "embed_tokens",
+        "text_embeddings.positions": "embed_positions.weight",
+        **_WHISPER_BLOCKS,
+    },
+    settings={
+        **_WHISPER_SETTINGS,
+        "num_hidden_layers": from_config("decoder_layers"),
+        "num_attention_heads": from_config("decoder_attention_heads"),
+        "intermediate_size": from_config("decoder_ffn_dim"),
+        "vocab_size": from_config("vocab_size"),
+        "max_position_embeddings": from_config("max_target_positions"),
+        "pad_token_id": lambda config: config.pad_token_id or 0,
+        "text_norm": False,
+        "causal": ["l"],
+    },
+    left_out={"cross-attention": r"layers\.\d+\.encoder_attn(_layer_norm)?\..*"},
+)
+
 ARCHITECTURES: Mapping[str, Mapping[str, Architecture]] = {
+    "bert": {"": BERT},
     "clip": {"vision_model": CLIP_VISION, "text_model": CLIP_TEXT},
     "clip_text_model": {"": CLIP_TEXT},
     "clip_vision_model": {"": CLIP_VISION},
     "deit": {"": DEIT},
     "dinov2": {"": DINOV2},
+    "flava": {
+        "image_model": FLAVA_IMAGE,
+        "text_model": FLAVA_TEXT,
+        "multimodal_model": FLAVA_MULTIMODAL,
+    },
+    "flava_image_model": {"": FLAVA_IMAGE},
+    "flava_multimodal_model": {"": FLAVA_MULTIMODAL},
+    "flava_text_model": {"": FLAVA_TEXT},
+    "roberta": {"": ROBERTA},
     "siglip": {"vision_model": SIGLIP_VISION, "text_model": SIGLIP_TEXT},
     "siglip_text_model": {"": SIGLIP_TEXT},
     "siglip_vision_model": {"": SIGLIP_VISION},
     "vit": {"": VIT},
+    "whisper": {"encoder": WHISPER_ENCODER, "decoder": WHISPER_DECODER},
+    "xlm-roberta": {"": ROBERTA},
 }
 """By the type of the model, then by the name of the part; "" where the model is one tower."""

@@ -18,6 +18,23 @@ TEXTS = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+WHISPER = {
+    "d_model": 12,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 20,
+    "decoder_ffn_dim": 16,
+    "vocab_size": 30,
+    "num_mel_bins": 4,
+    "max_source_positions": 6,
+    "max_target_positions": 10,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
 
 
 def config_of(kind: str, **changes) -> transformers.PreTrainedConfig:
@@ -25,7 +42,18 @@ def config_of(kind: str, **changes) -> transformers.PreTrainedConfig:
     made = getattr(transformers, kind)
     if kind in ("CLIPConfig", "SiglipConfig"):
         return made(vision_config={**IMAGES, **changes}, text_config=TEXTS)
-    sizes = TEXTS if kind in ("CLIPTextConfig", "SiglipTextConfig") else IMAGES
+    if kind == "FlavaConfig":
+        return made(
+            image_config=IMAGES,
+            text_config=TEXTS,
+            multimodal_config={**LAYERS, "intermediate_size": 20, **changes},
+            hidden_size=12,
+            projection_dim=6,
+        )
+    if kind == "WhisperConfig":
+        return made(**{**WHISPER, **changes})
+    of_texts = ("CLIPText", "SiglipText", "Bert", "Roberta", "XLMRoberta", "FlavaText")
+    sizes = TEXTS if kind.removesuffix("Config") in of_texts else IMAGES
     if kind == "Dinov2Config":
         sizes = {name: n for name, n in IMAGES.items() if name != "intermediate_size"}
         sizes["mlp_ratio"] = 2

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from alloy.errors import CheckpointError
-from alloy.modality import ModalityModel, import_tower
+from alloy.modality import ModalityModel, Tower, import_tower
 
 IMAGE_TOWERS = {
     "vit": ("ViTModel", "ViTConfig", None, {}),
@@ -15,14 +16,36 @@ IMAGE_TOWERS = {
     "dinov2": ("Dinov2Model", "Dinov2Config", None, {}),
     "clip": ("CLIPModel", "CLIPConfig", "vision_model", {}),
     "clip alone": ("CLIPVisionModel", "CLIPVisionConfig", None, {"hidden_act": "gelu"}),
+    "flava": ("FlavaModel", "FlavaConfig", "image_model", {}),
+    "flava alone": ("FlavaImageModel", "FlavaImageConfig", None, {}),
     "siglip": ("SiglipModel", "SiglipConfig", "vision_model", {}),
     "siglip alone": ("SiglipVisionModel", "SiglipVisionConfig", None, {}),
 }
 TEXT_TOWERS = {
+    "bert": ("BertModel", "BertConfig", None, {}),
+    "bert with its head": ("BertForMaskedLM", "BertConfig", None, {"type_vocab_size": 3}),
+    "roberta": ("RobertaModel", "RobertaConfig", None, {}),
+    "roberta, other padding": ("RobertaForMaskedLM", "RobertaConfig", None, {"pad_token_id": 2}),
+    "xlm-roberta": ("XLMRobertaModel", "XLMRobertaConfig", None, {}),
+    "flava": ("FlavaModel", "FlavaConfig", "text_model", {}),
+    "flava alone": ("FlavaTextModel", "FlavaTextConfig", None, {}),
     "clip": ("CLIPModel", "CLIPConfig", "text_model", {}),
     "clip alone": ("CLIPTextModel", "CLIPTextConfig", None, {}),
     "siglip": ("SiglipModel", "SiglipConfig", "text_model", {}),
     "siglip alone": ("SiglipTextModel", "SiglipTextConfig", None, {}),
+}
+
+
+STATE_TOWERS = {
+    "flava": ("FlavaModel", "FlavaConfig", "multimodal_model", {"use_cls_token": False}),
+    "flava alone": ("FlavaMultimodalModel", "FlavaMultimodalConfig", None, {}),
+    "whisper": ("WhisperModel", "WhisperConfig", "encoder", {}),
+    "whisper with its head": ("WhisperForConditionalGeneration", "WhisperConfig", "encoder", {}),
+}
+TOWERS = {
+    "images": IMAGE_TOWERS,
+    "texts": TEXT_TOWERS,
+    "states": STATE_TOWERS,
 }
 
 
@@ -67,17 +90,67 @@ def test_text_towers_compute_what_they_computed(case, hf_model, texts):
     assert_same(text_states(import_tower(model, part).model(), texts)[words], theirs[words])
 
 
-@pytest.mark.parametrize(
-    "case", {**IMAGE_TOWERS, **{f"{n} texts": t for n, t in TEXT_TOWERS.items()}}
-)
-def test_export_undoes_import(case, hf_model):
-    """Every tensor of the model comes back, equal to the bit, heads and other towers included."""
-    towers = TEXT_TOWERS if case.endswith(" texts") else IMAGE_TOWERS
-    model, config, part, changes = towers[case.removesuffix(" texts")]
+@torch.no_grad()
+@pytest.mark.parametrize("case", STATE_TOWERS)
+def test_towers_of_states_compute_what_they_computed(case, hf_model):
+    """From the states that other layers made: FLAVA's pairs, Whisper's sounds."""
+    model, config, part, changes = STATE_TOWERS[case]
     model = hf_model(model, config, **changes)
-    exported, weights = import_tower(model, part).export(), model.state_dict()
+    tower = part_of(model, part) if "whisper" not in case else model.get_encoder()
+    if "whisper" in case:
+        inputs = torch.randn(3, 4, 12).double()
+        states = F.gelu(tower.conv2(F.gelu(tower.conv1(inputs)))).mT + tower.embed_positions.weight
+    else:
+        inputs = states = torch.randn(3, 9, 12).double()
+    if case == "flava alone":
+        states = torch.cat([tower.cls_token.expand(3, -1, -1), states], dim=1)
+    ours = import_tower(model, part).model()
+    assert_same(
+        ours.final_norm(ours.run_blocks(states, "v", 0, None), "v"), tower(inputs).last_hidden_state
+    )
+
+
+@torch.no_grad()
+def test_a_decoder_without_cross_attention_computes_what_it_computes_alone(hf_model, texts):
+    """Whisper's decoder without sounds; with them its cross-attention would be missing."""
+    model = hf_model("WhisperModel", "WhisperConfig")
+    with pytest.raises(CheckpointError, match=r"has cross-attention, which.*without=\['cross-"):
+        import_tower(model, "decoder")
+    tower = import_tower(model, "decoder", without=["cross-attention"])
+    words = texts["attention_mask"].bool()
+    theirs = model.decoder(**texts).last_hidden_state
+    assert_same(text_states(tower.model(), texts)[words], theirs[words])
+    assert "decoder.layers.0.encoder_attn.k_proj.weight" in tower.kept
+    assert_exports(tower, model)
+
+
+@torch.no_grad()
+def test_types_of_words_are_carried(hf_model, texts):
+    model = hf_model("BertModel", "BertConfig")
+    ids, mask = texts.values()
+    types = torch.ones_like(ids)
+    types[:, :3] = 0
+    theirs = model(**texts, token_type_ids=types).last_hidden_state
+    ours = import_tower(model).model().text_states(ids, mask, None, types)
+    assert_same(ours[mask.bool()], theirs[mask.bool()])
+
+
+def assert_exports(tower: Tower, model) -> None:
+    exported, weights = tower.export(), model.state_dict()
     assert exported.keys() == weights.keys()
     assert all(torch.equal(exported[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "case"), [(inputs, case) for inputs, cases in TOWERS.items() for case in cases]
+)
+def test_export_undoes_import(inputs, case, hf_model):
+    """Every tensor of the model comes back, equal to the bit, heads and other towers included."""
+    model, config, part, changes = TOWERS[inputs][case]
+    model = hf_model(model, config, **changes)
+    tower = import_tower(model, part)
+    assert tower.inputs == inputs
+    assert_exports(tower, model)
 
 
 def test_a_changed_tower_exports_its_changes(hf_model, images):
@@ -157,6 +230,7 @@ def test_architectures_without_an_importer_are_refused(config, sizes, reason):
     ("model", "config", "changes", "message"),
     [
         ("Dinov2Model", "Dinov2Config", {"use_swiglu_ffn": True}, "gated .SwiGLU."),
+        ("BertModel", "BertConfig", {"is_decoder": True}, "it is a decoder"),
         ("ViTModel", "ViTConfig", {"hidden_act": "silu"}, "activation 'silu' is none of"),
         ("ViTModel", "ViTConfig", {"image_size": (12, 8)}, r"image_size \(12, 8\) is not square"),
     ],
@@ -172,6 +246,12 @@ def test_a_part_must_exist(part, hf_model):
         import_tower(hf_model("CLIPModel", "CLIPConfig"), part)
 
 
+def test_what_may_be_left_out_must_exist(hf_model):
+    model = hf_model("WhisperModel", "WhisperConfig")
+    with pytest.raises(CheckpointError, match="has no 'crossattention' that may be left out"):
+        import_tower(model, "decoder", without=["crossattention"])
+
+
 def test_a_folder_must_be_a_checkpoint(hf_model, tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         import_tower(tmp_path)
@@ -181,16 +261,36 @@ def test_a_folder_must_be_a_checkpoint(hf_model, tmp_path):
         import_tower(tmp_path)
 
 
-def test_missing_and_surplus_weights_of_a_file_are_named(hf_model, tmp_path):
-    model = hf_model("ViTModel", "ViTConfig")
+def test_weights_that_a_file_lacks_are_named(hf_model, tmp_path):
+    model = hf_model("BertModel", "BertConfig")
     weights = model.state_dict()
-    taken = weights.pop("layers.1.mlp.fc1.weight")
+    for name in ("pooler.dense.weight", "encoder.layer.1.output.dense.bias"):
+        del weights[name]
     model.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(CheckpointError, match=r"missing weights \['layers\.1\.mlp\.fc1\.weight'\]"):
+    with pytest.raises(CheckpointError, match=r"lacks weights \['encoder.layer.1.*bias'\] \(1 in"):
         import_tower(tmp_path)
-    weights |= {"layers.1.mlp.fc1.weight": taken, "layers.1.mlp.gate": torch.ones(2)}
+
+
+def test_what_a_file_lacks_outside_the_tower_is_not_made_up(hf_model, tmp_path):
+    model = hf_model("BertModel", "BertConfig")
+    weights = model.state_dict()
+    del weights["pooler.dense.weight"]
+    names = set(weights)
     model.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(CheckpointError, match=r"unexpected weights \['layers\.1\.mlp\.gate'\]"):
+    assert import_tower(tmp_path).export().keys() == names
+
+
+def test_surplus_weights_of_a_file_are_kept_or_named(hf_model, tmp_path):
+    """Heads of another class stay outside; a layer within the tower is never forgotten."""
+    model = hf_model("BertForMaskedLM", "BertConfig")
+    weights = model.state_dict()
+    head = {"cls.seq_relationship.bias": torch.ones(2), "bert.pooler.dense.bias": torch.ones(12)}
+    model.save_pretrained(tmp_path, state_dict=weights | head)
+    kept = import_tower(tmp_path).kept
+    assert all(torch.equal(kept[name], tensor) for name, tensor in head.items())
+    weights["bert.encoder.layer.0.gate"] = torch.ones(2)
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(CheckpointError, match=r"takes: \['bert\.encoder\.layer\.0\.gate'\]"):
         import_tower(tmp_path)
 
 

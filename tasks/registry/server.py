@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tasks.registry import tracking
+from tasks.registry.secrets import without_secrets
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -216,9 +217,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         model = tracking.load(options.model)
     except (tracking.TrackingError, OSError) as error:
-        print(error, file=sys.stderr)
+        print(without_secrets(str(error)), file=sys.stderr)
         return 2
     app = make_app(lambda rows, params: model.predict(None, rows, params))
+    print(
+        f"http://{options.host}:{options.port}/invocations answers requests; Ctrl-C ends it",
+        flush=True,
+    )
     # h11 bounds the headers of a request.
     uvicorn.run(
         app, host=options.host, port=options.port, http="h11", ws="none", log_level="warning",

@@ -208,11 +208,13 @@ def _read_rows(frame: object) -> list[Row]:
     columns = [name for name, _ in INPUTS]
     if not isinstance(frame, pd.DataFrame):
         raise BadRequestError(f"a request is a table with columns of {columns}, not {_type(frame)}")
-    if not 0 < len(frame) <= MOST_ROWS:
+    if not len(frame.columns) or not len(frame):
+        raise BadRequestError(f"a request has rows with columns of {columns}; this one has none")
+    if len(frame) > MOST_ROWS:
         raise BadRequestError(f"a request has 1 to {MOST_ROWS} rows; this one has {len(frame)}")
     if unknown := [name for name in frame.columns if name not in columns]:
         raise BadRequestError(f"columns {_names(unknown)} are unknown; choose of {columns}")
-    if not len(frame.columns) or not frame.columns.is_unique:
+    if not frame.columns.is_unique:
         raise BadRequestError(
             f"a request has columns of {columns}, each once; this one has {_names(frame.columns)}"
         )

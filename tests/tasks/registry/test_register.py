@@ -249,7 +249,7 @@ def test_mlflow_serves_the_model_over_http(recipe, tmp_path) -> None:
         for bad, message in [
             ({**body, "params": {"output": "poems"}}, "choose one of"),
             ({"inputs": [[1, 2], [3, 4]]}, "columns"),
-            ({"inputs": {"image": [], "text": []}}, "rows"),
+            ({"inputs": {"image": [], "text": []}}, "none"),
             ({"dataframe_records": [{"picture": image}]}, "columns"),
             ({"dataframe_records": [{"image": 5, "text": "where is cat"}]}, "image"),
             ({"dataframe_records": [{"image": None, "text": "where is cat"}]}, "image"),

@@ -65,12 +65,12 @@ def stream(job: Job, name: str, arm: ModelsArm, place: Path) -> None:
 
 def plan_of(job: Job, arm: ModelsArm, output: Path) -> MergePlan:
     """The checked plan of one arm."""
-    checkpoints = job.workspace.checkpoints
+    fetched, folder = job.recipe.fetch, job.workspace.checkpoints
     request = MergeRequest(
         arm.method,
         job.folders,
         output,
-        base=None if arm.base is None else checkpoints / arm.base,
+        base=None if arm.base is None else fetched.folder(arm.base, folder),
         coefficients=arm.coefficients,
         statistics=arm.statistics,
         dtype=job.recipe.merge.dtype,

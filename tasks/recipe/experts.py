@@ -214,6 +214,12 @@ class ExpertsRecipe(Section):
         for key, name, known in self._names():
             if name not in known:
                 raise ParamsError(f"{self.where}: {key}: {name!r}: {nearest(name, list(known))}")
+        if self.fetch.adapters:
+            raise ParamsError(
+                f"{self.where}: fetch.checkpoints: {', '.join(self.fetch.adapters)}: recipes of "
+                "kind experts take whole checkpoints (`alloy merge linear OUT BASE+ADAPTER` "
+                "writes one)"
+            )
         for name, arm in self.merge.arms.items():
             where = f"{self.where}: merge.arms.{name}"
             check_arm(where, arm)

@@ -360,6 +360,13 @@ class ModelsRecipe(Section):
                 f"{', '.join(lacking)}: "
                 "alignment needs all three, a merge of members as they are none of them"
             )
+        if self.is_calibrated and self.fetch.adapters:
+            raise ParamsError(
+                f"{self.where}: fetch.checkpoints: {', '.join(self.fetch.adapters)}: adapters are "
+                "folded where members are merged as they are: leave out prepare, collect and "
+                "align, or fetch whole checkpoints (`alloy merge linear OUT BASE+ADAPTER` writes "
+                "one)"
+            )
         for name, entry in self.sets.items():
             if self.is_calibrated and entry.calibration is None:
                 raise ParamsError(

@@ -1,23 +1,38 @@
 """Sections of both families of recipes: fetch, register, ship; and the gates of promotion."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
+from alloy.errors import nearest
 from tasks.recipe.section import Name, Section
 
 
 class CheckpointParams(Section):
-    """The source of a checkpoint, with conditions; a plain string is a source without any."""
+    """The source of a checkpoint, with conditions; a plain string is a source without any.
+
+    `adapter: SOURCE` with `base: NAME` is the checkpoint of that name with this adapter on it.
+    """
 
     source: str  # see `tasks/sources/place.py`
+    base: str | None = None  # the checkpoint of the recipe that `source`, an adapter, goes on
     revision: str | None = None  # the immutable revision that it must resolve to
     sha256: dict[str, str] = Field(default={})  # what the hash of a file must be
 
     @model_validator(mode="before")
     @classmethod
     def _from_a_source(cls, values: object) -> object:
-        return {"source": values} if isinstance(values, str) else values
+        if isinstance(values, str):
+            return {"source": values}
+        if not isinstance(values, dict) or not {"adapter", "base"} & values.keys():
+            return values
+        if "source" in values or not {"adapter", "base"} <= values.keys():
+            raise ValueError(
+                "an adapter is {adapter: SOURCE, base: NAME}, its folder and the checkpoint of "
+                "this recipe that it goes on; a checkpoint is {source: SOURCE}"
+            )
+        return {"source" if key == "adapter" else key: value for key, value in values.items()}
 
 
 class FetchParams(Section):
@@ -25,6 +40,28 @@ class FetchParams(Section):
 
     model_type: str | None = None  # what each config.json must say; without one: anything
     checkpoints: dict[Name, CheckpointParams] = Field(min_length=1)
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The checkpoints that are adapters, by name, with the name of the base of each."""
+        return {n: c.base for n, c in self.checkpoints.items() if c.base is not None}
+
+    @model_validator(mode="after")
+    def _bases_are_whole(self) -> "FetchParams":
+        for name, base in self.adapters.items():
+            whole = sorted(self.checkpoints.keys() - self.adapters.keys())
+            if base not in whole:
+                raise ValueError(f"checkpoints.{name}.base: {base!r}: {nearest(base, whole)}")
+        return self
+
+    def folder(self, name: str, checkpoints: Path) -> Path:
+        """The source of a merge that a fetched checkpoint is: its folder, or `base+adapter`."""
+        base = self.adapters.get(name)
+        return (
+            checkpoints / name
+            if base is None
+            else Path(f"{checkpoints / base}+{checkpoints / name}")
+        )
 
 
 class RegisterParams(Section):

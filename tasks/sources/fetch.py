@@ -52,7 +52,8 @@ def fetch(recipe: Recipe, snapshots: Mapping[str, Snapshot]) -> None:
     with storage.resumable_folder(folder) as incoming:
         for name, snapshot in snapshots.items():
             if _stands(folder / name, snapshot, section.checkpoints[name]):
-                _refuse_other_architecture(folder / name, snapshot, section.model_type)
+                if section.checkpoints[name].base is None:
+                    _refuse_other_architecture(folder / name, snapshot, section.model_type)
                 print(f"{name}: unchanged, nothing moved")
                 continue
             _bring(snapshot, incoming / name, section.checkpoints[name], section.model_type)
@@ -91,7 +92,7 @@ def _snapshot(wanted: CheckpointParams, here: Path) -> Snapshot:
             files=tuple(RemoteFile(path=name, **file) for name, file in manifest["files"].items()),
             left_out=tuple(manifest["left_out"]),
         )
-    return sources.resolve(wanted.source)
+    return sources.resolve(wanted.source, adapter=wanted.base is not None)
 
 
 def _refuse_other(where: str, wanted: CheckpointParams, snapshot: Snapshot) -> None:
@@ -118,6 +119,8 @@ def _stands(folder: Path, snapshot: Snapshot, wanted: CheckpointParams) -> bool:
     manifest = _manifest(folder)
     if (manifest.get("source"), manifest.get("revision")) != (snapshot.source, snapshot.revision):
         return False
+    if manifest.get("adapter_on") != wanted.base:
+        return False
     if names := edited(folder, all_hashes=True):
         print(f"{folder.name}: {shown(names)}: not what was fetched, and fetched again")
         return False
@@ -138,16 +141,16 @@ def _bring(
     _refuse_full_disk(folder, sum(file.size for file in snapshot.files))
     config = [file for file in files if file.path == "config.json"]
     try:
-        # A wrong architecture is seen before the weights are moved.
-        transfer.bring(config, folder, title=f"{incoming.name}: config.json")
-        _refuse_other_architecture(folder, snapshot, model_type)
+        if wanted.base is None:  # a wrong architecture is seen before the weights are moved
+            transfer.bring(config, folder, title=f"{incoming.name}: config.json")
+            _refuse_other_architecture(folder, snapshot, model_type)
         transfer.bring(files, folder, title=incoming.name)
         hashes = {
             file.path: _verified(file, folder, snapshot, wanted.sha256) for file in snapshot.files
         }
-        _refuse_broken_weights(folder, incoming, snapshot)
+        _refuse_broken_weights(folder, incoming, snapshot, adapter=wanted.base is not None)
         transfer.forget_journals(folder)
-        _write_manifest(folder, snapshot, hashes)
+        _write_manifest(folder, snapshot, hashes, wanted.base)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -212,19 +215,27 @@ def _hash(path: Path, digest) -> str:
     return digest.hexdigest()
 
 
-def _refuse_broken_weights(folder: Path, incoming: Path, snapshot: Snapshot) -> None:
+def _refuse_broken_weights(
+    folder: Path, incoming: Path, snapshot: Snapshot, *, adapter: bool
+) -> None:
+    from alloy.checkpoint.adapter.opened import open_adapter
     from alloy.checkpoint.format import open_checkpoint
     from alloy.errors import CheckpointError
 
     try:
-        open_checkpoint(folder)
+        if adapter:
+            open_adapter(folder)
+        else:
+            open_checkpoint(folder)
     except CheckpointError as error:
         shutil.rmtree(incoming)
         reason = str(error).replace(f"{folder}{os.sep}", "")
         raise SourceError(f"{snapshot.source}: {reason}") from error
 
 
-def _write_manifest(folder: Path, snapshot: Snapshot, hashes: dict[str, str]) -> None:
+def _write_manifest(
+    folder: Path, snapshot: Snapshot, hashes: dict[str, str], base: str | None
+) -> None:
     lines = "\n".join(f"{name} {hashes[name]}" for name in sorted(hashes))
     storage.write_json(
         folder / MANIFEST,
@@ -237,6 +248,7 @@ def _write_manifest(folder: Path, snapshot: Snapshot, hashes: dict[str, str]) ->
                 for file in snapshot.files
             },
             "left_out": list(snapshot.left_out),
+            **({} if base is None else {"adapter_on": base}),  # another base is another checkpoint
         },
     )
 

@@ -17,11 +17,17 @@ from tasks.sources.source import MANIFEST, RemoteFile, Snapshot, SourceError
 from tasks.sources.transfer import File
 
 TEXTS = (".json", ".txt", ".md", ".model", ".jinja", ".tiktoken")
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+STANDARD = {
+    CONFIG: re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors"),
+    ADAPTER: re.compile(r"adapter_model\.safetensors"),
+}
+"""The names of weights beside a config."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
 
-def resolve(source: str) -> Snapshot:
-    """Ask a source what it is now.
+def resolve(source: str, *, adapter: bool = False) -> Snapshot:
+    """Ask a source what it is now: a checkpoint, or an adapter.
 
     Raises SourceError where it does not exist, may not be read, or is no checkpoint in safetensors;
     UnreachableError where nothing answers.
@@ -33,7 +39,7 @@ def resolve(source: str) -> Snapshot:
         raise SourceError(f"{source}: {reasons}") from error
     if not files:
         raise SourceError(f"{source}: nothing is there")
-    kept, left_out = _choose(source, files)
+    kept, left_out = _choose(source, files, ADAPTER if adapter else CONFIG)
     return Snapshot(
         source=source,
         revision=revision,
@@ -53,7 +59,9 @@ def files_to_bring(snapshot: Snapshot) -> list[File]:
     return [File(file.path, file.size, reader(file), in_ranges) for file in snapshot.files]
 
 
-def _choose(source: str, files: Iterable[RemoteFile]) -> tuple[list[RemoteFile], list[str]]:
+def _choose(
+    source: str, files: Iterable[RemoteFile], config: str
+) -> tuple[list[RemoteFile], list[str]]:
     """The files that a checkpoint in safetensors is made of, and the names of the others."""
     by_name = {file.path: file for file in files}
     weights = {name for name in by_name if name.endswith(".safetensors")}
@@ -64,9 +72,14 @@ def _choose(source: str, files: Iterable[RemoteFile]) -> tuple[list[RemoteFile],
             f"{source}: a checkpoint needs *.safetensors, found {others}; "
             "save it with save_pretrained(..., safe_serialization=True)"
         )
-    if "config.json" not in by_name:
-        raise SourceError(f"{source}: config.json is missing: this is not a checkpoint's folder")
-    standard = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+    if config not in by_name:
+        what = "a checkpoint" if config == CONFIG else "an adapter"
+        hint = "; it is an adapter's: write {adapter: SOURCE, base: NAME}"
+        raise SourceError(
+            f"{source}: {config} is missing: this is not {what}'s folder"
+            + (hint if ADAPTER in by_name else "")
+        )
+    standard = STANDARD[config]
     named = {name for name in weights if standard.fullmatch(name)}
     kept = (named or weights) | {name for name in by_name if _is_text(name)}
     return [by_name[name] for name in kept], [name for name in by_name if name not in kept]

@@ -63,8 +63,9 @@ class Job:
 
     @property
     def folders(self) -> dict[str, Path]:
-        """The members' checkpoints; the first is the reference."""
-        return {name: self.workspace.checkpoints / name for name in self.members}
+        """The members' checkpoints; the first is the reference. An adapter's is `base+adapter`."""
+        fetched, folder = self.recipe.fetch, self.workspace.checkpoints
+        return {name: fetched.folder(name, folder) for name in self.members}
 
     @property
     def calibration(self) -> Path:

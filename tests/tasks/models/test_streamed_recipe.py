@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, ViTConfig, ViTModel
 
 import alloy
@@ -105,6 +105,95 @@ def test_kept_tensors_stay_the_first_members(workspace) -> None:
     assert kept
     assert kept <= same
     assert len(same) < len(a)
+
+
+def _write_adapter(name: str, seed: int) -> None:
+    """A LoRA of rank 2 on every matrix of the first layer of `given/a`."""
+    folder = Path("given") / name
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "given/a"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(seed)
+    parts = {}
+    for weight, value in load_file("given/a/model.safetensors").items():
+        if value.ndim == 2 and ".0." in weight:
+            key = f"base_model.model.{weight.removesuffix('.weight')}"
+            parts[f"{key}.lora_A.weight"] = torch.randn(2, value.shape[1], generator=generator)
+            parts[f"{key}.lora_B.weight"] = torch.randn(value.shape[0], 2, generator=generator)
+    save_file(parts, folder / "adapter_model.safetensors")
+
+
+def test_adapters_are_members_with_their_base(workspace) -> None:
+    """`adapter:` is fetched alone; merging two of one base adds half of each product to it."""
+    _write_adapter("one", 1)
+    _write_adapter("two", 2)
+    adapters = {name: {"adapter": f"given/{name}", "base": "a"} for name in ("one", "two")}
+    change_params(
+        lambda r: r.update(
+            fetch={"model_type": "vit", "checkpoints": {"a": "given/a", **adapters}},
+            members=["one", "two"],
+        )
+    )
+    change_arm(coefficients=[0.5, 0.5])
+    run(fetch, merge, choose, evaluate)
+    base, merged = load_file("given/a/model.safetensors"), load_file(MERGED)
+    expected = dict(base)
+    for name in adapters:
+        assert not (workspace / f"models/mine/checkpoints/{name}/model.safetensors").exists()
+        parts = load_file(f"given/{name}/adapter_model.safetensors")
+        for key in [key for key in parts if key.endswith("lora_A.weight")]:
+            weight = key.removeprefix("base_model.model.").removesuffix("lora_A.weight") + "weight"
+            product = parts[key.replace("lora_A", "lora_B")] @ parts[key]
+            expected[weight] = expected[weight] + product / 2
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
+    metrics = json.loads((workspace / "reports/mine/metrics.json").read_text())
+    assert metrics["one - weighted"]["l2"] == pytest.approx(metrics["two - weighted"]["l2"])
+
+
+def test_another_base_is_fetched_anew(workspace) -> None:
+    """What an adapter goes on is part of what was fetched, so that DVC sees it change."""
+    _write_adapter("one", 1)
+    checkpoints = {"a": "given/a", "b": "given/b", "one": {"adapter": "given/one", "base": "a"}}
+    change_params(lambda r: r["fetch"].update(checkpoints=checkpoints))
+    manifest = workspace / "models/mine/checkpoints/one/manifest.json"
+    run(fetch)
+    assert json.loads(manifest.read_text())["adapter_on"] == "a"
+    checkpoints["one"]["base"] = "b"
+    change_params(lambda r: r["fetch"].update(checkpoints=checkpoints))
+    run(fetch)
+    assert json.loads(manifest.read_text())["adapter_on"] == "b"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"adapter": "given/one"}, r"an adapter is \{adapter: SOURCE, base: NAME\}"),
+        ({"source": "given/one", "base": "a"}, r"an adapter is \{adapter: SOURCE, base: NAME\}"),
+        ({"adapter": "given/one", "base": "aa"}, "checkpoints.one.base: 'aa': did you mean 'a'"),
+        ({"adapter": "given/one", "base": "one"}, "choose one of .'a', 'b'."),
+        ("given/one", "it is an adapter's: write"),
+        (
+            {"adapter": "given/b", "base": "a"},
+            "adapter_config.json is missing: this is not an adap",
+        ),
+    ],
+)
+def test_what_is_no_adapter_on_a_base_is_refused(workspace, given, message: str) -> None:
+    _write_adapter("one", 1)
+    checkpoints = {"a": "given/a", "b": "given/b", "one": given}
+    change_params(lambda r: r["fetch"].update(checkpoints=checkpoints))
+    with pytest.raises(ValueError, match=message):
+        run(fetch)
+
+
+def test_an_adapter_that_cannot_be_folded_is_refused_when_it_is_fetched(workspace) -> None:
+    _write_adapter("one", 1)
+    Path("given/one/adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    checkpoints = {"a": "given/a", "b": "given/b", "one": {"adapter": "given/one", "base": "a"}}
+    change_params(lambda r: r["fetch"].update(checkpoints=checkpoints))
+    with pytest.raises(ValueError, match=r"given/one: .*peft_type is 'LOHA'"):
+        run(fetch)
 
 
 def test_a_pattern_that_keeps_nothing_is_refused(workspace) -> None:

@@ -83,6 +83,23 @@ def test_each_sort_of_recipe_passes(name) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "recipe", "message"),
+    [
+        ("aligned", aligned(), "lora: adapters are folded where members are merged as they are"),
+        ("toy", experts(), "lora: recipes of kind experts take whole checkpoints"),
+    ],
+)
+def test_adapters_are_refused_where_models_are_loaded(name, recipe, message) -> None:
+    def add(r: dict[str, Any]) -> None:
+        base = next(iter(r["fetch"]["checkpoints"]))
+        r["fetch"]["checkpoints"]["lora"] = {"adapter": "given/lora", "base": base}
+
+    write(Path(), **{"toy": experts(), "streamed": streamed(), name: changed(recipe, add)})
+    with pytest.raises(ParamsError, match=rf"params/{name}\.yaml: fetch\.checkpoints: {message}"):
+        check(name)
+
+
+@pytest.mark.parametrize(
     ("source", "message"),
     [
         ("hf://", "source 'hf://' is unknown; write it as one of hf://org/name@revision"),

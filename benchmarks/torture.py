@@ -2,6 +2,8 @@
 
     python -m benchmarks.torture --kills 50 --crowds 5 --output benchmarks/results/torture.md
 
+Rows are kept in `.alloy/torture.jsonl`: run again after an interruption, it does what is missing.
+
 The pipeline is the toy of `tests/flows`: DVC, Prefect and the files are real, the stages write two
 small files each. After every kill the same command runs again and must end with the bits that an
 undisturbed run writes. A crowd is two runs of one recipe, a run of another, DVC by hand and a
@@ -10,6 +12,7 @@ promotion, all started within a second.
 
 import argparse
 import collections
+import json
 import os
 import random
 import signal
@@ -34,6 +37,7 @@ from tests.flows.conftest import (
 RUN = ("flows.pipeline", "toy")
 VICTIMS = ("group", "run", "DVC or stage", "all")
 """What is killed: the run's process group, its process, one of its children, everything at once."""
+ROWS_OF_A_CROWD = 7  # five commands, and both recipes afterwards
 LONGEST_RUN = 300  # seconds
 STAGES_SECONDS = 12  # in which the three stages run, on a machine that has nothing else to do
 
@@ -199,28 +203,41 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60, help="begin nothing new after that")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/torture.md"))
+    parser.add_argument("--kept", type=Path, default=Path(".alloy/torture.jsonl"))
     asked = parser.parse_args()
     deadline = time.monotonic() + 60 * asked.minutes
-    choice = random.Random(asked.seed)
-    killed, crowded = collections.Counter(), collections.Counter()
-    with tempfile.TemporaryDirectory() as folder, prefect() as url:
+    lines = asked.kept.read_text().splitlines() if asked.kept.exists() else []
+    kept = [json.loads(line) for line in lines]
+    crowded = collections.Counter(tuple(row) for row in kept if len(row) == 2)
+    killed = collections.Counter(tuple(row) for row in kept if len(row) == 3)
+    done = killed.total(), crowded.total() // ROWS_OF_A_CROWD
+    choice = random.Random(asked.seed + done[0])
+    asked.kept.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        prefect() as url,
+        asked.kept.open("a", buffering=1) as record,
+    ):
         toy = make_toy(Path(folder).resolve() / "toy", url, ["toy", "twin"])
         own_folders(toy)
-        for row in crowds(toy, asked.crowds):
-            crowded[row] += 1
-            print(*row, sep=" | ", flush=True)
-        for row in kills(toy, asked.kills, choice):
-            killed[row] += 1
-            print(*row, sep=" | ", flush=True)
-            if time.monotonic() > deadline:
-                break
+        for counter, rows in (
+            (crowded, crowds(toy, asked.crowds - done[1])),
+            (killed, kills(toy, asked.kills - done[0], choice)),
+        ):
+            for row in rows:
+                counter[row] += 1
+                print(*row, sep=" | ", flush=True)
+                record.write(f"{json.dumps(row)}\n")
+                if time.monotonic() > deadline:
+                    break
     command = "python -m benchmarks.torture"
     asked.output.write_text(
         f"# Kills and crowds\n\nWritten by `{command}` (seed {asked.seed}), whose docstring says "
         "what is done.\n\n"
         f"## {killed.total()} kills -9 at random moments, and the run after each\n\n"
         f"{table(killed, ['killed', 'under way', 'the next run'])}\n\n"
-        f"## {asked.crowds} crowds\n\n{table(crowded, ['command', 'ending'])}\n"
+        f"## {crowded.total() // ROWS_OF_A_CROWD} crowds\n\n"
+        f"{table(crowded, ['command', 'ending'])}\n"
     )
 
 

@@ -54,6 +54,7 @@ SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 MODULES = "modules.json"
+_WITHOUT_FILES = ".Normalize"  # a module without settings, whose empty folder git does not keep
 ADAPTER = "adapter_config.json"
 ON_ITS_BASE = "name it with its base, BASE+ADAPTER, two folders with a plus between them"
 _ADAPTER_TENSOR = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|hada_w\d)\b")
@@ -289,6 +290,8 @@ def sentence_modules(folder: Path) -> tuple[str, ...]:
             continue
         if Path(name).name != name or name == ".." or "\0" in name:
             raise CheckpointError(f"{path}: {name!r} leaves the folder; fetch it again")
+        if not (folder / name).exists() and str(entry.get("type")).endswith(_WITHOUT_FILES):
+            continue
         if not (folder / name).is_dir() or (folder / name).is_symlink():
             raise CheckpointError(f"{folder / name}: no folder, {MODULES} names it; fetch it again")
         modules.append(name)

@@ -50,6 +50,21 @@ def put(folder: Path, file: str, value: object) -> None:
     (folder / file).write_text(json.dumps(value))
 
 
+def test_a_module_without_files_needs_no_folder(encoders, tmp_path):
+    """git and the hub keep no empty folder: all-MiniLM-L6-v2 comes without that of its last."""
+    normalize = {
+        "idx": 3,
+        "name": "3",
+        "path": "3_Normalize",
+        "type": "sentence_transformers.models.Normalize",
+    }
+    for folder in encoders:
+        put(folder, "modules.json", [*MODULES, normalize])
+    alloy.merge_checkpoints("linear", encoders, tmp_path / "out")
+    kept = json.loads((tmp_path / "out/modules.json").read_text())
+    assert kept[-1] == normalize
+
+
 @pytest.mark.parametrize("shard_bytes", [None, 10**9, 1])
 def test_the_result_is_a_sentence_encoder(shard_bytes, encoders, tmp_path):
     """Its modules are there, in files of their own names; the dense layer is merged."""

@@ -19,11 +19,13 @@ from tasks.sources.edited import refuse_edited
 
 SHARED = {
     "fetch": "tasks.sources.fetch",
-    "choose": "tasks.choose",
     "register": "tasks.registry.register",
     "ship": "tasks.sources.ship",
 }
 """The stages that do the same for both families of recipes."""
+
+WITHOUT_SECTION = {*SHARED, "choose"}
+"""The stages that every recipe has; `merge` says what is chosen."""
 
 
 def home(stage: str, kind: str) -> str:
@@ -85,7 +87,7 @@ def _known() -> str:
 
 
 def _module(stage: str, recipe: Recipe) -> ModuleType:
-    if stage not in SHARED and getattr(recipe, stage, None) is None:
+    if stage not in WITHOUT_SECTION and getattr(recipe, stage, None) is None:
         raise ParamsError(
             f"{recipe.where} has no section {stage!r}, so there is nothing to {stage}: add one, or "
             "run another stage"

@@ -7,6 +7,7 @@ models/<recipe>/statistics/         collect
 models/<recipe>/transforms/         align
 models/<recipe>/arms/               merge: every arm
 models/<recipe>/merged/             choose: the arm that the recipe is about
+models/<recipe>/choice.json         choose: which arm that is, and why
 models/<recipe>/finetuned/          finetune: that arm, trained briefly
 models/<recipe>/finetuned_arms/     finetune: the arms to compare it with
 models/<recipe>/registered.json     register
@@ -65,6 +66,10 @@ class Workspace:
     @property
     def merged(self) -> Path:
         return self.models / "merged"
+
+    @property
+    def choice(self) -> Path:
+        return self.models / "choice.json"
 
     @property
     def finetuned(self) -> Path:

@@ -1,10 +1,10 @@
 """Measures of models: distances of their weights, the loss between them, agreement of answers.
 
 `choose` takes the simplest of several merges, unless measures on held-out data say that another is
-better.
+better; `choose_by_values` does so by values that were measured already, such as hits of labels.
 """
 
-from alloy.measures.choice import Choice, Gain, answers_of, choose
+from alloy.measures.choice import Choice, Gain, answers_of, choose, choose_by_values
 from alloy.measures.distances import Distances, ModelDistances, distance
 from alloy.measures.encoders import (
     ENCODER_MEASURES,
@@ -23,6 +23,7 @@ __all__ = [
     "answers_of",
     "barrier",
     "choose",
+    "choose_by_values",
     "distance",
     "explained_variance",
     "mean_measures",

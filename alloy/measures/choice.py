@@ -46,6 +46,8 @@ class Choice:
     """By candidate and measure, the mean over examples and parents."""
     gains: Mapping[str, Mapping[str, Gain]]
     """Of each candidate over the one that held the place when its turn came."""
+    over_simplest: Mapping[str, Mapping[str, Gain]]
+    """Of each candidate but the simplest, over the simplest."""
     reasons: Mapping[str, str]
     """Of each candidate but the simplest: what it won or lost by."""
 
@@ -77,11 +79,35 @@ def choose(
         name: {key: _mean_over(parents, answers, measure) for key, measure in measures.items()}
         for name, answers in candidates.items()
     }
-    incumbent = next(iter(candidates))
+    return choose_by_values(values, num_errors=num_errors)
+
+
+def choose_by_values(
+    values: Mapping[str, Mapping[str, Tensor]], *, num_errors: float = 2.0
+) -> Choice:
+    """Choose a merge by what was measured of it on held-out examples, such as hits of its labels.
+
+    Args:
+        values: by candidate, from the simplest merge to the most involved, and by measure: a value
+            for each example, [N], more for better. Examples of a measure are the same for all.
+        num_errors: how many standard errors of the paired difference count as a difference.
+
+    Raises:
+        MeasureError: no candidates or measures; candidates of other measures or examples; fewer
+            than three examples; values that are not finite.
+    """
+    if not values or not next(iter(values.values())):
+        raise MeasureError("there are no candidates or no measures to choose by")
+    simplest, first = next(iter(values.items()))
+    for name, own in values.items():
+        _check_values(simplest, first, name, own)
+    incumbent = simplest
     gains: dict[str, dict[str, Gain]] = {}
+    over_simplest: dict[str, dict[str, Gain]] = {}
     reasons: dict[str, str] = {}
-    for name in list(candidates)[1:]:
-        gains[name] = {key: _gain(values[name][key] - values[incumbent][key]) for key in measures}
+    for name in list(values)[1:]:
+        gains[name] = {key: _gain(values[name][key] - values[incumbent][key]) for key in first}
+        over_simplest[name] = {key: _gain(values[name][key] - first[key]) for key in first}
         better = [key for key, gain in gains[name].items() if gain.exceeds(num_errors)]
         worse = [key for key, gain in gains[name].items() if (-gain).exceeds(num_errors)]
         reasons[name] = _reason(incumbent, gains[name], better, worse)
@@ -91,7 +117,7 @@ def choose(
         name: {key: float(value.mean()) for key, value in own.items()}
         for name, own in values.items()
     }
-    return Choice(incumbent, scores, gains, reasons)
+    return Choice(incumbent, scores, gains, over_simplest, reasons)
 
 
 @torch.no_grad()
@@ -129,6 +155,28 @@ def _mean_over(parents: Mapping[str, Tensor], answers: Tensor, measure: Measure)
                 f"give one for each"
             )
     return torch.stack(values).mean(0)
+
+
+def _check_values(
+    simplest: str, first: Mapping[str, Tensor], name: str, own: Mapping[str, Tensor]
+) -> None:
+    if set(own) != set(first):
+        raise MeasureError(
+            f"{name!r} was measured by {sorted(own)}, {simplest!r} by {sorted(first)}: measure all "
+            f"candidates alike"
+        )
+    for key, value in own.items():
+        if value.ndim != 1 or value.shape != first[key].shape:
+            raise MeasureError(
+                f"{key}: {name!r} has values {tuple(value.shape)}, {simplest!r} "
+                f"{tuple(first[key].shape)}: give one for each example, [N]"
+            )
+        if len(value) < 3:
+            raise MeasureError(
+                f"{key}: {len(value)} examples are too few to compare: give at least 3"
+            )
+        if not torch.isfinite(value).all():
+            raise MeasureError(f"{key} of {name!r} has NaN or Inf: look at the model and its data")
 
 
 def _gain(difference_N: Tensor) -> Gain:

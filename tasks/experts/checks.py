@@ -1,6 +1,7 @@
 """Checks of a recipe of experts that need the stages' own modules: benchmarks, their sizes."""
 
 from tasks.experts.finetune import plan
+from tasks.experts.measures.benchmarks import TRAINING_FREE, training_free
 from tasks.experts.prepare import checked
 from tasks.recipe.experts import ExpertsRecipe
 from tasks.recipe.section import ParamsError
@@ -13,6 +14,11 @@ def check(recipe: ExpertsRecipe) -> None:
         ParamsError: names the key and what would be right.
     """
     prepared = checked(recipe).benchmarks
+    if recipe.merge.candidates and not training_free(prepared):
+        raise ParamsError(
+            f"{recipe.where}: merge.candidates: there are no data to compare them on: "
+            f"prepare.benchmarks needs one of {', '.join(TRAINING_FREE)}"
+        )
     if recipe.finetune is None:
         return
     plan(recipe)

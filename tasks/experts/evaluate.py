@@ -22,7 +22,7 @@ from torch import Tensor
 from alloy.measures.distances import distance
 from alloy.modality import ModalityModel, split_experts
 from tasks.evaluation.loading import use_device
-from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, TRAINING_FREE, load_split
+from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, load_split, training_free
 from tasks.experts.report.build import build
 from tasks.experts.report.results import (
     DistanceRow,
@@ -57,23 +57,24 @@ def subjects(recipe: ExpertsRecipe) -> list[Subject]:
     """List the models to measure, in the order of the tables."""
     params, merge, workspace = recipe.evaluate, recipe.merge, recipe.workspace
     arms = {"merged": workspace.merged} | {
-        name: workspace.arms / name for name in merge.arms if name != merge.result
+        name: workspace.arms / name for name in merge.arms if name != recipe.result
     }
 
-    def training_free(name: str, title: str, kind: Kind, *folders: Path) -> Subject:
-        return Subject(name, title, kind, False, dict.fromkeys(TRAINING_FREE, folders))
+    def unchanged(name: str, title: str, kind: Kind, *folders: Path) -> Subject:
+        free = training_free(recipe.prepare.benchmarks)
+        return Subject(name, title, kind, False, dict.fromkeys(free, folders))
 
     planned = [
-        training_free(name, title, "checkpoint", workspace.checkpoints / name)
+        unchanged(name, title, "checkpoint", workspace.checkpoints / name)
         for name, title in params.checkpoints.items()
     ]
     for name, folder in arms.items():
-        arm = merge.result if name == "merged" else name
+        arm = recipe.result if name == "merged" else name
         unseeded = merge.arms[arm].checkpoint == merge.arms[params.naive].checkpoint
         kind = "naive" if unseeded else "merged"
-        planned.append(training_free(name, f"merged: {arm}", kind, folder))
+        planned.append(unchanged(name, f"merged: {arm}", kind, folder))
     planned += [
-        training_free(
+        unchanged(
             name,
             f"{name} of {len(parents)} checkpoints",
             "ensemble",
@@ -166,7 +167,7 @@ def distances(recipe: ExpertsRecipe) -> list[DistanceRow]:
                 experts, _ = aligned(experts, arm.checkpoint, workspace)
             measured[key] = list(_pair_distances(experts, recipe.evaluate.tssd_keep))
         for pair, values in measured[key]:
-            name = "merged" if arm_name == merge.result else arm_name
+            name = "merged" if arm_name == recipe.result else arm_name
             rows += [
                 DistanceRow(
                     model=name,
@@ -204,7 +205,7 @@ def sources(recipe: ExpertsRecipe, planned: list[Subject]) -> Iterator[SourceRow
             origin = "finetune"
         else:
             arms = recipe.merge.arms
-            arm = arms[recipe.merge.result if name == "merged" else folder.name]
+            arm = arms[recipe.result if name == "merged" else folder.name]
             origin = f"{arm.checkpoint}: {arm.method}{', aligned' if arm.align else ''}"
         yield SourceRow(name, origin, sha256(folder / "model.safetensors"))
     yield SourceRow("data", "prepare", sha256(recipe.workspace.data_manifest))
@@ -241,6 +242,7 @@ def evaluate(recipe: ExpertsRecipe) -> Results:
         examples=test_data,
         sources=list(sources(recipe, planned)),
         packages=read_json(recipe.workspace.data_manifest)["packages"],
+        choice=read_json(recipe.workspace.choice),
         naive=params.naive,
         baseline=params.baseline,
     )

@@ -208,8 +208,7 @@ def _source(arm: str, recipe: ExpertsRecipe) -> tuple[Path, Path | None]:
     """An arm's folder, and the checkpoint that it was merged from: none for a checkpoint itself."""
     workspace, arms = recipe.workspace, recipe.merge.arms
     if arm == RESULT:
-        parent = arms[recipe.merge.result].checkpoint
-        return workspace.merged, workspace.checkpoints / parent
+        return workspace.merged, workspace.checkpoints / recipe.source
     if arm in arms:
         return workspace.arms / arm, workspace.checkpoints / arms[arm].checkpoint
     return workspace.checkpoints / arm, None

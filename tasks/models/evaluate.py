@@ -1,11 +1,11 @@
 """evaluate, for recipes of kind "models": parents, ensemble and every arm, side by side.
 
 With labels, accuracy on the validation and test splits; without, a loss and the agreement with the
-parents on calibration data (`tasks.models.measures.yardsticks`). For the alignments that
-`evaluate.curves` names, the straight path between the reference and each other member and its
-barrier, and the plane through both parents and their merge. For every alignment, how far apart the
-members are; of members that are merged as they are, that alone. Writes `reports/<recipe>/`
-(`tasks.models.report`).
+parents on examples held out, or on calibration data (`tasks.models.measures.yardsticks`). For the
+alignments that `evaluate.curves` names, the straight path between the reference and each other
+member and its barrier, and the plane through both parents and their merge. For every alignment, how
+far apart the members are; of members that are merged as they are, that alone. Writes
+`reports/<recipe>/` (`tasks.models.report`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,7 +41,7 @@ from tasks.reports import report as reports
 from tasks.reports import tables, writer
 
 NORM_EXAMPLES = 256  # of the calibration data, for batch norms along paths and on planes
-CURVE_SPLITS = ("validation", "calibration")  # for paths and planes: not test data
+CURVE_SPLITS = ("validation", "held_out", "calibration")  # for paths and planes: not test data
 
 
 def main(recipe: ModelsRecipe) -> None:

@@ -4,6 +4,7 @@ Pictures pass the models' own image processor, texts their own tokenizer, so bot
 for all models that see them. Writes to `data/<recipe>/`:
 
     calibration/<name>.safetensors                  inputs of the models' forward, without labels
+    held_out/<name>.safetensors                     further ones, where `held_out` asks for some
     benchmarks/<name>/{validation,test}.safetensors keyword inputs, `labels` and `tasks`
     benchmarks/<name>/classes.safetensors           `class_tasks`; `codes` if a model outputs them
 """
@@ -58,8 +59,10 @@ def prepare(recipe: ModelsRecipe) -> Path:
             models = [checkpoints / member for member in _readers(recipe, "calibration", name)]
             refuse_other_processors(models)
             inputs = calibration(f"{where}.calibration.{name}", params, models[0], section.seed)
-            save_file(inputs, folder / "calibration" / f"{name}.safetensors")
-            print(f"prepare: {name}: {describe(inputs)}")
+            for part, tensors in _parts(inputs, params).items():
+                (folder / part).mkdir(exist_ok=True)
+                save_file(tensors, folder / part / f"{name}.safetensors")
+                print(f"prepare: {name}: {describe(tensors)}{WORDS[part]}")
         for name, benchmark in section.benchmarks.items():
             models = [checkpoints / member for member in _readers(recipe, "benchmark", name)]
             refuse_other_processors(models)
@@ -76,6 +79,19 @@ def prepare(recipe: ModelsRecipe) -> Path:
                 save_file(tensors, folder / "benchmarks" / name / f"{split}.safetensors")
         write_json(folder / "manifest.json", _manifest(folder, section))
     return recipe.workspace.data
+
+
+WORDS = {"calibration": "", "held_out": ", held out: no merge sees them"}
+"""What a line of prepare adds, by part."""
+
+
+def _parts(inputs: Inputs, params: ModelsCalibration) -> dict[str, Inputs]:
+    """The calibration examples and the further ones."""
+    seen = {name: tensor[: params.examples].contiguous() for name, tensor in inputs.items()}
+    if not params.held_out:
+        return {"calibration": seen}
+    further = {name: tensor[params.examples :].contiguous() for name, tensor in inputs.items()}
+    return {"calibration": seen, "held_out": further}
 
 
 def _readers(recipe: ModelsRecipe, key: str, name: str) -> list[str]:
@@ -97,7 +113,7 @@ def describe(inputs: Inputs) -> str:
 
 
 def calibration(where: str, params: ModelsCalibration, checkpoint: Path, seed: int) -> Inputs:
-    """The examples of one source, as keyword inputs of the checkpoint's forward.
+    """The examples of one source, those to hold out last, as inputs of the checkpoint's forward.
 
     Raises:
         CalibrationError: too few examples, files that are no pictures, inputs that are not finite.
@@ -108,33 +124,38 @@ def calibration(where: str, params: ModelsCalibration, checkpoint: Path, seed: i
             params.writer,
             "calibration",
             params.options,
-            num_examples=params.examples,
+            num_examples=params.num_examples,
             seed=seed,
             checkpoint=checkpoint,
         )
     elif params.images is not None:
         inputs = images(
-            where, params.examples, _pictures(where, Path(params.images), seed), checkpoint
+            where,
+            params.num_examples,
+            _pictures(where, Path(params.images), seed),
+            checkpoint,
         )
     elif params.texts is not None:
         inputs = texts(where, params, _documents(where, Path(params.texts), seed), checkpoint)
     else:
         inputs = dataset(where, params, checkpoint, seed)
-    return _checked(where, params.examples, inputs)
+    return _checked(where, params, inputs)
 
 
-def _checked(where: str, num_examples: int, inputs: Inputs) -> Inputs:
+def _checked(where: str, params: ModelsCalibration, inputs: Inputs) -> Inputs:
     lengths = {name: len(tensor) for name, tensor in inputs.items()}
-    if min(lengths.values(), default=0) < num_examples:
+    if min(lengths.values(), default=0) < params.num_examples:
         least = min(lengths.values(), default=0)
+        further = f" and held_out {params.held_out}" if params.held_out else ""
         raise CalibrationError(
-            f"{where}.examples is {num_examples}, the source has {least}: lower it, or give more"
+            f"{where}.examples is {params.examples}{further}, the source has {least}: "
+            "lower it, or give more"
         )
     for name, tensor in inputs.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             rows = (~tensor.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
             raise CalibrationError(f"{where}: {name} has NaN or Inf in examples {rows[:8]}")
-    return {name: tensor[:num_examples].contiguous() for name, tensor in inputs.items()}
+    return {name: tensor[: params.num_examples].contiguous() for name, tensor in inputs.items()}
 
 
 GIVEN = {
@@ -250,7 +271,7 @@ def texts(
         if whole:
             batches.append(batch)
             num_found += len(whole)
-        if num_found >= params.examples:
+        if num_found >= params.num_examples:
             break
     if not batches:
         raise CalibrationError(
@@ -288,7 +309,7 @@ def dataset(where: str, params: ModelsCalibration, checkpoint: Path, seed: int) 
         values = (row[params.column] for row in rows)
         if isinstance(rows[0][params.column], str):
             return texts(where, params, values, checkpoint)
-        return images(where, params.examples, values, checkpoint)
+        return images(where, params.num_examples, values, checkpoint)
 
 
 def _open_dataset(where: str, path: Path, cache: str):
@@ -325,7 +346,7 @@ def _input_columns(where: str, params: ModelsCalibration, rows: Any, checkpoint:
             "name the column of texts or pictures (`column`), or call one as the model does: "
             f"{forward_inputs(checkpoint)}"
         )
-    chosen = rows.select(range(min(params.examples, len(rows)))).with_format("torch")
+    chosen = rows.select(range(min(params.num_examples, len(rows)))).with_format("torch")
     tensors = {name: torch.as_tensor(chosen[:][name]) for name in names}
     return {n: t.float() if t.is_floating_point() else t.long() for n, t in tensors.items()}
 

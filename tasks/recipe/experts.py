@@ -1,6 +1,7 @@
 """Recipes of kind "experts": the experts of one modality transformer are merged with each other."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -8,7 +9,14 @@ from pydantic import Field, model_validator
 from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS, validate
 from tasks.recipe.section import ParamsError, Section
-from tasks.recipe.shared import FetchParams, RegisterParams, ShipParams
+from tasks.recipe.shared import (
+    BEST,
+    Candidates,
+    FetchParams,
+    RegisterParams,
+    ShipParams,
+    chosen_arm,
+)
 from tasks.recipe.training import Distillation, EarlyStopping, FinetunePlan
 from tasks.workspace import Workspace
 
@@ -131,17 +139,11 @@ def _in_order(given: Mapping[str, Any], modalities: Sequence[str]) -> list[float
     return [given[m] for m in modalities]
 
 
-class MergeParams(Section):
+class MergeParams(Candidates):
     """The arms of a comparison; `result` is the one the recipe is about."""
 
-    result: str
+    result: str  # an arm, or `best` of the candidates
     arms: dict[str, ArmParams] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _result_is_an_arm(self) -> "MergeParams":
-        if self.result not in self.arms:
-            raise ValueError(f"result {self.result!r}: {nearest(self.result, list(self.arms))}")
-        return self
 
 
 class EvaluateParams(Section):
@@ -201,9 +203,24 @@ class ExpertsRecipe(Section):
         return f"params/{self.name}.yaml"
 
     @property
-    def result(self) -> str:
-        """The folder below `arms` of the model that the recipe is about."""
+    def named_arm(self) -> str:
+        """The arm that the recipe is about, or `best`."""
         return self.merge.result
+
+    def folder(self, arm: str) -> Path:
+        """Where merge put an arm."""
+        return self.workspace.arms / arm
+
+    @property
+    def result(self) -> str:
+        """The arm that the recipe is about, once `choose` has run."""
+        return chosen_arm(self.merge.result, self.workspace)
+
+    @property
+    def source(self) -> str:
+        """The checkpoint whose experts the result merges; all candidates merge the same."""
+        named = self.merge.result
+        return self.merge.arms[self.merge.candidates[0] if named == BEST else named].checkpoint
 
     def check(self) -> None:
         """Refuse what no stage could do, before the first of them runs.
@@ -211,6 +228,7 @@ class ExpertsRecipe(Section):
         Raises:
             ParamsError: a name that no other section has, or an arm that cannot be merged so.
         """
+        self.merge.check_candidates(self.where, self.merge.result, self.merge.arms)
         for key, name, known in self._names():
             if name not in known:
                 raise ParamsError(f"{self.where}: {key}: {name!r}: {nearest(name, list(known))}")
@@ -220,6 +238,7 @@ class ExpertsRecipe(Section):
                 "kind experts take whole checkpoints (`alloy merge linear OUT BASE+ADAPTER` "
                 "writes one)"
             )
+        self._check_candidates()
         for name, arm in self.merge.arms.items():
             where = f"{self.where}: merge.arms.{name}"
             check_arm(where, arm)
@@ -231,6 +250,22 @@ class ExpertsRecipe(Section):
                 )
         self._check_calibration()
         self._check_models()
+
+    def _check_candidates(self) -> None:
+        """Refuse candidates that merge other models, and a result that is fine-tuned twice."""
+        arms, candidates = self.merge.arms, self.merge.candidates
+        checkpoints = {name: arms[name].checkpoint for name in candidates}
+        if len({*checkpoints.values()}) > 1:
+            raise ParamsError(
+                f"{self.where}: merge.candidates: they merge the experts of several checkpoints, "
+                f"{checkpoints}: compare merges of one"
+            )
+        for name in self.finetune.arms if self.finetune is not None else ():
+            if self.merge.result == BEST and name in candidates:
+                raise ParamsError(
+                    f"{self.where}: finetune.arms: {name!r} is among merge.candidates: where it is "
+                    "the best, it is fine-tuned as the result; name other arms"
+                )
 
     def _check_calibration(self) -> None:
         drawn, read = self.prepare.calibration_examples, self.collect.calibration_examples

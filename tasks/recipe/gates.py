@@ -58,7 +58,7 @@ def _splits(recipe: Recipe) -> Mapping[str, Collection[str]]:
     if isinstance(recipe, ExpertsRecipe):
         return dict.fromkeys(recipe.prepare.benchmarks, MEASURED)
     return {
-        name: MEASURED if entry.benchmark else ("calibration",)
+        name: MEASURED if entry.benchmark else (recipe.split(name),)
         for name, entry in recipe.sets.items()
     }
 

@@ -74,6 +74,7 @@ OWN_SECTION = {"merge": "merge.arms", "choose": "merge.result"}
 """The section that a stage tracks in any case; by default that of its own name."""
 
 FILLS = {
+    "choose": ("family", "library", "data", "candidates"),
     "prepare": ("family", "members"),
     "collect": ("family", "library", "members"),
     "align": ("family", "library", "collect", "members"),
@@ -123,6 +124,7 @@ def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
         "kept": "kept" if is_models and "kept" in given else section,
         "collect": "collect" if calibrated else section,
         "align": "align" if calibrated else section,
+        "candidates": "merge.candidates" if "candidates" in given["merge"] else section,
         "dtype": "merge.dtype" if "dtype" in given["merge"] else section,
         "finetune": "finetune" if finetuned else section,
     }

@@ -5,6 +5,7 @@ without, they are merged as they are, as a stream.
 """
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -12,7 +13,13 @@ from pydantic import Field, model_validator
 from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS, validate
 from tasks.recipe.section import Name, ParamsError, Section
-from tasks.recipe.shared import FetchParams, RegisterParams, ShipParams
+from tasks.recipe.shared import (
+    Candidates,
+    FetchParams,
+    RegisterParams,
+    ShipParams,
+    chosen_arm,
+)
 from tasks.workspace import Workspace
 
 CALIBRATED = ("prepare", "collect", "align")  # the sections of recipes whose units are aligned
@@ -26,11 +33,17 @@ class ModelsCalibration(Section):
     dataset: str | None = None  # of the package `datasets`, on disk; or a .parquet, .csv, .jsonl
     writer: str | None = None  # a key of tasks.data.classification.WRITERS
     examples: int = Field(ge=2)
+    held_out: int = Field(default=0, ge=0)  # further ones that no merge sees: arms are judged on
     tokens: int | None = Field(default=None, gt=1)  # of each text
     column: str | None = (
         None  # of a dataset: texts or images; without one: its columns are model inputs
     )
     options: dict[str, Any] = Field(default={})  # of a writer
+
+    @property
+    def num_examples(self) -> int:
+        """All that the source gives: the calibration examples, and those held out."""
+        return self.examples + self.held_out
 
     @model_validator(mode="after")
     def _has_one_source(self) -> "ModelsCalibration":
@@ -197,10 +210,10 @@ class ModelsResult(Section):
 
     set: str
     seed: int
-    arm: str
+    arm: str  # or `best` of the candidates
 
 
-class ModelsMergeParams(Section):
+class ModelsMergeParams(Candidates):
     """The arms of a comparison, all made for all sets."""
 
     result: ModelsResult | str  # an arm alone where there is one set with one seed
@@ -285,8 +298,8 @@ class ModelsRecipe(Section):
         return self.prepare, self.collect, self.align
 
     @property
-    def chosen(self) -> ModelsResult:
-        """Set, seed and arm of the model that the recipe is about."""
+    def named(self) -> ModelsResult:
+        """Set, seed and arm of the model that the recipe is about; the arm may be `best`."""
         result = self.merge.result
         if isinstance(result, ModelsResult):
             return result
@@ -294,10 +307,23 @@ class ModelsRecipe(Section):
         return ModelsResult(set=name, seed=next(iter(entry.members)), arm=result)
 
     @property
-    def result(self) -> str:
-        """The folder below `arms` of the model that the recipe is about."""
-        chosen = self.chosen
-        return f"{chosen.set}/{chosen.seed}/{chosen.arm}"
+    def chosen(self) -> ModelsResult:
+        """Set, seed and arm of the model that the recipe is about, once `choose` has run."""
+        return self.named.model_copy(update={"arm": chosen_arm(self.named.arm, self.workspace)})
+
+    @property
+    def named_arm(self) -> str:
+        """The arm that the recipe is about, or `best`."""
+        return self.named.arm
+
+    def folder(self, arm: str) -> Path:
+        """Where merge put an arm of the result's set and seed."""
+        return self.workspace.arms / self.named.set / str(self.named.seed) / arm
+
+    def split(self, name: str) -> str:
+        """The data on which a set without labels is measured: held out, or what merges see."""
+        calibration = self.calibrated[0].calibration[str(self.sets[name].calibration)]
+        return "held_out" if calibration.held_out else "calibration"
 
     def alignments(self, name: str) -> dict[str, ModelsAlignment]:
         """The alignments that are made for a set."""
@@ -340,6 +366,7 @@ class ModelsRecipe(Section):
                 f"{self.where}: merge.result: {self.merge.result!r}: there are {len(self.jobs())} "
                 "sets and seeds; write {set: ..., seed: ..., arm: ...}"
             )
+        self._check_candidates()
         for key, section in (("register", self.registration), ("ship", self.ship)):
             if section is not None and section.model != "merged":
                 raise ParamsError(
@@ -385,6 +412,24 @@ class ModelsRecipe(Section):
                     raise ParamsError(
                         f"{self.where}: prepare.{part}: no set has {', '.join(unused)}"
                     )
+
+    def _check_candidates(self) -> None:
+        """Raise ParamsError for candidates that nothing tells apart."""
+        entry = self.sets[self.named.set]
+        self.merge.check_candidates(self.where, self.named.arm, self.arms(self.named.set))
+        if not self.merge.candidates or entry.benchmark is not None:
+            return
+        if not self.is_calibrated:
+            raise ParamsError(
+                f"{self.where}: merge.candidates: there are no data to compare them on: give "
+                "prepare, collect and align, or name one arm as the result"
+            )
+        if not self.calibrated[0].calibration[str(entry.calibration)].held_out:
+            raise ParamsError(
+                f"{self.where}: merge.candidates: set {self.named.set!r} has no benchmark, and no "
+                f"examples that the merges have not seen: set prepare.calibration."
+                f"{entry.calibration}.held_out, such as to 256"
+            )
 
     def _check_arm(self, name: str, key: str, arm: ModelsArm) -> None:
         """Raise ParamsError unless the arm can be merged of this set's members as it says."""
@@ -474,8 +519,7 @@ class ModelsRecipe(Section):
                     yield f"{where}.{key}", chosen, alignments
             if arm.base is not None:
                 yield f"{where}.base", arm.base, checkpoints
-        result = self.chosen
+        result = self.named
         yield "merge.result.set", result.set, self.sets
         yield "merge.result.seed", result.seed, self.sets[result.set].members
-        yield "merge.result.arm", result.arm, self.arms(result.set)
         yield from (("evaluate.curves", n, alignments) for n in self.evaluate.curves)

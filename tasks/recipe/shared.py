@@ -1,12 +1,18 @@
 """Sections of both families of recipes: fetch, register, ship; and the gates of promotion."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
 from alloy.errors import nearest
-from tasks.recipe.section import Name, Section
+from tasks.recipe.section import Name, ParamsError, Section
+from tasks.storage import read_json
+from tasks.workspace import Workspace
+
+BEST = "best"
+"""As `merge.result`: the best of `merge.candidates` on held-out data."""
 
 
 class CheckpointParams(Section):
@@ -62,6 +68,60 @@ class FetchParams(Section):
             if base is None
             else Path(f"{checkpoints / base}+{checkpoints / name}")
         )
+
+
+class Candidates(Section):
+    """The arms that `choose` compares on held-out data, from the simplest; none: no comparison.
+
+    The simplest is the result unless another is better (`alloy.measures.choose_by_values`).
+    """
+
+    candidates: list[str] = Field(default=[])
+
+    def check_candidates(self, where: str, named: str, arms: Collection[str]) -> None:
+        """Raise ParamsError unless the result is an arm, or the best of several that are there.
+
+        Args:
+            where: the recipe's file.
+            named: the result, as the recipe names it.
+            arms: those that the result may be.
+        """
+        if BEST in arms:
+            raise ParamsError(
+                f"{where}: merge.arms: {BEST!r} is what `result` says to have the best of "
+                "`candidates`: give the arm another name"
+            )
+        if named == BEST and not self.candidates:
+            raise ParamsError(
+                f"{where}: merge.result: {BEST!r}, of what? Name two or more arms in "
+                "merge.candidates, from the simplest"
+            )
+        if named != BEST and named not in arms:
+            raise ParamsError(f"{where}: merge.result: {named!r}: {nearest(named, [*arms, BEST])}")
+        for name in self.candidates:
+            if name not in arms:
+                right = nearest(name, list(arms))
+                raise ParamsError(f"{where}: merge.candidates: {name!r}: {right}")
+        if len(self.candidates) == 1 or len({*self.candidates}) < len(self.candidates):
+            raise ParamsError(
+                f"{where}: merge.candidates: {self.candidates}: name two or more arms, each once"
+            )
+
+
+def chosen_arm(named: str, workspace: Workspace) -> str:
+    """The arm that a recipe is about: the one that it names, or the one that `choose` found best.
+
+    Raises:
+        ParamsError: the recipe has the best of several, and `choose` has not run.
+    """
+    if named != BEST:
+        return named
+    if not workspace.choice.is_file():
+        raise ParamsError(
+            f"{workspace.choice} is missing, so no arm is the best yet: run "
+            f"`dvc repro choose@{workspace.recipe}` first"
+        )
+    return read_json(workspace.choice)["arm"]
 
 
 class RegisterParams(Section):

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alloy.modality import ModalityConfig, ModalityModel
-from tasks import choose
-from tasks.experts import align, collect, evaluate, finetune, merge
+from tasks.experts import align, choose, collect, evaluate, finetune, merge
 from tasks.models import align as align_models
+from tasks.models import choose as choose_models
 from tasks.models import collect as collect_models
 from tasks.models import evaluate as evaluate_models
 from tasks.models import merge as merge_models
@@ -205,7 +205,7 @@ def write_models(name: str) -> None:
 def run_models() -> None:
     """Every stage from fetch to evaluate."""
     recipe = load("models")
-    stages = (fetch, prepare_models, collect_models, align_models, merge_models, choose)
+    stages = (fetch, prepare_models, collect_models, align_models, merge_models, choose_models)
     for stage in (*stages, evaluate_models):
         stage.main(recipe)
 

@@ -18,7 +18,7 @@ of `TRAINING_FREE` need no head beyond the pre-trained ones.
 Shapes: N examples, n of a batch, T tokens, C classes, L labels a side, B resamples.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,10 @@ class Benchmark:
             for batch in batches(data, batch_size)
         ]
         return torch.cat(parts)
+
+    def values(self, outputs: Tensor, data: Split) -> Tensor:
+        """The share of each example that is right, [N]: the metric is its mean, in per cent."""
+        return (outputs.argmax(dim=1) == data["labels"]).double()
 
     def guess(self, data: Split) -> float:
         """The metric, in per cent, of saying the commonest answer to every example of a kind."""
@@ -169,14 +173,15 @@ class Retrieval(Benchmark):
     def guess(self, data: Split) -> float:
         return 100 / num_examples(data)
 
+    def values(self, outputs: Tensor, data: Split) -> Tensor:
+        text, image = _recalls(outputs, 1)
+        return (text + image) / 2
+
     def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
         """Recalls; an image's right caption must beat all others strictly, so ties do not count."""
-        right = outputs.diagonal()
-        captions_ahead = (outputs >= right[:, None]).sum(1) - 1
-        images_ahead = (outputs >= right[None, :]).sum(0) - 1
         scores = {}
         for k in (1, 5):
-            text, image = (captions_ahead < k).double(), (images_ahead < k).double()
+            text, image = _recalls(outputs, k)
             scores[f"recall_at_{k}"] = mean_score((text + image) / 2)
             scores[f"text_recall_at_{k}"] = mean_score(text)
             scores[f"image_recall_at_{k}"] = mean_score(image)
@@ -194,6 +199,10 @@ class Segmentation(Benchmark):
         labels = data["labels"].long()
         background = F.one_hot(torch.zeros_like(labels), int(labels.max()) + 1).movedim(-1, 1)
         return self.score(background, data)[self.metric].value
+
+    def values(self, outputs: Tensor, data: Split) -> Tensor:
+        """The share of each image's squares that are right; a mean IoU has no value by image."""
+        return (outputs.argmax(dim=1) == data["labels"]).double().mean((1, 2))
 
     def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
         labels, num_classes = data["labels"].long(), outputs.shape[1]
@@ -222,6 +231,14 @@ def _joint(model: ModalityModel, batch: Split) -> Tensor:
 
 def _embeddings(model: ModalityModel, batch: Split) -> tuple[Tensor, Tensor]:
     return model.encode_image(batch["pixel_values"]), model.encode_text(*_text(batch))
+
+
+def _recalls(outputs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Whether each image finds its caption among the first k, and each caption its image."""
+    right = outputs.diagonal()
+    captions_ahead = (outputs >= right[:, None]).sum(1) - 1
+    images_ahead = (outputs >= right[None, :]).sum(0) - 1
+    return (captions_ahead < k).double(), (images_ahead < k).double()
 
 
 def _mean_iou(overlap: Tensor, union: Tensor) -> Tensor:
@@ -254,3 +271,8 @@ BENCHMARKS: dict[str, Benchmark] = {
 FINETUNED = ("vqa", "retrieval", "retrieval_hard", "pair_reasoning", "segmentation")
 TRAINING_FREE = ("retrieval", "retrieval_hard", "masked_words", "statements")
 METRIC_TITLES = {"accuracy": "accuracy", "recall_at_1": "R@1", "mean_iou": "mIoU"}
+
+
+def training_free(prepared: Collection[str]) -> list[str]:
+    """The benchmarks among those prepared that need no head beyond the pre-trained ones."""
+    return [name for name in TRAINING_FREE if name in prepared]

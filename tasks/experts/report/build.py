@@ -15,6 +15,7 @@ from tasks.experts.report.grids import (
     title,
 )
 from tasks.experts.report.results import Results, main_scores
+from tasks.reports import choice
 from tasks.reports.html import element
 from tasks.reports.report import Markup, Part, Report, Section
 
@@ -25,6 +26,7 @@ def build(results: Results) -> Report:
     finetuned = score_grid(results, finetuned=True)
     sections = [
         Section("", story(results)),
+        Section("Why this arm", choice.parts(results.choice)),
         Section("After fine-tuning", [finetuned, charts.finetuned(results)]),
         Section("What the recipe gains", [*gains_grids(results), *charts.gains(results)]),
         Section("Straight after merging", [training_free, charts.training_free(results)]),

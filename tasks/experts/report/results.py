@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -62,6 +62,7 @@ class Results:
     examples: Mapping[str, Mapping[str, Tensor]]  # the test split by benchmark
     sources: list[SourceRow]
     packages: Mapping[str, str]  # that carried the data, with versions
+    choice: Mapping[str, Any]  # of the result's arm (`tasks.reports.choice`)
     naive: str  # the model whose fine-tuned scores gains are measured against
     baseline: str
 

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from alloy.refit import repair
 from tasks.evaluation import accuracy
-from tasks.models.measures.yardsticks import Candidate, Unlabelled, as_candidate, yardsticks
+from tasks.models.measures.yardsticks import (
+    Candidate,
+    as_candidate,
+    surest,
+    unlabelled,
+    yardsticks,
+)
 from tasks.models.shared.jobs import Job
 
 Weights = Mapping[str, Tensor]
@@ -54,10 +60,9 @@ def mean(models: Sequence[Weights]) -> dict[str, Tensor]:
 def _by_answers(job: Job, parents: Sequence[Candidate], seen: Sequence[Weights]) -> Measure:
     classes = None
     if job.benchmark is None:
-        (unlabelled,) = yardsticks(job, parents, job.recipe.evaluate.batch_size).values()
-        assert isinstance(unlabelled, Unlabelled)
-        if unlabelled.words is not None or not unlabelled.are_logits:
-            return lambda merge: -unlabelled.score([merge])["loss"].value
+        measure = unlabelled(job, job.calibration, parents, job.recipe.evaluate.batch_size)
+        if measure.words is not None or not measure.are_logits:
+            return lambda merge: -measure.score([merge])["loss"].value
     else:
         folder = job.benchmark
         classes = load_file(folder / "classes.safetensors")
@@ -70,13 +75,6 @@ def _by_answers(job: Job, parents: Sequence[Candidate], seen: Sequence[Weights])
     together = surest(theirs) if classes is None else accuracy.ensemble(theirs, classes)
     choices = together.argmax(1)
     return lambda merge: 100 * (logits(merge).argmax(1) == choices).double().mean().item()
-
-
-def surest(logits: Sequence[Tensor]) -> Tensor:
-    """Choose for each row [C] the parent whose largest probability exceeds the others'."""
-    logits_PNC = torch.stack(list(logits))
-    parent_N = logits_PNC.softmax(2).amax(2).argmax(0)
-    return logits_PNC[parent_N, torch.arange(len(parent_N))]
 
 
 def _by_labels(job: Job, parents: Sequence[Candidate], seen: Sequence[Weights]) -> Measure:

@@ -7,9 +7,16 @@ labels, and how far a model agrees with the parents. That loss is
     other models of logits  Kullback-Leibler divergence of parents' mean softmax and model's
     all others              squared distance to the parents' mean output, over its variance
 
-and agreement is the share of rows with a parent's first choice, or for outputs that are no logits
-the share of a parent's variance that the model's output explains (100: the same; it may be
-negative).
+and agreement is the share of rows with a parent's first choice. For outputs that are no logits it
+is the share of a parent's variance that the model's output explains (100: the same; it may be
+negative), and whether both find the same examples alike (`alloy.measures.encoders`): the loss and
+the variance can favour a model that search would not.
+
+Arms are compared with each other by
+    labels                  the right class among those of all tasks
+    language models         the log-likelihood of the words
+    other models of logits  the first choice of the surest parent
+    all others              explained variance, nearest neighbours and pairwise similarities
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,14 +29,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
+from alloy.measures.encoders import neighbour_agreement, similarity_agreement
 from tasks.evaluation import accuracy
 from tasks.evaluation.loading import load_tokenizer, model_class
 from tasks.evaluation.outputs import Answers, answers, by_length, trimmed
 from tasks.evaluation.score import Score
 from tasks.models.shared.jobs import Job, batches
+from tasks.storage import read_json
 
 MASKED_SHARE = 0.15  # of the words, as in BERT's training
 IGNORED = -100
+ALIKE = {"neighbours": neighbour_agreement, "similarities": similarity_agreement}
+FEWEST = 3  # examples whose answers have neighbours
 TINY = 1e-30  # keeps logarithms of 0 and divisions by no variance finite, in float32 too
 
 Inputs = Mapping[str, Tensor]
@@ -40,6 +51,10 @@ class Yardstick(Protocol):
     """Scores of a model, or of several whose answers are put together."""
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]: ...
+
+    def by_example(self, candidate: Candidate) -> dict[str, Tensor]:
+        """What arms are compared by: of each example a value by measure, more for better."""
+        ...
 
 
 def as_candidate(model: nn.Module) -> Candidate:
@@ -52,15 +67,24 @@ def as_candidate(model: nn.Module) -> Candidate:
 
 
 def yardsticks(job: Job, parents: Sequence[Candidate], batch_size: int) -> dict[str, Yardstick]:
-    """The yardsticks of a set by split: `validation` and `test`, or `calibration`."""
+    """The yardsticks of a set by split: `validation` and `test`, `held_out` or `calibration`."""
     if (folder := job.benchmark) is not None:
         classes = load_file(folder / "classes.safetensors")
         return {
             split: Labelled(load_file(folder / f"{split}.safetensors"), classes, batch_size)
             for split in ("validation", "test")
         }
-    inputs, words = _language(next(iter(job.folders.values())), load_file(job.calibration))
-    return {"calibration": Unlabelled(inputs, words, parents, batch_size)}
+    if job.held_out is not None:
+        return {"held_out": unlabelled(job, job.held_out, parents, batch_size)}
+    return {"calibration": unlabelled(job, job.calibration, parents, batch_size)}
+
+
+def unlabelled(job: Job, file: Path, parents: Sequence[Candidate], batch_size: int) -> "Unlabelled":
+    """The yardstick of a set on examples without labels."""
+    reference = next(iter(job.folders.values()))
+    inputs, words = _language(reference, load_file(file))
+    first = _reads_first_token(reference)
+    return Unlabelled(inputs, words, parents, batch_size, by_first_token=first)
 
 
 class Labelled:
@@ -85,6 +109,10 @@ class Labelled:
             scores[f"task_{task}_loss"] = _mean(losses[self.tasks == task])
         return scores
 
+    def by_example(self, candidate: Candidate) -> dict[str, Tensor]:
+        hits = self._logits(candidate).argmax(dim=1) == self.labels
+        return {"joint accuracy": 100 * hits.double()}
+
     def _logits(self, candidate: Candidate) -> Tensor:
         parts = []
         for batch in batches(self.inputs, self.batch_size):
@@ -104,6 +132,7 @@ class _Seen(NamedTuple):
 
     mean: Tensor | None  # probabilities of logits, or the outputs; None where words are the targets
     own: list[Tensor]  # first choices [R] of logits, or the outputs [R, C]
+    surest: Tensor | None  # of logits the surest parent's first choice [R]
 
 
 class Unlabelled:
@@ -115,10 +144,20 @@ class Unlabelled:
         words: Tensor | None,
         parents: Sequence[Candidate],
         batch_size: int,
+        *,
+        by_first_token: bool = False,  # an example's answer is that of its first row, not the mean
     ) -> None:
         self.inputs, self.words, self.batch_size = inputs, words, batch_size
-        self.num_parents = len(parents)
-        self.seen = [_see([p(b) for p in parents], words is None) for b in self._batches()]
+        self.by_first_token = by_first_token
+        self.num_examples = len(next(iter(inputs.values())))
+        self.seen: list[_Seen] = []
+        of_parents: list[list[Tensor]] = [[] for _ in parents]  # an example's answer each
+        for batch in self._batches():
+            answers = [parent(batch) for parent in parents]
+            self.seen.append(_see(answers, words is None))
+            if not answers[0].are_logits:
+                for own, answer in zip(of_parents, answers, strict=True):
+                    own.append(self._whole(answer))
         self.are_logits = bool(len(self.seen)) and self.seen[0].own[0].dim() == 1
         if not self.are_logits:
             means = [seen.mean for seen in self.seen if seen.mean is not None]
@@ -126,19 +165,62 @@ class Unlabelled:
             self.variances = [
                 _variance([seen.own[i] for seen in self.seen]) for i in range(len(parents))
             ]
+            self.parents = [torch.cat(own) for own in of_parents]
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]:
         """Score one model, or the mean answer of several."""
+        return {name: _mean(values) for name, values in self._measured(candidates).items()}
+
+    def by_example(self, candidate: Candidate) -> dict[str, Tensor]:
+        measured = self._measured([candidate])
+        if self.words is not None:
+            return {"log-likelihood": -measured["loss"]}
+        if self.are_logits:
+            return {"choice of the surest parent": self._surest_choices(candidate)}
+        return {name.replace("_", " "): measured[name] for name in ("explained_variance", *ALIKE)}
+
+    def _surest_choices(self, candidate: Candidate) -> Tensor:
+        """The share of each example's rows that get the surest parent's first choice, per cent."""
+        values, examples, start = [], [], 0
+        for batch, seen in zip(self._batches(), self.seen, strict=True):
+            answer = candidate(batch)
+            values.append(100.0 * (answer.rows.argmax(1) == seen.surest))
+            examples.append(answer.examples + start)
+            start += len(next(iter(batch.values())))
+        return _by_example(values, examples)
+
+    def _measured(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
+        """Each metric's values, one for each example that has any."""
         rows: dict[str, list[Tensor]] = {}
         where: dict[str, list[Tensor]] = {}
+        whole: list[Tensor] = []
         start = 0
         for batch, seen in zip(self._batches(), self.seen, strict=True):
             answer = _together([candidate(batch) for candidate in candidates])
+            if not self.are_logits:
+                whole.append(self._whole(answer))
             for name, (values, examples) in self._values(answer, seen, start).items():
                 rows.setdefault(name, []).append(values)
                 where.setdefault(name, []).append(examples + start)
             start += len(next(iter(batch.values())))
-        return {name: _mean(_by_example(rows[name], where[name])) for name in rows}
+        measured = {name: _by_example(rows[name], where[name]) for name in rows}
+        if whole and self.num_examples >= FEWEST:
+            answers = torch.cat(whole)
+            for name, measure in ALIKE.items():
+                values = [100 * measure(answers, parent) for parent in self.parents]
+                measured[name] = torch.stack(values).mean(0)
+        return measured
+
+    def _whole(self, answer: Answers) -> Tensor:
+        """Each example's answer: the mean of its rows, or the first, as its sentence encoder does.
+
+        Float64 [N, C].
+        """
+        if self.by_first_token:
+            return answer.rows[answer.places == 0].double()
+        counts = answer.examples.bincount()
+        total = torch.zeros(len(counts), answer.rows.shape[1], dtype=torch.float64)
+        return total.index_add(0, answer.examples, answer.rows.double()) / counts[:, None]
 
     def _batches(self) -> Iterator[Inputs]:
         return batches(self.inputs, self.batch_size)
@@ -175,9 +257,17 @@ class Unlabelled:
 
 def _see(parents: Sequence[Answers], keep_mean: bool) -> _Seen:
     if parents[0].are_logits:
+        choices = surest([p.rows for p in parents]).argmax(1)
         mean = torch.stack([p.rows.softmax(1) for p in parents]).mean(0) if keep_mean else None
-        return _Seen(mean, [p.rows.argmax(1) for p in parents])
-    return _Seen(torch.stack([p.rows for p in parents]).mean(0), [p.rows for p in parents])
+        return _Seen(mean, [p.rows.argmax(1) for p in parents], choices)
+    return _Seen(torch.stack([p.rows for p in parents]).mean(0), [p.rows for p in parents], None)
+
+
+def surest(logits: Sequence[Tensor]) -> Tensor:
+    """Choose for each row [C] the parent whose largest probability exceeds the others'."""
+    logits_PNC = torch.stack(list(logits))
+    parent_N = logits_PNC.softmax(2).amax(2).argmax(0)
+    return logits_PNC[parent_N, torch.arange(len(parent_N))]
 
 
 def _together(answers: Sequence[Answers]) -> Answers:
@@ -234,6 +324,12 @@ def _language(checkpoint: Path, inputs: Inputs) -> tuple[Inputs, Tensor | None]:
     hidden = drawn & mask & ~special
     words = ids.masked_fill(~hidden, IGNORED)
     return {**inputs, "input_ids": ids.masked_fill(hidden, tokenizer.mask_token_id)}, words
+
+
+def _reads_first_token(checkpoint: Path) -> bool:
+    """True where a sentence encoder's own pooling is its first token; all others have the mean."""
+    file = checkpoint / "1_Pooling" / "config.json"
+    return file.is_file() and bool(read_json(file).get("pooling_mode_cls_token"))
 
 
 def _classes(mapping: Mapping[str, str | tuple[str, ...]]) -> set[str]:

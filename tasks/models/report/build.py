@@ -13,8 +13,10 @@ from tasks.models.report.grids import (
 )
 from tasks.models.report.lineage import alignment_grid, lineage_grid, warnings
 from tasks.models.shared.jobs import Job
+from tasks.reports import choice
 from tasks.reports.html import listing
 from tasks.reports.report import Markup, Report, Section
+from tasks.storage import read_json
 
 STORY = Markup(
     "<p>Networks that were trained apart compute alike with their units in different orders. "
@@ -43,6 +45,7 @@ def build(jobs: Sequence[Job], rows: Mapping[str, Sequence[Any]]) -> Report:
     notes = warnings(jobs)
     sections = [
         Section("", [STORY]),
+        Section("Why this arm", choice.parts(read_json(recipe.workspace.choice))),
         Section("How well they do", [charts.scores(rows["scores"], recipe), *overview, *scores]),
         Section("Barriers between the parents", [*curves, *barriers]),
         Section("What alignment did", [alignment_grid(jobs)]),

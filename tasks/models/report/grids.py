@@ -12,7 +12,7 @@ from tasks.recipe.models import ModelsRecipe
 from tasks.reports.means import Mean, mean, means
 from tasks.reports.report import Grid
 
-SHOWN_SPLITS = ("test", "calibration")
+SHOWN_SPLITS = {"test": "test", "held_out": "held-out", "calibration": "calibration"}
 OVERVIEW = ("joint_accuracy", "average_accuracy")
 MEASURES = {"l2": "L2", "cosine": "1 - cosine", "ssd": "SSD", "tssd": "TSSD"}
 
@@ -75,7 +75,7 @@ def score_grids(params: ModelsRecipe, scores: Sequence[ScoreRow]) -> list[Grid]:
         ours = params.chosen.arm if params.chosen.set == name else None
         grids.append(
             Grid(
-                f"{title(params, name)}: {rows[0].split} data, {seeds(params, name)}",
+                f"{title(params, name)}: {SHOWN_SPLITS[rows[0].split]} data, {seeds(params, name)}",
                 ["", *map(metric_title, columns)],
                 [
                     [

@@ -71,6 +71,14 @@ class Job:
     def calibration(self) -> Path:
         return self.workspace.data / "calibration" / f"{self.entry.calibration}.safetensors"
 
+    @property
+    def held_out(self) -> Path | None:
+        """The calibration data's further examples, which no merge sees, as far as there are any."""
+        assert self.recipe.prepare is not None
+        if not self.recipe.prepare.calibration[str(self.entry.calibration)].held_out:
+            return None
+        return self.workspace.data / "held_out" / f"{self.entry.calibration}.safetensors"
+
     def seen(self) -> list[dict[str, Tensor]]:
         """The calibration examples in batches, texts by length, without needless padding."""
         _, collect, _ = self.recipe.calibrated

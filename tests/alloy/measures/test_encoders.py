@@ -13,6 +13,7 @@ from alloy.measures import (
     ENCODER_MEASURES,
     answers_of,
     choose,
+    choose_by_values,
     explained_variance,
     neighbour_agreement,
     similarity_agreement,
@@ -142,6 +143,41 @@ def test_answers_are_those_of_the_weights():
 def test_answers_that_cannot_be_compared_are_refused(measure, answers, parent, message):
     with pytest.raises(MeasureError, match=message):
         measure(answers, parent)
+
+
+def test_hits_of_labels_choose_as_well():
+    """Values that were measured already decide as measures do, and say the gain over the first."""
+    hits = {
+        "average": torch.tensor([1.0, 0, 0, 0] * 25),
+        "regmean": torch.tensor([1.0, 1, 0, 0] * 25),
+        "refit": torch.tensor([1.0, 1, 1, 0] * 25),
+    }
+    choice = choose_by_values({name: {"accuracy": own} for name, own in hits.items()})
+    assert choice.chosen == "refit"
+    assert choice.over_simplest["refit"]["accuracy"].mean == pytest.approx(0.5)
+    assert choice.gains["refit"]["accuracy"].mean == pytest.approx(0.25)
+    one_more = {**hits, "ours": hits["refit"].clone()}
+    one_more["ours"][3] = 1
+    choice = choose_by_values({name: {"accuracy": own} for name, own in one_more.items()})
+    assert choice.chosen == "refit"
+    assert choice.reasons["ours"] == "no different from refit, which is simpler"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "no candidates"),
+        ({"a": {}}, "no measures"),
+        ({"a": {"x": torch.ones(4)}, "b": {"y": torch.ones(4)}}, "measure all candidates alike"),
+        ({"a": {"x": torch.ones(4)}, "b": {"x": torch.ones(5)}}, "one for each example"),
+        ({"a": {"x": torch.ones(4, 2)}}, "one for each example"),
+        ({"a": {"x": torch.ones(2)}}, "too few"),
+        ({"a": {"x": torch.tensor([1.0, torch.nan, 0])}}, "NaN or Inf"),
+    ],
+)
+def test_values_that_cannot_be_compared_are_refused(values, message):
+    with pytest.raises(MeasureError, match=message):
+        choose_by_values(values)
 
 
 def test_questions_without_an_answer_are_refused():

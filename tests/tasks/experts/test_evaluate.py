@@ -108,6 +108,8 @@ def built(tmp_path_factory):
         save(agnostic, "merged")
         for seed, folder in enumerate(("arms/naive", "finetuned", "finetuned_arms/naive"), 2):
             save(new_model(AGNOSTIC, seed), folder)
+        account = {"arm": "interpolation", "reason": "the recipe names it"}
+        write_json(load_experts("toy").workspace.choice, account)
         for name in EVALUATE["checkpoints"]:
             manifest = {"source": f"released/{name}", "revision": "sha256:abc"}
             write_json(Path("models/toy/checkpoints") / name / "manifest.json", manifest)

@@ -22,8 +22,7 @@ from alloy.modality import (
 from alloy.modality.observe import collect_experts, expert_spec
 from alloy.symmetry import random_transforms
 from alloy.symmetry.spec import with_kind
-from tasks import choose
-from tasks.experts import align, collect, merge
+from tasks.experts import align, choose, collect, merge
 from tasks.experts.shared.statistics import load_statistics, save_statistics
 from tasks.recipe.experts import ArmParams
 from tasks.recipe.load import load, load_experts

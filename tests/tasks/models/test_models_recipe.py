@@ -19,8 +19,7 @@ from transformers import ConvNextImageProcessor
 
 import alloy
 from alloy.symmetry import with_kind
-from tasks import choose
-from tasks.models import align, collect, evaluate, merge, prepare
+from tasks.models import align, choose, collect, evaluate, merge, prepare
 from tasks.models.measures.scores import merge_score, surest
 from tasks.models.measures.yardsticks import Labelled, as_candidate
 from tasks.models.shared.alignment import load_alignment

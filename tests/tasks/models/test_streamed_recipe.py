@@ -14,9 +14,8 @@ from transformers import AutoModel, ViTConfig, ViTModel
 
 import alloy
 from alloy.checkpoint import save_statistics
-from tasks import choose
 from tasks.command import home
-from tasks.models import evaluate, merge, stream
+from tasks.models import choose, evaluate, merge, stream
 from tasks.recipe.load import load, load_models
 from tasks.recipe.section import ParamsError
 from tasks.registry import register, tracking

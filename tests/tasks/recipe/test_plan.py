@@ -82,6 +82,95 @@ def test_each_sort_of_recipe_passes(name) -> None:
     check_contents(check(name))
 
 
+def several(**sections: object) -> dict[str, object]:
+    """A recipe of experts whose result is the best of two arms."""
+    arms = {name: {"checkpoint": "specific", "method": "linear"} for name in ("average", "other")}
+    merge = {"result": "best", "candidates": ["average", "other"], "arms": arms, **sections}
+    complete = experts()
+    evaluate = {**complete["evaluate"], "naive": "average"}
+    return {**complete, "merge": merge, "evaluate": evaluate}
+
+
+def best_aligned(change: Change) -> dict[str, object]:
+    """A recipe of models with labels whose result is the best of two arms."""
+    arm = {"alignment": "dual", "method": "linear"}
+    merge = {
+        "result": "best",
+        "candidates": ["dual", "other"],
+        "arms": {"dual": arm, "other": arm},
+    }
+    return changed(aligned(merge=merge), change)
+
+
+def without_labels(recipe: dict[str, Any], held_out: int) -> None:
+    del recipe["prepare"]["benchmarks"]
+    recipe["prepare"]["calibration"]["own"]["held_out"] = held_out
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        several(),
+        several(result="other"),
+        best_aligned(lambda r: None),
+        best_aligned(lambda r: without_labels(r, 8)),
+    ],
+)
+def test_candidates_for_a_result_pass(sections) -> None:
+    check_contents(parse("toy", sections))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (several(candidates=[]), "'best', of what"),
+        (several(result="othr"), r"merge\.result: 'othr': did you mean 'other'"),
+        (several(candidates=["average", "othr"]), r"merge\.candidates: 'othr': did you mean"),
+        (several(candidates=["average"]), "name two or more arms"),
+        (several(candidates=["other", "other"]), "each once"),
+        (
+            several(arms={"best": {"checkpoint": "specific", "method": "linear"}}),
+            "give the arm another name",
+        ),
+        (
+            several(
+                arms={
+                    "average": {"checkpoint": "specific", "method": "linear"},
+                    "other": {"checkpoint": "unseeded", "method": "linear"},
+                }
+            ),
+            "compare merges of one",
+        ),
+        (
+            {**several(), "finetune": {**FINETUNE, "arms": ["other"]}},
+            r"finetune\.arms: 'other' is among merge\.candidates",
+        ),
+        (best_aligned(lambda r: without_labels(r, 0)), r"calibration\.own\.held_out"),
+        (
+            streamed(
+                merge={
+                    "result": "best",
+                    "candidates": ["a", "b"],
+                    "arms": {"a": {"method": "linear"}, "b": {"method": "linear"}},
+                }
+            ),
+            "there are no data to compare them on",
+        ),
+    ],
+)
+def test_candidates_that_nothing_tells_apart_are_refused(sections, message) -> None:
+    with pytest.raises(ParamsError, match=message):
+        parse("toy", sections)
+
+
+def test_candidates_need_a_benchmark_without_training() -> None:
+    benchmarks = {"vqa": {"train": 4, "validation": 4, "test": 4}}
+    sections = several()
+    sections["prepare"] = {**sections["prepare"], "benchmarks": benchmarks}
+    with pytest.raises(ParamsError, match="needs one of retrieval"):
+        check_contents(parse("toy", sections))
+
+
 @pytest.mark.parametrize(
     ("name", "recipe", "message"),
     [

@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 
 from alloy.errors import MergeError
 from alloy.modality import ModalityConfig, ModalityModel
-from tasks import choose
-from tasks.models import align, collect, evaluate, merge, prepare
+from tasks.models import align, choose, collect, evaluate, merge, prepare
 from tasks.recipe.load import load
 from tasks.recipe.section import ParamsError
 from tasks.search import command as search

@@ -1,0 +1,37 @@
+"""The choice of the arm that a recipe is about (`choice.json`), in words and as a table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tasks.reports.report import Grid, Part
+
+
+def parts(account: Mapping[str, Any]) -> Sequence[Part]:
+    """What a report says of the choice: a sentence, and where arms were compared a table."""
+    sentence = f"The result is {account['arm']}: {account['reason']}."
+    if "gains" not in account:
+        return [f"{sentence} It was not compared with simpler arms (merge.candidates)."]
+    return [
+        sentence,
+        "A more involved arm replaces a simpler one if some measure rises by more than "
+        f"{account['num_errors']:g} standard errors of the paired difference, and none falls by "
+        "as much.",
+        grid(account),
+    ]
+
+
+def grid(account: Mapping[str, Any]) -> Grid:
+    """The scores of the simplest arm, and what each other one gains over it."""
+    simplest, *others = account["candidates"]
+    measures = [measure for measure, _ in account["measures"]]
+    rows = [[simplest, *(f"{account['scores'][simplest][key]:.2f}" for key in measures), ""]]
+    for name in others:
+        gains = account["gains"][name]
+        shown = [f"{gains[key]['mean']:+.2f} ± {gains[key]['error']:.2f}" for key in measures]
+        rows.append([name, *shown, account["reasons"][name]])
+    caption = (
+        f"Candidates on {account['data']}, from the simplest: the scores of {simplest}, and what "
+        "the others gain over it, ± standard error of the paired difference"
+    )
+    header = ["", *(f"{key} ({num} examples)" for key, num in account["measures"]), "in its turn"]
+    return Grid(caption, header, rows, account["arm"])

@@ -19,9 +19,10 @@ from transformers import ConvNextImageProcessor
 
 import alloy
 from alloy.symmetry import with_kind
+from tasks.evaluation.outputs import Answers
 from tasks.models import align, choose, collect, evaluate, merge, prepare
 from tasks.models.measures.scores import merge_score, surest
-from tasks.models.measures.yardsticks import Labelled, as_candidate
+from tasks.models.measures.yardsticks import Labelled, Unlabelled, as_candidate
 from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.jobs import jobs
 from tasks.recipe.load import load, load_models
@@ -127,6 +128,91 @@ def test_any_architecture_passes_every_stage_without_code(write, workspace, name
     barriers = json.loads(Path("reports/mine/plots/barriers.json").read_text())
     assert {row["alignment"] for row in barriers} == {"identity", "mudsc"}
     assert not list(workspace.rglob("*.incomplete"))
+
+
+def best(recipe: dict, held_out: int = 12) -> None:
+    """The result is the best of the average, itself once more, and mudsc, on held-out examples."""
+    recipe["merge"]["arms"]["again"] = recipe["merge"]["arms"]["average"]
+    recipe["merge"]["candidates"] = ["average", "again", "mudsc"]
+    recipe["merge"]["result"]["arm"] = "best"
+    recipe["prepare"]["calibration"]["own"].update(examples=12, held_out=held_out)
+
+
+MEASURES = {
+    CONVNEXT: ["choice of the surest parent"],
+    OPT: ["log-likelihood"],
+    "ElectraModel": ["explained variance", "neighbours", "similarities"],
+}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_the_best_of_several_arms_is_the_result_and_the_page_says_why(
+    write, workspace, name
+) -> None:
+    """On examples that no merge has seen, by what the kind of model is used for."""
+    write(name, best)
+    run()
+    choice = json.loads(Path("models/mine/choice.json").read_text())
+    assert [measure for measure, _ in choice["measures"]] == MEASURES[name]
+    assert {num for _, num in choice["measures"]} == {12}
+    assert choice["reasons"]["again"] == "no different from average, which is simpler"
+    assert choice["arm"] == choice["favoured"] != "again"
+    merged, arm = (
+        load_file(f"models/mine/{folder}/model.safetensors")
+        for folder in ("merged", f"arms/pair/0/{choice['arm']}")
+    )
+    assert all(torch.equal(merged[key], arm[key]) for key in arm)
+    seen, held_out = (
+        load_file(f"data/mine/{part}/own.safetensors") for part in ("calibration", "held_out")
+    )
+    for key, tensor in seen.items():
+        assert len(tensor) == len(held_out[key]) == 12
+    page = Path("reports/mine/report.html").read_text()
+    assert "Why this arm" in page
+    assert f"The result is {choice['arm']}" in page
+    assert scores("merged", "held_out") == scores(choice["arm"], "held_out")
+
+
+def test_a_recipe_that_names_its_result_says_what_the_data_favour(write) -> None:
+    write(CONVNEXT, best)
+    change_params(lambda recipe: recipe["merge"]["result"].update(arm="again"))
+    run(fetch, prepare, collect, align, merge, choose)
+    choice = json.loads(Path("models/mine/choice.json").read_text())
+    assert choice["arm"] == "again"
+    assert choice["reason"] == f"the recipe names it; held-out data favour {choice['favoured']}"
+
+
+def test_held_out_examples_are_beside_those_that_merges_see(write) -> None:
+    """The calibration data are as many as asked for; too few altogether are refused."""
+    write(CONVNEXT, lambda recipe: best(recipe, held_out=13))
+    run(fetch)
+    with pytest.raises(ValueError, match="examples is 12 and held_out 13, the source has 24"):
+        run(prepare)
+
+
+def test_alignment_is_not_chosen_on_held_out_examples(write) -> None:
+    """A score of the merge reads what merges may see, whatever is held out."""
+    write(CONVNEXT, best)
+    run(fetch, prepare, collect)
+    (job,) = jobs(load_models("mine"))
+    score = merge_score(job, "merge")
+    own = job.weights()
+    before = score(own)
+    Path("data/mine/held_out/own.safetensors").unlink()
+    assert merge_score(job, "merge")(own) == before
+
+
+def test_a_sentence_encoder_answers_as_it_pools() -> None:
+    """The mean of its words without padding, or the first of them."""
+    rows = torch.arange(10.0).reshape(5, 2)
+    answer = Answers(rows, False, torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 0, 1]))
+    inputs = {"input_ids": torch.zeros(2, 3)}
+    mean, first = (
+        Unlabelled(inputs, None, [lambda _: answer], 2, by_first_token=way).parents[0]
+        for way in (False, True)
+    )
+    assert torch.equal(mean, torch.stack([rows[:3].mean(0), rows[3:].mean(0)]).double())
+    assert torch.equal(first, rows[[0, 3]].double())
 
 
 def plant(source: Path, target: Path, seed: int) -> None:

@@ -99,6 +99,13 @@ def settings_of(architecture: Architecture, config: Any, names: Iterable[str]) -
         name: value(config) if callable(value) else value
         for name, value in architecture.settings.items()
     }
+    width = settings["hidden_size"] // settings["num_attention_heads"]
+    if (head_dim := getattr(config, "head_dim", None)) not in (None, width):
+        raise CheckpointError(
+            f"{config.model_type}: heads are {head_dim} wide, and those of the modality "
+            f"transformer share its width: {settings['hidden_size']} / "
+            f"{settings['num_attention_heads']}"
+        )
     for optional, changes in architecture.optional.items():
         if present.isdisjoint(optional):
             settings |= changes

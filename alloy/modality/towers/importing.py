@@ -128,12 +128,13 @@ def _carry(architecture: Architecture, source: Source, part: str, without: Seque
     layout = layout_of(architecture, sizes, own)
     placed = {p.name for place in layout.values() for p in place.parts if p.name is not None}
     _refuse_left_over(architecture, name, own.keys() - placed, prefix, without)
+    taken = {prefix + name for name in placed}
     return Tower(
         name=name,
         inputs=architecture.inputs,
         config=modality_config,
         weights=gather(layout, sizes, own),
-        kept={n: t for n, t in weights.items() if n.removeprefix(prefix) not in placed},
+        kept={n: t for n, t in weights.items() if n not in taken},
         prefix=prefix,
         layout=layout,
     )
@@ -167,12 +168,15 @@ def build(config: ModalityConfig, weights: Weights, seed: int) -> ModalityModel:
         torch.manual_seed(seed)
         model = ModalityModel(config)
     model.to(next(t.dtype for name, t in weights.items() if name.startswith("blocks.")))
-    names = model.load_state_dict(weights, strict=False)
-    if names.unexpected_keys:
-        raise CheckpointError(
-            f"the model has no place for {names.unexpected_keys[:3]} "
-            f"({len(names.unexpected_keys)} in all)"
-        )
+    places = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.items():
+        if (place := places.get(name)) != tensor.shape:
+            there = "no place" if place is None else f"a place of {list(place)}"
+            raise CheckpointError(
+                f"the model has {there} for {name} {list(tensor.shape)}; leave the settings that "
+                f"make the tower as they are"
+            )
+    model.load_state_dict(weights, strict=False)
     return model.eval()
 
 

@@ -6,7 +6,14 @@ from typing import Any
 
 from alloy.errors import CheckpointError, nearest
 from alloy.modality.configuration import Activation
-from alloy.modality.towers.architecture import Architecture, Joined, Names, Required, from_config
+from alloy.modality.towers.architecture import (
+    Architecture,
+    FirstOf,
+    Joined,
+    Names,
+    Required,
+    from_config,
+)
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
@@ -148,6 +155,41 @@ DINOV2 = Architecture(
     },
     outside=_VIT_OUTSIDE,
     required={"use_swiglu_ffn": Required(False, "its feed-forward networks are gated (SwiGLU)")},
+)
+
+_TABLE = "relative_position_bias_table"
+
+BEIT = Architecture(
+    inputs="images",
+    names={
+        **_VIT_EMBEDDINGS,
+        **_VIT_BLOCKS,
+        "blocks.{i}.scale1.gain": "layers.{i}.lambda_1",
+        "blocks.{i}.scale2.gain": "layers.{i}.lambda_2",
+        "position_bias.table": FirstOf(
+            (
+                Joined((f"layers.{{i}}.relative_position_bias.{_TABLE}",), dim=1),
+                f"shared_position_bias.{_TABLE}",
+            )
+        ),
+        "norm": FirstOf(("pooler.layernorm", "layernorm")),
+    },
+    settings={
+        **_SIZES,
+        **_IMAGES,
+        "layer_scale": lambda config: config.layer_scale_init_value or None,
+        "image_positions": from_config("use_absolute_position_embeddings"),
+        "image_pooling": lambda config: "mean" if config.use_mean_pooling else "first",
+        "relative_position_bias": lambda config: (
+            "layer"
+            if config.use_relative_position_bias
+            else "shared"
+            if config.use_shared_relative_position_bias
+            else None
+        ),
+    },
+    outside=(r"embeddings\.mask_token",),
+    optional={("pooler.layernorm.weight", "layernorm.weight"): {"final_norm": "none"}},
 )
 
 # Images and texts side by side: CLIP and SigLIP.
@@ -339,6 +381,7 @@ WHISPER_DECODER = Architecture(
 )
 
 ARCHITECTURES: Mapping[str, Mapping[str, Architecture]] = {
+    "beit": {"": BEIT},
     "bert": {"": BERT},
     "clip": {"vision_model": CLIP_VISION, "text_model": CLIP_TEXT},
     "clip_text_model": {"": CLIP_TEXT},

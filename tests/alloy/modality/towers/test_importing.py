@@ -8,7 +8,30 @@ import transformers
 from alloy.errors import CheckpointError
 from alloy.modality import ModalityModel, Tower, import_tower
 
+RELATIVE = {"use_relative_position_bias": True}
+SHARED = {"use_shared_relative_position_bias": True}
+CLASS_TOKEN = {"use_mean_pooling": False}
 IMAGE_TOWERS = {
+    "beit": ("BeitModel", "BeitConfig", None, {**RELATIVE, **CLASS_TOKEN}),
+    "beit with one table": ("BeitModel", "BeitConfig", None, {**SHARED, **CLASS_TOKEN}),
+    "beit with positions": (
+        "BeitModel",
+        "BeitConfig",
+        None,
+        {"use_absolute_position_embeddings": True, "layer_scale_init_value": 0.0, **CLASS_TOKEN},
+    ),
+    "beit in a classifier": (
+        "BeitForImageClassification",
+        "BeitConfig",
+        None,
+        {**RELATIVE, **CLASS_TOKEN, "use_mask_token": True},
+    ),
+    "beit before pre-training's head": (
+        "BeitForMaskedImageModeling",
+        "BeitConfig",
+        None,
+        {**SHARED, **CLASS_TOKEN, "use_mask_token": True},
+    ),
     "vit": ("ViTModel", "ViTConfig", None, {}),
     "vit without biases": ("ViTModel", "ViTConfig", None, {"qkv_bias": False}),
     "vit in a classifier": ("ViTForImageClassification", "ViTConfig", None, {}),
@@ -78,6 +101,62 @@ def test_image_towers_compute_what_they_computed(case, hf_model, images):
     if model.config.model_type.startswith("clip"):  # its norm stands behind the pooling
         theirs = tower.post_layernorm(theirs)
     assert_same(image_states(import_tower(model, part).model(), images), theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [RELATIVE, SHARED, {}])
+def test_beit_pools_its_patches_and_norms_their_mean(bias, hf_model, images):
+    """A fine-tuned BEiT has no norm behind its blocks, but one behind the pooling."""
+    model = hf_model("BeitModel", "BeitConfig", **bias)
+    theirs = model(images)
+    tower = import_tower(model)
+    ours = tower.model(embedding_size=5)
+    states = ours.image_states(images)
+    assert_same(states, theirs.last_hidden_state)
+    pooled = F.linear(theirs.pooler_output, ours.image_projection.weight)
+    assert_same(ours.embed_image(states), F.normalize(pooled, dim=-1))
+    assert_exports(tower, model)
+
+
+@torch.no_grad()
+def test_a_beit_without_pooling_has_no_final_norm(hf_model, images):
+    model = hf_model("BeitForMaskedImageModeling", "BeitConfig", use_mask_token=True)
+    tower = import_tower(model)
+    assert tower.config.final_norm == "none"
+    assert "layernorm.weight" in tower.kept  # of the head
+    assert_same(image_states(tower.model(), images), model.beit(images).last_hidden_state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [RELATIVE, SHARED])
+def test_the_papers_start_copies_beit_into_every_expert(bias, hf_model, images):
+    """One table of positions for each block, with rows of zeros for texts."""
+    tower = import_tower(hf_model("BeitModel", "BeitConfig", **bias))
+    start = tower.model(
+        sharing="none",
+        num_joint_layers=1,
+        relative_position_bias="layer",
+        relative_text_distance=9,
+        text_positions="none",
+    )
+    table = start.state_dict()["position_bias.table"]
+    assert table.shape == (25 + 3 + 2 * 9 + 2, 2 * 3)
+    assert not table[28:].any()
+    assert_same(start.image_states(images), tower.model().image_states(images))
+    ids = torch.randint(1, 30, (3, 5))
+    joint = start.encode_joint(images, ids, torch.ones_like(ids))
+    assert joint.shape == (3, 15, 12)
+    assert joint.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"relative_position_bias": "shared"}, {"image_size": 16}, {"relative_position_bias": None}],
+)
+def test_a_table_that_does_not_fit_is_refused(changes, hf_model):
+    tower = import_tower(hf_model("BeitModel", "BeitConfig", **RELATIVE))
+    with pytest.raises(CheckpointError, match=r"position_bias\.table"):
+        tower.model(**changes)
 
 
 @torch.no_grad()
@@ -238,6 +317,13 @@ def test_architectures_without_an_importer_are_refused(config, sizes, reason):
 def test_settings_that_cannot_be_carried_are_refused(model, config, changes, message, hf_model):
     with pytest.raises(CheckpointError, match=message):
         import_tower(hf_model(model, config, **changes))
+
+
+def test_heads_of_another_width_are_refused(hf_model):
+    model = hf_model("ViTModel", "ViTConfig")
+    model.config.head_dim = 8
+    with pytest.raises(CheckpointError, match=r"heads are 8 wide, .* 12 / 3"):
+        import_tower(model)
 
 
 @pytest.mark.parametrize("part", [None, "vision", "text_mode"])

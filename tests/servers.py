@@ -157,6 +157,7 @@ class HubServer:
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
         self.refs: dict[str, dict[str, str]] = {}
         self.private: set[str] = set()
+        self.token = "right"  # of whoever may read what is private
         self.requests: list[tuple[str, str, str]] = []  # method, path, range
         self.cuts: list[int] = []  # the next answers with a body break after so many bytes
         self.corrupt: set[str] = set()  # paths that are sent with one bit wrong
@@ -211,7 +212,8 @@ class HubServer:
 
             def _commit(self, name: str, revision: str) -> str | None:
                 if name not in hub.repos or (
-                    name in hub.private and self.headers.get("Authorization") != "Bearer right"
+                    name in hub.private
+                    and self.headers.get("Authorization") != f"Bearer {hub.token}"
                 ):
                     self._answer(401, b"", {"X-Error-Code": "RepoNotFound"})
                     return None

@@ -95,7 +95,7 @@ def _masked(match: re.Match[str]) -> str:
         rest = MASK if "?" in user or "#" in user else f"{MASK}@{place}"
     elif scheme.lower() in _TOKENS_AS_HOSTS:
         rest = re.sub(r"^[^/?#]+", MASK, rest)
-    return scheme + re.sub(r"([?#]).*", rf"\1{MASK}", rest)
+    return scheme + re.sub(r"(\?|#(?=.*=)).*", rf"\1{MASK}", rest)
 
 
 def _is_user(scheme: str, user: str) -> bool:

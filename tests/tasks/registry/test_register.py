@@ -195,7 +195,7 @@ def test_without_mlflow_the_model_stands_and_a_rerun_registers(recipe, monkeypat
 
 
 def test_registrations_write_no_secret(recipe, planted, monkeypatch) -> None:
-    """Neither those that MLflow refuses nor one that it takes, in its database or beside it."""
+    """Neither those that MLflow refuses nor those that it takes, in its database or beside it."""
     write_result()
     for address in (
         f"http://user:{planted.PASSWORD}@127.0.0.1:9",
@@ -206,8 +206,10 @@ def test_registrations_write_no_secret(recipe, planted, monkeypatch) -> None:
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         assert "MLflow at " in planted.run("register", monkeypatch), address
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    assert "registered toy-model version 1" in planted.run("register", monkeypatch)
+    for address in ("", f"sqlite:///other.db?token={planted.PASSWORD}"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        assert "registered toy-model version 1" in planted.run("register", monkeypatch)
+    assert Path("other.db").is_file()
     assert planted.leaks() == []
 
 

@@ -70,6 +70,7 @@ def test_a_secret_gives_way_to_the_mask(text: str, masked: str) -> None:
         "sqlite:////a/mlflow.db",
         "http://127.0.0.1:5000/path",
         "http://[::1]:5000/path",
+        "see https://host/auth.html#credentials",
         "params/toy.yaml: fetch.checkpoints.a: revision is missing",
         "the secret does not belong to this access key",
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",

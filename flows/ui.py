@@ -25,6 +25,7 @@ from flows.services import (
 from flows.workspace import complain, end_as_ctrl_c
 from tasks.registry.reach import uri
 from tasks.registry.secrets import without_secrets
+from tasks.registry.tracking import connect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +50,8 @@ def show(prefect_port: int, mlflow_port: int) -> None:
         refuse_taken(prefect_port, "--prefect-port")
     if not elsewhere:
         refuse_taken(mlflow_port, "--mlflow-port")
+        # What MLflow cannot open its server would write into a log, with the password.
+        connect()
     with ExitStack() as stack:
         servers = []
         if not running:

@@ -8,6 +8,7 @@ import pytest
 
 from flows.services import ServerError
 from flows.ui import show
+from tasks.registry.reach import TrackingError
 from tests.flows.conftest import Workspace, answers, free_port, wait_until
 
 
@@ -19,6 +20,14 @@ def test_a_port_that_is_taken_is_refused() -> None:
             show(port, free_port())
         with pytest.raises(ServerError, match=rf"port {port} is taken .*--mlflow-port {port + 1}"):
             show(free_port(), port)
+
+
+def test_a_database_that_mlflow_cannot_open_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence without the password, before a server starts."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "unheard-of://user:S3cret@host/db")
+    with pytest.raises(TrackingError, match=r"MLflow at unheard-of://\*\*\*@host/db") as refused:
+        show(free_port(), free_port())
+    assert "S3cret" not in str(refused.value)
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from tasks.recipe.load import load
 from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.plan import check, check_contents
 from tasks.recipe.section import ParamsError
+from tasks.registry.held import is_lost
 from tasks.reports import tables
 from tasks.workspace import Workspace
 
@@ -135,15 +136,15 @@ def pipeline(
 
 
 def _run_stale(recipe: str, addresses: Sequence[str], refresh: bool, lock: int) -> State:
-    done = []
-    for stage in stale_stages(addresses, forced(recipe, refresh)):
+    done, again = [], forced(recipe, refresh)
+    for stage in stale_stages(addresses, again):
         if not done:
             check_contents(load(recipe))
         delays = RETRIED_AFTER.get(stage.address.partition("@")[0], [])
         run = reproduce.with_options(
             task_run_name=stage.address, retries=len(delays), retry_delay_seconds=delays
         )
-        state = run(stage, lock, stage.address in forced(recipe, refresh), return_state=True)
+        state = run(stage, lock, stage.address in again, return_state=True)
         if not state.is_completed():
             return failed(state.message)
         done.append(stage.address)
@@ -166,14 +167,19 @@ def plan(recipe: str, *, to: str | None = None, only: str | None = None) -> list
 
 
 def forced(recipe: str, refresh: bool) -> list[str]:
-    """Stages to run although nothing here changed: sources, folders of calibration data."""
-    if not refresh:
-        return []
-    read_outside = ["fetch"]
-    loaded = load(recipe)
-    if isinstance(loaded, ModelsRecipe) and loaded.is_calibrated:
-        read_outside.append("prepare")
-    return [f"{stage}@{recipe}" for stage in read_outside]
+    """Stages to run although nothing here changed.
+
+    With `refresh` those that read what lies elsewhere, sources and folders of calibration data; and
+    register, where MLflow as it is set now does not hold the result.
+    """
+    loaded, names = load(recipe), []
+    if refresh:
+        names.append("fetch")
+        if isinstance(loaded, ModelsRecipe) and loaded.is_calibrated:
+            names.append("prepare")
+    if is_lost(loaded):
+        names.append("register")
+    return [f"{name}@{recipe}" for name in names]
 
 
 def publish(recipe: str) -> None:

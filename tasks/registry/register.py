@@ -24,10 +24,10 @@ from tasks.recipe.load import Recipe, read
 from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.section import ParamsError
 from tasks.registry import tracking
+from tasks.registry.held import KEY
 from tasks.workspace import LOCK_FILE, Workspace
 
 CHALLENGER = "challenger"
-KEY = "alloy.result"  # tag: which result a version is
 CIRCUMSTANCES = ("git", "dvc_lock")  # of the lineage: equal results may differ in them
 # What the served model imports, besides MLflow's own needs.
 PACKAGES = (

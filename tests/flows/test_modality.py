@@ -94,6 +94,15 @@ def test_a_result_is_registered_once_mlflow_answers(
     status, said = workspace.run("flows.pipeline", "modality")
     assert status == 0, said
     assert (workspace.folder / "models/modality/registered.json").is_file()
+    # Another database holds no such version, whatever files lie around.
+    other = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'other.db'}"}
+    elsewhere = Workspace(workspace.folder, workspace.environment | other)
+    status, said = elsewhere.run("flows.pipeline", "modality")
+    assert status == 0, said
+    assert "Running stage 'register@modality'" in said
+    assert said.count("Running stage") == 1
+    status, said = elsewhere.run("flows.pipeline", "modality")
+    assert said.startswith("Nothing to do")
 
 
 def test_the_readme_takes_the_results(

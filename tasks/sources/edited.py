@@ -11,6 +11,7 @@ _MOST_NAMES = 3
 def edited(folder: Path, *, all_hashes: bool) -> list[str]:
     """The files that are not what the manifest says: changed, missing, or added.
 
+    Hidden files that were not fetched are a file manager's, and no loader reads them.
     Without `all_hashes` a file of the right size is read only if it was written after the manifest,
     which fetch writes last.
     """
@@ -27,7 +28,11 @@ def edited(folder: Path, *, all_hashes: bool) -> list[str]:
         is_read = all_hashes or state.st_mtime_ns > written
         return is_read and storage.sha256(path) != fetched[name]["sha256"]
 
-    others = there ^ {*fetched, MANIFEST}
+    others = {
+        name
+        for name in there ^ {*fetched, MANIFEST}
+        if name in fetched or not Path(name).name.startswith(".")
+    }
     return sorted(others | {name for name in there & fetched.keys() if differs(name)})
 
 

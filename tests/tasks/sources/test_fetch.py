@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from tasks import storage
 from tasks.recipe.load import Recipe, load
 from tasks.sources import transfer
+from tasks.sources.edited import refuse_edited
 from tasks.sources.fetch import fetch, main, resolve
 from tasks.sources.place import place
 from tasks.sources.source import SourceError, UnreachableError
@@ -477,6 +478,16 @@ def test_a_checkpoint_edited_after_fetch_is_found_and_fetched_again(
     run()
     assert f"a: {name}: not what was fetched, and fetched again" in capsys.readouterr().out
     assert read(fetched()) == checkpoint()
+
+
+def test_what_a_file_manager_leaves_is_no_edit(hub, write_recipe) -> None:
+    hub.publish("org/toy", checkpoint())
+    run(recipe(write_recipe, a="hf://org/toy"))
+    (fetched() / ".DS_Store").touch()
+    refuse_edited(fetched().parent)
+    (fetched() / "x.DS_Store").touch()
+    with pytest.raises(SourceError, match=r"x\.DS_Store: not what was fetched"):
+        refuse_edited(fetched().parent)
 
 
 def test_an_edited_checkpoint_stands_where_its_source_does_not_answer(hub, write_recipe) -> None:

@@ -1,8 +1,8 @@
 """The choice among merges of the same models: the simplest, unless measures favour another.
 
-A challenger replaces the incumbent if some measure rises by more than its standard error allows
-for chance, and none falls by as much. Examples are compared in pairs, on data that none of the
-merges was fitted to.
+A challenger replaces the incumbent if some decisive measure rises by more than its standard error
+allows for chance, and no measure falls by as much. Explained variance alone decides nothing.
+Examples are compared in pairs, on data that none of the merges was fitted to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from alloy.devices import beside
 from alloy.errors import MeasureError
-from alloy.measures.encoders import ENCODER_MEASURES, Measure
+from alloy.measures.encoders import BESIDE, ENCODER_MEASURES, Measure
 from alloy.types import Weights
 
 _ROUNDING = 1e-9  # of a mean over examples: equal merges differ by less
@@ -89,7 +89,9 @@ def choose_by_values(
 
     Args:
         values: by candidate, from the simplest merge to the most involved, and by measure: a value
-            for each example, [N], more for better. Examples of a measure are the same for all.
+            for each example, [N], more for better. Examples of a measure are the same for all. A
+            measure of `alloy.measures.encoders.BESIDE` may speak against a candidate; for it only
+            where there is no other.
         num_errors: how many standard errors of the paired difference count as a difference.
 
     Raises:
@@ -101,7 +103,7 @@ def choose_by_values(
     simplest, first = next(iter(values.items()))
     for name, own in values.items():
         _check_values(simplest, first, name, own)
-    incumbent = simplest
+    incumbent, decisive = simplest, [key for key in first if key not in BESIDE] or list(first)
     gains: dict[str, dict[str, Gain]] = {}
     over_simplest: dict[str, dict[str, Gain]] = {}
     reasons: dict[str, str] = {}
@@ -110,8 +112,9 @@ def choose_by_values(
         over_simplest[name] = {key: _gain(values[name][key] - first[key]) for key in first}
         better = [key for key, gain in gains[name].items() if gain.exceeds(num_errors)]
         worse = [key for key, gain in gains[name].items() if (-gain).exceeds(num_errors)]
-        reasons[name] = _reason(incumbent, gains[name], better, worse)
-        if better and not worse:
+        wins = any(key in decisive for key in better) and not worse
+        reasons[name] = _reason(incumbent, gains[name], better, worse, wins)
+        if wins:
             incumbent = name
     scores = {
         name: {key: float(value.mean()) for key, value in own.items()}
@@ -184,14 +187,17 @@ def _gain(difference_N: Tensor) -> Gain:
     return Gain(float(difference_N.mean()), error)
 
 
-def _reason(incumbent: str, gains: Mapping[str, Gain], better: list[str], worse: list[str]) -> str:
+def _reason(
+    incumbent: str, gains: Mapping[str, Gain], better: list[str], worse: list[str], wins: bool
+) -> str:
     def shown(keys: list[str]) -> str:
         return ", ".join(f"{key} {gains[key].mean:+.3g} ± {gains[key].error:.2g}" for key in keys)
 
     if better and worse:
         return f"better than {incumbent} in {shown(better)}, worse in {shown(worse)}"
     if better:
-        return f"better than {incumbent} in {shown(better)}"
+        alone = "" if wins else " alone, which decides nothing"
+        return f"better than {incumbent} in {shown(better)}{alone}"
     if worse:
         return f"worse than {incumbent} in {shown(worse)}"
     return f"no different from {incumbent}, which is simpler"

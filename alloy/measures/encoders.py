@@ -92,6 +92,13 @@ ENCODER_MEASURES: Mapping[str, Measure] = {
     "similarities": similarity_agreement,
 }
 
+BESIDE = ("explained variance",)
+"""Measures that may speak against a merge, but not alone for it.
+
+What search and clustering read is the geometry. Of two real encoders a refit explained more of the
+parents' variance, kept no more of their neighbours, and was the worse search engine.
+"""
+
 
 def _checked(answers: Tensor, parent: Tensor) -> tuple[Tensor, Tensor]:
     for x in (answers, parent):

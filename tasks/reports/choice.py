@@ -15,7 +15,7 @@ def parts(account: Mapping[str, Any]) -> Sequence[Part]:
         sentence,
         "A more involved arm replaces a simpler one if some measure rises by more than "
         f"{account['num_errors']:g} standard errors of the paired difference, and none falls by "
-        "as much.",
+        "as much; explained variance alone decides nothing.",
         grid(account),
     ]
 

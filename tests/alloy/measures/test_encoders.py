@@ -107,6 +107,19 @@ def test_what_gains_in_one_measure_and_loses_in_another_replaces_nothing():
     assert "better than average in explained" in found.reasons["regmean"]
 
 
+def test_explained_variance_alone_replaces_nothing():
+    """Answers of the right size and the same geometry are no better to search with."""
+    parent = _answers(0, 16)
+    found = choose({"average": 0.2 * parent, "refit": parent}, {"a": parent})
+    assert found.gains["refit"]["explained variance"].exceeds(2)
+    assert found.chosen == "average"
+    assert found.reasons["refit"].endswith("alone, which decides nothing")
+    only = {"explained variance": explained_variance}
+    assert choose(
+        {"average": 0.2 * parent, "refit": parent}, {"a": parent}, measures=only
+    ).chosen == ("refit")
+
+
 def test_a_challenger_is_measured_against_the_incumbent():
     parent = _answers(0)
     answers = {"average": _noisy(parent, 1.0), "regmean": parent, "refit": _noisy(parent, 0.3)}

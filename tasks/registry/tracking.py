@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import psutil
 
-from tasks.registry.reach import TrackingError, probe, reaching, uri
+from tasks.registry.moved import follow
+from tasks.registry.reach import DATABASE, TrackingError, probe, reaching, uri
 from tasks.registry.secrets import without_secrets
 
 ARTIFACTS = Path("mlartifacts")
@@ -205,6 +206,8 @@ def connect():
 
     for message in _NOISE:  # after the import, which sets filters of its own
         warnings.filterwarnings("ignore", message)
+    if uri() == f"sqlite:///{DATABASE.resolve()}":
+        follow(DATABASE, ARTIFACTS)
     with reaching():
         return MlflowClient(tracking_uri=uri(), registry_uri=os.environ.get("MLFLOW_REGISTRY_URI"))
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -121,6 +122,25 @@ def test_a_server_that_hangs_is_given_up(monkeypatch) -> None:
         with pytest.raises(TrackingError, match="timed out"), tracking.run("toy", "finetune"):
             raise AssertionError("the run began")
         assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_the_database_follows_its_checkout(
+    mlflow_workspace, monkeypatch, tmp_path_factory, is_copy: bool
+) -> None:
+    """Artifacts of a moved or copied checkout are read and written where they lie now."""
+    (mlflow_workspace / "a.txt").write_text("a")
+    with tracking.run("toy", "register") as log:
+        log.file(mlflow_workspace / "a.txt")
+    moved = tmp_path_factory.mktemp("another") / "moved here & there"
+    (shutil.copytree if is_copy else shutil.move)(mlflow_workspace, moved)
+    monkeypatch.chdir(moved)
+    client = tracking.connect()
+    assert [one.path for one in client.list_artifacts(log.run_id)] == ["a.txt"]
+    assert client.get_run(log.run_id).info.artifact_uri.startswith(moved.as_uri())
+    with tracking.run("toy", "register") as again:
+        again.file(moved / "a.txt")
+    assert len(list((moved / "mlartifacts").rglob("a.txt"))) == 2
 
 
 def _write_until_killed(pipe) -> None:

@@ -10,7 +10,7 @@ from alloy.modality.experts import (
     split_experts,
 )
 from alloy.modality.modeling import FRESH_HEADS, ModalityModel, ModalityOutput
-from alloy.modality.towers import Tower, import_tower
+from alloy.modality.towers import Release, Tower, import_release, import_tower
 
 __all__ = [
     "EXPERT_PARTS",
@@ -19,9 +19,11 @@ __all__ = [
     "ModalityConfig",
     "ModalityModel",
     "ModalityOutput",
+    "Release",
     "Tower",
     "agnostic_config",
     "copy_to_experts",
+    "import_release",
     "import_tower",
     "join",
     "shared_weights",

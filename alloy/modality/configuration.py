@@ -12,6 +12,7 @@ FinalNorm = Literal["shared", "own", "none"]
 RelativePositionBias = Literal["layer", "shared"]
 TextPositions = Literal["learned", "after_padding", "none"]
 ImagePooling = Literal["first", "mean"]
+LowerBlocksSee = Literal["one", "both"]
 
 _CHOICES = {
     "sharing": Sharing,
@@ -20,6 +21,7 @@ _CHOICES = {
     "final_norm": FinalNorm,
     "text_positions": TextPositions,
     "image_pooling": ImagePooling,
+    "lower_blocks_see": LowerBlocksSee,
 }
 
 EXPERT_PARTS: dict[str, tuple[str, ...]] = {
@@ -70,6 +72,8 @@ class ModalityConfig(PretrainedConfig):
         text_norm: whether a norm stands between text embeddings and blocks.
         text_norm_eps: of that norm and the masked-word head's, if other than `layer_norm_eps`.
         num_text_types: number of learned types of words (BERT's segments).
+        lower_blocks_see: in the joint pass, whether a token of the lower blocks attends to its
+            "one" modality or to "both" (VLMo, whose modalities share attention).
         head_norm_eps: of the norms in the answer and pair heads, if other than `layer_norm_eps`.
 
     Raises:
@@ -116,6 +120,7 @@ class ModalityConfig(PretrainedConfig):
         text_norm: bool = True,
         text_norm_eps: float | None = None,
         num_text_types: int = 0,
+        lower_blocks_see: LowerBlocksSee = "one",
         head_norm_eps: float | None = None,
         **kwargs,
     ):
@@ -154,6 +159,7 @@ class ModalityConfig(PretrainedConfig):
         self.text_norm = text_norm
         self.text_norm_eps = text_norm_eps
         self.num_text_types = num_text_types
+        self.lower_blocks_see = lower_blocks_see
         self.head_norm_eps = head_norm_eps
         self._refuse_unknown_choices()
         self._refuse_impossible_sizes()
@@ -192,6 +198,15 @@ class ModalityConfig(PretrainedConfig):
             raise ValueError(
                 f"a relative position bias is for images with one class token, not for "
                 f"num_image_prefix_tokens {self.num_image_prefix_tokens}"
+            )
+        if self.lower_blocks_see == "both" and (
+            "attention" in EXPERT_PARTS[self.sharing]
+            or "norm1" in EXPERT_PARTS[self.sharing]
+            or self.norm_position == "post"
+        ):
+            raise ValueError(
+                f"lower blocks see both modalities where these share a pre-norm attention, not "
+                f"with sharing {self.sharing!r} and norm_position {self.norm_position!r}"
             )
         if self.num_image_prefix_tokens == 0 and self.image_pooling == "first":
             raise ValueError(

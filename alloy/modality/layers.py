@@ -141,6 +141,19 @@ class Block(nn.Module):
         x_BSD = x_BSD + self.dropout(self.scale2(update))
         return x_BSD if self.norms_first else norm2(x_BSD)
 
+    def forward_both(
+        self, x_BSD: Tensor, num_text: int, mask_B11S: Tensor | None, bias_HSS: Tensor | None
+    ) -> Tensor:
+        """Let text and image tokens attend to each other; each has its own feed-forward network."""
+        norm1, attention = self._part("norm1", "l"), self._part("attention", "l")  # shared
+        update = attention(norm1(x_BSD), mask_B11S, bias_HSS)
+        x_BSD = x_BSD + self.dropout(self.scale1(update))
+        updates = [
+            self._part("ffn", modality)(self._part("norm2", modality)(part))
+            for modality, part in (("l", x_BSD[:, :num_text]), ("v", x_BSD[:, num_text:]))
+        ]
+        return x_BSD + self.dropout(self.scale2(torch.cat(updates, dim=1)))
+
 
 class PositionBias(nn.Module):
     """Learned bias of the attention scores by the relative position of two tokens (BEiT, VLMo).

@@ -185,6 +185,8 @@ class ModalityModel(PreTrainedModel):
         self, pixel_values_BCHW: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor
     ) -> Tensor:
         """Text, then image tokens after the joint blocks and the norm, [B, T+I, D]."""
+        if self.config.lower_blocks_see == "both":
+            return self._encode_together(pixel_values_BCHW, input_ids_BT, attention_mask_BT)
         lower = self.config.num_single_layers
         return self.join_states(
             self.image_states(pixel_values_BCHW, lower),
@@ -193,7 +195,16 @@ class ModalityModel(PreTrainedModel):
         )
 
     def join_states(self, image_BID: Tensor, text_BTD: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """Run the joint blocks and the norm on the lower blocks' image and text states."""
+        """Run the joint blocks and the norm on the lower blocks' image and text states.
+
+        Raises:
+            ValueError: the lower blocks of this model's joint pass see both modalities.
+        """
+        if self.config.lower_blocks_see == "both":
+            raise ValueError(
+                "the lower blocks of this model see both modalities (lower_blocks_see): their "
+                "states of one modality do not lead to the joint blocks; call encode_joint"
+            )
         image_mask_BI = attention_mask_BT.new_ones(image_BID.shape[:2])
         mask = key_mask(torch.cat([attention_mask_BT, image_mask_BI], dim=1))
         if self.config.joint_adapters:
@@ -201,6 +212,23 @@ class ModalityModel(PreTrainedModel):
         x_BSD = torch.cat([text_BTD, image_BID], dim=1)
         x_BSD = self.run_blocks(x_BSD, "vl", self.config.num_single_layers, None, mask)
         return self.final_norm(x_BSD, "vl")
+
+    def _encode_together(
+        self, pixel_values_BCHW: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor
+    ) -> Tensor:
+        """Run the joint pass of a model whose lower blocks see both modalities."""
+        num_text, lower = input_ids_BT.shape[1], self.config.num_single_layers
+        image_BID = self.image_states(pixel_values_BCHW, 0)
+        x_BSD = torch.cat([self.text_states(input_ids_BT, attention_mask_BT, 0), image_BID], dim=1)
+        image_mask_BI = attention_mask_BT.new_ones(image_BID.shape[:2])
+        mask = key_mask(torch.cat([attention_mask_BT, image_mask_BI], dim=1))
+        biases: list[Tensor | None] = [None] * lower
+        if self.config.relative_position_bias is not None:
+            biases = self.position_bias("vl", x_BSD.shape[1])
+        for i, block in enumerate(self.blocks[:lower]):
+            assert isinstance(block, Block)
+            x_BSD = block.forward_both(x_BSD, num_text, mask, biases[i])
+        return self.final_norm(self.run_blocks(x_BSD, "vl", lower, None, mask), "vl")
 
     def pool(self, states_BSD: Tensor) -> Tensor:
         """Pass the text's class token through a linear layer and tanh, [B, D]."""
@@ -241,7 +269,10 @@ class ModalityModel(PreTrainedModel):
         lower = self.config.num_single_layers
         image = self.image_states(pixel_values, lower)
         text = self.text_states(input_ids, attention_mask, lower)
-        joint = self.join_states(image, text, attention_mask)
+        if self.config.lower_blocks_see == "both":
+            joint = self.encode_joint(pixel_values, input_ids, attention_mask)
+        else:
+            joint = self.join_states(image, text, attention_mask)
         image = self.run_blocks(image, "v", lower, None)
         text = self.run_blocks(text, "l", lower, None, key_mask(attention_mask))
         config = self.config

@@ -62,18 +62,11 @@ def stored_transposed(config: Mapping | None, names: Iterable[str]) -> set[str]:
     head or without, so names are compared without the prefixes that one of both lacks. None are
     known of an architecture that transformers lacks.
     """
-    import torch  # here: merges that need no torch do not wait for it
-
-    from alloy.statistics.points import transposed_weights
-
-    kind = _class_of(config)
-    if config is None or kind is None:
+    model = skeleton(config)
+    if model is None:
         return set()
-    try:
-        with torch.device("meta"):
-            model = kind(kind.config_class.from_dict(dict(config)))
-    except Exception:  # a configuration that its own class refuses says nothing
-        return set()
+    from alloy.statistics.points import transposed_weights  # here: it imports torch
+
     experts = {
         f"{name}.{weight}"
         for name, module in model.named_modules()
@@ -87,9 +80,41 @@ def stored_transposed(config: Mapping | None, names: Iterable[str]) -> set[str]:
     return {name for name in names if name in transposed or _tail(name) in tails}
 
 
+def stored_names(config: Mapping | None) -> dict[str, str]:
+    """The name in the file of every tensor that the model has under a name of its own.
+
+    transformers renames tensors as it loads and saves (`vit.layers.0.attention.q_proj` is stored as
+    `vit.encoder.layer.0.attention.attention.query`); those that it splits or joins have none. Empty
+    for an architecture that transformers lacks.
+    """
+    model = skeleton(config)
+    if model is None:
+        return {}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = model.state_dict()
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    saved = revert_weight_conversion(model, dict(tensors))
+    return {names[id(t)]: name for name, t in saved.items() if id(t) in names}
+
+
+def skeleton(config: Mapping | None) -> Any:
+    """The model of a config on the meta device, without memory; None where it cannot be built."""
+    kind = class_of(config)
+    if config is None or kind is None:
+        return None
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return kind(kind.config_class.from_dict(dict(config)))
+    except Exception:  # a configuration that its own class refuses says nothing
+        return None
+
+
 def is_tied(config: Mapping | None) -> bool:
     """True if the model has a head that its config ties to the embeddings."""
-    kind = _class_of(config) if config else None
+    kind = class_of(config) if config else None
     if config is None or kind is None:
         return bool(config and config.get("tie_word_embeddings"))
     if not getattr(kind, "_tied_weights_keys", None):
@@ -109,7 +134,7 @@ def _tail(name: str) -> str:
     return ".".join(parts[start:])
 
 
-def _class_of(config: Mapping | None) -> Any:
+def class_of(config: Mapping | None) -> Any:
     """The class that a config names, or the plain model of its type."""
     import transformers
 

@@ -1,8 +1,8 @@
 """A source of a merge: a checkpoint, or a checkpoint with an adapter on it, `base+adapter`.
 
-An adapter's tensors find theirs in the base by name. Where the model that it was trained on has
-another prefix than the files of the base (`bert.encoder` and `encoder`), one change of prefix must
-place all of them.
+An adapter's tensors find theirs in the base by name: the files', or the model's where transformers
+renames tensors as it saves them. Where the model that it was trained on has another prefix than the
+files of the base (`bert.encoder` and `encoder`), one change of prefix must place all of them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from alloy.checkpoint.config import (
     TOKENIZER,
     files_like,
     is_tied,
+    stored_names,
     stored_transposed,
     vocabulary_size,
 )
@@ -107,6 +108,9 @@ def _names(
     lacking = [name for name in names if name not in base.entries]
     if not lacking:
         return {name: name for name in names}, ()
+    stored = stored_names(base.config)
+    if all(stored.get(name) in base.entries for name in names):
+        return {name: stored[name] for name in names}, ()
     maps = {
         (old, new): renamed
         for old, new in _prefixes(names[0], base)

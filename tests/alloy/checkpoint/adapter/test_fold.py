@@ -56,7 +56,8 @@ KINDS = {
         "gpt2",
         {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True},
     ),
-    "convolutions": ("vit", {"target_modules": ["projection", "query"]}),
+    "convolutions": ("vit", {"target_modules": ["projection", "q_proj"]}),
+    "names that transformers stores otherwise": ("vit", {"target_modules": ["v_proj", "fc1"]}),
     "convolutions with DoRA": ("vit", {"target_modules": ["projection"], "use_dora": True}),
 }
 pytestmark = [

@@ -1,0 +1,146 @@
+"""An adapter's folder as PEFT saves it, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alloy.checkpoint.adapter.opened import PREFIX, WEIGHTS
+from alloy.checkpoint.checks.findings import Findings
+from alloy.checkpoint.checks.places import INCOMPLETE, check_output
+from alloy.checkpoint.format import ADAPTER, Checkpoint
+from alloy.checkpoint.hash import origin_of
+from alloy.checkpoint.reading import few
+from alloy.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+
+
+@dataclass
+class NewAdapter:
+    """What an adapter will hold, gathered module by module."""
+
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By module B [out, rank] and A [rank, in]; the scaling is 1."""
+    embeddings: set[str] = field(default_factory=set)
+    """The modules among them that are embeddings: B [width, rank], A [rank, rows]."""
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    """By name the tensors that take the base's place."""
+    fan_in_fan_out: bool = False
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under the name that PEFT gives it."""
+        result = {}
+        for name, value in self.saved.items():
+            module, _, parameter = name.rpartition(".")
+            inner = ".base_layer" if module in self.factors else ""  # beside a LoRA: its bias
+            result[f"{PREFIX}{module}{inner}.{parameter}"] = value.contiguous()
+        for module, (left, right) in self.factors.items():
+            if module in self.embeddings:
+                pair = {"lora_embedding_A": right, "lora_embedding_B": left}
+            else:
+                pair = {"lora_A.weight": right, "lora_B.weight": left}
+            for part, value in pair.items():
+                result[f"{PREFIX}{module}.{part}"] = value.contiguous()
+        return result
+
+    def config(self, base: str | None, revision: str | None, task: str | None) -> dict[str, Any]:
+        """`adapter_config.json`: alpha is the rank everywhere, so that nothing is scaled."""
+        ranks = {module: right.shape[0] for module, (_, right) in self.factors.items()}
+        rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+        pattern = {f"^{module}": r for module, r in ranks.items() if r != rank}
+        owners = {name.rpartition(".")[0] for name in self.saved}
+        biases = {n.rpartition(".")[0] for n in self.saved if n.endswith(".bias")}
+        return {
+            "peft_type": "LORA",
+            "task_type": task,
+            "base_model_name_or_path": base,
+            "revision": revision,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": pattern,
+            "alpha_pattern": pattern,
+            "target_modules": sorted(ranks),
+            "modules_to_save": sorted(owners - ranks.keys()) or None,
+            "bias": "all" if biases & ranks.keys() else "none",
+            "fan_in_fan_out": self.fan_in_fan_out,
+            "lora_dropout": 0.0,
+            "init_lora_weights": True,
+        }
+
+
+def refuse_output(output: Path, sources: Mapping[str, Path]) -> None:
+    """Refuse an output that stands, or lies in a source.
+
+    Raises:
+        MergeError: with what stands there.
+    """
+    findings = Findings()
+    check_output(findings, sources, output)
+    findings.stop()
+
+
+def write_adapter(adapter: NewAdapter, output: Path, config: Mapping[str, Any], card: str) -> int:
+    """Write the folder; its bytes of weights.
+
+    Raises:
+        CheckpointError: an unfinished folder that is not ours.
+    """
+    from safetensors.torch import save_file
+
+    unfinished = output.with_name(output.name + INCOMPLETE)
+    ours = (ADAPTER, WEIGHTS, "README.md")
+    if unfinished.exists() or unfinished.is_symlink():
+        others = (
+            sorted(p.name for p in unfinished.iterdir() if p.name not in ours)
+            if unfinished.is_dir() and not unfinished.is_symlink()
+            else [unfinished.name]
+        )
+        if others:
+            raise CheckpointError(
+                f"{unfinished}: {few(others)} is not ours; move or remove it, or choose another "
+                "output"
+            )
+    unfinished.mkdir(parents=True, exist_ok=True)
+    tensors = adapter.tensors
+    save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+    (unfinished / ADAPTER).write_text(json.dumps(config, indent=2) + "\n")
+    (unfinished / "README.md").write_text(card)
+    for name in ours:
+        _sync(unfinished / name)
+    unfinished.replace(output)
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def identity_of(base: Checkpoint) -> tuple[str, str | None]:
+    """`base_model_name_or_path` and revision of a base: the hub's where it is from there."""
+    origin = origin_of(base.path, base.files, trust_manifest=False)
+    if origin.source.startswith("hf://"):
+        return origin.source.removeprefix("hf://"), origin.revision
+    return str(base.path), None
+
+
+def task_of(base: Checkpoint) -> str | None:
+    """PEFT's `task_type` where the architecture tells it."""
+    names: Sequence[str] = (base.config or {}).get("architectures") or ()
+    return next(
+        (task for name in names for end, task in _TASKS.items() if name.endswith(end)), None
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -6,6 +6,7 @@ SHELL := /bin/bash
 
 RECIPE ?= modality
 DEVICE ?=
+PROCESSES ?=
 SLOW   ?=
 ARGS   ?=
 UV_VERSION := 0.13.9
@@ -13,10 +14,11 @@ UV_VERSION := 0.13.9
 BIN := .venv/bin
 READY := .venv/.ready
 export ALLOY_DEVICE := $(DEVICE)
+export ALLOY_PROCESSES := $(PROCESSES)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## list the commands
-	@echo 'make COMMAND [RECIPE=modality] [DEVICE=cpu|cuda|cuda:1|mps]'
+	@echo 'make COMMAND [RECIPE=modality] [DEVICE=cpu|cuda|cuda:1|mps] [PROCESSES=2]'
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 merge: $(READY) ## run what is stale of RECIPE, from checkpoints to a registered model

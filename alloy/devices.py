@@ -38,6 +38,42 @@ def chosen_device() -> torch.device:
     return chosen
 
 
+def supports_bfloat16(device: torch.device) -> bool:
+    """True where a forward pass can be computed in bfloat16 (autocast)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.amp.is_autocast_available(device.type)
+
+
+def device_pool() -> list[str]:
+    """The devices for which jobs queue: all GPUs, or the one that was asked for; none on the CPU.
+
+    On the CPU jobs share the cores.
+    """
+    chosen = chosen_device()
+    if chosen.type == "cuda" and chosen.index is None:
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return [] if chosen.type == "cpu" else [str(chosen)]
+
+
+def devices_of_processes(num: int) -> list[str]:
+    """The devices of processes that work together on this machine: a GPU each, or all the CPU.
+
+    Raises:
+        DeviceError: fewer devices than processes.
+    """
+    if chosen_device().type == "cpu":
+        return ["cpu"] * num
+    pool = device_pool()
+    if len(pool) < num:
+        raise DeviceError(
+            f"PROCESSES={num} needs {num} devices, one for each process; there "
+            f"{'is' if len(pool) == 1 else 'are'} {', '.join(pool)}: lower PROCESSES, or leave out "
+            "the number in DEVICE"
+        )
+    return pool[:num]
+
+
 def _devices() -> list[str]:
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]

@@ -17,6 +17,10 @@ class DeviceError(AlloyError):
     """A device that this machine does not have."""
 
 
+class ProcessError(AlloyError):
+    """Processes that cannot do a piece of work together."""
+
+
 class SymmetryError(AlloyError):
     """A model that cannot be traced, or transforms that do not fit a spec."""
 

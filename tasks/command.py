@@ -16,6 +16,7 @@ from tasks.recipe.load import Recipe, load, recipes
 from tasks.recipe.section import ParamsError
 from tasks.registry.secrets import without_secrets
 from tasks.sources.edited import refuse_edited
+from tasks.workers import together
 
 SHARED = {
     "fetch": "tasks.sources.fetch",
@@ -26,6 +27,9 @@ SHARED = {
 
 WITHOUT_SECTION = {*SHARED, "choose"}
 """The stages that every recipe has; `merge` says what is chosen."""
+
+TOGETHER = ("collect",)
+"""The stages that as many processes as ALLOY_PROCESSES says share."""
 
 
 def home(stage: str, kind: str) -> str:
@@ -57,7 +61,10 @@ def run_stage(description: str | None, switches: Mapping[str, str] | None = None
             if stage != "fetch":
                 refuse_edited(recipe.workspace.checkpoints)
             module = _module(stage, recipe)
-            module.main(recipe, **_chosen(stage, recipe, module, options))
+            if stage in TOGETHER and together.is_asked_for():
+                sys.exit(together.launch(f"tasks.{stage}", sys.argv[1:]))
+            with together.speaking_in_turn():
+                module.main(recipe, **_chosen(stage, recipe, module, options))
     except ConnectionError as error:
         # The arguments are right, the network is not: flows try such a stage again.
         print(f"{stage}: {without_secrets(str(error))}", file=sys.stderr)

@@ -22,6 +22,7 @@ OURS = (
     "SLOW",
     "RECIPE",
     "DEVICE",
+    "PROCESSES",
 )
 BARE = {k: v for k, v in os.environ.items() if not k.startswith((*OURS, "ALLOY_"))}
 
@@ -107,12 +108,13 @@ def test_a_target_runs_its_flow(tmp_path: Path, target: str, command: str) -> No
     assert run("make", *arguments, folder=tmp_path) == (0, f"python -m {command}\n")
 
 
-def test_the_device_reaches_the_stages(tmp_path: Path) -> None:
-    """DEVICE= is what `tasks.evaluation.loading` reads as ALLOY_DEVICE."""
+def test_device_and_processes_reach_the_stages(tmp_path: Path) -> None:
+    """DEVICE= is what `alloy.devices` reads, PROCESSES= what `tasks.workers.together` reads."""
     shutil.copy(REPOSITORY / "Makefile", tmp_path)
     with (tmp_path / "Makefile").open("a") as file:
-        file.write("show:\n\t@echo device=$$ALLOY_DEVICE\n")
-    assert run("make", "show", "DEVICE=cuda", folder=tmp_path) == (0, "device=cuda\n")
+        file.write("show:\n\t@echo $$ALLOY_DEVICE $$ALLOY_PROCESSES\n")
+    given = ("DEVICE=cuda", "PROCESSES=2")
+    assert run("make", "show", *given, folder=tmp_path) == (0, "cuda 2\n")
 
 
 def test_one_list_of_packages_without_addresses() -> None:

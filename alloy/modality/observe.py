@@ -6,7 +6,7 @@ One pass of data serves all of them (`alloy.modality.passes`). Padding does not 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from alloy.devices import beside
 from alloy.modality.experts import expert_name, split_experts
 from alloy.modality.modeling import ModalityModel
 from alloy.modality.passes import PASSES, Batch
+from alloy.processes import ALONE, Processes
 from alloy.statistics.moments import (
     CrossMoments,
     Gram,
@@ -22,11 +23,15 @@ from alloy.statistics.moments import (
     kept_tokens,
 )
 from alloy.statistics.points import Point, UnitPoint, observe, unit_points
+from alloy.statistics.running import RunningSums, in_rounds
 from alloy.symmetry.parts import restrict
 from alloy.symmetry.spec import SymmetrySpec
 
 REFERENCE = "v"
 """The modality whose units the others are aligned to: the one with experts in every block."""
+
+MOMENTS = ("sum_D", "sum_E", "square_D", "square_E", "product_DE")
+"""The fields of `CrossMoments`, in their order."""
 
 
 @dataclass
@@ -47,7 +52,10 @@ def expert_spec(spec: SymmetrySpec, weights: Iterable[str]) -> SymmetrySpec:
 
 @torch.no_grad()
 def collect_experts(
-    model: ModalityModel, batches: Iterable[Batch], spec: SymmetrySpec
+    model: ModalityModel,
+    batches: Iterable[Batch],
+    spec: SymmetrySpec,
+    processes: Processes = ALONE,
 ) -> ExpertStatistics:
     """Run the calibration data through every expert.
 
@@ -55,9 +63,12 @@ def collect_experts(
         model: with experts (`sharing` other than "all"), in evaluation mode.
         batches: `pixel_values`, `input_ids`, `attention_mask`; image i and text i belong together.
         spec: the symmetries of the modality-agnostic model.
+        processes: those that see the batches in turns, each given the same model and all batches;
+            every one returns the same bits, whatever their number.
 
     Raises:
-        ValueError: the model has no experts, there are no batches, activations are not finite.
+        ValueError: the model has no experts, there are no batches, or fewer than processes,
+            activations are not finite.
     """
     experts = split_experts(model.state_dict(), model.config)
     if not experts[REFERENCE]:
@@ -65,9 +76,14 @@ def collect_experts(
             f"a model of sharing {model.config.sharing!r} has no experts to observe: "
             f"collect runs on the modality-specific checkpoint"
         )
-    collector = _Collector(model, {m: list(names) for m, names in experts.items()}, spec)
-    for batch in batches:
-        collector.see(batch)
+    names = {m: list(names) for m, names in experts.items()}
+    collector = _Collector(model, names, spec, RunningSums(processes))
+    for batch, round_ends in in_rounds(batches, processes):
+        if batch is not None:
+            collector.see(batch)
+        if round_ends:
+            collector.running.end_round()
+    collector.running.reduce()
     return collector.statistics()
 
 
@@ -75,9 +91,13 @@ class _Collector:
     """Sums over batches; one instance for one pass."""
 
     def __init__(
-        self, model: ModalityModel, experts: Mapping[str, list[str]], spec: SymmetrySpec
+        self,
+        model: ModalityModel,
+        experts: Mapping[str, list[str]],
+        spec: SymmetrySpec,
+        running: RunningSums,
     ) -> None:
-        self.model = model
+        self.model, self.running = model, running
         self.experts = {m: names for m, names in experts.items() if names}
         modules = dict(model.named_modules())
         layers = {m: self._layers(m, modules) for m in self.experts}
@@ -87,10 +107,6 @@ class _Collector:
         }
         self.units = {
             m: unit_points(expert_spec(spec, self.experts[m]), own) for m, own in layers.items()
-        }
-        self.grams: dict[str, dict[str, Gram]] = {m: {} for m in self.experts}
-        self.moments: dict[str, dict[str, CrossMoments]] = {
-            m: {} for m in self.experts if m != REFERENCE
         }
 
     def _layers(self, modality: str, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -106,12 +122,10 @@ class _Collector:
     def see(self, batch: Batch) -> None:
         batch = beside(self.model, batch)
         means = {modality: self._run(modality, batch) for modality in self.experts}
-        for modality, sums in self.moments.items():
-            for unit in self.units[modality]:
+        for modality in self.experts:
+            for unit in self.units[modality] if modality != REFERENCE else ():
                 key = _key(unit)
-                ours, theirs = means[REFERENCE][key], means[modality][key]
-                zero = CrossMoments.zero(ours.shape[-1], theirs.shape[-1], device=ours.device)
-                sums[key] = sums.get(key, zero).update(ours, theirs)
+                self._add_moments(modality, key, means[REFERENCE][key], means[modality][key])
 
     def _run(self, modality: str, batch: Batch) -> dict[str, Tensor]:
         """Run one pass: add to the Grams, return each point's units averaged per example."""
@@ -141,22 +155,45 @@ class _Collector:
                 f"the inputs of {name!r} in the {modality} expert are not finite: "
                 f"the calibration data or the checkpoint is broken"
             )
-        grams = self.grams[modality]
-        grams[name] = grams.get(name, Gram.zero(x_ND.shape[-1], device=x_ND.device)).update(x_ND)
+        x_ND = x_ND.double()
+        self.running.add(("gram", modality, name), x_ND.T @ x_ND)
+        self.running.count(("gram", modality, name), len(x_ND))
+
+    def _add_moments(self, modality: str, key: str, x_ND: Tensor, y_NE: Tensor) -> None:
+        x_ND, y_NE = x_ND.double(), y_NE.double()
+        values = (x_ND.sum(0), y_NE.sum(0), x_ND.square().sum(0), y_NE.square().sum(0))
+        for part, value in zip(MOMENTS, (*values, x_ND.T @ y_NE), strict=True):
+            self.running.add((part, modality, key), value)
+        self.running.count(("moments", modality, key), len(x_ND))
 
     def statistics(self) -> ExpertStatistics:
-        if not all(self.grams.values()):
+        if not self.running.totals:
             raise ValueError("there are no calibration batches: nothing was observed")
-        grams = {m: {n: gram.to("cpu") for n, gram in own.items()} for m, own in self.grams.items()}
-        moments = {modality: self._by_space(modality) for modality in self.moments}
+        grams = {
+            m: {name: self._gram(m, name) for name in own if self._has_gram(m, name)}
+            for m, own in self.inputs.items()
+        }
+        moments = {m: self._by_space(m) for m in self.experts if m != REFERENCE}
         return ExpertStatistics(grams, moments)
+
+    def _has_gram(self, modality: str, name: str) -> bool:
+        return ("gram", modality, name) in self.running.totals
+
+    def _gram(self, modality: str, name: str) -> Gram:
+        key = ("gram", modality, name)
+        return Gram(self.running.totals[key].cpu(), self.running.counts[key])
 
     def _by_space(self, modality: str) -> dict[str, list[CrossMoments]]:
         spaces: dict[str, list[CrossMoments]] = {}
         for unit in self.units[modality]:
-            moments = self.moments[modality][_key(unit)].to("cpu")
-            spaces.setdefault(unit.space, []).append(moments)
+            spaces.setdefault(unit.space, []).append(self._moments(modality, _key(unit)))
         return spaces
+
+    def _moments(self, modality: str, key: str) -> CrossMoments:
+        sums = {part: self.running.totals[part, modality, key].cpu() for part in MOMENTS}
+        count = self.running.counts["moments", modality, key]
+        zero = CrossMoments.zero(len(sums["sum_D"]), len(sums["sum_E"]))
+        return replace(zero, **sums, count=count)
 
 
 def _key(unit: UnitPoint) -> str:

@@ -26,10 +26,13 @@ from typing import Literal
 import torch
 from torch import nn
 
+from alloy.devices import device_of
 from alloy.errors import CollectionError
+from alloy.processes import ALONE, Processes
 from alloy.statistics.observer import Observer
 from alloy.statistics.points import LinearImage, linear_images
 from alloy.statistics.products import Products
+from alloy.statistics.running import RunningSums, in_rounds
 from alloy.statistics.sums import Pair, Statistics
 from alloy.symmetry.parts import by_blocks
 from alloy.symmetry.spec import SymmetrySpec
@@ -46,6 +49,7 @@ def collect(
     grams: bool = False,
     pairs: Sequence[Pair] | None = None,
     units: Literal["written", "read"] = "read",
+    processes: Processes = ALONE,
 ) -> Statistics:
     """Run calibration data through models side by side and sum up what their units compute.
 
@@ -66,32 +70,52 @@ def collect(
             nothing, because the moments of a linear image follow from those of its source
             (`alloy.statistics.points.linear_images`), and up to 3.6 points of joint accuracy on
             MLPs. Spaces that are no linear image are always read.
+        processes: those that see the batches in turns, each given the same models and all batches.
 
     Returns:
-        The sums, as one immutable value.
+        The sums, as one immutable value, bit for bit the same in any number of processes.
 
     Raises:
         CollectionError: models whose spaces differ or that see different tokens; activations that
-            are not finite; no batches.
+            are not finite; no batches, or fewer than processes.
         MaskError: a mask that may belong to either of two token sequences.
     """
     specs = dict.fromkeys(models, spec) if isinstance(spec, SymmetrySpec) else dict(spec)
     _check(models, specs)
     images = _common_images(models, specs) if units == "written" else dict.fromkeys(models, ())
+    running = RunningSums(processes)
     observers = {
-        name: Observer(name, model, specs[name], images[name], grams)
+        name: Observer(name, model, specs[name], images[name], grams, running)
         for name, model in models.items()
     }
     _require_same_spaces(list(observers.values()))
-    products = Products(_pairs(tuple(models), pairs, joint), observers)
-    for batch in batches:
-        draw = torch.random.get_rng_state()  # models that draw (masks, noise) draw the same
-        seen = {}
-        for name, observer in observers.items():
-            torch.random.set_rng_state(draw)
-            seen[name] = observer.run(batch)
-        products.add(seen)
+    products = Products(_pairs(tuple(models), pairs, joint), observers, running)
+    for number, (batch, round_ends) in enumerate(in_rounds(batches, processes)):
+        if batch is not None:
+            draw = torch.random.get_rng_state()  # models that draw (masks, noise) draw the same
+            seen = {}
+            for name, observer in observers.items():
+                torch.random.set_rng_state(draw)
+                seen[name] = observer.run(batch)
+            products.add(seen, number)
+        if number == 0:
+            _share_centres(observers, processes)
+        if round_ends:
+            running.end_round()
+    products.reduce()
     return products.statistics()
+
+
+def _share_centres(observers: Mapping[str, Observer], processes: Processes) -> None:
+    """Give every process the means of the first batch, about which all of them sum."""
+    if processes.size == 1:
+        return
+    own = {n: {key: c.cpu() for key, c in o.centres.items()} for n, o in observers.items()}
+    first = processes.from_first(own)
+    for name, observer in observers.items():
+        device = device_of(observer.model)
+        observer.centres = {key: centre.to(device) for key, centre in first[name].items()}
+        observer.centres_are_known = True
 
 
 def _check(models: Mapping[str, nn.Module], specs: Mapping[str, SymmetrySpec]) -> None:

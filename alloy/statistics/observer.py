@@ -26,6 +26,7 @@ from alloy.statistics.points import (
     observe,
     unit_points,
 )
+from alloy.statistics.running import RunningSums
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.tracing.recording.kernels import plain_kernels
 from alloy.types import Batch
@@ -41,6 +42,7 @@ class Observer:
         spec: SymmetrySpec,
         images: Sequence[LinearImage],
         grams: bool,
+        running: RunningSums,
     ) -> None:
         self.name, self.model, self.spec = name, model, spec
         self.modules = dict(model.named_modules())
@@ -57,11 +59,10 @@ class Observer:
         self.points = {key: unit.point for key, unit in self.units.items()}
         self.points |= {w: Point(module, "input") for w, (module, _) in self.inputs.items()}
         self.centres: dict[str, Tensor] = {}
-        self.sums: dict[str, Tensor] = {}
-        self.squares: dict[str, Tensor] = {}
+        self.centres_are_known = False
+        """True where another process has seen the first batch, about whose mean all sums are."""
+        self.running = running
         self.buffers: dict[object, Tensor] = {}
-        self.grams: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
         self.same: dict[str, str] = {}
         self.fired: set[str] = set()
         self.mask_unused = False
@@ -156,6 +157,11 @@ class Observer:
             return x_ND
         x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
         if key not in self.centres:
+            if self.centres_are_known:
+                raise CollectionError(
+                    f"model {self.name!r}: the first batch does not show the units at "
+                    f"{self.place_of(key).point}, another does: collect them in one process"
+                )
             self.centres[key] = x_ND.mean(0)
         centre_D = self.centres[key]
         if key in self.images:
@@ -166,9 +172,10 @@ class Observer:
             mean_D, variance_D = _moments(x_ND)
         if not torch.isfinite(mean_D).all():
             raise CollectionError(_not_finite(self.name, str(self.place_of(key).point)))
-        accumulate(self.sums, key, len(x_ND) * mean_D.double())
-        accumulate(self.squares, key, len(x_ND) * (variance_D.double() + mean_D.double().square()))
-        self.counts[key] = self.counts.get(key, 0) + len(x_ND)
+        square_D = variance_D.double() + mean_D.double().square()
+        self.running.add(("sum", self.name, key), len(x_ND) * mean_D.double())
+        self.running.add(("square", self.name, key), len(x_ND) * square_D)
+        self.running.count((self.name, key), len(x_ND))
         return x_ND
 
     def _buffer(self, slot: object, like: Tensor) -> Tensor:
@@ -183,18 +190,30 @@ class Observer:
         product_DD = x_ND.T @ x_ND
         if not torch.isfinite(product_DD.diagonal()).all():
             raise CollectionError(_not_finite(self.name, f"the inputs of {weight!r}"))
-        accumulate(self.grams, weight, product_DD)
-        self.counts[weight] = self.counts.get(weight, 0) + len(x_ND)
+        self.running.add(("gram", self.name, weight), product_DD)
+        self.running.count((self.name, weight), len(x_ND))
 
     def total(self, key: str) -> tuple[Tensor, Tensor]:
         """The sums of x and of x² from those about the centre c."""
-        count, c, about = self.counts[key], self.centres[key].double().cpu(), self.sums[key].cpu()
-        spread = self.squares[key].cpu() - about.square() / count
+        count, c, about = self.count(key), self.centres[key].double().cpu(), self.about(key)
+        square = self.running.totals["square", self.name, key].cpu()
+        spread = square - about.square() / count
         total = about + count * c
         if image := self.images.get(key):  # exactly, for the products of images are
             w, b = self.linear_map(image)
             total = w @ self.total(self.source_of(image))[0] + count * b
         return total, spread + total.square() / count
+
+    def about(self, key: str) -> Tensor:
+        """The sum of x about its centre."""
+        return self.running.totals["sum", self.name, key].cpu()
+
+    def count(self, key: str) -> int:
+        """The tokens seen at a point."""
+        return self.running.counts[self.name, key]
+
+    def has_seen(self, key: str) -> bool:
+        return ("sum", self.name, key) in self.running.totals
 
     def source_of(self, image: LinearImage) -> str:
         key = unit_key(image.source)
@@ -218,8 +237,9 @@ class Observer:
         totals = {}
         for weight, (_, dim) in self.inputs.items():
             source = self.same.get(weight, weight)
-            if source in self.grams:
-                totals[weight] = Gram(self.grams[source].cpu(), self.counts[source], dim)
+            total = self.running.totals.get(("gram", self.name, source))
+            if total is not None:
+                totals[weight] = Gram(total.cpu(), self.count(source), dim)
         return totals
 
 
@@ -243,13 +263,6 @@ def _moments(x_ND: Tensor) -> tuple[Tensor, Tensor]:
         variance_D, mean_D = torch.var_mean(x_ND, 0, correction=0)
         return mean_D, variance_D
     return torch.batch_norm_update_stats(x_ND.contiguous().T[None, :, :, None], None, None, 0.0)
-
-
-def accumulate(into: dict, key: object, value: Tensor) -> None:
-    if key in into:
-        into[key] += value
-    else:
-        into[key] = value.double()
 
 
 def _not_finite(name: str, what: str) -> str:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from alloy.errors import CollectionError
-from alloy.statistics.observer import Observer, accumulate
+from alloy.statistics.observer import Observer
 from alloy.statistics.operands import Operand
 from alloy.statistics.points import UnitPoint
+from alloy.statistics.running import RunningSums
 from alloy.statistics.sums import MOST_SAMPLES, Pair, Place, Statistics, Warned
 from alloy.symmetry.parts import by_blocks, owned_axes
 
@@ -22,17 +23,19 @@ from alloy.symmetry.parts import by_blocks, owned_axes
 class Products:
     """Running sums of the products of units of two models, in float64, about their centres."""
 
-    def __init__(self, pairs: Sequence[Pair], observers: Mapping[str, Observer]) -> None:
-        self.pairs, self.observers = pairs, observers
+    def __init__(
+        self, pairs: Sequence[Pair], observers: Mapping[str, Observer], running: RunningSums
+    ) -> None:
+        self.pairs, self.observers, self.running = pairs, observers, running
         self.first = next(iter(observers.values()))
-        self.sums: dict[tuple[str, Pair], Tensor] = {}
-        self.samples: dict[str, dict[str, list[Tensor]]] = {}
-        """Of spaces too large to multiply, by key and model."""
+        self.samples: dict[str, list[tuple[int, dict[str, Tensor]]]] = {}
+        """Of spaces too large to multiply, by key: each batch's number, and samples by model."""
         self.routed: set[str] = set()
         """Names of the points, without numbers, at which models choose tokens of their own."""
         self.started = False
 
-    def add(self, seen: Mapping[str, Mapping[str, list[Tensor]]]) -> None:
+    def add(self, seen: Mapping[str, Mapping[str, list[Tensor]]], number: int) -> None:
+        """Add what the models computed of the batch of this number."""
         self.started = True
         (first, units), *others = seen.items()
         for name, theirs in others:
@@ -43,31 +46,49 @@ class Products:
             if _unnumbered(key) in self.routed:
                 continue
             if self._large(key):
-                self._keep(key, seen)
+                self._keep(key, seen, number)
                 continue
             for i, x_ND in enumerate(calls):
                 with torch.autocast(x_ND.device.type, enabled=False):
                     for a, b in self.pairs:
                         ours, theirs = seen[a][key][i], seen[b][key][i].to(x_ND.device)
-                        accumulate(self.sums, (key, (a, b)), ours.to(x_ND.device).T @ theirs)
+                        self.running.add((key, (a, b)), ours.to(x_ND.device).T @ theirs)
 
     def _large(self, key: str) -> bool:
         space = self.first.place_of(key).space
         return bool(space) and any(by_blocks(o.spec, space) for o in self.observers.values())
 
-    def _keep(self, key: str, seen: Mapping[str, Mapping[str, list[Tensor]]]) -> None:
-        kept = self.samples.setdefault(key, {name: [] for name in seen})
-        room = MOST_SAMPLES - sum(map(len, kept[self.first.name]))
-        for name, units in seen.items() if room > 0 else ():
+    def _keep(self, key: str, seen: Mapping[str, Mapping[str, list[Tensor]]], number: int) -> None:
+        kept = self.samples.setdefault(key, [])
+        room = MOST_SAMPLES - sum(len(of_batch[self.first.name]) for _, of_batch in kept)
+        if room <= 0:
+            return
+        of_batch = {}
+        for name, units in seen.items():
             centre_D = self.observers[name].centres.get(key, 0.0)
-            kept[name].append((torch.cat(units[key])[:room] + centre_D).cpu())
+            of_batch[name] = (torch.cat(units[key])[:room] + centre_D).cpu()
+        kept.append((number, of_batch))
+
+    def reduce(self) -> None:
+        """Bring together what the processes have seen; each then has all of it."""
+        processes = self.running.processes
+        self.running.reduce()
+        unused = {name: observer.mask_unused for name, observer in self.observers.items()}
+        for routed, of_process in processes.objects((self.routed, unused)):
+            self.routed = self.routed | routed
+            for name, observer in self.observers.items():
+                observer.mask_unused |= of_process[name]
+        parts = processes.objects(self.samples)
+        for key in dict.fromkeys(key for part in parts for key in part):
+            batches = [batch for part in parts for batch in part.get(key, ())]
+            self.samples[key] = sorted(batches, key=lambda batch: batch[0])
 
     def statistics(self) -> Statistics:
         if not self.started:
             raise CollectionError("there are no calibration batches: nothing was observed")
         places: dict[str, list[Place]] = {space: [] for space in self.first.spec.spaces}
         for key, unit in {**self.first.units, **(self.first.operands or {})}.items():
-            if unit.space and key in self.first.sums and not self._is_routed(key):
+            if unit.space and self.first.has_seen(key) and not self._is_routed(key):
                 places[unit.space].append(self._place(key, unit))
         return Statistics(
             tuple(self.observers),
@@ -90,24 +111,31 @@ class Products:
             {name: total for name, (total, _) in totals.items()},
             {name: square for name, (_, square) in totals.items()},
             {} if key in self.samples else {pair: self._product(key, pair) for pair in self.pairs},
-            self.first.counts[key],
-            {name: torch.cat(kept) for name, kept in self.samples.get(key, {}).items()},
+            self.first.count(key),
+            self._samples(key),
             unit.keeps_sign,
         )
+
+    def _samples(self, key: str) -> dict[str, Tensor]:
+        kept = [of_batch for _, of_batch in self.samples.get(key, ())]
+        return {
+            name: torch.cat([of_batch[name] for of_batch in kept])[:MOST_SAMPLES]
+            for name in (kept[0] if kept else ())
+        }
 
     def _product(self, key: str, pair: Pair) -> Tensor:
         """The sum of x yᵀ; of a linear image from that of what it is an image of."""
         ours, theirs = (self.observers[name] for name in pair)
         if image := self.first.images.get(key):
-            source, count = self.first.source_of(image), self.first.counts[key]
+            source, count = self.first.source_of(image), self.first.count(key)
             x, y = ours.total(source)[0], theirs.total(source)[0]
             spread = self._product(source, pair) - torch.outer(x, y / count)
             w, v = (o.linear_map(o.images[key])[0] for o in (ours, theirs))
             image_spread = (w.float() @ spread.float() @ v.T.float()).double()
             return image_spread.addr_(ours.total(key)[0], theirs.total(key)[0] / count)
-        x, y = ours.sums[key].cpu(), theirs.total(key)[0]
+        x, y = ours.about(key), theirs.total(key)[0]
         c, d = (o.centres[key].double().cpu() for o in (ours, theirs))
-        return self.sums[key, pair].cpu() + torch.outer(x, d) + torch.outer(c, y)
+        return self.running.totals[key, pair].cpu() + torch.outer(x, d) + torch.outer(c, y)
 
 
 def _unnumbered(key: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 import torch
@@ -254,35 +254,6 @@ class Statistics:
             grams,
             tuple(Warned(name, message) for _, name, message in ordered("noticed")),
         )
-
-    def reduce(self) -> Statistics:
-        """The sum over all processes of `torch.distributed`; every process gets it.
-
-        Raises:
-            CollectionError: processes with statistics of different models or points.
-        """
-        import torch.distributed as dist
-
-        outlines: list[object] = [None] * dist.get_world_size()
-        dist.all_gather_object(outlines, (_outline(self), self.noticed))
-        if any(outline[0] != _outline(self) for outline in outlines):  # ty: ignore[not-subscriptable]
-            raise CollectionError("the processes have statistics of different models or points")
-        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-        summed = {}
-        for key, tensor in self.to_tensors().items():
-            if key.split("/")[0] in _ADDITIVE:
-                moved = tensor.to(device, copy=True)
-                dist.all_reduce(moved)
-                summed[key] = moved.cpu()
-            elif key.split("/")[0] == "sample":
-                parts: list[Any] = [None] * dist.get_world_size()
-                dist.all_gather_object(parts, tensor)
-                summed[key] = torch.cat(parts)[:MOST_SAMPLES]
-            elif key.split("/")[0] != "noticed":
-                summed[key] = tensor
-        total = Statistics.from_tensors(summed)
-        noticed = dict.fromkeys(w for outline in outlines for w in outline[1])  # ty: ignore[not-subscriptable]
-        return Statistics(total.names, total.places, total.grams, tuple(noticed))
 
 
 _ADDITIVE = ("sum", "square", "product", "count", "gram", "tokens")

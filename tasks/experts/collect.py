@@ -11,11 +11,11 @@ import alloy
 from alloy.modality import ModalityConfig, ModalityModel, agnostic_config
 from alloy.modality.observe import collect_experts
 from alloy.symmetry import SymmetrySpec
-from tasks.evaluation.loading import use_device
 from tasks.experts.shared.loading import load_model
 from tasks.experts.shared.statistics import CALIBRATION, batches, save_statistics
 from tasks.recipe.experts import ExpertsRecipe
-from tasks.storage import write_folder
+from tasks.storage import folder_digest, sha256
+from tasks.workers.together import agree, join, written_by_first
 
 
 def agnostic_symmetries(config: ModalityConfig) -> SymmetrySpec:
@@ -30,20 +30,24 @@ def agnostic_symmetries(config: ModalityConfig) -> SymmetrySpec:
 
 def main(recipe: ExpertsRecipe) -> None:
     params, workspace = recipe.collect, recipe.workspace
-    use_device("collect", float64=True)
-    with write_folder(workspace.statistics) as folder:
-        for name in params.checkpoints:
-            model = load_model(workspace.checkpoints / name)
+    processes = join("collect", float64=True)
+    data = workspace.data / CALIBRATION
+    checkpoints = {name: workspace.checkpoints / name for name in params.checkpoints}
+    digests = {str(f): folder_digest(f) for f in checkpoints.values() if processes.size > 1}
+    agree(processes, {str(data): sha256(data), **digests, "collect": params.model_dump_json()})
+    with written_by_first(processes, workspace.statistics) as folder:
+        for name, checkpoint in checkpoints.items():
+            model = load_model(checkpoint)
             examples = batches(
-                workspace.data / CALIBRATION,
-                params.calibration_examples,
-                params.batch_size,
+                data, params.calibration_examples, params.batch_size, show=processes.is_first
             )
             with torch.autocast(
                 model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"
             ):
                 spec = agnostic_symmetries(model.config)
-                statistics = collect_experts(model, examples, spec)
+                statistics = collect_experts(model, examples, spec, processes)
+            if not processes.is_first:
+                continue
             (folder / name).mkdir()
             (folder / name / "spec.json").write_text(spec.to_json())
             save_statistics(statistics, folder / name)
@@ -52,4 +56,5 @@ def main(recipe: ExpertsRecipe) -> None:
                 f"collect: {name}: Grams of {num_layers} layers over "
                 f"{params.calibration_examples} image-text pairs"
             )
-    print(f"collect: wrote {workspace.statistics}")
+    if processes.is_first:
+        print(f"collect: wrote {workspace.statistics}")

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 import alloy
 from alloy.alignment.result import Alignment
-from alloy.devices import beside
+from alloy.devices import beside, device_pool
 from alloy.errors import AlignmentError
 from alloy.symmetry import observe_outputs
 from tasks.evaluation.loading import use_device
@@ -44,7 +44,7 @@ def main(recipe: ModelsRecipe) -> None:
     with write_folder(out) as folder:
         num = {name: len(recipe.alignments(job.set)) for name, job in planned.items()}
         arguments = {name: (job, job.within(folder)) for name, job in planned.items()}
-        run_jobs("align", align_all, arguments, num)
+        run_jobs("align", align_all, arguments, num, devices=device_pool())
     print(f"align: wrote {out}: {sum(num.values())} alignments of {len(planned)} sets of models")
 
 

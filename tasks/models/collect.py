@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import alloy
-from alloy.devices import chosen_device
-from tasks.evaluation.loading import load_any, use_device
+from alloy.devices import chosen_device, device_pool
+from alloy.processes import Processes
+from tasks.evaluation.loading import load_any
 from tasks.models.shared.jobs import (
     Job,
     Report,
+    agree_on_data,
     architecture,
     batches,
     first_examples,
@@ -29,34 +31,41 @@ from tasks.models.shared.jobs import (
     save_tensors,
 )
 from tasks.recipe.models import ModelsRecipe
-from tasks.storage import write_folder, write_json
+from tasks.storage import write_json
+from tasks.workers.together import join, written_by_first
 
 
 def main(recipe: ModelsRecipe) -> None:
     planned = jobs(recipe)
-    use_device("collect", float64=True)
+    processes = join("collect", float64=True)
     for job in planned:
         refuse_other_architectures(job)
+    agree_on_data(processes, planned)
     out = recipe.workspace.statistics
-    with write_folder(out) as folder:
-        (folder / "specs").mkdir()
+    with written_by_first(processes, out) as folder:
         distinct = {
             architecture(job, member): (job, member) for job in planned for member in job.members
         }
-        run_jobs(
-            "symmetries",
-            find_spec,
-            {digest: (*of, folder / "specs" / f"{digest}.json") for digest, of in distinct.items()},
-            dict.fromkeys(distinct, 2),
-        )
+        if processes.is_first:
+            (folder / "specs").mkdir()
+            specs = {
+                digest: (*of, folder / "specs" / f"{digest}.json")
+                for digest, of in distinct.items()
+            }
+            run_jobs("symmetries", find_spec, specs, dict.fromkeys(distinct, 2))
+        processes.objects(None)  # the symmetries are there
         named = {job.name: job for job in planned}
         run_jobs(
             "collect",
             collect,
-            {name: (job, folder) for name, job in named.items()},
+            {name: (job, folder, processes) for name, job in named.items()},
             {name: num_batches(job) for name, job in named.items()},
+            here=processes.size > 1,
+            show=processes.is_first,
+            devices=device_pool(),
         )
-    print(f"collect: wrote {out}: {len(planned)} sets of models, {len(distinct)} architectures")
+    if processes.is_first:
+        print(f"collect: wrote {out}: {len(planned)} sets of models, {len(distinct)} architectures")
 
 
 def find_spec(job: Job, member: str, file: Path, report: Report) -> None:
@@ -87,7 +96,7 @@ def num_batches(job: Job) -> int:
     return math.ceil(num / job.recipe.calibrated[1].batch_size)
 
 
-def collect(job: Job, folder: Path, report: Report) -> None:
+def collect(job: Job, folder: Path, processes: Processes, report: Report) -> None:
     """Run the calibration data through the members side by side and keep the sums."""
     _, params, _ = job.recipe.calibrated
     inputs = load_file(job.calibration)
@@ -106,7 +115,10 @@ def collect(job: Job, folder: Path, report: Report) -> None:
             units=params.units,
             joint=params.joint,
             grams=params.grams,
+            processes=processes,
         )
+    if not processes.is_first:
+        return
     place = job.within(folder)
     place.mkdir(parents=True)
     save_tensors(statistics.to_tensors(), place / "statistics.safetensors")

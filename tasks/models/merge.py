@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import alloy
 from alloy.alignment.result import Alignment
+from alloy.devices import device_pool
 from alloy.errors import AlignmentError, MergeError
 from alloy.merging import MERGE_METHODS, oriented
 from alloy.refit import repair
@@ -51,7 +52,7 @@ def main(recipe: ModelsRecipe) -> None:
     with write_folder(recipe.workspace.arms) as folder:
         num = {name: len(recipe.arms(job.set)) for name, job in planned.items()}
         arguments = {name: (job, job.within(folder)) for name, job in planned.items()}
-        run_jobs("merge", merge_all, arguments, num)
+        run_jobs("merge", merge_all, arguments, num, devices=device_pool())
     print(
         f"merge: wrote {recipe.workspace.arms}: {sum(num.values())} merged models "
         f"of {len(planned)} sets"

@@ -8,18 +8,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from alloy.modality.observe import ExpertStatistics
+from alloy.modality.observe import MOMENTS, ExpertStatistics
 from alloy.statistics.moments import CrossMoments, Gram
 from alloy.symmetry import SymmetrySpec
 
 CALIBRATION = "calibration.safetensors"
 
 
-MOMENT_FIELDS = ("sum_D", "sum_E", "square_D", "square_E", "product_DE")
-
-
-def batches(file: Path, num_examples: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """The first examples of a split, batch by batch.
+def batches(
+    file: Path, num_examples: int, batch_size: int, *, show: bool = True
+) -> Iterator[dict[str, Tensor]]:
+    """The first examples of a split, batch by batch, with a progress bar if `show`.
 
     Raises:
         ValueError: the split has fewer.
@@ -31,7 +30,8 @@ def batches(file: Path, num_examples: int, batch_size: int) -> Iterator[dict[str
             f"collect.calibration_examples is {num_examples}, {file} has only {available}: "
             "lower it, or raise prepare's"
         )
-    for start in tqdm(range(0, num_examples, batch_size), desc="calibration", unit="batch"):
+    starts = range(0, num_examples, batch_size)
+    for start in tqdm(starts, desc="calibration", unit="batch", disable=not show):
         stop = min(start + batch_size, num_examples)
         yield {name: tensor[start:stop] for name, tensor in tensors.items()}
 
@@ -53,7 +53,7 @@ def save_statistics(statistics: ExpertStatistics, folder: Path) -> None:
         for space, points in by_space.items():
             for i, point in enumerate(points):
                 key = f"{modality}/{space}/{i}"
-                moments |= {f"{key}/{name}": getattr(point, name) for name in MOMENT_FIELDS}
+                moments |= {f"{key}/{name}": getattr(point, name) for name in MOMENTS}
                 moments[f"{key}/count"] = torch.tensor(point.count)
     save_file(grams, folder / "grams.safetensors")
     save_file(moments, folder / "moments.safetensors")
@@ -70,7 +70,7 @@ def load_statistics(folder: Path) -> ExpertStatistics:
     moments = load_file(folder / "moments.safetensors")
     for key in (key for key in moments if key.endswith("/count")):
         modality, space, _, _ = key.split("/")
-        point = [moments[key.replace("/count", f"/{name}")] for name in MOMENT_FIELDS]
+        point = [moments[key.replace("/count", f"/{name}")] for name in MOMENTS]
         places = statistics.moments.setdefault(modality, {}).setdefault(space, [])
         places.append(CrossMoments(*point, count=int(moments[key])))
     return statistics

@@ -9,9 +9,9 @@ models/<recipe>/merged/                               choose: the arm that the r
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alloy.errors import CheckpointError
+from alloy.processes import Processes
 from alloy.symmetry import SymmetrySpec
 from tasks.evaluation.loading import load_any, load_config, model_class
 from tasks.evaluation.outputs import by_length, trimmed
 from tasks.recipe.models import ModelsRecipe, ModelsSet
+from tasks.storage import folder_digest, sha256
 from tasks.workers import num_cores, side_by_side
+from tasks.workers.together import agree
 from tasks.workspace import Workspace
 
 EXAMPLES = 4  # calibration examples that symmetries are traced and checked with
@@ -151,6 +154,17 @@ def refuse_other_architectures(job: Job) -> None:
             )
 
 
+def agree_on_data(processes: Processes, planned: Sequence[Job]) -> None:
+    """Raise ProcessError unless all processes have the same recipe, checkpoints and data."""
+    if processes.size == 1:
+        return
+    folders = {folder for job in planned for folder in job.folders.values()}
+    files = {job.calibration for job in planned}
+    digests = {str(path): folder_digest(path) for path in sorted(folders)}
+    digests |= {str(path): sha256(path) for path in sorted(files)}
+    agree(processes, {**digests, "the recipe": planned[0].recipe.model_dump_json()})
+
+
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write a safetensors file; tensors that share memory (one Gram of three layers) are copied."""
     seen: set[int] = set()
@@ -174,19 +188,27 @@ def first_examples(file: Path, num: int = EXAMPLES) -> dict[str, Tensor]:
 
 
 def run_jobs(
-    title: str, work: Callable[..., None], arguments: Mapping[str, tuple], steps: Mapping[str, int]
+    title: str,
+    work: Callable[..., None],
+    arguments: Mapping[str, tuple],
+    steps: Mapping[str, int],
+    *,
+    here: bool = False,
+    show: bool = True,
+    devices: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run `work(*arguments[name], report)` for every job, as many at once as there are cores.
 
     `report("step")` moves the progress bar, of `steps[name]` for each job; `report("say", line)`
-    prints; `report("result", value)` hands back the result of the job. One job alone runs here;
-    every job has one thread, so that its result does not depend on the number of cores.
+    prints; `report("result", value)` hands back the result of the job. One job alone runs here, and
+    with `here` each after the other; every job has one thread, so that its result does not depend
+    on the number of cores. With `devices` the jobs queue for these.
     """
     results: dict[str, Any] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console()
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *columns, console=console, transient=True, disable=not (show and console.is_terminal)
     ) as progress:
         bar = progress.add_task(title, total=sum(steps.values()))
 
@@ -199,14 +221,14 @@ def run_jobs(
             else:
                 results[name] = values[0]
 
-        if len(arguments) == 1:
-            ((name, given),) = arguments.items()
+        if here or len(arguments) == 1:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                work(*given, lambda *values: receive(name, *values))
+                for name, given in arguments.items():
+                    work(*given, partial(receive, name))
             finally:
                 torch.set_num_threads(threads)
         else:
-            side_by_side(work, arguments, receive, at_once=num_cores())
+            side_by_side(work, arguments, receive, at_once=num_cores(), devices=devices)
     return results

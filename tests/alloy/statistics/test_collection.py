@@ -28,8 +28,8 @@ def _load(path: str):
     return module
 
 
-zoo, reduce_statistics = _load("../symmetry/zoo.py"), _load("reduce_statistics.py")
-chain = reduce_statistics.chain
+zoo, two_processes = _load("../symmetry/zoo.py"), _load("two_processes.py")
+chain = two_processes.chain
 
 SIZE = 12  # hidden = intermediate = positions = vocabulary
 
@@ -315,17 +315,26 @@ def test_statistics_survive_a_file(models, ids, spec, tmp_path):
         Statistics.from_tensors({"weight": torch.ones(1)})
 
 
-def test_two_processes_see_what_one_sees(tmp_path):
-    worker = Path(__file__).with_name("reduce_statistics.py")
+def test_two_processes_sum_the_bits_of_one(tmp_path):
+    """Sums, Grams and samples; five batches, the last one without a partner."""
+    worker = Path(__file__).with_name("two_processes.py")
     other = subprocess.Popen([sys.executable, worker, "1", str(tmp_path)])
-    reduce_statistics.main(0, str(tmp_path))
+    two_processes.main(0, str(tmp_path))
     assert other.wait(timeout=120) == 0
-    whole = reduce_statistics.statistics(reduce_statistics.data(), joint=True, grams=True)
-    for rank in (0, 1):
-        found = Statistics.from_tensors(load_file(tmp_path / f"{rank}.safetensors"))
-        _assert_same(whole, found)
-        kept = Statistics.from_tensors(load_file(tmp_path / f"kept{rank}.safetensors"))
-        _assert_same(reduce_statistics.kept(0, 40), kept, tolerance=1e-12)
+    alone = two_processes.statistics()
+    assert any(places[0].samples for places in alone["samples"].places.values())
+    for name, one in alone.items():
+        for rank in (0, 1):
+            both = load_file(tmp_path / f"{name}{rank}.safetensors")
+            assert both.keys() == one.to_tensors().keys()
+            assert all(torch.equal(both[key], tensor) for key, tensor in one.to_tensors().items())
+    for rank, weights in enumerate(([1.0, 2.0], [3.0, 4.0])):
+        gathered = load_file(tmp_path / f"grad{rank}.safetensors")
+        assert gathered["gathered"].tolist() == [[1.0, 2.0], [2.0, 2.0]]
+        assert gathered["grad"].tolist() == [[3 * weight for weight in weights]]
+        too_few, uneven = (tmp_path / f"{rank}.txt").read_text().split("\n")
+        assert too_few.startswith("2 processes for 1 batches of calibration data: take smaller")
+        assert uneven.startswith("3 examples cannot be shared evenly by 2 processes")
 
 
 def test_a_large_mean_does_not_drown_the_variance():

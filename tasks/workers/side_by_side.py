@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -29,10 +29,12 @@ def side_by_side(
     receive: Callable[..., None],
     *,
     at_once: int | None = None,
+    devices: Sequence[str] = (),
 ) -> None:
     """Run `work(*jobs[name], report)` for every name; `report(*x)` arrives as `receive(name, *x)`.
 
-    All jobs run at once, or as many as `at_once` says, the others as these end.
+    All jobs run at once, or as many as `at_once` says, the others as these end. With `devices`
+    (`alloy.devices.device_pool`) each job has one for itself while it runs, and the others queue.
 
     `work`, the jobs' arguments and what they report must pickle. The first job that raises ends the
     others, and its exception is raised here. A worker whose parent is gone ends at its next report.
@@ -42,14 +44,20 @@ def side_by_side(
         ["tasks.training.loop", "tasks.evaluation.loading"]
     )  # imported once for all jobs
     workers: dict[Connection, tuple[str, multiprocessing.process.BaseProcess]] = {}
-    waiting = dict(jobs)
+    waiting, free = dict(jobs), list(devices)
+    taken: dict[Connection, str] = {}
     try:
         while waiting or workers:
-            while waiting and (at_once is None or len(workers) < at_once):
+            while waiting and (at_once is None or len(workers) < at_once) and (free or not devices):
                 name = next(iter(waiting))
                 reader, writer = context.Pipe(duplex=False)
+                if devices:
+                    taken[reader] = free.pop(0)
                 process = context.Process(
-                    target=_work, args=(work, waiting.pop(name), writer), name=name, daemon=True
+                    target=_work,
+                    args=(work, waiting.pop(name), writer, taken.get(reader)),
+                    name=name,
+                    daemon=True,
                 )
                 process.start()
                 writer.close()  # only the worker holds it: its end is the end of the stream
@@ -62,6 +70,8 @@ def side_by_side(
                     continue
                 del workers[reader]
                 process.join()
+                if devices:
+                    free.append(taken.pop(reader))
                 if process.exitcode:
                     raise RuntimeError(f"{name}: its process ended with status {process.exitcode}")
     finally:
@@ -69,8 +79,13 @@ def side_by_side(
             process.terminate()
 
 
-def _work(work: Callable[..., None], arguments: tuple, writer: Connection) -> None:
+def _work(
+    work: Callable[..., None], arguments: tuple, writer: Connection, device: str | None
+) -> None:
     import torch
+
+    if device is not None:
+        os.environ["ALLOY_DEVICE"] = device
 
     torch.set_num_threads(1)
     try:

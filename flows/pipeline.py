@@ -237,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run what is stale of a recipe, from its checkpoints to a registered model.",
         epilog="`dvc stage list` names the stages; `dvc repro STAGE@RECIPE` runs them without "
         "Prefect. ALLOY_DEVICE=cpu|cuda|cuda:1|mps chooses the device, by default a GPU if there "
-        "is one.",
+        "is one; ALLOY_PROCESSES=2 shares collect, finetune and evaluate between two processes.",
     )
     parser.add_argument(
         "recipe", nargs="?", default="modality", help="one of params/recipes.yaml (modality)"

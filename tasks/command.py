@@ -28,7 +28,7 @@ SHARED = {
 WITHOUT_SECTION = {*SHARED, "choose"}
 """The stages that every recipe has; `merge` says what is chosen."""
 
-TOGETHER = ("collect",)
+TOGETHER = ("collect", "finetune", "evaluate")
 """The stages that as many processes as ALLOY_PROCESSES says share."""
 
 

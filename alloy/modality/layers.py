@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alloy.modality.configuration import EXPERT_PARTS, Activation, ModalityConfig
 
@@ -91,7 +92,7 @@ class FeedForward(nn.Module):
         return self.fc2(self.activation(self.fc1(x_BSD)))
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Attention, then a feed-forward network, each added to the stream that it reads.
 
     A pre-norm block is x + scale1 Attention(norm1(x)), then x + scale2 FFN(norm2(x)); a post-norm

@@ -64,6 +64,7 @@ class ModalityModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]  # noqa: RUF012 (transformers declares a list)
     _supports_sdpa = True
+    supports_gradient_checkpointing = True  # block by block: activation_checkpointing_enable()
     _no_split_modules = {"Block"}  # noqa: RUF012 (transformers declares a set)
 
     def __init__(self, config: ModalityConfig):

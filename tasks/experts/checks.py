@@ -1,14 +1,17 @@
 """Checks of a recipe of experts that need the stages' own modules: benchmarks, their sizes."""
 
-from tasks.experts.finetune import plan
+from tasks.experts.finetune import check_together, plan
 from tasks.experts.measures.benchmarks import TRAINING_FREE, training_free
 from tasks.experts.prepare import checked
 from tasks.recipe.experts import ExpertsRecipe
 from tasks.recipe.section import ParamsError
+from tasks.workers.together import num_processes
 
 
 def check(recipe: ExpertsRecipe) -> None:
     """Refuse benchmarks that do not exist, and a fine-tuning on data that are not prepared.
+
+    Or on batches that the processes cannot share, in a precision that the device lacks.
 
     Raises:
         ParamsError: names the key and what would be right.
@@ -22,6 +25,7 @@ def check(recipe: ExpertsRecipe) -> None:
     if recipe.finetune is None:
         return
     plan(recipe)
+    check_together(recipe, num_processes())
     for name, batch_size in recipe.finetune.batch_sizes.items():
         where = f"{recipe.where}: finetune.batch_sizes.{name}"
         if name not in prepared:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from alloy.measures.distances import distance
 from alloy.modality import ModalityModel, split_experts
-from tasks.evaluation.loading import use_device
+from alloy.processes import ALONE, Processes
 from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, load_split, training_free
 from tasks.experts.report.build import build
 from tasks.experts.report.results import (
@@ -38,6 +38,7 @@ from tasks.recipe.experts import ExpertsRecipe
 from tasks.reports import tables, writer
 from tasks.storage import read_json, sha256
 from tasks.workers import num_cores
+from tasks.workers.together import agree, join
 
 SPLITS = ("validation", "test")
 
@@ -211,34 +212,28 @@ def sources(recipe: ExpertsRecipe, planned: list[Subject]) -> Iterator[SourceRow
     yield SourceRow("data", "prepare", sha256(recipe.workspace.data_manifest))
 
 
-def evaluate(recipe: ExpertsRecipe) -> Results:
+def evaluate(recipe: ExpertsRecipe, processes: Processes = ALONE) -> Results | None:
     """Measure everything, in as many threads as there are cores, one core each.
 
     A model runs on one thread whatever the number of cores, so that the numbers do not depend on
-    it.
+    it. Processes have a share of the models each; the first one returns the results of all.
     """
     params, planned = recipe.evaluate, subjects(recipe)
     benchmarks = dict.fromkeys(name for subject in planned for name in subject.folders)
     data = {(b, s): load_split(recipe.name, b, s) for b in benchmarks for s in SPLITS}
-    needed = {f for subject in planned for folders in subject.folders.values() for f in folders}
-    models = {folder: load_model(folder) for folder in sorted(needed)}
-    torch.set_num_threads(1)
-    rows: list[ScoreRow] = []
-    answers: dict[str, dict[str, Tensor]] = {}
-    num_threads = num_cores()
-    with Progress(transient=True) as progress, ThreadPoolExecutor(num_threads) as pool:
-        bar = progress.add_task("evaluate", total=len(planned))
-        jobs = [pool.submit(measure, s, models, data, params.batch_size) for s in planned]
-        for subject, job in zip(planned, jobs, strict=True):
-            scores, answers[subject.name] = job.result()
-            rows += scores
-            progress.advance(bar)
+    own = processes.own(planned)
+    measured: dict[str, tuple[list[ScoreRow], dict[str, Tensor]]] = {}
+    for part in processes.objects(measured_by_name(own, data, params.batch_size, processes)):
+        measured |= part
+    if not processes.is_first:
+        return None
     test_data = {name: data[name, "test"] for name in benchmarks}
+    scores = [row for subject in planned for row in measured[subject.name][0]]
     return Results(
         recipe=recipe.name,
-        scores=rows + list(guesses(planned, test_data)),
+        scores=scores + list(guesses(planned, test_data)),
         distances=distances(recipe),
-        answers=answers,
+        answers={subject.name: measured[subject.name][1] for subject in planned},
         examples=test_data,
         sources=list(sources(recipe, planned)),
         packages=read_json(recipe.workspace.data_manifest)["packages"],
@@ -248,8 +243,38 @@ def evaluate(recipe: ExpertsRecipe) -> Results:
     )
 
 
+def measured_by_name(
+    planned: list[Subject], data: Mapping, batch_size: int, processes: Processes
+) -> dict[str, tuple[list[ScoreRow], dict[str, Tensor]]]:
+    """Scores and answers of this process's subjects, by name."""
+    needed = {f for subject in planned for folders in subject.folders.values() for f in folders}
+    models = {folder: load_model(folder) for folder in sorted(needed)}
+    torch.set_num_threads(1)
+    num_threads = max(1, num_cores() // processes.size)
+    measured = {}
+    with (
+        Progress(transient=True, disable=not processes.is_first) as progress,
+        ThreadPoolExecutor(num_threads) as pool,
+    ):
+        bar = progress.add_task("evaluate", total=len(planned))
+        jobs = [pool.submit(measure, s, models, data, batch_size) for s in planned]
+        for subject, job in zip(planned, jobs, strict=True):
+            measured[subject.name] = job.result()
+            progress.advance(bar)
+    return measured
+
+
 def main(recipe: ExpertsRecipe) -> None:
-    use_device("evaluate")
-    results = evaluate(recipe)
-    writer.write(build(results), recipe.workspace.reports)
-    tables.show(recipe.name)
+    processes = join("evaluate")
+    if processes.size > 1:
+        folders = {f for subject in subjects(recipe) for fs in subject.folders.values() for f in fs}
+        agree(
+            processes,
+            {str(f): sha256(f / "model.safetensors") for f in sorted(folders)}
+            | {"evaluate": recipe.evaluate.model_dump_json()}
+            | {str(recipe.workspace.data): sha256(recipe.workspace.data_manifest)},
+        )
+    results = evaluate(recipe, processes)
+    if results is not None:
+        writer.write(build(results), recipe.workspace.reports)
+        tables.show(recipe.name)

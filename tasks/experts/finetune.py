@@ -10,19 +10,20 @@ checkpoint.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alloy.devices import beside, chosen_device
+from alloy.devices import beside, chosen_device, device_pool
 from alloy.errors import nearest
 from alloy.modality import ModalityModel
 from alloy.modality.objectives import distillation_losses
-from tasks.evaluation.loading import use_device
+from alloy.processes import ALONE, Processes
 from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, load_split, take
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import ExpertsRecipe, FinetuneParams
@@ -30,8 +31,9 @@ from tasks.recipe.section import ParamsError
 from tasks.registry import tracking
 from tasks.reports import cards
 from tasks.storage import folder_digest, read_json, write_folder, write_json
-from tasks.training.loop import step_generator, train
+from tasks.training.loop import check_precision, check_shares, parts_of, step_generator, train
 from tasks.workers import side_by_side
+from tasks.workers.together import agree, join
 from tasks.workspace import STATE, Workspace
 
 WORK = STATE / "finetune"  # step checkpoints
@@ -57,24 +59,34 @@ def losses(
     train_data: Data,
     params: FinetuneParams,
     step: int,
-) -> dict[str, Tensor]:
-    """The losses of one step: of each benchmark's batch its own and the distance to the teacher."""
-    generator = step_generator(params.seed, step)
-    by_name = {}
-    for name, data in train_data.items():
-        benchmark = BENCHMARKS[name]
-        batch = benchmark.sample(data, params.batch_sizes[name], generator)
-        batch = beside(model, batch)
-        if params.task_weight:
-            by_name[name] = params.task_weight * benchmark.loss(
-                benchmark.logits(model, batch), batch
-            )
-        if teacher is not None and "input_ids" in batch:
-            pairs = {**batch, "pixel_values": _one_image(batch["pixel_values"])}
-            distances = distillation_losses(model, teacher, pairs)
-            total = torch.stack(list(distances.values())).sum()
-            by_name[f"{name}_distillation"] = params.distillation.weight * total
-    return by_name
+    processes: Processes = ALONE,
+) -> Iterator[dict[str, Tensor]]:
+    """The losses of each part of a step: each benchmark's own and the distance to the teacher.
+
+    With several processes, this one's part of them, from its share of the examples.
+    """
+    generator = step_generator(params.seed, step, processes)
+    num_parts = params.training.accumulation_steps
+    parts = {
+        name: parts_of(
+            BENCHMARKS[name].sample(data, params.batch_sizes[name], generator), num_parts
+        )
+        for name, data in train_data.items()
+    }
+    for _ in range(num_parts):
+        by_name = {}
+        for name, batches in parts.items():
+            benchmark = BENCHMARKS[name]
+            batch = beside(model, processes.share(next(batches)))
+            if params.task_weight:
+                own = benchmark.training_loss(model, batch, processes)
+                by_name[name] = params.task_weight * own
+            if teacher is not None and "input_ids" in batch:
+                pairs = {**batch, "pixel_values": _one_image(batch["pixel_values"])}
+                distances = distillation_losses(model, teacher, pairs, processes)
+                total = torch.stack(list(distances.values())).sum()
+                by_name[f"{name}_distillation"] = params.distillation.weight * total
+        yield by_name
 
 
 def _one_image(pixel_values: Tensor) -> Tensor:
@@ -82,14 +94,19 @@ def _one_image(pixel_values: Tensor) -> Tensor:
     return pixel_values[:, 0] if pixel_values.dim() == 5 else pixel_values
 
 
-def finetune(job: Job, report: Callable[..., None]) -> None:
+def finetune(job: Job, report: Callable[..., None], processes: Processes = ALONE) -> None:
     """Train one model and write it to `job.work/done`, unless it is there already.
 
-    Reports ("say", line) and ("curves", values, step).
+    Reports ("say", line) and ("curves", values, step). Of processes that share the training, all
+    call this with the same job, and the first writes and reports.
     """
     done = job.work / "done"
+    facts = facts_of(job)
+    agree(processes, {name: json.dumps(value) for name, value in facts.items()})
     digest = identity(job)
-    if (done / FACTS).exists() and read_json(done / FACTS)["identity"] == digest:
+    report = report if processes.is_first else _say_nothing
+    is_done = (done / FACTS).exists() and read_json(done / FACTS)["identity"] == digest
+    if processes.from_first(is_done):
         report("say", "was fine-tuned before the interruption")
         return
     model = load_model(job.source)
@@ -97,15 +114,18 @@ def finetune(job: Job, report: Callable[..., None]) -> None:
     train_data = {name: load_split(job.recipe, name, "train") for name in job.benchmarks}
     progress = train(
         model,
-        lambda step: losses(model, teacher, train_data, job.params, step),
+        lambda step: losses(model, teacher, train_data, job.params, step, processes),
         job.params.training,
         folder=job.work / "steps",
         identity=digest,
         curves=lambda values, step: report("curves", dict(values), step),
         say=lambda line: report("say", line),
-        validate=validation(model, job),
+        validate=validation(model, job, processes),
         stopping=job.params.stopping,
+        processes=processes,
     )
+    if not processes.is_first:
+        return
     with write_folder(done) as partial:
         model.cpu().save_pretrained(partial)
         for file in sorted(job.source.glob("*token*.json")):
@@ -127,7 +147,13 @@ def finetune(job: Job, report: Callable[..., None]) -> None:
     )
 
 
-def validation(model: ModalityModel, job: Job) -> Callable[[], dict[str, float]]:
+def _say_nothing(*_: object) -> None:
+    pass
+
+
+def validation(
+    model: ModalityModel, job: Job, processes: Processes = ALONE
+) -> Callable[[], dict[str, float]]:
     """Scores the model on the first examples of each benchmark's validation split."""
     some = slice(job.params.stopping.validation_examples)
     held_out = {
@@ -138,7 +164,8 @@ def validation(model: ModalityModel, job: Job) -> Callable[[], dict[str, float]]
         scores = {}
         for name, data in held_out.items():
             benchmark = BENCHMARKS[name]
-            scores[name] = benchmark.score(benchmark.outputs(model, data), data)[benchmark.metric]
+            outputs = benchmark.outputs(model, data, processes=processes)
+            scores[name] = benchmark.score(outputs, data)[benchmark.metric]
         return {name: score.value for name, score in scores.items()}
 
     return validate
@@ -146,17 +173,20 @@ def validation(model: ModalityModel, job: Job) -> Callable[[], dict[str, float]]
 
 def identity(job: Job) -> str:
     """A digest of all that determines what the job gives, the code apart."""
-    data = Workspace(job.recipe).data
-    parts = [
-        job.params.model_dump(),
-        job.benchmarks,
-        folder_digest(job.source),
-        None if job.teacher is None else folder_digest(job.teacher),
-        {name: folder_digest(data / name) for name in job.benchmarks},
-        chosen_device().type,
-        torch.__version__,
-    ]
+    parts = [*facts_of(job).values(), chosen_device().type, torch.__version__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def facts_of(job: Job) -> dict[str, Any]:
+    """Params, and digests of what a job reads, by name."""
+    data = Workspace(job.recipe).data
+    return {
+        "params": job.params.model_dump(),
+        "benchmarks": job.benchmarks,
+        f"{job.source}": folder_digest(job.source),
+        "teacher": None if job.teacher is None else folder_digest(job.teacher),
+        f"{data}": {name: folder_digest(data / name) for name in job.benchmarks},
+    }
 
 
 def card(recipe: str, facts: Mapping) -> str:
@@ -180,13 +210,17 @@ def card(recipe: str, facts: Mapping) -> str:
 def plan(recipe: ExpertsRecipe) -> dict[str, Job]:
     """The trainings by name: `<arm>`, or `<arm>/<benchmark>` when each benchmark has its own model.
 
-    Raises ParamsError for an arm or a benchmark that is not there.
+    Raises ParamsError for an arm or a benchmark that is not there, or a batch that cannot be split.
     """
     assert recipe.finetune is not None
     params, where = recipe.finetune, f"{recipe.where}: finetune"
-    for name in params.batch_sizes:
+    for name, batch_size in params.batch_sizes.items():
         if name not in FINETUNED:
             raise ParamsError(f"{where}.batch_sizes: {name!r}: {nearest(name, list(FINETUNED))}")
+        try:
+            params.training.check_batch(f"batch_sizes.{name}", batch_size, BENCHMARKS[name].group)
+        except ValueError as error:
+            raise ParamsError(f"{where}: {error}") from error
     every = tuple(params.batch_sizes)
     jobs = {}
     for arm in (RESULT, *params.arms):
@@ -214,9 +248,27 @@ def _source(arm: str, recipe: ExpertsRecipe) -> tuple[Path, Path | None]:
     return workspace.checkpoints / arm, None
 
 
+def check_together(recipe: ExpertsRecipe, num_processes: int) -> None:
+    """Refuse batches that the processes cannot share, and a precision that the device lacks.
+
+    Raises:
+        ParamsError: names the batch, or the device.
+    """
+    assert recipe.finetune is not None
+    params, where = recipe.finetune, f"{recipe.where}: finetune"
+    check_precision(f"{where}.training", params.training)
+    for name, batch_size in params.batch_sizes.items():
+        check_shares(f"{where}.batch_sizes.{name}", batch_size, params.training, num_processes)
+
+
 def main(recipe: ExpertsRecipe) -> None:
     jobs = plan(recipe)
-    use_device("finetune")
+    processes = join("finetune")
+    check_together(recipe, processes.size)
+    if not processes.is_first:
+        for job in jobs.values():
+            finetune(job, _say_nothing, processes)
+        return
     with ExitStack() as stack:
         logs = {name: stack.enter_context(_open_run(name, job)) for name, job in jobs.items()}
 
@@ -226,7 +278,12 @@ def main(recipe: ExpertsRecipe) -> None:
             else:
                 print(f"finetune: {name}: {values[0]}", flush=True)
 
-        side_by_side(finetune, {name: (job,) for name, job in jobs.items()}, receive)
+        if processes.size > 1:
+            for name, job in jobs.items():
+                finetune(job, partial(receive, name), processes)
+        else:
+            queued = {name: (job,) for name, job in jobs.items()}
+            side_by_side(finetune, queued, receive, devices=device_pool())
     _publish(recipe.workspace, jobs)
 
 

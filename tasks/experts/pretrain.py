@@ -8,21 +8,23 @@ with the same data, rates and optimizer moments to the schedule's end: *agnostic
 one uninterrupted run, the baseline), and *specific*, whose experts start as copies of the seed's
 blocks. *specific_unseeded* runs the whole schedule with experts that were initialised apart. All
 runs take equally many steps on the same batches and decay the same parameters. They run side by
-side, one thread each; an interrupted run goes on from its last step checkpoint.
+side, one thread each, or queue for the GPUs; with ALLOY_PROCESSES=N one after the other, each
+shared by N processes. An interrupted run goes on from its last step checkpoint.
 """
 
 import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from alloy.devices import beside, chosen_device
+from alloy.devices import beside, chosen_device, device_pool
 from alloy.errors import nearest
 from alloy.modality import (
     FRESH_HEADS,
@@ -33,6 +35,7 @@ from alloy.modality import (
 )
 from alloy.modality.configuration import Sharing
 from alloy.modality.objectives import pretraining_losses
+from alloy.processes import ALONE, Processes
 from tasks.data.scenes.bank import Bank, load_bank
 from tasks.data.scenes.generator import SceneGenerator
 from tasks.data.scenes.packages import source_versions
@@ -45,7 +48,6 @@ from tasks.data.scenes.words import (
     VOCABULARY,
     tokenizer,
 )
-from tasks.evaluation.loading import use_device
 from tasks.recipe.experts import SceneParams
 from tasks.recipe.load import load_experts, load_file
 from tasks.recipe.pretraining import PretrainParams, TransformerParams
@@ -53,8 +55,19 @@ from tasks.recipe.section import ParamsError
 from tasks.registry import tracking
 from tasks.reports import cards, markdown
 from tasks.storage import read_json, sha256, write_folder, write_json
-from tasks.training.loop import PROGRESS, Progress, State, load_state, step_generator, train
-from tasks.workers import Report, side_by_side
+from tasks.training.loop import (
+    PROGRESS,
+    Progress,
+    State,
+    check_precision,
+    check_shares,
+    load_state,
+    parts_of,
+    step_generator,
+    train,
+)
+from tasks.workers import Report, side_by_side, together
+from tasks.workers.together import agree, join
 
 RELEASED = Path("released/modality")
 WORK = Path(".alloy/pretrain")  # step checkpoints
@@ -126,24 +139,34 @@ def identity(arm: str, params: PretrainParams, bank: Bank) -> str:
 
 
 def pretrain(
-    arm: str, params: PretrainParams, bank: Bank, work: Path, report: Report
+    arm: str,
+    params: PretrainParams,
+    bank: Bank,
+    work: Path,
+    report: Report,
+    processes: Processes = ALONE,
 ) -> tuple[ModalityModel, Progress]:
     """Train one arm, reporting (arm, "say", line) and (arm, "curves", values, step).
 
-    Its step checkpoints, and the seed's, are in `work`.
+    Its step checkpoints, and the seed's, are in `work`. Processes that share the training all call
+    this, and end with the same model.
     """
     config = model_config(params.model, bank.params, SHARING[arm])
     model = ModalityModel(config).to(chosen_device())
     generator = SceneGenerator(bank, "train", params.seed)
 
-    def losses_at(step: int) -> dict[str, Tensor]:
-        return pretraining_losses(
-            model,
-            beside(model, generator.batch(params.batch_size, step)),
-            mask_token_id=TOKEN["[MASK]"],
-            mask_probability=params.mask_probability,
-            generator=step_generator(params.seed, step),
-        )
+    def losses_at(step: int) -> Iterator[dict[str, Tensor]]:
+        of_step = step_generator(params.seed, step, processes)
+        batch = generator.batch(params.batch_size, step)
+        for part in parts_of(batch, params.training.accumulation_steps):
+            yield pretraining_losses(
+                model,
+                beside(model, part),
+                mask_token_id=TOKEN["[MASK]"],
+                mask_probability=params.mask_probability,
+                generator=of_step,
+                processes=processes,
+            )
 
     progress = train(
         model,
@@ -155,6 +178,7 @@ def pretrain(
         say=lambda line: report(arm, "say", line),
         start=initial_state(arm, config, params.seed, work / "seed"),
         stop_step=params.seed_steps if arm == "seed" else None,
+        processes=processes,
     )
     return model, progress
 
@@ -232,20 +256,31 @@ def card(facts: Mapping) -> str:
     )
 
 
-def run_chain(arms: Sequence[str], params: PretrainParams, report: Report) -> None:
+def run_chain(
+    arms: Sequence[str], params: PretrainParams, report: Report, processes: Processes = ALONE
+) -> None:
     """Pre-train and release the arms one after the other, but for those that are there already."""
     bank = load_bank(load_experts(params.recipe).prepare.scenes)
+    agree(processes, {"params": params.model_dump_json(), "cells": bank.sha256})
     stale = [arm for arm in arms if not _is_made(RELEASED / arm / FACTS, arm, params, bank)]
     if set(stale) & set(FROM_SEED) and "seed" not in stale and not _has_state(params, bank):
         stale = ["seed", *stale]
+    stale = processes.from_first(stale)
+    report = report if processes.is_first else _say_nothing
     for arm in arms:
         if arm not in stale:
             report(arm, "say", f"{RELEASED / arm} is what these params give: nothing to do")
     for arm in stale:
-        model, progress = pretrain(arm, params, bank, WORK, report)
+        model, progress = pretrain(arm, params, bank, WORK, report, processes)
+        if not processes.is_first:
+            continue
         release(arm, model, progress, params, bank, RELEASED / arm)
         size = sum(path.stat().st_size for path in (RELEASED / arm).iterdir())
         report(arm, "say", f"wrote {RELEASED / arm}, {size / 1e6:.1f} MB")
+
+
+def _say_nothing(*_: object) -> None:
+    pass
 
 
 def _is_made(facts: Path, arm: str, params: PretrainParams, bank: Bank) -> bool:
@@ -264,8 +299,13 @@ def main(arms: Sequence[str]) -> None:
         if arm not in SHARING:
             raise ParamsError(f"{arm!r} is no checkpoint: {nearest(arm, list(SHARING))}")
     params = load_file("pretrain", PretrainParams)
-    use_device("pretrain")
-    load_bank(load_experts(params.recipe).prepare.scenes)  # built once, for all
+    processes = join("pretrain")
+    check_precision("params/pretrain.yaml: training", params.training)
+    where = "params/pretrain.yaml: batch_size"
+    check_shares(where, params.batch_size, params.training, processes.size)
+    if processes.is_first:
+        load_bank(load_experts(params.recipe).prepare.scenes)  # built once, for all
+    processes.objects(None)
     chains = [[arm for arm in chain if arm in arms] for chain in CHAINS]
     with ExitStack() as stack:
         logs: dict[str, tracking.Log] = {}
@@ -280,7 +320,11 @@ def main(arms: Sequence[str]) -> None:
             logs[arm].metrics(*values)
 
         jobs = {" ".join(chain): (chain, params) for chain in chains if chain}
-        side_by_side(run_chain, jobs, receive)
+        if processes.size > 1:
+            for name, job in jobs.items():
+                run_chain(*job, partial(receive, name), processes)
+        else:
+            side_by_side(run_chain, jobs, receive, devices=device_pool())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -294,7 +338,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    given = _parser().parse_args().arms
     try:
-        main(_parser().parse_args().arms or list(SHARING))
+        if together.is_asked_for():
+            sys.exit(together.launch("tasks.experts.pretrain", given))
+        with together.speaking_in_turn():
+            main(given or list(SHARING))
     except (ValueError, OSError, tracking.TrackingError) as error:
         sys.exit(f"tasks.experts.pretrain: {error}")

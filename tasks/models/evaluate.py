@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from alloy.alignment.result import Alignment
 from alloy.checkpoint import load_weights
+from alloy.devices import device_pool
 from alloy.measures import landscape
 from alloy.measures.distances import ModelDistances, distance
+from alloy.processes import Processes
 from alloy.refit import repair
-from tasks.evaluation.loading import load_any, use_device
+from tasks.evaluation.loading import load_any
 from tasks.models.measures.yardsticks import Yardstick, as_candidate, yardsticks
 from tasks.models.report.build import build
 from tasks.models.report.distances import build as build_distances
@@ -31,6 +33,7 @@ from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.jobs import (
     Job,
     Report,
+    agree_on_data,
     batches,
     first_examples,
     jobs,
@@ -39,27 +42,40 @@ from tasks.models.shared.jobs import (
 from tasks.recipe.models import ModelsRecipe
 from tasks.reports import report as reports
 from tasks.reports import tables, writer
+from tasks.workers.together import join
 
 NORM_EXAMPLES = 256  # of the calibration data, for batch norms along paths and on planes
 CURVE_SPLITS = ("validation", "held_out", "calibration")  # for paths and planes: not test data
 
 
 def main(recipe: ModelsRecipe) -> None:
-    report = _evaluate_calibrated(recipe) if recipe.is_calibrated else _evaluate_streamed(recipe)
-    writer.write(report, recipe.workspace.reports)
-    tables.show(recipe.name)
+    processes = join("evaluate", float64=True)
+    if recipe.is_calibrated:
+        report = _evaluate_calibrated(recipe, processes)
+    else:
+        report = _evaluate_streamed(recipe) if processes.is_first else None
+    if report is not None:
+        writer.write(report, recipe.workspace.reports)
+        tables.show(recipe.name)
 
 
-def _evaluate_calibrated(recipe: ModelsRecipe) -> reports.Report:
-    """All measures of all sets and seeds."""
+def _evaluate_calibrated(recipe: ModelsRecipe, processes: Processes) -> reports.Report | None:
+    """All measures of all sets and seeds, which the processes have their shares of."""
     planned = {job.name: job for job in jobs(recipe)}
-    use_device("evaluate", float64=True)
-    results = run_jobs(
+    agree_on_data(processes, list(planned.values()))
+    own = {name: planned[name] for name in processes.own(planned)}
+    of_own = run_jobs(
         "evaluate",
         evaluate,
-        {name: (job,) for name, job in planned.items()},
-        {name: num_steps(job) for name, job in planned.items()},
+        {name: (job,) for name, job in own.items()},
+        {name: num_steps(job) for name, job in own.items()},
+        here=processes.size > 1,
+        show=processes.is_first,
+        devices=device_pool(),
     )
+    results = {name: rows for part in processes.objects(of_own) for name, rows in part.items()}
+    if not processes.is_first:
+        return None
     rows: dict[str, list] = {}
     for job in planned:
         for name, of_job in results[job].items():

@@ -18,7 +18,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from alloy.devices import beside, chosen_device
+from alloy.devices import beside, chosen_device, device_pool
 from alloy.errors import nearest
 from tasks.data.classification import (
     CODE_SIZE,
@@ -45,7 +45,7 @@ from tasks.recipe.pretraining import FamilyParams, MultitaskPretrainParams
 from tasks.recipe.section import ParamsError
 from tasks.reports import cards
 from tasks.storage import read_json, sha256, write_folder, write_json
-from tasks.training.loop import step_generator, train
+from tasks.training.loop import check_precision, parts_of, step_generator, train
 from tasks.workers import Report, num_cores, side_by_side
 
 PARAMS = "pretrain_multitask"
@@ -160,15 +160,18 @@ def pretrain(job: Job, made: Path, work: Path, report: Report) -> None:
     class_tasks = known["class_tasks"].to(model.device)
     order_seed = int.from_bytes(hashlib.sha256(job.name.encode()).digest()[:2], "big")
 
-    def losses_at(step: int) -> dict[str, Tensor]:
+    def losses_at(step: int) -> Iterator[dict[str, Tensor]]:
         generator = step_generator(order_seed, step)
         rows = torch.randint(len(split.labels), (job.params.batch_size,), generator=generator)
         batch = trimmed({name: tensor[rows] for name, tensor in inputs.items()})
         if "pixel_values" in batch:
             batch["pixel_values"] = varied(batch["pixel_values"], job.params, generator)
-        logits = accuracy.logits(model(**beside(model, batch)).logits, known)
-        logits = accuracy.within_tasks(logits, own, class_tasks)
-        return {"cross_entropy": accuracy.loss(logits, split.labels[rows].to(logits.device))}
+        batch["labels"] = split.labels[rows]
+        for part in parts_of(batch, job.params.training.accumulation_steps):
+            labels = part.pop("labels")
+            logits = accuracy.logits(model(**beside(model, part)).logits, known)
+            logits = accuracy.within_tasks(logits, own[: len(labels)], class_tasks)
+            yield {"cross_entropy": accuracy.loss(logits, labels.to(logits.device))}
 
     progress = train(
         model,
@@ -253,11 +256,13 @@ def train_family(family: str) -> None:
         raise ParamsError(f"{family!r} is no family: {nearest(family, list(params.families))}")
     DATASETS[params.families[family].dataset].read()  # caches are built once, for all
     use_device("pretrain")
+    check_precision(f"params/{PARAMS}.yaml: families.{family}", params.families[family].training)
     made = MADE / family
     todo = [job for job in jobs(params, family) if not is_made(job, made)]
+    devices = device_pool()
     num_chains = max(1, min(len(todo), num_cores()))
     work = {str(n): (todo[n::num_chains], made, WORK) for n in range(num_chains) if todo}
-    side_by_side(chain, work, lambda _, kind, line: print(line, flush=True))
+    side_by_side(chain, work, lambda _, kind, line: print(line, flush=True), devices=devices)
 
 
 def release(made: Path = MADE, released: Path = RELEASED) -> None:

@@ -178,6 +178,12 @@ class FinetuneParams(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _batches_can_be_split(self) -> "FinetuneParams":
+        for name, batch_size in self.batch_sizes.items():
+            self.training.check_batch(f"batch_sizes.{name}", batch_size)
+        return self
+
 
 class ExpertsRecipe(Section):
     """A recipe of kind "experts"; what its sections name is there."""

@@ -2,12 +2,14 @@
 
 from importlib import import_module
 
+from alloy.errors import DeviceError, ProcessError
 from tasks.recipe.gates import check_gates
 from tasks.recipe.graph import write_graph
 from tasks.recipe.load import Recipe, check_alone, load
 from tasks.recipe.section import ParamsError
 from tasks.sources.place import place
 from tasks.sources.source import SourceError
+from tasks.workers.together import num_processes
 
 
 def check(name: str) -> Recipe:
@@ -24,16 +26,26 @@ def check(name: str) -> Recipe:
         except SourceError as error:
             raise ParamsError(f"{recipe.where}: fetch.checkpoints.{key}: {error}") from error
     check_gates(recipe)
+    try:
+        num_processes()
+    except ProcessError as error:
+        raise ParamsError(str(error)) from error
     write_graph()
     return recipe
 
 
 def check_contents(recipe: Recipe) -> None:
-    """Refuse presets, writers, benchmarks and their options that do not exist.
+    """Refuse presets, writers, benchmarks and their options, and devices, that do not exist.
 
     It imports torch and the data's modules, which takes seconds: for when a stage is going to run.
 
     Raises:
         ParamsError: as `check`.
     """
+    from alloy.devices import devices_of_processes
+
+    try:
+        devices_of_processes(num_processes())
+    except DeviceError as error:
+        raise ParamsError(str(error)) from error
     import_module(f"tasks.{recipe.kind}.checks").check(recipe)

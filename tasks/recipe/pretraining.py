@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tasks.recipe.section import Name, Section
 from tasks.recipe.training import Schedule, TrainingPlan
@@ -33,6 +33,11 @@ class PretrainParams(Section):
     model: TransformerParams
     training: TrainingPlan
 
+    @model_validator(mode="after")
+    def _batches_can_be_split(self) -> "PretrainParams":
+        self.training.check_batch("batch_size", self.batch_size)
+        return self
+
 
 class ParentParams(Section):
     """One of a family's models: the task whose classes it learns, and where it starts."""
@@ -55,6 +60,11 @@ class FamilyParams(Section):
     batch_size: int = Field(gt=0)
     training: Schedule
     parents: dict[Name, ParentParams] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _batches_can_be_split(self) -> "FamilyParams":
+        self.training.check_batch("batch_size", self.batch_size)
+        return self
 
 
 class MultitaskPretrainParams(Section):

@@ -1,6 +1,8 @@
 """Sections of training: schedules, early stopping, distillation."""
 
-from pydantic import Field
+from typing import Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from tasks.recipe.section import Section
 
@@ -16,6 +18,18 @@ class Schedule(Section):
     gradient_clip: float = Field(gt=0)  # the largest norm of the gradient
     log_every: int = Field(gt=0)
     save_every: int = Field(gt=0)  # a step checkpoint to go on from
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the forward pass (autocast)
+    accumulation_steps: int = Field(default=1, gt=0)  # parts of a step's batches, one after another
+    checkpoint_layers: bool = False  # compute activations again in the backward pass: less memory
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out settings at their defaults: runs from before they existed stay known."""
+        return {
+            name: value
+            for name, value in dump(self).items()
+            if (field := type(self).model_fields[name]).is_required() or value != field.default
+        }
 
     def peak(self, group: str) -> float:
         """The peak of one of `tasks.training.optimizer`'s groups of parameters."""
@@ -28,14 +42,45 @@ class Schedule(Section):
         left = (self.num_steps - step) / max(1, self.num_steps - self.warmup_steps)
         return self.final_share + (1 - self.final_share) * left
 
+    def check_batch(self, key: str, batch_size: int, unit: int = 1) -> None:
+        """Raise ValueError for a batch that cannot be split into as many parts as accumulate.
+
+        Each part has a multiple of `unit` examples.
+        """
+        parts = self.accumulation_steps
+        if parts > 1 and batch_size % (parts * unit):
+            units = f" of multiples of {unit} examples" if unit > 1 else ""
+            raise ValueError(
+                f"{key} {batch_size} cannot be split into training.accumulation_steps {parts} "
+                f"equal parts{units}: make it a multiple of {parts * unit}"
+            )
+
 
 class TrainingPlan(Schedule):
-    """A schedule in which the blocks' matrices learn by Muon, all else by AdamW."""
+    """A schedule with a choice of optimizers.
 
-    matrix_learning_rate: float = Field(gt=0)  # the peak of the blocks' matrices
+    "muon": the blocks' matrices learn by Muon, all else by AdamW. "adamw": all learn by AdamW, as
+    in the papers.
+    """
+
+    optimizer: Literal["muon", "adamw"] = "muon"
+    matrix_learning_rate: float | None = Field(default=None, gt=0)  # Muon's peak
+
+    @model_validator(mode="after")
+    def _muon_has_a_rate_of_its_own(self) -> "TrainingPlan":
+        if self.optimizer == "muon" and self.matrix_learning_rate is None:
+            raise ValueError(
+                "optimizer muon needs matrix_learning_rate, the peak of the blocks' matrices; or "
+                "write `optimizer: adamw`"
+            )
+        if self.optimizer == "adamw" and self.matrix_learning_rate is not None:
+            raise ValueError("matrix_learning_rate is Muon's: with optimizer adamw leave it out")
+        return self
 
     def peak(self, group: str) -> float:
-        return self.matrix_learning_rate if group == "blocks" else super().peak(group)
+        if group == "blocks" and self.matrix_learning_rate is not None:
+            return self.matrix_learning_rate
+        return super().peak(group)
 
 
 class FinetunePlan(TrainingPlan):

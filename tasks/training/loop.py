@@ -3,25 +3,36 @@
 A step's losses are a pure function of the model's weights and the step's number: whatever is drawn
 at random is drawn from the step's own generator. So a run that was interrupted and continued from a
 step checkpoint ends with the same bits as one that never stopped.
+
+A step's batch may come in parts, one after another (`accumulation_steps`), and each part may be
+shared by processes: their gradients are added up before the optimizer moves the weights, alike in
+all of them. The first process alone saves.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from tasks.recipe.training import EarlyStopping, Schedule
+from alloy.devices import chosen_device, device_of, supports_bfloat16
+from alloy.processes import ALONE, Processes
+from tasks.recipe.section import ParamsError
+from tasks.recipe.training import EarlyStopping, Schedule, TrainingPlan
 from tasks.storage import read_json, write_folder, write_json
 from tasks.training.optimizer import MuonAdamW, parameter_groups
+from tasks.workers.together import agree
 
 PROGRESS = "progress.json"  # of a step checkpoint: where the run stands, and its identity
 
 _MOST_STEPS = 1_000_003  # of a run, so that no two seeds share a step's generator
+_BETWEEN_PROCESSES = 7_368_787  # so that no two processes drop the same activations
 
 Losses = Mapping[str, Tensor]
 Curves = Callable[[Mapping[str, float], int], None]
@@ -51,16 +62,46 @@ class State:
     best: dict[str, Tensor] = field(default_factory=dict)
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The source of everything random in one step; also sets torch's global one (dropout)."""
+def step_generator(seed: int, step: int, processes: Processes = ALONE) -> torch.Generator:
+    """The source of everything random in one step, alike in all processes.
+
+    Also sets torch's global one (dropout), to another state in each process.
+    """
     own = (_MOST_STEPS * seed + step) % 2**32  # the CPU's generator takes no more bits
-    torch.manual_seed(own)
+    torch.manual_seed((own + _BETWEEN_PROCESSES * processes.rank) % 2**32)
     return torch.Generator().manual_seed(own)
+
+
+def parts_of(batch: Mapping[str, Tensor], num: int) -> Iterator[dict[str, Tensor]]:
+    """A batch in equal parts of successive examples."""
+    size = len(next(iter(batch.values()))) // num
+    for start in range(0, num * size, size):
+        yield {name: tensor[start : start + size] for name, tensor in batch.items()}
+
+
+def check_precision(where: str, plan: Schedule) -> None:
+    """Raise ParamsError where the device has not the precision that a plan asks for."""
+    device = chosen_device()
+    if plan.precision == "bfloat16" and not supports_bfloat16(device):
+        raise ParamsError(
+            f"{where}.precision: {device} has no bfloat16: write float32, or choose another DEVICE"
+        )
+
+
+def check_shares(where: str, batch_size: int, plan: Schedule, num_processes: int) -> None:
+    """Raise ParamsError for a batch that so many processes cannot share evenly."""
+    size = batch_size // plan.accumulation_steps
+    if size % num_processes:
+        parts = f" in {plan.accumulation_steps} parts" if plan.accumulation_steps > 1 else ""
+        raise ParamsError(
+            f"{where}: {batch_size} examples a step{parts} cannot be shared evenly by PROCESSES="
+            f"{num_processes}: choose a number of processes that divides {size}"
+        )
 
 
 def train(
     model: nn.Module,
-    losses_at: Callable[[int], Losses],
+    losses_at: Callable[[int], Iterable[Losses]],
     plan: Schedule,
     *,
     folder: Path,
@@ -71,8 +112,13 @@ def train(
     stop_step: int | None = None,
     validate: Callable[[], Mapping[str, float]] | None = None,
     stopping: EarlyStopping | None = None,
+    processes: Processes = ALONE,
 ) -> Progress:
     """Minimise the sum of `losses_at(step)` over the model's parameters, in place.
+
+    `losses_at` gives the losses of each part of a step's batch, as many as
+    `plan.accumulation_steps`; in one of several processes, its part of them: what is minimised is
+    the sum over the processes. All processes are given the same model and end with the same.
 
     The run begins at `start` (default: the model as it is, step 0) and ends before `stop_step`
     (default: the plan's last step). Step checkpoints go to `folder`; a run whose `identity` (a
@@ -81,15 +127,19 @@ def train(
     validation score: the mean of what `validate` returns. Raises FloatingPointError when a loss is
     no longer finite.
     """
-    optimizer = MuonAdamW(parameter_groups(model, plan.weight_decay))
+    muon = not isinstance(plan, TrainingPlan) or plan.optimizer == "muon"
+    optimizer = MuonAdamW(parameter_groups(model, plan.weight_decay, muon=muon))
     state = _last_state(folder, identity, say) or start or State(dict(model.state_dict()), {})
     _load(state, model, optimizer)
     progress, best = state.progress, state.best
+    agree(processes, {f"the step to go on from in {folder}": str(progress.next_step)})
+    if plan.checkpoint_layers:
+        _checkpoint_layers(model)
     stop_step = plan.num_steps if stop_step is None else stop_step
     started, first = time.monotonic(), progress.next_step
     model.train()
     for step in range(first, stop_step):
-        losses = _descend(model, optimizer, losses_at, plan, step)
+        losses = _descend(model, optimizer, losses_at, plan, step, processes)
         progress.next_step = step + 1
         if (step + 1) % plan.log_every == 0 or step + 1 == stop_step:
             progress.losses = losses
@@ -101,36 +151,63 @@ def train(
             if progress.worse_in_a_row >= stopping.patience:
                 say(f"no better score in {stopping.patience} validations: stopped at {step + 1}")
                 break
-        if (step + 1) % plan.save_every == 0 or step + 1 == stop_step:
+        due = (step + 1) % plan.save_every == 0 or step + 1 == stop_step
+        if due and processes.is_first:
             _save(model, optimizer, progress, best, folder, identity)
+    processes.objects(None)  # the last step checkpoint is there, for all
     if best:
         model.load_state_dict(best)
     model.eval()
     return progress
 
 
+def _checkpoint_layers(model: nn.Module) -> None:
+    """Recompute the activations of each layer in the backward pass, as transformers' models can."""
+    assert isinstance(model, PreTrainedModel)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
 def _descend(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    losses_at: Callable[[int], Losses],
+    losses_at: Callable[[int], Iterable[Losses]],
     plan: Schedule,
     step: int,
+    processes: Processes,
 ) -> dict[str, float]:
     """One step of the optimizer; returns the losses."""
     for group in optimizer.param_groups:
         group["lr"] = plan.rate(step) * plan.peak(group["name"])
-    losses = losses_at(step)
-    total = torch.stack(list(losses.values())).sum()
-    if not total.isfinite():
-        values = {name: loss.item() for name, loss in losses.items()}
-        raise FloatingPointError(
-            f"step {step}: the losses are {values}; a lower learning_rate may help"
-        )
     optimizer.zero_grad(set_to_none=True)
-    total.backward()
+    means: dict[str, float] = {}
+    for losses in _computed(losses_at(step), plan, device_of(model)):
+        each = torch.stack(list(losses.values()))
+        whole = each.detach().clone()
+        processes.add_up([whole])
+        values = dict(zip(losses, whole.cpu().tolist(), strict=True))
+        if not whole.sum().isfinite():
+            raise FloatingPointError(
+                f"step {step}: the losses are {values}; a lower learning_rate may help"
+            )
+        (each.sum() / plan.accumulation_steps).backward()
+        for name, value in values.items():
+            means[name] = means.get(name, 0.0) + value / plan.accumulation_steps
+    processes.add_up([p.grad for p in model.parameters() if p.grad is not None])
     nn.utils.clip_grad_norm_(model.parameters(), plan.gradient_clip)
     optimizer.step()
-    return {name: loss.item() for name, loss in losses.items()}
+    return means
+
+
+def _computed(parts: Iterable[Losses], plan: Schedule, device: torch.device) -> Iterator[Losses]:
+    """The parts' losses, computed in the precision that the plan says."""
+    iterator = iter(parts)
+    while True:
+        half = plan.precision == "bfloat16"
+        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+            losses = next(iterator, None)
+        if losses is None:
+            return
+        yield losses
 
 
 def _is_due(step: int, stopping: EarlyStopping, stop_step: int) -> bool:

@@ -21,18 +21,18 @@ _ZERO_NORM = 1e-7  # added to a norm, so that a momentum of zeros stays zero
 _FUSED_QKV = 3  # rows of a fused projection are three matrices
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, *, muon: bool = True) -> list[dict]:
     """Group parameters: "blocks" (matrices, by Muon), "fresh heads" (not pre-trained), "rest".
 
-    Matrices of linear layers decay, in every model alike; norms, biases, embeddings and gains
-    never.
+    Without `muon` no group is by Muon. Matrices of linear layers decay, in every model alike;
+    norms, biases, embeddings and gains never.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         decays = id(parameter) in linear
         fresh = "fresh heads" if name.startswith(FRESH_HEADS) else "rest"
-        group = "blocks" if decays and name.startswith("blocks.") else fresh
+        group = "blocks" if muon and decays and name.startswith("blocks.") else fresh
         groups[group, decays].append(parameter)
     return [
         {"name": name, "params": parameters, "weight_decay": weight_decay if decays else 0.0}

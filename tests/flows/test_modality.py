@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import sqlite3
 import time
 from pathlib import Path
 
@@ -103,6 +104,30 @@ def test_a_result_is_registered_once_mlflow_answers(
     assert said.count("Running stage") == 1
     status, said = elsewhere.run("flows.pipeline", "modality")
     assert said.startswith("Nothing to do")
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_stages(small_run: tuple[Workspace, str], tmp_path: Path) -> None:
+    """`make merge PROCESSES=2`: statistics to the bit, one MLflow run for each training."""
+    done, _ = small_run
+    shutil.copytree(done.folder, tmp_path / "alloy")
+    workspace = Workspace(tmp_path / "alloy", done.environment | {"ALLOY_PROCESSES": "2"})
+    for made in ("models", "reports", ".dvc/cache"):
+        shutil.rmtree(workspace.folder / made)
+    (workspace.folder / "dvc.lock").unlink()
+    (workspace.folder / "mlflow.db").unlink()
+    status, said = workspace.run("flows.pipeline", "modality")
+    assert status == 0, said
+    for stage in ("collect", "finetune", "evaluate"):
+        assert said.count(f"{stage}: on cpu, in 2 processes") == 1, stage
+    for name in ("grams", "moments"):
+        for file in (done.folder / "models/modality/statistics").rglob(f"{name}.safetensors"):
+            shared = workspace.folder / file.relative_to(done.folder)
+            assert shared.read_bytes() == file.read_bytes()
+    with sqlite3.connect(workspace.folder / "mlflow.db") as database:
+        names = [name for (name,) in database.execute("select name from runs")]
+    trained = [name for name in names if name.startswith("finetune ")]
+    assert len(trained) == len(set(trained)) > 0
 
 
 def test_the_readme_takes_the_results(

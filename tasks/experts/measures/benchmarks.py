@@ -28,6 +28,8 @@ from torch import Tensor
 
 from alloy.devices import beside
 from alloy.modality.modeling import ModalityModel
+from alloy.modality.objectives import contrastive_loss
+from alloy.processes import ALONE, Processes
 from tasks.evaluation.score import Score, mean_score
 from tasks.workspace import Workspace
 
@@ -61,6 +63,7 @@ class Benchmark:
     title: str
     metric: str
     kinds: tuple[str, ...] = ()  # the names of the kinds of examples that `data["kinds"]` numbers
+    group: int = 1  # examples that belong together: hard negatives of each other
 
     def sample(self, data: Split, num: int, generator: torch.Generator) -> dict[str, Tensor]:
         """`num` random examples, with replacement between calls and without within one."""
@@ -73,14 +76,26 @@ class Benchmark:
         """Cross-entropy with the batch's labels."""
         return F.cross_entropy(logits, batch["labels"].long())
 
+    def training_loss(
+        self, model: ModalityModel, batch: Split, processes: Processes = ALONE
+    ) -> Tensor:
+        """The loss of a batch, or of this process's share of it its part of the loss."""
+        return self.loss(self.logits(model, batch), batch) / processes.size
+
     @torch.no_grad()
-    def outputs(self, model: ModalityModel, data: Split, batch_size: int = 250) -> Tensor:
-        """`logits` of every example of a split, on the CPU."""
-        parts = [
-            self.logits(model, beside(model, batch)).float().cpu()
-            for batch in batches(data, batch_size)
-        ]
-        return torch.cat(parts)
+    def outputs(
+        self,
+        model: ModalityModel,
+        data: Split,
+        batch_size: int = 250,
+        processes: Processes = ALONE,
+    ) -> Tensor:
+        """`logits` of every example of a split, on the CPU; processes take the batches in turns."""
+
+        def answer(batch: Split) -> Tensor:
+            return self.logits(model, beside(model, batch)).float().cpu()
+
+        return torch.cat(processes.in_turns(answer, batches(data, batch_size)))
 
     def values(self, outputs: Tensor, data: Split) -> Tensor:
         """The share of each example that is right, [N]: the metric is its mean, in per cent."""
@@ -143,11 +158,8 @@ class PairReasoning(Benchmark):
 class Retrieval(Benchmark):
     """Find an image's caption among all captions, and a caption's image among all images.
 
-    The metric is recall at 1, the mean of both directions. Examples of a `group` are hard negatives
-    of each other; `sample` keeps them together.
+    The metric is recall at 1, the mean of both directions. `sample` keeps a `group` together.
     """
-
-    group: int = 1
 
     def sample(self, data: Split, num: int, generator: torch.Generator) -> dict[str, Tensor]:
         num_groups = num_examples(data) // self.group
@@ -164,10 +176,27 @@ class Retrieval(Benchmark):
         targets = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
+    def training_loss(
+        self, model: ModalityModel, batch: Split, processes: Processes = ALONE
+    ) -> Tensor:
+        """Symmetric cross-entropy within the batch of all processes."""
+        if processes.size == 1:
+            return super().training_loss(model, batch)
+        return contrastive_loss(*_embeddings(model, batch), model.logit_scale, processes)
+
     @torch.no_grad()
-    def outputs(self, model: ModalityModel, data: Split, batch_size: int = 250) -> Tensor:
-        parts = [_embeddings(model, beside(model, b)) for b in batches(data, batch_size)]
-        image, text = (torch.cat(side).float().cpu() for side in zip(*parts, strict=True))
+    def outputs(
+        self,
+        model: ModalityModel,
+        data: Split,
+        batch_size: int = 250,
+        processes: Processes = ALONE,
+    ) -> Tensor:
+        def embed(batch: Split) -> list[Tensor]:
+            return [e.float().cpu() for e in _embeddings(model, beside(model, batch))]
+
+        parts = processes.in_turns(embed, batches(data, batch_size))
+        image, text = (torch.cat(side) for side in zip(*parts, strict=True))
         return image @ text.T
 
     def guess(self, data: Split) -> float:

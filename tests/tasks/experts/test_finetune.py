@@ -190,11 +190,16 @@ def test_all_arms_see_the_same_batches(recipe):
     """The batches depend on the step and the seed, not on the model or on what was drawn before."""
     data = {"vqa": load_file("data/toy/vqa/train.safetensors")}
     model, same = load_model(Path("models/toy/merged")), load_model(Path("models/toy/merged"))
-    losses(model, None, data, params(), step=0)
-    first = losses(model, None, data, params(), step=1)["vqa"]
-    assert torch.equal(first, losses(same, None, data, params(), step=1)["vqa"])
-    assert not torch.equal(first, losses(same, None, data, params(), step=2)["vqa"])
-    assert not torch.equal(first, losses(same, None, data, params(seed=4), step=1)["vqa"])
+
+    def loss(model: ModalityModel, step: int, **changes: object) -> torch.Tensor:
+        (of_step,) = losses(model, None, data, params(**changes), step)
+        return of_step["vqa"]
+
+    loss(model, 0)
+    first = loss(model, 1)
+    assert torch.equal(first, loss(same, 1))
+    assert not torch.equal(first, loss(same, 2))
+    assert not torch.equal(first, loss(same, 1, seed=4))
 
 
 def test_training_learns_the_benchmarks(recipe):
@@ -214,6 +219,15 @@ def test_training_learns_the_benchmarks(recipe):
         assert curves[f"loss/{name}"][-1] < 0.8 * curves[f"loss/{name}"][0]
 
 
+def test_recomputing_layers_changes_no_bit(recipe):
+    """checkpoint_layers saves memory alone."""
+    recomputing = {**FINETUNE["training"], "checkpoint_layers": True}
+    finetune(plan_of(params())["merged"]._replace(work=Path("kept")), quiet)
+    job = plan_of(params(training=recomputing))["merged"]
+    finetune(job._replace(work=Path("recomputed")), quiet)
+    assert equal(Path("kept/done"), Path("recomputed/done"))
+
+
 def test_distillation_needs_no_labels(recipe):
     """With task_weight 0 other labels give the same model, and it comes closer to its parent."""
     job = plan_of(params(task_weight=0.0, distillation={"weight": 1.0}))["merged"]
@@ -230,7 +244,7 @@ def test_distillation_needs_no_labels(recipe):
     data = {"vqa": load_file("data/toy/vqa/train.safetensors")}
     teacher = load_model(Path("models/toy/checkpoints/specific"))
     before, after = (
-        losses(load_model(folder), teacher, data, job.params, step=0)["vqa_distillation"]
+        next(losses(load_model(folder), teacher, data, job.params, step=0))["vqa_distillation"]
         for folder in (job.source, Path("one/done"))
     )
     assert after < before
@@ -299,6 +313,20 @@ def test_the_best_validated_weights_are_published(recipe):
         (
             {"task_weight": 0.0},
             "params/toy.yaml: finetune: task_weight and distillation.weight are both 0",
+        ),
+        (
+            {"training": {**FINETUNE["training"], "accumulation_steps": 3}},
+            "params/toy.yaml: finetune: batch_sizes.vqa 4 cannot be split into "
+            "training.accumulation_steps 3 equal parts: make it a multiple of 3",
+        ),
+        (
+            {
+                "training": {**FINETUNE["training"], "accumulation_steps": 2},
+                "batch_sizes": {"retrieval_hard": 4},
+            },
+            "params/toy.yaml: finetune: batch_sizes.retrieval_hard 4 cannot be split into "
+            "training.accumulation_steps 2 equal parts of multiples of 4 examples: make it a "
+            "multiple of 8",
         ),
     ],
 )

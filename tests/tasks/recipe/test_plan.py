@@ -338,6 +338,48 @@ def test_benchmarks_are_checked_before_the_first_stage(benchmarks, batch_sizes, 
         check_contents(parse("toy", sections))
 
 
+@pytest.mark.parametrize(
+    ("environment", "changes", "message"),
+    [
+        ({"ALLOY_DEVICE": "cuda:99"}, {}, r"DEVICE='cuda:99' is not there"),
+        ({"ALLOY_DEVICE": "meta", "ALLOY_PROCESSES": "2"}, {}, "PROCESSES=2 needs 2 devices"),
+        (
+            {"ALLOY_DEVICE": "meta"},
+            {"precision": "bfloat16"},
+            r"finetune\.training\.precision: meta has no bfloat16",
+        ),
+        (
+            {"ALLOY_DEVICE": "cpu", "ALLOY_PROCESSES": "3"},
+            {},
+            r"batch_sizes\.retrieval: 4 examples a step cannot be shared evenly by PROCESSES=3",
+        ),
+        (
+            {"ALLOY_DEVICE": "cpu", "ALLOY_PROCESSES": "4"},
+            {"accumulation_steps": 2},
+            r"4 examples a step in 2 parts cannot be .*that divides 2",
+        ),
+    ],
+)
+def test_devices_and_processes_are_checked_before_the_first_stage(
+    monkeypatch: pytest.MonkeyPatch, environment, changes, message
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    sections = experts()
+    sections["prepare"] = {**sections["prepare"], "benchmarks": {"retrieval": SIZES}}  # ty: ignore
+    sections["finetune"] = {**FINETUNED, "training": {**FINETUNE["training"], **changes}}
+    with pytest.raises(ParamsError, match=message):
+        check_contents(parse("toy", sections))
+
+
+def test_what_is_no_number_of_processes_is_refused_with_the_recipe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ALLOY_PROCESSES", "two")
+    with pytest.raises(ParamsError, match=r"PROCESSES='two' is no number of processes"):
+        check("toy")
+
+
 def test_a_step_without_examples_is_refused_with_the_recipe() -> None:
     with pytest.raises(ParamsError, match=r"finetune\.batch_sizes\.retrieval: .*greater than 0"):
         parse("toy", experts(finetune={**FINETUNE, "batch_sizes": {"retrieval": 0}}))

@@ -9,8 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tasks.recipe.section import ParamsError
 from tasks.recipe.training import EarlyStopping, TrainingPlan
-from tasks.training.loop import load_state, step_generator, train
+from tasks.training.loop import (
+    check_precision,
+    check_shares,
+    load_state,
+    parts_of,
+    step_generator,
+    train,
+)
 from tasks.training.optimizer import MuonAdamW, orthogonalize, parameter_groups
 from tasks.workers import side_by_side
 
@@ -46,10 +54,11 @@ class Toy(nn.Module):
         return self.head(self.norm(x))
 
 
-def losses_of(model: Toy):
+def losses_of(model: Toy, parts: int = 1):
     def losses_at(step):
         ids = torch.randint(11, (8,), generator=step_generator(0, step))
-        return {"successor": F.cross_entropy(model(ids), (ids + 1) % 11)}
+        for part in parts_of({"ids": ids}, parts):
+            yield {"successor": F.cross_entropy(model(part["ids"]), (part["ids"] + 1) % 11)}
 
     return losses_at
 
@@ -182,7 +191,7 @@ def test_the_best_weights_survive_an_interruption(tmp_path):
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     run = Run(tmp_path)
     with pytest.raises(FloatingPointError, match=r"step 2: the losses are \{'x': nan\}"):
-        run.go(lambda step: {"x": run.model.norm.weight.sum() * (math.nan if step == 2 else 1)})
+        run.go(lambda step: [{"x": run.model.norm.weight.sum() * (math.nan if step == 2 else 1)}])
 
 
 def test_the_rate_warms_up_to_the_peak_and_falls_to_the_final_share():
@@ -252,6 +261,93 @@ def test_a_fused_projection_is_three_matrices():
     torch.testing.assert_close(fused["blocks"].weight, joined)
 
 
+def test_parts_of_a_step_are_the_step(tmp_path):
+    """Two parts of four examples move the weights as one of eight does, but for rounding."""
+    plan = PLAN.model_copy(update={"accumulation_steps": 2})
+    whole, parts = Run(tmp_path / "whole"), Run(tmp_path / "parts")
+    for run in (whole, parts):
+        run.model.dropout.p = 0.0
+    whole.go()
+    parts.go(losses_of(parts.model, 2), plan)
+    for name, tensor in bits(whole.model).items():
+        torch.testing.assert_close(bits(parts.model)[name], tensor, rtol=1e-3, atol=1e-4)
+    assert parts.curves["loss/successor"][12] == pytest.approx(
+        whole.curves["loss/successor"][12], rel=1e-3
+    )
+
+
+def test_a_run_in_parts_and_bfloat16_goes_on_with_the_same_bits(tmp_path):
+    plan = PLAN.model_copy(update={"accumulation_steps": 2, "precision": "bfloat16"})
+    straight = Run(tmp_path / "straight")
+    straight.go(losses_of(straight.model, 2), plan)
+    in_float32 = Run(tmp_path / "float32")
+    in_float32.go(losses_of(in_float32.model, 2), PLAN.model_copy(update={"accumulation_steps": 2}))
+    assert not same(bits(straight.model), bits(in_float32.model))
+    Run(tmp_path / "broken").go(losses_of(straight.model, 2), plan, stop_step=0)
+    first = Run(tmp_path / "broken")
+    first.go(losses_of(first.model, 2), plan, stop_step=6)
+    second = Run(tmp_path / "broken")
+    second.go(losses_of(second.model, 2), plan)
+    assert same(bits(straight.model), bits(second.model))
+
+
+def test_the_optimizer_is_a_choice(tmp_path):
+    """With adamw the blocks' matrices move as torch's AdamW moves them; muon's rate is left out."""
+    changes = {"optimizer": "adamw", "matrix_learning_rate": None, "gradient_clip": 1e9}
+    run = Run(tmp_path)
+    run.model.dropout.p = 0.0
+    theirs = Toy()
+    theirs.dropout.p = 0.0
+    plan = PLAN.model_copy(update={**changes, "weight_decay": 0.0, "num_steps": 5})
+    run.go(plan=plan)
+    optimizer = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    for step in range(5):
+        optimizer.param_groups[0]["lr"] = plan.rate(step) * plan.learning_rate
+        (losses,) = losses_of(theirs)(step)
+        optimizer.zero_grad()
+        losses["successor"].backward()
+        optimizer.step()
+    for name, tensor in bits(theirs).items():
+        torch.testing.assert_close(bits(run.model)[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"matrix_learning_rate": None}, "muon needs matrix_learning_rate"),
+        ({"optimizer": "adamw"}, "matrix_learning_rate is Muon's: with optimizer adamw leave it"),
+        ({"optimizer": "sgd"}, "Input should be 'muon' or 'adamw'"),
+        ({"precision": "float16"}, "Input should be 'float32' or 'bfloat16'"),
+        ({"accumulation_steps": 0}, "greater than 0"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingPlan.model_validate({**PLAN.model_dump(), **changes})
+
+
+def test_settings_at_their_defaults_change_no_digest():
+    """Runs and released checkpoints from before a setting existed are still known."""
+    assert PLAN.model_dump().keys() == {*PLAN.model_fields_set}
+    assert "precision" in PLAN.model_copy(update={"precision": "bfloat16"}).model_dump()
+
+
+def test_a_precision_that_a_device_lacks_is_refused(monkeypatch):
+    plan = PLAN.model_copy(update={"precision": "bfloat16"})
+    monkeypatch.setenv("ALLOY_DEVICE", "cpu")
+    check_precision("params/x.yaml: training", plan)
+    monkeypatch.setenv("ALLOY_DEVICE", "meta")
+    with pytest.raises(ParamsError, match=r"precision: meta has no bfloat16: write float32"):
+        check_precision("params/x.yaml: training", plan)
+
+
+def test_batches_that_processes_cannot_share_are_refused():
+    plan = PLAN.model_copy(update={"accumulation_steps": 2})
+    check_shares("params/x.yaml: batch_size", 12, plan, 3)
+    with pytest.raises(ParamsError, match=r"batch_size: 12 examples a step in 2 parts .*=4"):
+        check_shares("params/x.yaml: batch_size", 12, plan, 4)
+
+
 def test_adamw_is_torchs():
     """What is no matrix of a block moves as by torch's AdamW."""
     ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
@@ -312,6 +408,31 @@ def test_no_more_jobs_run_at_once_than_allowed():
     jobs = {name: (name,) for name in "abc"}
     side_by_side(start_and_end, jobs, lambda name, what: heard.append((name, what)), at_once=1)
     assert heard == [(name, what) for name in "abc" for what in ("start", "end")]
+
+
+def report_device(value, report):
+    import time
+
+    report("start", os.environ["ALLOY_DEVICE"])
+    time.sleep(0.2)
+    report("end", os.environ["ALLOY_DEVICE"])
+
+
+def test_jobs_queue_for_devices():
+    """Each job has a device for itself while it runs; the third waits for one that is free."""
+    heard, busy = [], set()
+
+    def receive(name, what, device):
+        heard.append(device)
+        if what == "start":
+            assert device not in busy
+            busy.add(device)
+        else:
+            busy.remove(device)
+
+    side_by_side(report_device, {n: (n,) for n in "abc"}, receive, devices=["cuda:0", "cuda:1"])
+    assert len(heard) == 6
+    assert set(heard) == {"cuda:0", "cuda:1"}
 
 
 def test_the_first_failure_ends_all_jobs():

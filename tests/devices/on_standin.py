@@ -1,7 +1,9 @@
 """What runs on the stand-in device: `test_devices.py` runs this file in a process of its own."""
 
+import warnings
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -10,8 +12,14 @@ from torch import Tensor
 import alloy
 from alloy.alignment import PRESETS
 from alloy.devices import beside, device_of
+from tasks.data.scenes.words import ANSWERS
+from tasks.experts import pretrain
+from tasks.recipe.pretraining import PretrainParams
 from tests import tiny_models
 from tests.devices import stages, standin
+from tests.processes import on_two
+from tests.tasks.experts.test_pretrain import PRETRAIN
+from tests.tasks.registry.served import picture, save_model
 
 CPU, THERE = torch.device("cpu"), torch.device(standin.NAME, 0)
 
@@ -127,3 +135,48 @@ def test_every_stage_and_arm_of_models(tmp_path: Path, monkeypatch, on, name: st
     assert len(list(Path("models/models/arms/pair/0").iterdir())) >= 11
     assert Path("reports/models/metrics.json").is_file()
     transformers.AutoModel.from_pretrained("models/models/merged")
+
+
+def test_pretraining(tmp_path: Path, monkeypatch, on) -> None:
+    """Seed and experts, by both optimizers, in parts that recompute layers, as on the CPU."""
+    released = {}
+    for device in ("cpu", standin.NAME):
+        (tmp_path / device).mkdir()
+        monkeypatch.chdir(tmp_path / device)
+        on(device)
+        on_two.write()
+        on_two.pretrain_two()
+        released[device] = stages.tensors(Path("released"))
+        adamw = {**PRETRAIN["training"], "optimizer": "adamw", "accumulation_steps": 2}
+        adamw |= {"checkpoint_layers": True}
+        del adamw["matrix_learning_rate"]
+        params = {**PRETRAIN, "recipe": "experts", "model": on_two.MODEL, "training": adamw}
+        pretrain.run_chain(["seed"], PretrainParams.model_validate(params), on_two.quiet)
+        again = stages.tensors(Path("released"))
+        released[device] |= {f"adamw/{name}": tensor for name, tensor in again.items()}
+    close(released[standin.NAME], released["cpu"])
+
+
+def test_the_served_model(tmp_path: Path, on) -> None:
+    """Answers, embeddings and scores are those of the CPU; the model is on the device."""
+    with warnings.catch_warnings():  # MLflow's own, at its import
+        warnings.simplefilter("ignore")
+        from mlflow.pyfunc import PythonModelContext
+
+        from tasks.registry.serving import ServedModel
+    save_model(tmp_path)
+    context = PythonModelContext({"checkpoint": str(tmp_path)}, {"answers": list(ANSWERS)})
+    image, _ = picture()
+    rows = pd.DataFrame({"image": [image, picture(1)[0]], "text": ["where is cat"] * 2})
+    given = {}
+    for device in (CPU, THERE):
+        on(str(device))
+        model = ServedModel()
+        model.load_context(context)
+        assert device_of(model.model) == device
+        outputs = ("answers", "embeddings", "scores")
+        given[device] = [model.predict(context, rows, {"output": name}) for name in outputs]
+    for ours, theirs in zip(given[THERE], given[CPU], strict=True):
+        for row, expected in zip(ours, theirs, strict=True):
+            for key, value in expected.items():
+                assert row[key] == (value if key == "answer" else pytest.approx(value, abs=1e-5))

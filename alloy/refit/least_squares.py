@@ -18,11 +18,11 @@ equations of the error that it leaves,
 
     W = W_0 + R A⁻¹,   R = cov(y - W_0 x, x),   A = cov(x, x) + ridge s 1,
 
-from sums in float64: one pass over the data for the layers that read one tensor, ended as soon as
-they have been reached. With sensitivities (`alloy.refit.sensitivity`) it is what the error does to
-a model's answers that is made small, not the error itself. Permuted least squares (PLeaS,
-arXiv:2407.02447) and RegMean (arXiv:2212.09849) are such fits on the teachers' inputs, RegMean++
-(arXiv:2508.03121) takes the merged model's.
+from sums in float64: one pass over the data for the layers that read one tensor, from the last
+fitted block (`alloy.refit.resuming`) to where they have been reached. With sensitivities
+(`alloy.refit.sensitivity`) it is what the error does to a model's answers that is made small, not
+the error itself. Permuted least squares (PLeaS, arXiv:2407.02447) and RegMean (arXiv:2212.09849)
+are such fits on the teachers' inputs, RegMean++ (arXiv:2508.03121) takes the merged model's.
 
 Shape legend: B examples, N samples (tokens, pixels), G groups of a convolution (1 elsewhere), I
 inputs, O outputs of a group, P teachers.
@@ -31,7 +31,7 @@ inputs, O outputs of a group, P teachers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -40,8 +40,11 @@ from torch import Tensor, nn
 
 from alloy.errors import MergeError
 from alloy.refit.lessons import Batch, Lesson
+from alloy.refit.linear_layer import LinearLayer
 from alloy.refit.normal_equations import NormalEquations
+from alloy.refit.resuming import Resuming
 from alloy.refit.tracing import (
+    Seen,
     Trace,
     in_groups,
     layer_of_student,
@@ -51,6 +54,8 @@ from alloy.refit.tracing import (
 )
 from alloy.statistics.masks import Masks
 from alloy.types import Weights
+
+TARGETS_BYTES = 2**30  # of the teachers, kept for the layers that are fitted next
 
 
 @torch.no_grad()
@@ -62,6 +67,7 @@ def fit_layers(
     ridge: float = 1e-2,
     residual: bool = True,
     inputs: Literal["merged", "parents"] = "merged",
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Fit the student's linear layers and 2-d convolutions in place, in order of computation.
 
@@ -78,6 +84,7 @@ def fit_layers(
             the output alone. Of the layers that write into one sum the last one has this target.
         inputs: of the layers that are fitted: "merged", the student's own; "parents", the mean of
             its teachers', which takes one pass over the data for all layers.
+        progress: called after every layer with how many are fitted, of how many.
 
     Returns:
         the layers in the order in which they were fitted.
@@ -93,20 +100,28 @@ def fit_layers(
     if inputs == "parents":
         groups = [[name for group in groups for name in group]]
     streams = stream_layers(traces) if residual else [set() for _ in traces]
+    studies = [
+        _Study(student, lesson, i, trace, streams[i], groups, inputs)
+        for i, (lesson, trace) in enumerate(zip(lessons, traces, strict=True))
+    ]
+    fitted: list[str] = []
     for group in groups:
         equations = {
             name: NormalEquations(layer_of_student(student, name, traces), len(lessons))
             for name in group
         }
-        for i, (lesson, trace) in enumerate(zip(lessons, traces, strict=True)):
-            here = {name: equations[name] for name in group if name in trace.calls}
-            if here:
-                _study(student, lesson, i, here, trace, streams[i], inputs)
+        for study in studies:
+            study.add({name: equations[name] for name in group if name in study.trace.calls})
         for name in group:
             given = [1.0] * len(lessons) if coefficients is None else coefficients[name]
             sensitivities = [(lesson.sensitivities or {}).get(name) for lesson in lessons]
             equations[name].solve(name, given, ridge, sensitivities)
-    return [name for group in groups for name in group]
+            fitted.append(name)
+            if progress is not None:
+                progress(len(fitted), sum(map(len, groups)))
+        for study in studies:
+            study.passes.fitted.update(group)
+    return fitted
 
 
 def _check(lessons: Sequence[Lesson], residual: bool, inputs: str) -> None:
@@ -143,47 +158,146 @@ def loaded(module: nn.Module, weights: Weights) -> nn.Module:
     return result
 
 
-def _study(
-    student: nn.Module,
-    lesson: Lesson,
-    index: int,
-    layers: Mapping[str, NormalEquations],
-    trace: Trace,
-    streams: set[str],
-    inputs: str,
-) -> None:
-    """Add what the data of one lesson say about a group of layers."""
+class _Study:
+    """What the data of one lesson say, a group of layers after the other.
 
-    def seen(module: nn.Module, batch: Batch, own_names: Mapping[str, str] | None = None):
-        forward = partial(lesson.forward, module, batch)
-        return watch(module, forward, trace, layers, streams=streams, own_names=own_names)
+    The teachers stay as they are, so one pass of theirs serves as many groups of layers as there is
+    memory for; the student's passes go on from the last block that is fitted.
+    """
 
-    start = 0
-    for number, batch in enumerate(lesson.batches):
-        masks = Masks(lesson.masks(student, batch))
-        size = len(next(iter(batch.values())))
-        shares = lesson.shares_of(start, size)
-        start += size
-        taught = [seen(teacher.module, batch, teacher.layers) for teacher in lesson.teachers]
-        learned = seen(student, batch) if inputs == "merged" else None
+    def __init__(
+        self,
+        student: nn.Module,
+        lesson: Lesson,
+        index: int,
+        trace: Trace,
+        streams: set[str],
+        groups: Sequence[Sequence[str]],
+        inputs: str,
+    ) -> None:
+        self.student, self.lesson, self.index, self.trace = student, lesson, index, trace
+        self.streams, self.inputs = streams, inputs
+        self.groups = [here for g in groups if (here := [n for n in g if n in trace.calls])]
+        self.passes = Resuming(student, trace.blocks)
+        self.targets: dict[tuple[str, int], list[Tensor]] = {}
+        """Of the next groups' layers, by layer and batch."""
+        self.num_entries = 0
+        """Of the batches' first tensors; 0 until they have been read."""
+
+    def add(self, layers: Mapping[str, NormalEquations]) -> None:
+        """Add a group of layers to their normal equations."""
+        lesson, start = self.lesson, 0
+        if not layers:
+            return
+        taught = [*layers] if self.inputs == "parents" else self._taught_at_once([*layers])
+        num_entries = 0
+        for number, batch in enumerate(lesson.batches):
+            num_entries += next(iter(batch.values())).numel()
+            masks = Masks(lesson.masks(self.student, batch))
+            size = len(next(iter(batch.values())))
+            shares = lesson.shares_of(start, size)
+            start += size
+            if self.inputs == "parents":
+                seen = self._taught(batch, shares, taught, layers)
+            else:
+                seen = self._learned(number, batch, shares, taught, layers)
+            for name, equations in layers.items():
+                weights = lesson.weights_of(name, number)
+                for k, (x, error) in enumerate(seen[name]):
+                    equations.add(self.index, masks, x, error, weights[k] if weights else None)
+                equations.counts[self.index] += size if weights else 0
+        self.num_entries = num_entries
+
+    def _taught(
+        self, batch: Batch, shares: Tensor, names: list[str], layers: Mapping[str, NormalEquations]
+    ) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Inputs and errors of the student's layers on what the teachers' read."""
+        taught = self._watched(batch, names)
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name, equations in layers.items():
-            weights = lesson.weights_of(name, number)
-            for k in range(trace.calls[name]):
-                theirs = [calls[name][k] for calls in taught]
-                targets = [
-                    teacher.in_students_units(name, call.target, equations.layer.dim)
-                    for teacher, call in zip(lesson.teachers, theirs, strict=True)
+            for k in range(self.trace.calls[name]):
+                target = self._target(taught, name, k, shares, equations.layer.dim)
+                x = _mean([calls[name][k].input for calls in taught], shares)
+                error = target - equations.layer.compute(x).to(target)
+                seen.setdefault(name, []).append((x, error))
+        return seen
+
+    def _learned(
+        self,
+        number: int,
+        batch: Batch,
+        shares: Tensor,
+        names: list[str],
+        layers: Mapping[str, NormalEquations],
+    ) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Inputs and errors of the student's layers on what it reads itself."""
+        if (names[0], number) not in self.targets:
+            taught = self._watched(batch, names)
+            for name in names:
+                dim = LinearLayer(self.student.get_submodule(name)).dim
+                self.targets[name, number] = [
+                    self._target(taught, name, k, shares, dim)
+                    for k in range(self.trace.calls[name])
                 ]
-                target = _mean(targets, shares)
-                if learned is None:
-                    x = _mean([call.input for call in theirs], shares)
-                    error = target - equations.layer.compute(x).to(target)
-                else:
-                    ours = learned[name][k]
-                    x, error = ours.input, target - ours.target
-                    error = ours.wrote.made_of(error) if ours.in_stream else error
-                equations.add(index, masks, x, error, weights[k] if weights else None)
-            equations.counts[index] += size if weights else 0
+        forward = partial(self.lesson.forward, self.student, batch)
+        watched = partial(
+            watch, self.student, trace=self.trace, layers=layers, streams=self.streams
+        )
+        ours = self.passes.watch(number, lambda run: watched(forward=run), forward, _same)
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for name in layers:
+            for call, target in zip(ours[name], self.targets.pop((name, number)), strict=True):
+                error = target - call.target
+                error = call.wrote.made_of(error) if call.in_stream else error
+                seen.setdefault(name, []).append((call.input, error))
+        return seen
+
+    def _taught_at_once(self, group: list[str]) -> list[str]:
+        """The layers whose targets the next pass of the teachers takes, the group's first."""
+        taken, size = [], 0.0
+        for other in self.groups[self.groups.index(group) :]:
+            size += self.num_entries * sum(self.trace.bytes_an_entry[name] for name in other)
+            if taken and not 0 < size <= TARGETS_BYTES:
+                break
+            taken += other
+        return taken
+
+    def _watched(self, batch: Batch, names: list[str]) -> list[dict[str, list[Seen]]]:
+        """The calls of layers in every teacher."""
+        return [
+            watch(
+                teacher.module,
+                partial(self.lesson.forward, teacher.module, batch),
+                self.trace,
+                names,
+                streams=self.streams,
+                own_names=teacher.layers,
+            )
+            for teacher in self.lesson.teachers
+        ]
+
+    def _target(
+        self,
+        taught: Sequence[Mapping[str, Sequence[Seen]]],
+        name: str,
+        call: int,
+        shares: Tensor,
+        dim: int,
+    ) -> Tensor:
+        targets = [
+            teacher.in_students_units(name, calls[name][call].target, dim)
+            for teacher, calls in zip(self.lesson.teachers, taught, strict=True)
+        ]
+        return _mean(targets, shares)
+
+
+def _same(whole: Mapping[str, Sequence[Seen]], resumed: Mapping[str, Sequence[Seen]]) -> bool:
+    """Whether two passes showed layers the same bits, in and out."""
+    ours, theirs = ([c for calls in seen.values() for c in calls] for seen in (whole, resumed))
+    return all(
+        torch.equal(a.input, b.input) and torch.equal(a.target, b.target)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _mean(tensors: Sequence[Tensor], shares_PB: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ Shape legend: N samples (tokens, pixels), D units, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -52,6 +52,7 @@ def fit_layers(
     residual: bool = False,
     ridge: float = 1e-2,
     spec: SymmetrySpec | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Refit each layer by least squares to the mean of what the parents' layers compute.
 
@@ -71,6 +72,7 @@ def fit_layers(
         residual: follow the stream behind a layer that writes into one, not the layer's own output.
         ridge: how strongly the merged weights are kept, positive.
         spec: the symmetries of the merged model, where parents are modules.
+        progress: called after every layer with how many are fitted, of how many.
 
     Raises:
         RepairError: coefficients that do not fit, no batches, a ridge that is not positive, modules
@@ -87,7 +89,9 @@ def fit_layers(
     student = loaded(model, merged)
     teachers = _teachers(model, parents, batches, inputs, residual, spec)
     lesson = Lesson(teachers, batches, shares)
-    least_squares.fit_layers(student, [lesson], ridge=ridge, residual=residual, inputs=inputs)
+    least_squares.fit_layers(
+        student, [lesson], ridge=ridge, residual=residual, inputs=inputs, progress=progress
+    )
     return _weights_of(student, merged)
 
 

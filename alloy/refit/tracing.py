@@ -6,7 +6,7 @@ A pass over one batch is watched (`alloy.refit.calls`), so no architecture is wr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from alloy.errors import MergeError
 from alloy.refit.calls import CallRecorder, ModuleCall
 from alloy.refit.lessons import Lesson
 from alloy.refit.linear_layer import LinearLayer, batch_norms, fittable_layers
+from alloy.refit.resuming import Block, blocks_recorded
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Trace:
     """By layer, for each call, which sum of a stream its output goes into; the norm's output, if
     there is one.
     """
+    blocks: Mapping[str, Block]
+    """The student's blocks, in the order in which they end."""
+    bytes_an_entry: Mapping[str, float]
+    """By layer, of what it writes for an entry of the batch's first tensor."""
 
 
 def layers_in_order(module: nn.Module, lesson: Lesson) -> list[dict[str, LinearLayer]]:
@@ -63,7 +68,8 @@ def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
     followed = {name: layer for name, layer in layers.items() if name in wanted}
     norms = {n: m for n, m in batch_norms(student).items() if m.affine}
     recorder = CallRecorder({**followed, **norms}, {**followed, **norms}, copies=False)
-    calls = recorder.run(student, lambda: lesson.forward(student, batch)).calls
+    with blocks_recorded(student, recorder.order) as blocks:
+        calls = recorder.run(student, lambda: lesson.forward(student, batch)).calls
     if named and (never := sorted(wanted - set(calls))):
         raise MergeError(f"the data of a model never reaches {never[:3]}")
     reached = [name for name in dict.fromkeys(recorder.order) if name in followed]
@@ -79,6 +85,11 @@ def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
         reads={name: tuple(call.read for call in calls[name]) for name in reached},
         norms=behind,
         sums={n: [_stream_of(c, recorder) for c in calls[behind.get(n, n)]] for n in reached},
+        blocks={n: replace(b, before=b.before.intersection(reached)) for n, b in blocks.items()},
+        bytes_an_entry={
+            n: sum(call.output.nbytes for call in calls[n]) / next(iter(batch.values())).numel()
+            for n in reached
+        },
     )
 
 

@@ -128,7 +128,7 @@ def transport(weights: Weights, spec: SymmetrySpec, transforms: Transforms) -> d
     """
     check_weights(weights, spec)
     check_transforms(spec, transforms)
-    mover = _Mover(spec, transforms)
+    mover = Mover(spec, transforms)
     moved: dict[int, Tensor] = {}  # tied weights stay tied
     result = {}
     for name, tensor in weights.items():
@@ -141,11 +141,11 @@ def transport(weights: Weights, spec: SymmetrySpec, transforms: Transforms) -> d
 
 def move(weights: Weights, spec: SymmetrySpec, transforms: Transforms) -> dict[str, Tensor]:
     """Transport some of a model's weights without checks, for loops that do so many times."""
-    mover = _Mover(spec, transforms)
+    mover = Mover(spec, transforms)
     return {name: mover.move(tensor, name) for name, tensor in weights.items()}
 
 
-class _Mover:
+class Mover:
     """Transports weights; composite indices are built once for each term."""
 
     def __init__(self, spec: SymmetrySpec, transforms: Transforms) -> None:

@@ -1,30 +1,30 @@
 """Check a spec by the model itself: random transforms must leave its outputs as they are.
 
-Everything runs in float64 on a copy whose parameters are drawn at random, so that zeros and ones
-hide nothing. What no output shows cannot be checked: a key bias, which softmax cancels, goes
-unnoticed.
+Everything runs in float64 with parameters that are drawn at random, so that zeros and ones hide
+nothing. What no output shows cannot be checked: a key bias, which softmax cancels, goes unnoticed.
 """
 
 import contextlib
 import copy
-from collections.abc import Container, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd as _Convolution
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from alloy.devices import beside
 from alloy.errors import NotProvenError, SymmetryError
+from alloy.symmetry.float64 import Float64Shell, widened
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.tracing.recording.kernels import plain_kernels
 from alloy.symmetry.tracing.recording.observe import Observe, observe_outputs
 from alloy.symmetry.tracing.recording.refusals import refuse_untraceable
 from alloy.symmetry.tracing.recording.trace import Inputs, listed_examples
-from alloy.symmetry.transforms import Transforms, check_weights, random_transforms, transport
+from alloy.symmetry.transforms import Mover, Transforms, check_weights, random_transforms
 
 TOLERANCE = 1e-9
 """Largest change of an output, relative to its spread, that counts as none (float64)."""
@@ -32,8 +32,6 @@ DEGENERATE = 1e-7
 """An output whose spread is below this part of its size proves nothing."""
 _FAINT = 1e-6  # a spread over the batch below this part of the size is rounding
 _HUGE = 1e30  # masks write the lowest number; it says nothing about the units
-
-_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def validate(
 
 
 class Prober:
-    """A float64 copy of a model with random weights, and the outputs it should keep."""
+    """A model with random weights, in float64, and the outputs it should keep."""
 
     def __init__(
         self,
@@ -104,27 +102,23 @@ class Prober:
         self.spec = spec
         self.observe = observe or observe_outputs
         self.generator = torch.Generator().manual_seed(seed)
-        self.model = _copy_in_float64(model)
+        self.shell = _shell(model)
         self.examples = [
-            tree_map(_double, beside(self.model, example))
+            tree_map(widened, beside(self.shell.module, example))
             for example in listed_examples(example_inputs)
         ]
-        self.slots = {
-            name: tensor
-            for name, tensor in self.model.state_dict(keep_vars=True).items()
-            if isinstance(tensor, Tensor)
-        }
-        check_weights(self.slots, spec)
-        buffers = set(dict(self.model.named_buffers()))
-        drawn = random_weights(self.slots, buffers, self.generator)
-        kept = {name: self.slots[name].detach().clone() for name in spec.folded}
-        self.weights = {**drawn, **kept}
-        with unit_outputs(self.model, set(spec.folded)):
-            self.run(self.weights)
-        self.weights = {name: slot.detach().clone() for name, slot in self.slots.items()}
-        self.outputs = self.run(self.weights)
+        check_weights(self.shell.slots, spec)
+        own = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+        buffers = set(dict(model.named_buffers()))
+        self.weights = random_weights(own, buffers, self.generator)
+        drawn = {name for name, tensor in own.items() if _is_drawn(name, tensor, buffers)}
+        for name in spec.folded:
+            self.weights[name] = widened(own[name].detach().cpu().clone())
+        with unit_outputs(self.shell.module, self.weights, set(spec.folded)):
+            self.run(self.weights.__getitem__)
+        self.outputs = self.run(self.weights.__getitem__)
         self.spreads = tuple(_spread(y) for y in self.outputs)
-        others = self.run(random_weights(self.slots, buffers, self.generator) | kept)
+        others = self.run(partial(self._other, changed=drawn - set(spec.folded)))
         self.not_proven = tuple(
             i
             for i, (y, other) in enumerate(zip(self.outputs, others, strict=True))
@@ -137,26 +131,28 @@ class Prober:
                 "that differ, or another observe="
             )
 
-    def run(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
-        """The observed outputs of the copy with these weights."""
-        with torch.no_grad():
-            for name, slot in self.slots.items():
-                slot.data.copy_(weights[name])
+    def _other(self, name: str, changed: Container[str]) -> Tensor:
+        """Another weight of the same distribution: larger, its entries in the opposite order."""
+        weight = self.weights[name]
+        return 1.25 * weight.flip([*range(weight.ndim)]) if name in changed else weight
+
+    def run(self, weight: Callable[[str], Tensor]) -> list[Tensor]:
+        """The observed outputs of the model with the weights that `weight` makes."""
         outputs: list[Tensor] = []
-        self.model.train().eval()  # forget what was computed from other weights (LeViT's biases)
-        with plain_kernels(self.model), torch.no_grad(), torch.random.fork_rng():
+        self.shell.module.train().eval()  # forget what other weights gave (LeViT's biases)
+        with plain_kernels(self.shell.module), torch.no_grad(), torch.random.fork_rng():
             for example in self.examples:
                 torch.manual_seed(0)
-                observed = self._forward(copy.deepcopy(example))
+                observed = self._forward(copy.deepcopy(example), weight)
                 outputs += [t.clone() for t in tree_leaves(observed) if isinstance(t, Tensor)]
         return outputs
 
-    def _forward(self, example: dict[str, Any]) -> Any:
+    def _forward(self, example: dict[str, Any], weight: Callable[[str], Tensor]) -> Any:
         narrow = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)  # of constants that the model's code makes
         try:
-            with _Float64():
-                return self.observe(self.model(**example))
+            with self.shell.reading(weight):
+                return self.observe(self.shell.module(**example))
         except SymmetryError:
             raise
         except Exception as failure:
@@ -169,7 +165,11 @@ class Prober:
 
     def change(self, transforms: Transforms, weights: Mapping[str, Tensor] | None = None) -> float:
         """Measure the largest change of an output, relative to its spread, under transport."""
-        moved = transport(self.weights, self.spec, transforms) if weights is None else weights
+        mover = Mover(self.spec, transforms)
+
+        def moved(name: str) -> Tensor:
+            return mover.move(self.weights[name], name) if weights is None else weights[name]
+
         return max(
             _change(before, after) / self.spreads[i]
             for i, (before, after) in enumerate(zip(self.outputs, self.run(moved), strict=True))
@@ -202,9 +202,9 @@ class Prober:
         )
 
 
-def _copy_in_float64(model: nn.Module) -> nn.Module:
+def _shell(model: nn.Module) -> Float64Shell:
     try:
-        return copy.deepcopy(model).to("cpu").double()
+        return Float64Shell(model)
     except Exception as failure:
         raise NotProvenError(
             f"not proven: the model cannot be copied ({type(failure).__name__}: {failure})"
@@ -212,21 +212,26 @@ def _copy_in_float64(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def unit_outputs(model: nn.Module, kept: Container[str]) -> Generator[None]:
+def unit_outputs(
+    model: nn.Module, weights: Mapping[str, Tensor], kept: Container[str]
+) -> Generator[None]:
     """Rescale random weights while the model runs, so that no layer's signal dies or explodes.
 
     Each layer with a matrix (or kernels) is scaled as it first runs, so that its outputs differ
     over the batch by 1 (standard deviation; over everything where the batch agrees), its bias is
     moved so that they are near zero on average. Running statistics of norms are moved to those of
-    their inputs. Weights in `kept` stay as they are.
+    their inputs. Weights in `kept` stay as they are, and so does what a module makes of several.
     """
     names = {id(p): name for name, p in [*model.named_parameters(), *model.named_buffers()]}
-    done: set[int] = set()
+    done: set[str] = set()
 
-    def is_first(tensor: Any) -> bool:
-        first = isinstance(tensor, Tensor) and id(tensor) not in done
-        done.add(id(tensor))
-        return first and names.get(id(tensor), "") not in kept
+    def first(tensor: Any) -> Tensor | None:
+        """The weight behind a slot of the model, if it is to be scaled and was not yet."""
+        name = names.get(id(tensor), "")
+        if name not in weights or name in done or name in kept:
+            return None
+        done.add(name)
+        return weights[name]
 
     def scale(module: Any, inputs: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -234,24 +239,23 @@ def unit_outputs(model: nn.Module, kept: Container[str]) -> Generator[None]:
         spread = _spread(output)
         if not spread > _FAINT * _scale(output):
             spread = float(output.std()) if output.numel() > 1 else 0.0
-        if not (0 < spread < _HUGE and is_first(module.weight)):
+        if not 0 < spread < _HUGE or (weight := first(module.weight)) is None:
             return None
-        module.weight.data.div_(spread)
+        weight.div_(spread)
         output = output / spread
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, Tensor) and is_first(bias):
-            drawn = bias.data.clone()
-            bias.data.div_(spread)
+        if (bias := first(getattr(module, "bias", None))) is not None:
+            drawn = bias.clone()
+            bias.div_(spread)
             at = 1 if isinstance(module, _Convolution) else -1
             if output.shape[at] == bias.numel():
                 shift = 0.3 * drawn - output.movedim(at, -1).flatten(0, -2).mean(0)
-                bias.data.add_(shift)
+                bias.add_(shift)
                 output = (output.movedim(at, -1) + shift).movedim(-1, at)
         return output
 
     def centre(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        mean, var = module.running_mean, module.running_var
-        if is_first(mean) and is_first(var):
+        mean, var = first(module.running_mean), first(module.running_var)
+        if mean is not None and var is not None:
             x = inputs[0].transpose(0, 1).flatten(1)
             spread = x.var(1, correction=0)
             mean.add_(x.mean(1))
@@ -284,42 +288,29 @@ def random_weights(
             continue
         seen[id(tensor)] = name
         old = tensor.detach()
-        constant = old.numel() > 1 and bool((old == old.flatten()[0]).all())
-        if not old.dtype.is_floating_point or (name in buffers and not constant):
-            drawn[name] = old.clone()
+        if not _is_drawn(name, tensor, buffers):
+            drawn[name] = widened(old.cpu().clone())
         elif old.ndim >= 2 and old[0].numel() > 1:
-            noise = torch.randn(old.shape, generator=generator, dtype=torch.float64)
-            drawn[name] = 1.5 * noise / old[0].numel() ** 0.5
+            drawn[name] = _normal(old.shape, generator) * (1.5 / old[0].numel() ** 0.5)
         elif old.numel() and bool((old > 0).all()):
             drawn[name] = 0.5 + torch.rand(old.shape, generator=generator, dtype=torch.float64)
         else:
-            drawn[name] = 0.3 * torch.randn(old.shape, generator=generator, dtype=torch.float64)
+            drawn[name] = 0.3 * _normal(old.shape, generator)
     return drawn
 
 
-def _double(value: Any) -> Any:
-    narrow = isinstance(value, Tensor) and value.dtype in _NARROW
-    return value.double() if narrow else value
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draws in float32, which is several times as fast, as float64."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32).double()
 
 
-class _Float64(TorchDispatchMode):
-    """Computes in float64 where a model's code asks for less (norms and softmax in float32)."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        operation: Any = func
-        kwargs = {k: torch.float64 if v in _NARROW else v for k, v in (kwargs or {}).items()}
-        writes = any(
-            a.alias_info is not None and a.alias_info.is_write for a in operation._schema.arguments
-        )
-        if not writes:
-            args, kwargs = tree_map(_widen, (tuple(args), kwargs))
-        return operation(*args, **kwargs)
-
-
-def _widen(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return torch.float64 if value in _NARROW else value
-    return _double(value)
+def _is_drawn(name: str, tensor: Tensor, buffers: Container[str]) -> bool:
+    """Whether `random_weights` draws a weight; of buffers it draws constant ones."""
+    if not tensor.dtype.is_floating_point:
+        return False
+    return name not in buffers or (
+        tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
+    )
 
 
 def _finite(y: Tensor) -> Tensor:

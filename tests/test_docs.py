@@ -7,10 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    BeitConfig,
+    BeitModel,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+)
 
 import alloy
 from alloy.modality import ModalityConfig, ModalityModel
+from tests.alloy.modality.towers.reference import state_dict
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -128,6 +139,31 @@ def test_the_choice_of_the_documentation() -> None:
     given = {"model": models[0].eval(), "aligned": {"a": a, "b": b}, **merges}
     _, block = blocks("methods.md")
     exec(block, {**given, "held_out": [{"input_ids": IDS}]})
+
+
+def test_the_towers_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    layers = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+    layers |= {"intermediate_size": 20}
+    images, words = {"image_size": 12, "patch_size": 4}, {"vocab_size": 30, "bos_token_id": 1}
+    texts = {**layers, **words, "eos_token_id": 2, "max_position_embeddings": 7}
+    siglip = SiglipConfig(vision_config={**layers, **images}, text_config=texts)
+    SiglipModel(siglip).save_pretrained("models/siglip")
+    BeitModel(
+        BeitConfig(**layers, **images, use_shared_relative_position_bias=True)
+    ).save_pretrained("models/beit")
+    torch.save(state_dict("vl-merging"), "models/vl_merging.ckpt")
+    merge, start, release = blocks("towers.md")
+    given: dict = {"torch": torch}
+    exec(merge, given)
+    trunk = "encoder.layers.1.mlp.fc1.weight"
+    both = given["model"].vision_model, given["model"].text_model
+    assert torch.equal(*(tower.get_parameter(trunk) for tower in both))
+    exec(start, given)
+    assert AutoModel.from_pretrained("models/start").config.sharing == "none"
+    exec(release, given)
+    back = torch.load("back.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(back[name], t) for name, t in state_dict("vl-merging").items())
 
 
 @pytest.mark.slow

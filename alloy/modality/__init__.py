@@ -10,7 +10,7 @@ from alloy.modality.experts import (
     split_experts,
 )
 from alloy.modality.modeling import FRESH_HEADS, ModalityModel, ModalityOutput
-from alloy.modality.towers import Release, Tower, import_release, import_tower
+from alloy.modality.towers import Release, Tower, import_release, import_tower, join_towers
 
 __all__ = [
     "EXPERT_PARTS",
@@ -26,6 +26,7 @@ __all__ = [
     "import_release",
     "import_tower",
     "join",
+    "join_towers",
     "shared_weights",
     "split_experts",
 ]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from alloy.errors import CheckpointError, nearest
 from alloy.modality.configuration import ModalityConfig
-from alloy.modality.experts import copy_to_experts
+from alloy.modality.experts import copy_to_experts, expert_name
 from alloy.modality.modeling import ModalityModel
 from alloy.modality.towers.architecture import (
     Architecture,
@@ -66,9 +66,15 @@ class Tower:
             weights["position_bias.table"] = _grown(table, self.config, config)
         return build(config, copy_to_experts(weights, config), seed)
 
-    def with_weights(self, weights: Weights) -> "Tower":
-        """Let a modality-agnostic model's blocks, embeddings and norm take the tower's place."""
-        return replace(self, weights={name: weights[name] for name in self.weights})
+    def with_weights(self, weights: Weights, modality: str = "v") -> "Tower":
+        """Let another model's blocks, embeddings and norm take the tower's place.
+
+        Args:
+            weights: of a modality transformer.
+            modality: whose experts they are, where the model has experts.
+        """
+        taken = {n: _taken(weights, n, old, modality) for n, old in self.weights.items()}
+        return replace(self, weights=taken)
 
     def export(self) -> dict[str, Tensor]:
         """Write the tower back under the other model's names, beside all that was kept.
@@ -76,8 +82,12 @@ class Tower:
         Raises:
             CheckpointError: a bias that the other model lacks is not zero.
         """
+        return {**self.kept, **self.export_own()}
+
+    def export_own(self) -> dict[str, Tensor]:
+        """Write back the tower alone, for models of which several towers are written back."""
         own = scatter(self.layout, self.weights)
-        return {**self.kept, **{f"{self.prefix}{name}": tensor for name, tensor in own.items()}}
+        return {f"{self.prefix}{name}": tensor for name, tensor in own.items()}
 
 
 def import_tower(
@@ -178,6 +188,17 @@ def build(config: ModalityConfig, weights: Weights, seed: int) -> ModalityModel:
             )
     model.load_state_dict(weights, strict=False)
     return model.eval()
+
+
+def _taken(weights: Weights, name: str, old: Tensor, modality: str) -> Tensor:
+    """Find a tower's weight in a model: one modality's, or shared; folded gains are 1."""
+    if name in weights:
+        return weights[name]
+    if name.startswith("norm."):
+        return weights[name.replace("norm.", f"norm.{modality}.")]
+    if ".scale" in name:
+        return torch.ones_like(old)
+    return weights[expert_name(name, modality)]
 
 
 def _prefix(architecture: Architecture, weights: Weights, part: str) -> str:

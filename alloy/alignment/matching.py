@@ -320,6 +320,8 @@ def carried(spec: SymmetrySpec, names: Collection[str]) -> list[str]:
 
 
 def is_identity(transform: Transform) -> bool:
+    if transform.scale is not None:
+        return bool((transform.scale == 1).all())
     if transform.matrix is not None:
         eye = torch.eye(transform.size, dtype=transform.matrix.dtype)
         return torch.equal(transform.matrix, eye.expand_as(transform.matrix))

@@ -16,6 +16,7 @@ import torch
 
 from alloy.alignment.canonical import canonical_transforms, left_open
 from alloy.alignment.checks import check_method, check_statistics, check_weights, checked_share
+from alloy.alignment.diagonal import canonical_scales
 from alloy.alignment.matching import (
     Matched,
     Operator,
@@ -27,7 +28,7 @@ from alloy.alignment.matching import (
 )
 from alloy.alignment.moves import num_flat_units, total_of_pairs
 from alloy.alignment.similarity import PairMoments, Scale, Similarity
-from alloy.alignment.state import Family, State, families
+from alloy.alignment.state import Family, State, families, shared_weights
 from alloy.alignment.warm import Warm
 from alloy.devices import on_cpu
 from alloy.errors import AlignmentError
@@ -62,6 +63,7 @@ def align(
     start: Start = "identity",
     keep: Collection[str] = (),
     canonical: bool = False,
+    diagonal: bool = False,
     generator: torch.Generator | None = None,
     max_sweeps: int = 100,
     tolerance: float = 1e-9,
@@ -81,11 +83,14 @@ def align(
         keep: spaces that stay as they are.
         canonical: match heads by the canonical form of the matrices within them
             (`alloy.alignment.canonical`), whatever bases the models have; by their weights alone.
+        diagonal: scale units as the reference does (`alloy.alignment.diagonal`): norms' gains
+            against their readers, neurons of ReLUs and gated MLPs.
         generator: draws the order in which spaces are visited; by default it is the spec's.
         tolerance: a step must gain more than this part of J. Rotations never reach their optimum.
 
     Returns:
-        One transform per space; spaces that are best left alone have the identity.
+        One transform per space; spaces that are best left alone have the identity. With `diagonal`,
+        one per diagonal as well.
 
     Raises:
         AlignmentError: unknown settings; statistics that are missing, of other sizes, of fewer than
@@ -100,6 +105,11 @@ def align(
         if name not in spec.spaces:
             raise AlignmentError(f"keep names {name!r}, which is no space of the spec")
     chosen = operators(spec, method)
+    our_scales: Transforms = canonical_scales(reference, spec, keep=keep) if diagonal else {}
+    their_scales: Transforms = canonical_scales(other, spec, keep=keep) if diagonal else {}
+    if diagonal:
+        reference = transport(reference, spec, our_scales)
+        other = transport(other, spec, their_scales)
     ours: Transforms = canonical_transforms(reference, spec, keep=keep) if canonical else {}
     theirs: Transforms = canonical_transforms(other, spec, keep=keep) if canonical else {}
     if canonical:
@@ -119,19 +129,35 @@ def align(
         reference, spec, statistics or {}, share, scale=scale, rotating=turning
     )
 
-    def descend(similarity: Similarity, first: Transforms) -> tuple[dict[str, Transform], float]:
-        search = Search(similarity, other, chosen, first, tolerance)
+    def descend(
+        similarity: Similarity, first: Transforms, held: Collection[str] = ()
+    ) -> tuple[dict[str, Transform], float]:
+        search = Search(similarity, other, chosen | dict.fromkeys(held, leave), first, tolerance)
         end = search.run(generator, max_sweeps, PATIENCE if scale == "unit" else 0)
         return end, max(search.values)
 
-    end, height = descend(similarity, first)
-    if not canonical:
-        return end
-    if contested := {name for family in families(spec).values() for name in family.contested}:
+    ends = [descend(similarity, first)]
+    blocks = families(spec).values()
+    contested = {name for family in blocks for name in family.contested}
+    if canonical and contested:
         calm, _ = descend(similarity.without(contested), first)
-        other_end, other_height = descend(similarity, calm)
-        end = other_end if other_height > height else end
-    return compose(compose(theirs, end), invert(ours))
+        ends.append(descend(similarity, calm))
+    if diagonal:  # streams by their embeddings alone, then what they carry, then all
+        shared = shared_weights(blocks)
+        streams = {
+            name
+            for family in blocks
+            if any(len(spec.layout[w]) > 1 and w not in shared for w in family.weights)
+            for name in family.names
+        }
+        calm, _ = descend(similarity.without(shared), first)
+        calm, _ = descend(similarity, calm, streams)
+        ends.append(descend(similarity, calm))
+    end, _ = max(ends, key=lambda pair: pair[1])
+    if not (canonical or diagonal):
+        return end
+    theirs = {**their_scales, **theirs}
+    return compose(compose(theirs, end), invert({**our_scales, **ours}))
 
 
 class Search:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
@@ -46,6 +48,12 @@ def families(spec: SymmetrySpec) -> dict[str, Family]:
             root, names, tuple(weights), carried(spec, names), _contested(spec, names)
         )
     return result
+
+
+def shared_weights(blocks: Iterable[Family]) -> set[str]:
+    """The weights that lie on several families: each reads them in the order the others have."""
+    count = Counter(name for family in blocks for name in family.weights)
+    return {name for name, times in count.items() if times > 1}
 
 
 def _contested(spec: SymmetrySpec, names: list[str]) -> tuple[str, ...]:

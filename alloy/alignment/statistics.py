@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from alloy.alignment.grams import transport_grams
+from alloy.alignment.matching import is_identity
 from alloy.alignment.moves import move_units
 from alloy.alignment.report import is_orthogonal
 from alloy.errors import AlignmentError
@@ -43,6 +44,12 @@ def transport_statistics(
         for own in transforms.values()
         for space, t in own.items()
         if t.matrix is not None and not is_orthogonal(t.matrix)
+    }
+    stretched |= {
+        t.depends_on[-1]
+        for own in transforms.values()
+        for t in own.values()
+        if t.scale is not None and not is_identity(t)
     }
     return replace(
         statistics,

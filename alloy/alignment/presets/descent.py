@@ -7,7 +7,7 @@ caller's, or by what it costs the activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -15,6 +15,7 @@ import torch
 
 from alloy.alignment.canonical import canonical_spaces
 from alloy.alignment.checks import check_method
+from alloy.alignment.diagonal import canonical_scales
 from alloy.alignment.matching import rotating
 from alloy.alignment.presets.folding import folded_models, folded_moments
 from alloy.alignment.presets.preset import (
@@ -25,11 +26,13 @@ from alloy.alignment.presets.preset import (
     require_one_of,
     require_statistics,
 )
+from alloy.alignment.presets.signs import signed_moments
 from alloy.alignment.report import describe
 from alloy.alignment.result import Alignment
 from alloy.alignment.search import Search, SimilaritySpace, Start, align
 from alloy.alignment.similarity import PairMoments, Scale, Similarity
 from alloy.errors import AlignmentError
+from alloy.statistics.sums import Place
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.transforms import Transform, Transforms, identity, transport
 from alloy.types import Weights
@@ -58,6 +61,8 @@ class Descent(Preset):
     """Spaces that stay as they are, "streams" for the residual streams."""
     canonical: bool = False
     """Match heads by the canonical form of the matrices within them, by their weights alone."""
+    diagonal: bool = False
+    """Scale units as the reference does: norms' gains, neurons of ReLUs and gated MLPs."""
     fold: bool = False
     """Fold norms first, so that streams may rotate."""
     seed: int = 0
@@ -75,6 +80,8 @@ class Descent(Preset):
         shares = self._shares()
         require_statistics(given, any(s < 1 for s in shares) or self.start != "identity")
         case, notes = self._unfolded(given)
+        if self.diagonal and given.statistics is not None:
+            case = self._signed(case, given.statistics.places)
         candidates: dict[float | None, dict[str, Transforms]] = {
             share: {o: self._pair(case, o, share) for o in given.others} for share in shares
         }
@@ -134,6 +141,13 @@ class Descent(Preset):
         models, spec = folded_models(given)
         return _Case(given.reference, models, spec, partial(folded_moments, given)), ()
 
+    def _signed(self, case: _Case, places: Mapping[str, Sequence[Place]]) -> _Case:
+        """The case with cross-moments as if gains were positive."""
+        keep = kept_spaces(case.spec, self.keep)
+        scales = {n: canonical_scales(w, case.spec, keep=keep) for n, w in case.models.items()}
+        seen = partial(signed_moments, case.moments, places, case.spec, scales, case.reference)
+        return replace(case, moments=seen)
+
     def _pair(self, case: _Case, other: str, share: float) -> dict[str, Transform]:
         """One model to the reference: of all starts and orders, the end that is highest."""
         reference, theirs = case.models[case.reference], case.models[other]
@@ -155,6 +169,7 @@ class Descent(Preset):
                 start=start if share > 0 else "identity",
                 keep=kept_spaces(case.spec, self.keep),
                 canonical=self.canonical and share > 0,
+                diagonal=self.diagonal,
                 generator=torch.Generator().manual_seed(seed),
                 max_sweeps=self.max_sweeps,
                 tolerance=self.tolerance,
@@ -167,11 +182,18 @@ class Descent(Preset):
         if self.canonical:
             free = canonical_spaces(case.spec)
             moments = {space: m for space, m in moments.items() if space not in free}
+        if self.diagonal:  # ends are compared where both models have their canonical scales
+            keep = kept_spaces(case.spec, self.keep)
+            reference, theirs = (
+                transport(w, case.spec, canonical_scales(w, case.spec, keep=keep))
+                for w in (reference, theirs)
+            )
+        moves = [{name: end[name] for name in case.spec.spaces} for end in ends]
         turning = rotating(case.spec, self.method)
         similarity = Similarity.to(
             reference, case.spec, moments, share, scale=self.scale, rotating=turning
         )
-        values = [_height(Search(similarity, theirs, {}, end)) for end in ends]
+        values = [_height(Search(similarity, theirs, {}, move)) for move in moves]
         return ends[values.index(max(values))]
 
 

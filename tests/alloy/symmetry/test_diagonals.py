@@ -386,3 +386,17 @@ def test_a_basis_solves_every_equation_and_each_solution_has_a_variable_of_its_o
     assert solutions == [{0: 1, 5: 1}, {1: 1, 5: 1}, {3: 2, 6: 2, 2: 1}]
     for solution in solutions:
         assert all(sum(f * solution.get(v, 0) for v, f in row.items()) == 0 for row in rows)
+
+
+def test_numbers_read_bit_by_bit_stay():
+    class Bits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.down(self.up(x).view(torch.int32).view(torch.float32))
+
+    spec = alloy.find_symmetries(Bits(), X)
+    assert not spec.spaces
+    assert not spec.diagonals

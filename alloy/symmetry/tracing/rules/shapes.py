@@ -15,7 +15,8 @@ from alloy.symmetry.tracing.terms import Node, product
 )
 def view(engine: Engine, call: Call) -> None:
     source, out = call.inputs["self"], call.outputs[0]
-    if math.prod(out.shape) != math.prod(source.shape) or not math.prod(out.shape):
+    bits = source.floating != out.floating  # numbers read as what they are not
+    if math.prod(out.shape) != math.prod(source.shape) or not math.prod(out.shape) or bits:
         raise RuleDoesNotApply
     engine.set(out, engine.view(source, out.shape))
     before = tuple((source, d) for d in range(len(source.shape)))

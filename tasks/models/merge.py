@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import alloy
 from alloy.alignment.result import Alignment
+from alloy.checkpoint.format import sentence_modules
 from alloy.devices import device_pool
 from alloy.errors import AlignmentError, MergeError
 from alloy.merging import MERGE_METHODS, oriented
@@ -275,6 +276,13 @@ def save(job: Job, weights: Weights, member: str, folder: Path, account: Mapping
         words = file.suffix in (".json", ".txt", ".model", ".jinja")
         if words and file.name not in LEFT_BEHIND and "safetensors" not in file.name:
             shutil.copy(file, folder / file.name)
+    for module in sentence_modules(reference):
+        if any((reference / module).glob("*.safetensors")):
+            raise ValueError(
+                f"{reference / module} has weights of a sentence encoder's own, which alignment "
+                "does not move: merge its members as they are, without prepare, collect and align"
+            )
+        shutil.copytree(reference / module, folder / module)
     write_json(folder / "alloy_merge.json", {**account, "member": member})
     (folder / "README.md").write_text(card(job, account, type(model).__name__))
 

@@ -202,6 +202,40 @@ def test_alignment_is_not_chosen_on_held_out_examples(write) -> None:
     assert merge_score(job, "merge")(own) == before
 
 
+def encoders() -> None:
+    """Make sentence encoders of both members."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    for member in "ab":
+        folder = Path("given") / member
+        modules = [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(kinds.items())
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
+
+
+def test_a_merged_sentence_encoder_has_its_modules(write) -> None:
+    write("ElectraModel")
+    encoders()
+    run(fetch, prepare, collect, align, merge, choose)
+    merged = Path("models/mine/merged")
+    assert (merged / "1_Pooling/config.json").read_text() == '{"pooling_mode_cls_token": true}'
+    assert len(json.loads((merged / "modules.json").read_text())) == 3
+    assert not (merged / "2_Normalize").exists()
+
+
+def test_weights_beside_the_transformer_are_not_left_behind_in_silence(write) -> None:
+    write("ElectraModel")
+    encoders()
+    run(fetch, prepare, collect, align)
+    own = Path("models/mine/checkpoints/a/1_Pooling/model.safetensors")
+    save_file({"linear.weight": torch.eye(2)}, own)
+    with pytest.raises(ValueError, match="1_Pooling has weights of a sentence encoder's own"):
+        run(merge)
+
+
 def test_a_sentence_encoder_answers_as_it_pools() -> None:
     """The mean of its words without padding, or the first of them."""
     rows = torch.arange(10.0).reshape(5, 2)

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS, validate
+from tasks.recipe.arm import ModelsArm, ModelsRepair
 from tasks.recipe.section import Name, ParamsError, Section
 from tasks.recipe.shared import (
     Candidates,
@@ -130,79 +131,6 @@ class ModelsAlignParams(Section):
     """The alignments that the arms of `merge` start from."""
 
     alignments: dict[Name, ModelsAlignment] = Field(min_length=1)
-
-
-class ModelsLeastSquares(Section):
-    """Every layer fitted anew to the parents' layers (`alloy.refit.repair.fit_layers`)."""
-
-    targets: Literal["mean", "confidence"] = "mean"  # parents count alike, or by how sure they are
-    inputs: Literal["merged", "parents"] = "merged"  # that a layer is fitted on
-    residual: bool = (
-        False  # a layer that writes into a stream follows the stream, not its own output
-    )
-    ridge: float = Field(default=1e-2, gt=0)  # of the inputs' mean variance
-
-    @model_validator(mode="after")
-    def _streams_are_the_merged_models_own(self) -> "ModelsLeastSquares":
-        if self.residual and self.inputs != "merged":
-            raise ValueError("residual: the stream is the merged model's own: take inputs: merged")
-        return self
-
-
-class ModelsRepair(Section):
-    """The repairs after alignment; each switch is off by default."""
-
-    permuted_least_squares: ModelsLeastSquares | None = (
-        None  # {} has the defaults; without one: off
-    )
-    batch_norm: bool = False  # means and variances estimated anew
-    repair: bool = False  # variances of units brought to the parents' (REPAIR)
-    temperature: bool = False  # one factor on the logits
-
-
-class ModelsArm(Section):
-    """One way of merging, for every set that its alignment is made for."""
-
-    alignment: str | None = None  # without one the members are merged as they are, streamed
-    elsewhere: str | None = None  # the alignment for sets that the first is not made for
-    method: str  # a key of alloy's MERGE_METHODS
-    base: str | None = None  # the checkpoint that task vectors start from
-    coefficients: list[float] | dict[str, list[float]] | None = None  # the method's own without
-    options: dict[str, Any] = Field(default={})  # checked against the method's own
-    statistics: dict[str, str] | None = None  # by member a file of alloy's save_statistics
-    tokenizer: Literal["same", "base", "union"] = "same"  # where vocabularies differ
-    chat_template: str | None = None  # the member whose template is taken where they differ
-    allow: list[str] = Field(default=[])  # glob patterns of config keys that may differ
-    drop: list[str] = Field(default=[])  # glob patterns of tensors that are left out
-    repair: ModelsRepair = ModelsRepair()
-
-    @property
-    def aligned_by(self) -> str:
-        """The alignment of an arm whose members are aligned."""
-        assert self.alignment is not None
-        return self.alignment
-
-    @model_validator(mode="after")
-    def _repairs_take_the_coefficients(self) -> "ModelsArm":
-        fit = self.repair.permuted_least_squares
-        if self.coefficients is not None and fit is not None and fit.targets == "confidence":
-            raise ValueError(
-                "targets: confidence weighs the parents by example; coefficients weigh "
-                "them too: drop one"
-            )
-        if isinstance(self.coefficients, dict) and (fit is not None or self.repair.repair):
-            raise ValueError(
-                "permuted_least_squares and repair take one coefficient a member, not patterns"
-            )
-        return self
-
-
-_STREAMED = ("statistics", "tokenizer", "chat_template", "allow", "drop")
-"""The settings of arms whose members are merged as they are."""
-
-
-def _default(field: str) -> object:
-    return ModelsArm.model_fields[field].get_default(call_default_factory=True)
 
 
 class ModelsResult(Section):
@@ -439,10 +367,10 @@ class ModelsRecipe(Section):
             raise ParamsError(
                 f"{where}.repair needs calibration data: give prepare, collect and align"
             )
-        given = [field for field in _STREAMED if getattr(arm, field) != _default(field)]
-        if self.is_calibrated and given:
+        if self.is_calibrated and arm.streamed:
             raise ParamsError(
-                f"{where}: {', '.join(given)}: only for members that are merged as they are; "
+                f"{where}: {', '.join(arm.streamed)}: only for members that are merged as "
+                "they are; "
                 "aligned ones have collect's statistics, one vocabulary and one config: leave it "
                 "out, or leave out prepare, collect and align"
             )

@@ -1,0 +1,82 @@
+"""An arm of a recipe of kind "models": one way of merging its members."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tasks.recipe.section import Section
+
+
+class ModelsLeastSquares(Section):
+    """Every layer fitted anew to the parents' layers (`alloy.refit.repair.fit_layers`)."""
+
+    targets: Literal["mean", "confidence"] = "mean"  # parents count alike, or by how sure they are
+    inputs: Literal["merged", "parents"] = "merged"  # that a layer is fitted on
+    residual: bool = (
+        False  # a layer that writes into a stream follows the stream, not its own output
+    )
+    ridge: float = Field(default=1e-2, gt=0)  # of the inputs' mean variance
+
+    @model_validator(mode="after")
+    def _streams_are_the_merged_models_own(self) -> "ModelsLeastSquares":
+        if self.residual and self.inputs != "merged":
+            raise ValueError("residual: the stream is the merged model's own: take inputs: merged")
+        return self
+
+
+class ModelsRepair(Section):
+    """The repairs after alignment; each switch is off by default."""
+
+    permuted_least_squares: ModelsLeastSquares | None = (
+        None  # {} has the defaults; without one: off
+    )
+    batch_norm: bool = False  # means and variances estimated anew
+    repair: bool = False  # variances of units brought to the parents' (REPAIR)
+    temperature: bool = False  # one factor on the logits
+
+
+class ModelsArm(Section):
+    """One way of merging, for every set that its alignment is made for."""
+
+    alignment: str | None = None  # without one the members are merged as they are, streamed
+    elsewhere: str | None = None  # the alignment for sets that the first is not made for
+    method: str  # a key of alloy's MERGE_METHODS
+    base: str | None = None  # the checkpoint that task vectors start from
+    coefficients: list[float] | dict[str, list[float]] | None = None  # the method's own without
+    options: dict[str, Any] = Field(default={})  # checked against the method's own
+    statistics: dict[str, str] | None = None  # by member a file of alloy's save_statistics
+    tokenizer: Literal["same", "base", "union"] = "same"  # where vocabularies differ
+    chat_template: str | None = None  # the member whose template is taken where they differ
+    allow: list[str] = Field(default=[])  # glob patterns of config keys that may differ
+    drop: list[str] = Field(default=[])  # glob patterns of tensors that are left out
+    repair: ModelsRepair = ModelsRepair()
+
+    @property
+    def streamed(self) -> list[str]:
+        """The settings given that are only of arms whose members are merged as they are."""
+        fields = type(self).model_fields
+        return [
+            name
+            for name in ("statistics", "tokenizer", "chat_template", "allow", "drop")
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        ]
+
+    @property
+    def aligned_by(self) -> str:
+        """The alignment of an arm whose members are aligned."""
+        assert self.alignment is not None
+        return self.alignment
+
+    @model_validator(mode="after")
+    def _repairs_take_the_coefficients(self) -> "ModelsArm":
+        fit = self.repair.permuted_least_squares
+        if self.coefficients is not None and fit is not None and fit.targets == "confidence":
+            raise ValueError(
+                "targets: confidence weighs the parents by example; coefficients weigh "
+                "them too: drop one"
+            )
+        if isinstance(self.coefficients, dict) and (fit is not None or self.repair.repair):
+            raise ValueError(
+                "permuted_least_squares and repair take one coefficient a member, not patterns"
+            )
+        return self

@@ -23,6 +23,8 @@ STANDARD = {
     ADAPTER: re.compile(r"adapter_model\.safetensors"),
 }
 """The names of weights beside a config."""
+MODULES, MODULE = "modules.json", re.compile(r"\d+_\w+/model\.safetensors")
+"""What a sentence encoder's modules are listed in, and the weights of one: `2_Dense/...`."""
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 
 
@@ -81,6 +83,8 @@ def _choose(
         )
     standard = STANDARD[config]
     named = {name for name in weights if standard.fullmatch(name)}
+    if config == CONFIG and MODULES in by_name:
+        named |= {name for name in weights if MODULE.fullmatch(name)}
     kept = (named or weights) | {name for name in by_name if _is_text(name)}
     return [by_name[name] for name in kept], [name for name in by_name if name not in kept]
 

@@ -99,6 +99,23 @@ def test_what_arrives_is_what_was_published_and_the_manifest_says_so(source, wri
     assert not list(Path("models").rglob("*.incomplete"))
 
 
+def test_the_weights_of_a_sentence_encoders_modules_arrive(source, write_recipe) -> None:
+    """A dense layer is part of what the model computes; other folders' weights are left out."""
+    address, publish = source
+    dense = {
+        "2_Dense/config.json": b"{}",
+        "2_Dense/model.safetensors": checkpoint(1)["model.safetensors"],
+    }
+    other = {
+        "original/model.safetensors": checkpoint()["model.safetensors"],
+        "onnx/config.json": b"{}",
+    }
+    publish({**checkpoint(), "modules.json": b"[]", **dense, **other})
+    run(recipe(write_recipe, a=address))
+    arrived = {**checkpoint(), "modules.json": b"[]", **dense, "onnx/config.json": b"{}"}
+    assert read(fetched()) == arrived
+
+
 def test_only_what_changed_upstream_is_moved_again(source, write_recipe, workspace, capsys) -> None:
     """A second run moves nothing; a change moves one checkpoint and leaves the other alone."""
     address, publish = source

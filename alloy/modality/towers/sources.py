@@ -1,5 +1,6 @@
 """Where towers come from: models and checkpoints of transformers."""
 
+import re
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,16 +61,21 @@ def read_source(source: PreTrainedModel | str | Path) -> Source:
     except OSError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     weights = {n: t for n, t in model.state_dict().items() if n not in names["missing_keys"]}
-    surplus = _read(folder, set(names["unexpected_keys"]))
+    surplus = _surplus(folder, model, set(names["unexpected_keys"]))
     return Source(model.config, weights | surplus, frozenset(names["missing_keys"]))
 
 
-def _read(folder: Path, names: Set[str]) -> dict[str, Tensor]:
+def _surplus(folder: Path, model: PreTrainedModel, unexpected: Set[str]) -> dict[str, Tensor]:
+    """Read what the files hold beyond the model: other heads, and indices that it computes."""
+    computed = {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+    ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or r"(?!)")
     tensors = {}
-    for path in sorted(folder.glob("*.safetensors")) if names else []:
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in names & set(file.keys())}
-    if lost := sorted(names - tensors.keys()):
+            for name in file.keys():  # noqa: SIM118 (the file is no dict)
+                if name in unexpected or name in computed or ignored.search(name):
+                    tensors[name] = file.get_tensor(name)
+    if lost := sorted(unexpected - tensors.keys()):
         raise CheckpointError(f"{folder}: weights {lost[:3]} are not in its files by these names")
     return tensors
 

@@ -188,7 +188,7 @@ BEIT = Architecture(
             else None
         ),
     },
-    outside=(r"embeddings\.mask_token",),
+    outside=(r"embeddings\.mask_token", r".*relative_position_index"),
     optional={("pooler.layernorm.weight", "layernorm.weight"): {"final_norm": "none"}},
 )
 
@@ -215,6 +215,7 @@ _CLIP_IMAGE_NAMES = {
     **_CLIP_BLOCKS,
     "norm": "post_layernorm",
 }
+_POSITION_IDS = (r"embeddings\.position_ids",)
 
 CLIP_VISION = Architecture(
     inputs="images",
@@ -225,6 +226,7 @@ CLIP_VISION = Architecture(
         "image_embeddings.norm": "pre_layrnorm",
     },
     settings={**_SIZES, **_IMAGES, "image_norm": True, "patch_bias": False},
+    outside=_POSITION_IDS,
 )
 
 CLIP_TEXT = Architecture(
@@ -232,6 +234,7 @@ CLIP_TEXT = Architecture(
     subconfig="text_config",
     names=_CLIP_TEXT_NAMES,
     settings={**_SIZES, **_WORDS, "text_norm": False, "causal": ["l"]},
+    outside=_POSITION_IDS,
 )
 
 SIGLIP_VISION = Architecture(
@@ -239,7 +242,7 @@ SIGLIP_VISION = Architecture(
     subconfig="vision_config",
     names=_CLIP_IMAGE_NAMES,
     settings={**_SIZES, **_IMAGES, "num_image_prefix_tokens": 0, "image_pooling": "mean"},
-    outside=(r"head\..*",),
+    outside=(r"head\..*", *_POSITION_IDS),
 )
 
 SIGLIP_TEXT = Architecture(
@@ -247,7 +250,7 @@ SIGLIP_TEXT = Architecture(
     subconfig="text_config",
     names=_CLIP_TEXT_NAMES,
     settings={**_SIZES, **_WORDS, "text_norm": False},
-    outside=(r"head\..*",),
+    outside=(r"head\..*", *_POSITION_IDS),
 )
 
 # Texts: BERT and RoBERTa, whose norms stand behind the updates.

@@ -366,6 +366,26 @@ def test_what_a_file_lacks_outside_the_tower_is_not_made_up(hf_model, tmp_path):
     assert import_tower(tmp_path).export().keys() == names
 
 
+@pytest.mark.parametrize(
+    ("model", "config", "name"),
+    [
+        ("BertModel", "BertConfig", "embeddings.position_ids"),
+        ("CLIPVisionModel", "CLIPVisionConfig", "embeddings.position_ids"),
+        ("BeitModel", "BeitConfig", "layers.0.relative_position_bias.relative_position_index"),
+    ],
+)
+def test_indices_of_older_files_come_back(model, config, name, hf_model, tmp_path):
+    """They were saved once; today models compute them and leave them out of their files."""
+    model = hf_model(model, config)
+    weights = {**model.state_dict(), name: torch.arange(10)[None]}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    exported = import_tower(tmp_path).export()
+    assert exported.keys() >= model.state_dict().keys()
+    (surplus,) = exported.keys() - model.state_dict().keys()  # under its name in the file
+    assert surplus.endswith(name.rpartition(".")[2])
+    assert torch.equal(exported[surplus], torch.arange(10)[None])
+
+
 def test_surplus_weights_of_a_file_are_kept_or_named(hf_model, tmp_path):
     """Heads of another class stay outside; a layer within the tower is never forgotten."""
     model = hf_model("BertForMaskedLM", "BertConfig")

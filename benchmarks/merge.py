@@ -400,7 +400,7 @@ def report(bench: Bench, size: Size, arguments: str) -> str:
     lines = [
         "# The merge engine against copying, reading and mergekit",
         "",
-        f"`python -m benchmarks.merge{arguments}`, {time.strftime('%Y-%m-%d')}. {_machine()}",
+        f"`python -m benchmarks.merge{arguments}`, {time.strftime('%Y-%m-%d')}. {machine()}",
         "",
         f"Three Llama checkpoints of {parameters} bfloat16 parameters in 5 shards (and their "
         "base), warm page cache, ext4 or what the machine has. `floor` reads three checkpoints "
@@ -468,7 +468,7 @@ def _goals(bench: Bench) -> list[str]:
     ]
 
 
-def _machine() -> str:
+def machine() -> str:
     model = next(
         (
             line.partition(":")[2].strip()

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from alloy.adapters.extract import ExtractReport, extract_adapter
+    from alloy.adapters.merge import AdapterMergeReport, merge_adapters
 
-__all__ = ["ExtractReport", "extract_adapter"]
+__all__ = ["AdapterMergeReport", "ExtractReport", "extract_adapter", "merge_adapters"]
 
 _HOMES = {
+    "AdapterMergeReport": "alloy.adapters.merge",
     "ExtractReport": "alloy.adapters.extract",
     "extract_adapter": "alloy.adapters.extract",
+    "merge_adapters": "alloy.adapters.merge",
 }
 
 

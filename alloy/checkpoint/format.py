@@ -85,6 +85,12 @@ class Entry(NamedTuple):
     def num_bytes(self) -> int:
         return self.num_elements * ITEM_BYTES[self.dtype]
 
+    @property
+    def origin(self) -> str:
+        """The file, and the adapter's, for messages."""
+        parts = () if self.fold is None else self.fold.entries
+        return " + ".join(dict.fromkeys(str(part.file) for part in (self, *parts)))
+
 
 @dataclass(frozen=True)
 class Checkpoint:

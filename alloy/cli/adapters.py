@@ -1,11 +1,14 @@
-"""`alloy extract`: an adapter of PEFT from a full fine-tune."""
+"""`alloy extract` and `alloy adapters`: low-rank adapters from a fine-tune, and from each other."""
 
-from pathlib import Path
+import shlex
+import sys
 from typing import Annotated
 
 import typer
 
-from alloy.cli.wording import refusals
+from alloy.cli import merging
+from alloy.cli.merging import Method, Output
+from alloy.cli.wording import in_options, refusals
 
 EXTRACT_EXAMPLE = """**Example**: layers of the least rank that keeps 90 %, at most 64
 
@@ -18,9 +21,7 @@ Drop = Annotated[
 
 
 def extract(
-    output: Annotated[
-        Path, typer.Argument(help="A folder that does not exist or is empty.", show_default=False)
-    ],
+    output: Output,
     model: Annotated[
         str, typer.Argument(help="The fine-tune: a folder, or BASE+ADAPTER.", show_default=False)
     ],
@@ -64,4 +65,67 @@ def extract(
     typer.echo(
         f"wrote {report.output}: {len(ranks)} layers, {spread}, {report.energy:.2%} of what "
         f"training added to them, {report.num_bytes:,} bytes"
+    )
+
+
+ADAPTERS_EXAMPLE = """**Example**: three adapters of one base, by TIES, as an adapter of rank 32
+
+    alloy adapters ties adapters/abc adapters/a adapters/b adapters/c --rank 32"""
+
+
+def adapters(
+    method: Method,
+    output: Output,
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]ADAPTER...",
+            help="Folders as PEFT saves them, of one base.",
+            show_default=False,
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Their base: for a model, and for what they hold whole (heads, biases)."),
+    ] = None,
+    model: Annotated[
+        bool, typer.Option("--model", help="Write the base with the merged adapter on it.")
+    ] = False,
+    coefficients: merging.Coefficients = None,
+    options: merging.Options = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the result at most; by default nothing is cut.")
+    ] = None,
+    dtype: merging.Dtype = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="base_model_name_or_path: they may name their base otherwise."
+        ),
+    ] = None,
+) -> None:
+    """Merge adapters of one base with each other, in the space that their factors span."""
+    from alloy.adapters import merge_adapters
+
+    with refusals("adapters"):
+        report = merge_adapters(
+            method,
+            merging.named_sources(sources),
+            output,
+            base=base,
+            coefficients=merging.rows_of(coefficients or ()),
+            rank=rank,
+            result="model" if model else "adapter",
+            dtype=dtype,
+            allow=allow or (),
+            command=shlex.join(["alloy", *sys.argv[1:]]),
+            **merging.key_values(options or (), "--set", "OPTION=VALUE", merging.json_value),
+        )
+    for note in report.notes:
+        typer.echo(f"note: {in_options(note)}")
+    ranks = report.ranks.values()
+    spread = f"{min(ranks)} to {max(ranks)}" if ranks else "none"
+    typer.echo(
+        f"wrote {report.output}: {len(ranks)} layers of rank {spread}, {report.num_bytes:,} bytes "
+        f"in {report.seconds:.1f} s"
     )

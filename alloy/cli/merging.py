@@ -246,23 +246,23 @@ def _request(
         )
     return MergeRequest(
         method,
-        _sources(sources),
+        named_sources(sources),
         output,
         base=base,
-        coefficients=_coefficients(coefficients or ()),
-        statistics=_pairs(statistics or (), "--statistics", "NAME=FILE", Path) or None,
+        coefficients=rows_of(coefficients or ()),
+        statistics=key_values(statistics or (), "--statistics", "NAME=FILE", Path) or None,
         dtype=dtype,
         shard_bytes=shard_bytes,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        copy=_pairs(copy or (), "--copy", "PATTERN=NAME", str),
+        copy=key_values(copy or (), "--copy", "PATTERN=NAME", str),
         drop=drop or (),
         allow=allow or (),
-        options=_pairs(options or (), "--set", "OPTION=VALUE", _value),
+        options=key_values(options or (), "--set", "OPTION=VALUE", json_value),
     )
 
 
-def _sources(given: Sequence[str]) -> list[str] | dict[str, str]:
+def named_sources(given: Sequence[str]) -> list[str] | dict[str, str]:
     """Paths in order, or by name if they have names. A path that exists may hold an equals sign."""
     named = [text for text in given if "=" in text and not Path(text).exists()]
     if not named:
@@ -272,7 +272,7 @@ def _sources(given: Sequence[str]) -> list[str] | dict[str, str]:
         if all(_is_number(text) for text in unnamed):
             hint = f"; coefficients are one argument: --coefficients C,{','.join(unnamed)}"
         raise MergeError(f"{unnamed[0]} has no name, {named[0]} has one: name all or none{hint}")
-    pairs = _pairs(given, "source", "NAME=PATH", str)
+    pairs = key_values(given, "source", "NAME=PATH", str)
     if len(pairs) != len(given):
         raise MergeError(f"sources {' '.join(given)}: two have one name")
     return pairs
@@ -286,7 +286,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _coefficients(given: Sequence[str]) -> list[float] | dict[str, list[float]] | None:
+def rows_of(given: Sequence[str]) -> list[float] | dict[str, list[float]] | None:
     """Numbers, or rows of numbers by pattern."""
     if not given:
         return None
@@ -297,7 +297,7 @@ def _coefficients(given: Sequence[str]) -> list[float] | dict[str, list[float]] 
             "end the patterns with '*=...' instead"
         )
     if by_pattern:
-        return _pairs(given, "--coefficients", "PATTERN=C,C,...", _numbers)
+        return key_values(given, "--coefficients", "PATTERN=C,C,...", _numbers)
     return [number for text in given for number in _numbers(text)]
 
 
@@ -310,7 +310,7 @@ def _numbers(text: str) -> list[float]:
         ) from None
 
 
-def _pairs(
+def key_values(
     given: Sequence[str], option: str, form: str, convert: Callable[[str], Any]
 ) -> dict[str, Any]:
     """`KEY=VALUE` arguments as a mapping."""
@@ -323,7 +323,7 @@ def _pairs(
     return pairs
 
 
-def _value(text: str) -> Any:
+def json_value(text: str) -> Any:
     """A number, a boolean or a list as JSON writes it; anything else is text."""
     try:
         return json.loads(text)

@@ -100,6 +100,15 @@ def with_adapter(base: Checkpoint, adapter: Adapter, allow: Sequence[str] = ()) 
     return replace(base, entries=entries, adapter=adapter.path, notes=(*base.notes, *notes, *note))
 
 
+def names_in(base: Checkpoint, adapter: Adapter) -> dict[str, str]:
+    """The base's name of each weight that the adapter changes.
+
+    Raises:
+        CheckpointError: a weight that the base lacks.
+    """
+    return _names(base, adapter, f"{adapter.path} on {base.path}")[0]
+
+
 def _names(
     base: Checkpoint, adapter: Adapter, where: str
 ) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -65,7 +65,7 @@ class Tensors:
             if not np.isfinite(values).all():
                 index = start + int(np.flatnonzero(~np.isfinite(values))[0])
                 return MergeError(
-                    f"{self.name} in {source!r} ({entry.file}) "
+                    f"{self.name} in {source!r} ({entry.origin}) "
                     f"has NaN or Inf at flat index {index}; repair or replace that checkpoint"
                 )
         return MergeError(
@@ -298,7 +298,7 @@ class Function(_Work):
         for value, entry, source in zip(values, tensors.inputs, tensors.sources, strict=True):
             if not bool(value.isfinite().all()):
                 raise MergeError(
-                    f"{tensors.name} in {source!r} ({entry.file}) has NaN or Inf; repair or "
+                    f"{tensors.name} in {source!r} ({entry.origin}) has NaN or Inf; repair or "
                     "replace that checkpoint"
                 )
         merged = merge_tensor(

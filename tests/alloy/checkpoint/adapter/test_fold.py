@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import alloy
 from alloy.checkpoint import load_weights
+from alloy.checkpoint.adapter.compute import _encoded
+from alloy.errors import MergeError
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 KINDS = {
@@ -98,6 +101,31 @@ def test_the_sum_is_rounded_once_to_the_bases_dtype(dtype: torch.dtype, tuned: C
             assert error <= torch.finfo(dtype).eps / 2 * exact.abs().max() + 1e-6
         else:
             assert torch.equal(folded[name], weight)
+
+
+def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
+    """Any bits: halves go to the even, overflow to Inf, NaN stays NaN."""
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 100_000, dtype=np.uint32)
+    special = np.array([0x7F800000, 0xFF800000, 0x7FC00000, 0xFFFFFFFF, 0x7F7FFFFF], np.uint32)
+    values = np.concatenate([bits, special, bits & 0xFFFF8000]).view(np.float32)
+    expected = torch.from_numpy(values).bfloat16().float()
+    halves = _encoded(values, "BF16").view(np.uint16)
+    ours = torch.from_numpy((halves.astype(np.uint32) << 16).view(np.float32))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_in_an_adapter_is_refused_with_its_file(
+    dtype: torch.dtype, tuned: Callable, tmp_path: Path
+) -> None:
+    made = tuned("llama", dtype=dtype, target_modules=["q_proj"])
+    file = made.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, file)
+    message = r"q_proj.weight in 'x' .*model.safetensors \+ .*adapter_model.safetensors\) has NaN"
+    with pytest.raises(MergeError, match=message):
+        alloy.merge_checkpoints("linear", {"x": made.source}, tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["ties", "slerp", "wudi"])

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PATIENCE = timedelta(days=1)  # a process may wait so long for another: the first one writes files
 POLL_SECONDS = 0.1
-SECONDS_TO_SPEAK = 2.0  # of a process whose failure may be another one's, told already
+SECONDS_TO_SPEAK = 10.0  # of a process whose failure may be another one's, told already
 PACKAGES = ("accelerate", "numpy", "safetensors", "torch", "transformers")
 _LAUNCHER = "ALLOY_LAUNCHER"  # the process that started this one, with which it ends
 

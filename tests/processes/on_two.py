@@ -8,9 +8,16 @@ import yaml
 
 from alloy.processes import ALONE, Processes
 from tasks.experts import align, choose, collect, evaluate, finetune, merge, pretrain
+from tasks.models import align as align_models
+from tasks.models import choose as choose_models
+from tasks.models import collect as collect_models
+from tasks.models import evaluate as evaluate_models
+from tasks.models import merge as merge_models
+from tasks.models import prepare as prepare_models
 from tasks.recipe.experts import ExpertsRecipe, FinetuneParams
 from tasks.recipe.load import load, load_file
 from tasks.recipe.pretraining import PretrainParams
+from tasks.sources import fetch
 from tasks.workers.together import agree, join
 from tests import recipes
 from tests.devices import stages
@@ -73,10 +80,15 @@ def pretrain_two(processes: Processes = ALONE) -> None:
     pretrain.run_chain(["seed", "specific"], params, quiet, processes)
 
 
+WORK = Path("trained/interrupted")
+
+
 def interrupted(processes: Processes) -> None:
     """A training that dies between steps goes on to the bits of one that did not."""
     recipe = load("experts")
-    job = finetune.plan(recipe)["merged"]._replace(work=Path("trained/interrupted"))
+    job = finetune.plan(recipe)["merged"]._replace(
+        source=Path("models/experts/checkpoints/seed"), teacher=None, work=WORK
+    )
 
     def die(kind: str, *values: object) -> None:
         if kind == "curves" and values[-1] == 4:
@@ -91,8 +103,21 @@ def differing(processes: Processes) -> None:
     agree(processes, facts)
 
 
+def run_models(processes: Processes = ALONE) -> None:
+    """A recipe of models up to its report; what cannot be shared the first process does alone."""
+    recipe = load("models")
+    for stage in (fetch, prepare_models, collect_models, align_models, merge_models, choose_models):
+        if stage is collect_models or processes.is_first:
+            stage.main(recipe)
+        processes.objects(None)
+    evaluate_models.main(recipe)
+
+
 def main(parts: list[str]) -> None:
     processes = join("test")
+    if "models" in parts:
+        run_models(processes)
+        return
     recipe = load("experts")
     if "interrupted" in parts:
         interrupted(processes)

@@ -89,6 +89,29 @@ def test_two_processes_do_what_one_does(two: Path, tmp_path: Path, monkeypatch) 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_do_what_one_does_with_any_architecture(
+    two: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Statistics, and so alignments, merges and scores, to the byte."""
+    (tmp_path / "one").mkdir()
+    for place in ("two", "one"):
+        (tmp_path / place / "models_recipe").mkdir()
+        monkeypatch.chdir(tmp_path / place / "models_recipe")
+        stages.write_models("RegNetForImageClassification")
+        if place == "two":
+            assert run("models") == 0
+        else:
+            monkeypatch.delenv("ALLOY_PROCESSES")
+            on_two.run_models()
+    shared = two / "models_recipe"
+    written = [*Path("models").rglob("*.safetensors"), Path("reports/models/metrics.json")]
+    assert len(written) > 10
+    for file in written:
+        assert (shared / file).read_bytes() == file.read_bytes(), file
+
+
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_together(two: Path, capfd) -> None:
     """Where one process ends both do; the next run ends with the bits of one that never stopped."""
     assert run("interrupted") == 3
@@ -104,8 +127,8 @@ def test_an_interrupted_training_goes_on_together(two: Path, capfd) -> None:
 @pytest.mark.slow
 def test_processes_that_differ_are_refused_by_one_line(two: Path, capfd) -> None:
     assert run("differing") == 1
-    said = capfd.readouterr().err.strip().splitlines()
-    assert said == [
+    said = capfd.readouterr().err.splitlines()
+    assert [line for line in said if not line.startswith("[transformers]")] == [
         "test: torch: process 0 has 2.13, process 1 has 2.12; all processes need the same "
         "packages, params, checkpoints and data"
     ]

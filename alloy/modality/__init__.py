@@ -10,6 +10,7 @@ from alloy.modality.experts import (
     split_experts,
 )
 from alloy.modality.modeling import FRESH_HEADS, ModalityModel, ModalityOutput
+from alloy.modality.resizing import resize_images
 from alloy.modality.towers import Release, Tower, import_release, import_tower, join_towers
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "import_tower",
     "join",
     "join_towers",
+    "resize_images",
     "shared_weights",
     "split_experts",
 ]

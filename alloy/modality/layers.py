@@ -250,6 +250,9 @@ class ImageEmbeddings(nn.Module):
     def __init__(self, config: ModalityConfig):
         super().__init__()
         D, N = config.hidden_size, config.num_image_prefix_tokens
+        self.image_size = config.image_size
+        by_place = config.image_positions or config.relative_position_bias is not None
+        self.num_tokens = config.num_image_tokens if by_place else None
         self.patches = nn.Conv2d(
             config.num_channels, D, config.patch_size, config.patch_size, bias=config.patch_bias
         )
@@ -267,6 +270,13 @@ class ImageEmbeddings(nn.Module):
         x_BID = self.patches(pixel_values_BCHW).flatten(2).transpose(1, 2)
         if self.cls_token is not None:
             x_BID = torch.cat([self.cls_token.expand(x_BID.shape[0], -1, -1), x_BID], dim=1)
+        if self.num_tokens not in (None, x_BID.shape[1]):
+            height, width = pixel_values_BCHW.shape[-2:]
+            raise ValueError(
+                f"images of {height} x {width} pixels make {x_BID.shape[1]} tokens, and this model "
+                f"has positions for {self.num_tokens}, of image_size {self.image_size}: "
+                f"resize_images interpolates them"
+            )
         if self.positions is not None:
             x_BID = x_BID + self.positions
         return self.norm(x_BID)

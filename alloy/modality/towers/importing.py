@@ -16,6 +16,7 @@ from alloy.errors import CheckpointError, nearest
 from alloy.modality.configuration import ModalityConfig
 from alloy.modality.experts import copy_to_experts, expert_name
 from alloy.modality.modeling import ModalityModel
+from alloy.modality.resizing import resize_images
 from alloy.modality.towers.architecture import (
     Architecture,
     Inputs,
@@ -58,10 +59,12 @@ class Tower:
         Args:
             seed: of what is fresh.
             changes: settings of the config, such as `sharing`, `num_joint_layers` or
-                `relative_text_distance`, and sizes of what the tower lacks.
+                `relative_text_distance`, and sizes of what the tower lacks. Another `image_size`
+                interpolates positions (`alloy.modality.resize_images`).
         """
         config = changed(self.config, **changes)
-        weights = {**self.weights, "type_embeddings.weight": torch.zeros(2, config.hidden_size)}
+        weights = resize_images(self.weights, self.config, config.image_size)
+        weights = {**weights, "type_embeddings.weight": torch.zeros(2, config.hidden_size)}
         if (table := weights.get("position_bias.table")) is not None:
             weights["position_bias.table"] = _grown(table, self.config, config)
         return build(config, copy_to_experts(weights, config), seed)

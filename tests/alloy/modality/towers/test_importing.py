@@ -151,7 +151,11 @@ def test_the_papers_start_copies_beit_into_every_expert(bias, hf_model, images):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"relative_position_bias": "shared"}, {"image_size": 16}, {"relative_position_bias": None}],
+    [
+        {"relative_position_bias": "shared"},
+        {"num_attention_heads": 4},
+        {"relative_position_bias": None},
+    ],
 )
 def test_a_table_that_does_not_fit_is_refused(changes, hf_model):
     tower = import_tower(hf_model("BeitModel", "BeitConfig", **RELATIVE))
@@ -268,6 +272,16 @@ def test_one_tower_starts_all_experts(hf_model, images):
     assert "blocks.0.ffn.vl.fc1.weight" not in weights
     assert weights["text_embeddings.words.weight"].shape == (11, 12)
     assert torch.equal(image_states(whole, images), image_states(tower.model(), images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("image_size", [8, 20])
+def test_a_tower_of_another_image_size_interpolates_as_transformers_does(image_size, hf_model):
+    model = hf_model("ViTModel", "ViTConfig")
+    images = torch.randn(2, 3, image_size, image_size).double()
+    ours = import_tower(model).model(image_size=image_size)
+    theirs = model(images, interpolate_pos_encoding=True).last_hidden_state
+    assert_same(image_states(ours, images), theirs)
 
 
 def test_what_is_fresh_depends_on_the_seed_alone(hf_model):

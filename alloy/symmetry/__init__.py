@@ -6,6 +6,7 @@ enlarges the group. docs/symmetry.md explains the idea.
 """
 
 from alloy.symmetry.diagonal import Diagonal, Factor
+from alloy.symmetry.draws import random_transforms
 from alloy.symmetry.fold import add_norm_matrices, fold_norms, unfold_norms
 from alloy.symmetry.names import display_names
 from alloy.symmetry.spec import (
@@ -31,7 +32,6 @@ from alloy.symmetry.transforms import (
     compose,
     identity,
     invert,
-    random_transforms,
     transforms_from_tensors,
     transforms_to_tensors,
     transport,

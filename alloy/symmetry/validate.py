@@ -18,13 +18,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from alloy.devices import beside
 from alloy.errors import NotProvenError, SymmetryError
+from alloy.symmetry.draws import random_transforms
 from alloy.symmetry.float64 import Float64Shell, widened
 from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.tracing.recording.kernels import plain_kernels
 from alloy.symmetry.tracing.recording.observe import Observe, observe_outputs
 from alloy.symmetry.tracing.recording.refusals import refuse_untraceable
 from alloy.symmetry.tracing.recording.trace import Inputs, listed_examples
-from alloy.symmetry.transforms import Mover, Transforms, check_weights, random_transforms
+from alloy.symmetry.transforms import Mover, Transforms, check_weights
 
 TOLERANCE = 1e-9
 """Largest change of an output, relative to its spread, that counts as none (float64)."""

@@ -22,8 +22,9 @@ from alloy.alignment.presets.preset import (
 from alloy.alignment.result import Alignment
 from alloy.alignment.universe import align_to_universe
 from alloy.errors import AlignmentError
+from alloy.symmetry.draws import random_transforms
 from alloy.symmetry.spec import with_kind
-from alloy.symmetry.transforms import Transforms, identity, random_transforms
+from alloy.symmetry.transforms import Transforms, identity
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ import transformers as hf
 from torch import nn
 
 import alloy
+from alloy.symmetry.draws import random_transforms
 from alloy.symmetry.float64 import Float64Shell, widened
-from alloy.symmetry.transforms import Mover, random_transforms, transport
+from alloy.symmetry.transforms import Mover, transport
 
 IDS = {"input_ids": torch.randint(16, (3, 6), generator=torch.Generator().manual_seed(0))}
 PIXELS = {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))}

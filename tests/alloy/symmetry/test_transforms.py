@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alloy.errors import SymmetryError
+from alloy.symmetry.draws import random_transforms
 from alloy.symmetry.spec import (
     Axis,
     Leaf,
@@ -24,7 +25,6 @@ from alloy.symmetry.transforms import (
     compose,
     identity,
     invert,
-    random_transforms,
     rotary_matrix,
     transforms_from_tensors,
     transforms_to_tensors,

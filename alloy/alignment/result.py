@@ -76,7 +76,7 @@ class Alignment:
 
     @property
     def _folds(self) -> bool:
-        return any(self.spec.folded != spec.folded for spec in self.specs.values())
+        return any(map(self.folds, self.specs))
 
     def move(self, statistics: Statistics) -> Statistics:
         """Move statistics into the common units, as if the aligned models had been run.
@@ -109,12 +109,18 @@ class Alignment:
         """
         require_names(models, self.specs)
         return {
-            name: AlignedWeights(self._apply(name, models[name]), self.units) for name in self.specs
+            name: AlignedWeights(self.apply_to(name, models[name]), self.units)
+            for name in self.specs
         }
 
-    def _apply(self, name: str, weights: Weights) -> dict[str, Tensor]:
+    def folds(self, name: str) -> bool:
+        """Whether norms of a model are folded before it is moved."""
+        return self.spec.folded != self.specs[name].folded
+
+    def apply_to(self, name: str, weights: Weights) -> dict[str, Tensor]:
+        """Bring one model into the space of all."""
         spec = self.specs[name]
-        if self.spec.folded != spec.folded:
+        if self.folds(name):
             folding = [n for n in spec.spaces if spec.spaces[n].kind != self.spec.spaces[n].kind]
             weights, spec = fold_norms(dict(weights), spec, spaces=folding)
         moved = transport(weights, spec, self.transforms[name])

@@ -5,19 +5,21 @@ each space's similarity before and after, and for alignments that keep every mod
 much they changed its outputs on calibration examples, in float64.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import alloy
 from alloy.alignment.result import Alignment
-from alloy.devices import beside, device_pool
+from alloy.devices import device_pool
 from alloy.errors import AlignmentError
 from alloy.symmetry import observe_outputs
+from alloy.symmetry.float64 import Float64Shell, widened
+from alloy.symmetry.transforms import Mover
 from tasks.evaluation.loading import use_device
 from tasks.models.measures.scores import merge_score
 from tasks.models.shared.jobs import (
@@ -98,23 +100,40 @@ def _summary(alignment: Alignment, change: float | None) -> str:
 
 
 class Functions:
-    """The functions of a job's models on a few calibration examples, in float64."""
+    """The functions of a job's models on a few calibration examples, in float64.
+
+    No model is copied to float64: a weight is widened, and moved, while it is read.
+    """
 
     def __init__(self, job: Job, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.set, self.folders = job.set, job.folders
-        self.examples = first_examples(job.calibration)
-        self.weights = {name: {n: _double(t) for n, t in w.items()} for name, w in weights.items()}
+        self.examples = tree_map(widened, first_examples(job.calibration))
+        self.weights = weights
 
     @cached_property
-    def models(self) -> dict[str, nn.Module]:
-        return {name: load_any(folder).double() for name, folder in self.folders.items()}
+    def shells(self) -> dict[str, Float64Shell]:
+        cpu = torch.device("cpu")
+        return {name: Float64Shell(load_any(folder, cpu)) for name, folder in self.folders.items()}
 
     @cached_property
     def before(self) -> dict[str, list[Tensor]]:
-        return {name: self.outputs(name, tensors) for name, tensors in self.weights.items()}
+        return {name: self.outputs(name, own.__getitem__) for name, own in self.weights.items()}
 
-    def outputs(self, name: str, weights: Mapping[str, Tensor]) -> list[Tensor]:
-        return outputs(self.models[name], weights, self.examples)
+    @torch.no_grad()
+    def outputs(self, name: str, weight: Callable[[str], Tensor]) -> list[Tensor]:
+        """A model's outputs with the weights that `weight` makes, where they count."""
+        shell = self.shells[name]
+        with shell.reading(weight):
+            return observe_outputs(shell.module(**self.examples))
+
+    def moved(self, alignment: Alignment, name: str) -> Callable[[str], Tensor]:
+        """A weight of the aligned model by its name, in float64."""
+        own = self.weights[name]
+        if alignment.folds(name):
+            doubled = {key: widened(tensor) for key, tensor in own.items()}
+            return alignment.apply_to(name, doubled).__getitem__
+        mover = Mover(alignment.specs[name], alignment.transforms[name])
+        return lambda key: mover.move(widened(own[key]), key)
 
     def largest_change(self, alignment: Alignment) -> float:
         """The largest change of any model's outputs by an exact alignment, over their spread.
@@ -123,8 +142,9 @@ class Functions:
         says.
         """
         worst = 0.0
-        for name, moved in alignment.apply(self.weights).items():
-            for ours, theirs in zip(self.before[name], self.outputs(name, moved), strict=True):
+        for name in self.weights:
+            moved = self.outputs(name, self.moved(alignment, name))
+            for ours, theirs in zip(self.before[name], moved, strict=True):
                 spread = ours.std().clamp(min=TINY)
                 worst = max(worst, float((ours - theirs).abs().max() / spread))
             if not worst <= TOLERANCE:
@@ -134,16 +154,3 @@ class Functions:
                     "report this, with the model"
                 )
         return worst
-
-
-@torch.no_grad()
-def outputs(
-    model: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
-) -> list[Tensor]:
-    """The outputs of a model with other weights, where they count."""
-    model.load_state_dict(weights)
-    return observe_outputs(model(**tree_map(_double, beside(model, inputs))))
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor

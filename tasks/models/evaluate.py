@@ -8,7 +8,8 @@ far apart the members are; of members that are merged as they are, that alone. W
 `reports/<recipe>/` (`tasks.models.report`).
 """
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
@@ -25,6 +26,7 @@ from alloy.measures.distances import ModelDistances, distance
 from alloy.processes import Processes
 from alloy.refit import repair
 from tasks.evaluation.loading import load_any
+from tasks.evaluation.score import Score
 from tasks.models.measures.yardsticks import Yardstick, as_candidate, yardsticks
 from tasks.models.report.build import build
 from tasks.models.report.distances import build as build_distances
@@ -131,18 +133,26 @@ def evaluate(job: Job, report: Report) -> None:
     params = job.recipe.evaluate
     parents = list(job.models().values())
     candidates = [as_candidate(parent) for parent in parents]
-    measures = yardsticks(job, candidates, params.batch_size)
+    measures = {
+        name: Measured(measure)
+        for name, measure in yardsticks(job, candidates, params.batch_size).items()
+    }
     rows: dict[str, list] = {"scores": []}
-    subjects = {f"parent_{i}": ("parent", [one]) for i, one in enumerate(candidates)}
-    subjects["ensemble"] = ("ensemble", candidates)
+    subjects = {f"parent_{i}": ("parent", [one]) for i, one in enumerate(parents)}
+    subjects["ensemble"] = ("ensemble", parents)
+
+    def said(name: str) -> None:
+        report("step")
+        report("say", f"{job.name}: {name}")
+
     for name, (kind, together) in subjects.items():
         rows["scores"] += scores(job, name, kind, measures, together)
-        report("step")
+        said(name)
     for name in job.recipe.arms(job.set):
         folder = job.within(job.workspace.arms) / name
         models = [load_any(place) for place in arm_folders(job, folder)]
-        rows["scores"] += scores(job, name, "arm", measures, [as_candidate(m) for m in models])
-        report("step")
+        rows["scores"] += scores(job, name, "arm", measures, models)
+        said(name)
     weights = job.weights()
     split = next(name for name in CURVE_SPLITS if name in measures)
     for name in job.recipe.alignments(job.set):
@@ -153,8 +163,32 @@ def evaluate(job: Job, report: Report) -> None:
             curves = Curves(job, name, alignment, measures[split])
             for key, value in curves.rows(parents[0], weights, aligned).items():
                 rows.setdefault(key, []).extend(value)
-        report("step")
+        said(f"alignment {name}")
     report("result", rows)
+
+
+class Measured:
+    """A yardstick that measures equal weights once: arms and points of a path often are."""
+
+    def __init__(self, yardstick: Yardstick) -> None:
+        self.yardstick = yardstick
+        self.known: dict[tuple[str, ...], dict[str, Score]] = {}
+
+    def score(self, models: Sequence[nn.Module]) -> dict[str, Score]:
+        """The scores of one model, or of an ensemble."""
+        key = tuple(map(_digest, models))
+        if key not in self.known:
+            self.known[key] = self.yardstick.score([as_candidate(model) for model in models])
+        return self.known[key]
+
+
+def _digest(model: nn.Module) -> str:
+    """Equal for models that compute the same: of one class, with equal weights."""
+    digest = hashlib.blake2b(type(model).__name__.encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def arm_folders(job: Job, folder: Path) -> list[Path]:
@@ -165,10 +199,10 @@ def arm_folders(job: Job, folder: Path) -> list[Path]:
 
 
 def scores(
-    job: Job, model: str, kind: str, measures: Mapping[str, Yardstick], candidates: list
+    job: Job, model: str, kind: str, measures: Mapping[str, Measured], models: Sequence[nn.Module]
 ) -> Iterator[ScoreRow]:
     for split, measure in measures.items():
-        for metric, score in measure.score(candidates).items():
+        for metric, score in measure.score(models).items():
             value, error = round(score.value, 6), round(score.error, 6)
             yield ScoreRow(split, job.set, job.seed, model, kind, metric, value, error)
 
@@ -196,7 +230,7 @@ class Curves:
     job: Job
     name: str
     alignment: Alignment
-    measure: Yardstick
+    measure: Measured
 
     @cached_property
     def norm_batches(self) -> list[dict[str, Tensor]]:
@@ -274,5 +308,5 @@ class Curves:
             # The mean of two models' batch statistics is that of neither.
             weights = repair.reestimate_norms(model, weights, self.norm_batches)
         model.load_state_dict(weights)
-        by_metric = self.measure.score([as_candidate(model)])
+        by_metric = self.measure.score([model])
         return {metric: round(score.value, 6) for metric, score in by_metric.items()}

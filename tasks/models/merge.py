@@ -8,7 +8,8 @@ it is one checkpoint a member.
 
 import copy
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -66,7 +67,9 @@ def merge_all(job: Job, folder: Path, report: Report) -> None:
     for name, arm in job.recipe.arms(job.set).items():
         alignment = load_alignment(job, arm.aligned_by)
         try:
-            merged, repairs = merge_arm(job, arm, alignment, weights)
+            merged, repairs = merge_arm(
+                job, arm, alignment, weights, Layers(f"{job.name}: {name}", report)
+            )
         except ValueError as error:
             raise ValueError(f"set {job.set!r}: merge.arms.{name}: {error}") from error
         for member, tensors in merged.items():
@@ -77,8 +80,26 @@ def merge_all(job: Job, folder: Path, report: Report) -> None:
         report("say", f"{job.name}: {name}: {what}")
 
 
+class Layers:
+    """Says now and then which layer of an arm is being fitted."""
+
+    def __init__(self, title: str, report: Report, seconds: float = 15.0) -> None:
+        self.title, self.report, self.seconds = title, report, seconds
+        self.said = time.monotonic()
+
+    def __call__(self, fitted: int, num_layers: int) -> None:
+        now = time.monotonic()
+        if fitted < num_layers and now - self.said >= self.seconds:
+            self.said = now
+            self.report("say", f"{self.title}: {fitted} of {num_layers} layers fitted")
+
+
 def merge_arm(
-    job: Job, arm: ModelsArm, alignment: Alignment, weights: Mapping[str, Weights]
+    job: Job,
+    arm: ModelsArm,
+    alignment: Alignment,
+    weights: Mapping[str, Weights],
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Weights], dict[str, Any]]:
     """The merged model by the reference's name, or all members where they keep layers of their own.
 
@@ -109,7 +130,7 @@ def merge_arm(
         **options,
     )
     if shared is None:
-        whole, repairs = repaired(job, arm, alignment, {**merged, **kept}, aligned)
+        whole, repairs = repaired(job, arm, alignment, {**merged, **kept}, aligned, progress)
         return {member: {**weights, **kept} for member, weights in whole.items()}, repairs
     if arm.repair != type(arm.repair)():
         raise ValueError(
@@ -150,6 +171,7 @@ def repaired(
     alignment: Alignment,
     merged: Weights,
     parents: Mapping[str, Weights],
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Weights], dict[str, Any]]:
     """The merged model after the repairs that the arm switches on, and what they measured."""
     switches, measured = arm.repair, {}
@@ -178,6 +200,7 @@ def repaired(
             residual=fit.residual,
             ridge=fit.ridge,
             spec=alignment.spec,
+            progress=progress,
         )
     if switches.repair:
         merged = repair.match_variance(

@@ -16,13 +16,6 @@ from typing import Any
 Report = Callable[..., None]
 
 
-def num_cores() -> int:
-    """The cores that this process may use; all of the machine where the system does not say."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def side_by_side(
     work: Callable[..., None],
     jobs: Mapping[str, tuple],

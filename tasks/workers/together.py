@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from alloy.errors import ProcessError
 from tasks.storage import write_folder
-from tasks.workers.side_by_side import num_cores
+from tasks.workers.cores import num_cores
 
 if TYPE_CHECKING:
     from alloy.processes import Processes

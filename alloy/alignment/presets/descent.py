@@ -7,7 +7,7 @@ caller's, or by what it costs the activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -16,7 +16,7 @@ import torch
 from alloy.alignment.canonical import canonical_spaces
 from alloy.alignment.checks import check_method
 from alloy.alignment.diagonal import canonical_scales
-from alloy.alignment.matching import rotating
+from alloy.alignment.matching import is_identity, rotating
 from alloy.alignment.presets.folding import folded_models, folded_moments
 from alloy.alignment.presets.preset import (
     Given,
@@ -222,8 +222,12 @@ def _by_score(
     case: _Case, candidates: Mapping[float | None, Mapping[str, Transforms]], score: Score
 ) -> tuple[float | None, str]:
     """The share whose aligned models score best, None where no alignment does; and a note."""
-    scores = {}
+    scores: dict[float | None, float] = {}
     for share, transforms in candidates.items():
+        alike = [s for s in scores if _alike(candidates[s], transforms)]
+        if alike:  # as where every share leaves two fine-tunes of one start as they are
+            scores[share] = scores[alike[0]]
+            continue
         moved = {n: transport(case.models[n], case.spec, t) for n, t in transforms.items()}
         scores[share] = score({**case.models, **moved})
     best = max(scores, key=lambda share: (scores[share], share is None))
@@ -232,6 +236,21 @@ def _by_score(
     }
     others = ", ".join(f"{named[share]} {value:.4g}" for share, value in scores.items())
     return best, f"{named[best]} was chosen by score: {others}"
+
+
+def _alike(ours: Mapping[str, Transforms], theirs: Mapping[str, Transforms]) -> bool:
+    """Whether two candidates surely move all units alike."""
+    return all(_same(t, theirs[name][space]) for name in ours for space, t in ours[name].items())
+
+
+def _same(one: Transform, other: Transform) -> bool:
+    if is_identity(one) and is_identity(other):
+        return True
+    parts = ((getattr(t, f.name) for t in (one, other)) for f in fields(one))
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+        for a, b in parts
+    )
 
 
 def _by_proxy(

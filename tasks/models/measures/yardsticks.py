@@ -19,7 +19,7 @@ Arms are compared with each other by
     all others              explained variance, nearest neighbours and pairwise similarities
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -36,9 +36,11 @@ from tasks.evaluation.outputs import Answers, answers, by_length, trimmed
 from tasks.evaluation.score import Score
 from tasks.models.shared.jobs import Job, batches
 from tasks.storage import read_json
+from tasks.workers import in_order
 
 MASKED_SHARE = 0.15  # of the words, as in BERT's training
 IGNORED = -100
+WORDS = "words"  # beside the inputs while they are sorted: the word due at each place
 ALIKE = {"neighbours": neighbour_agreement, "similarities": similarity_agreement}
 FEWEST = 3  # examples whose answers have neighbours
 TINY = 1e-30  # keeps logarithms of 0 and divisions by no variance finite, in float32 too
@@ -115,8 +117,8 @@ class Labelled:
 
     def _logits(self, candidate: Candidate) -> Tensor:
         parts = []
-        for batch in batches(self.inputs, self.batch_size):
-            answer = candidate(trimmed(batch))
+        seen = [trimmed(batch) for batch in batches(self.inputs, self.batch_size)]
+        for batch, answer in zip(seen, in_order(candidate, seen), strict=True):
             num = len(next(iter(batch.values())))
             if len(answer.rows) != num:
                 raise ValueError(
@@ -147,16 +149,17 @@ class Unlabelled:
         *,
         by_first_token: bool = False,  # an example's answer is that of its first row, not the mean
     ) -> None:
-        self.inputs, self.words, self.batch_size = inputs, words, batch_size
+        examples = by_length(inputs if words is None else {**inputs, WORDS: words})
+        self.words = examples.pop(WORDS, None)
+        self.inputs, self.batch_size = examples, batch_size
         self.by_first_token = by_first_token
         self.num_examples = len(next(iter(inputs.values())))
         self.seen: list[_Seen] = []
         of_parents: list[list[Tensor]] = [[] for _ in parents]  # an example's answer each
-        for batch in self._batches():
-            answers = [parent(batch) for parent in parents]
-            self.seen.append(_see(answers, words is None))
-            if not answers[0].are_logits:
-                for own, answer in zip(of_parents, answers, strict=True):
+        for each in in_order(lambda batch: [p(batch) for p in parents], self._batches()):
+            self.seen.append(_see(each, words is None))
+            if not each[0].are_logits:
+                for own, answer in zip(of_parents, each, strict=True):
                     own.append(self._whole(answer))
         self.are_logits = bool(len(self.seen)) and self.seen[0].own[0].dim() == 1
         if not self.are_logits:
@@ -182,8 +185,9 @@ class Unlabelled:
     def _surest_choices(self, candidate: Candidate) -> Tensor:
         """The share of each example's rows that get the surest parent's first choice, per cent."""
         values, examples, start = [], [], 0
-        for batch, seen in zip(self._batches(), self.seen, strict=True):
-            answer = candidate(batch)
+        given = self._batches()
+        answers = in_order(candidate, given)
+        for batch, answer, seen in zip(given, answers, self.seen, strict=True):
             values.append(100.0 * (answer.rows.argmax(1) == seen.surest))
             examples.append(answer.examples + start)
             start += len(next(iter(batch.values())))
@@ -195,8 +199,9 @@ class Unlabelled:
         where: dict[str, list[Tensor]] = {}
         whole: list[Tensor] = []
         start = 0
-        for batch, seen in zip(self._batches(), self.seen, strict=True):
-            answer = _together([candidate(batch) for candidate in candidates])
+        given = self._batches()
+        answers = in_order(lambda batch: _together([c(batch) for c in candidates]), given)
+        for batch, answer, seen in zip(given, answers, self.seen, strict=True):
             if not self.are_logits:
                 whole.append(self._whole(answer))
             for name, (values, examples) in self._values(answer, seen, start).items():
@@ -205,9 +210,9 @@ class Unlabelled:
             start += len(next(iter(batch.values())))
         measured = {name: _by_example(rows[name], where[name]) for name in rows}
         if whole and self.num_examples >= FEWEST:
-            answers = torch.cat(whole)
+            ours = torch.cat(whole)
             for name, measure in ALIKE.items():
-                values = [100 * measure(answers, parent) for parent in self.parents]
+                values = [100 * measure(ours, parent) for parent in self.parents]
                 measured[name] = torch.stack(values).mean(0)
         return measured
 
@@ -222,8 +227,8 @@ class Unlabelled:
         total = torch.zeros(len(counts), answer.rows.shape[1], dtype=torch.float64)
         return total.index_add(0, answer.examples, answer.rows.double()) / counts[:, None]
 
-    def _batches(self) -> Iterator[Inputs]:
-        return batches(self.inputs, self.batch_size)
+    def _batches(self) -> list[Inputs]:
+        return [trimmed(batch) for batch in batches(self.inputs, self.batch_size)]
 
     def _values(self, answer: Answers, seen: _Seen, start: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Each metric's values, a row each, and the example of each row."""

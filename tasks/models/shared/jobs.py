@@ -29,7 +29,7 @@ from tasks.evaluation.loading import load_any, load_config, model_class
 from tasks.evaluation.outputs import by_length, trimmed
 from tasks.recipe.models import ModelsRecipe, ModelsSet
 from tasks.storage import folder_digest, sha256
-from tasks.workers import num_cores, side_by_side
+from tasks.workers import num_cores, share_cores, side_by_side
 from tasks.workers.together import agree
 from tasks.workspace import Workspace
 
@@ -201,10 +201,12 @@ def run_jobs(
 
     `report("step")` moves the progress bar, of `steps[name]` for each job; `report("say", line)`
     prints; `report("result", value)` hands back the result of the job. One job alone runs here, and
-    with `here` each after the other; every job has one thread, so that its result does not depend
-    on the number of cores. With `devices` the jobs queue for these.
+    with `here` each after the other; a tensor's operations have one thread, so that results do not
+    depend on the number of cores. Cores that no job has for itself take batches of one
+    (`tasks.workers.in_order`). With `devices` the jobs queue for these.
     """
     results: dict[str, Any] = {}
+    share_cores(1 if here else len(arguments))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console()
     with Progress(

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import alloy
 from alloy.modality import ModalityConfig
 from alloy.modality.layers import relative_rows
 
@@ -167,6 +168,28 @@ def test_norms_of_their_own_are_each_modalitys(model, inputs):
     after = network(**inputs)
     differ = {name for name in before if not torch.equal(before[name], after[name])}
     assert differ == {"text_embeddings"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        BIASED,
+        {**BIASED, "relative_position_bias": "shared"},
+        {"norm_position": "post", "final_norm": "none"},
+        {"final_norm": "own", "causal": ["l"], "image_norm": True},
+        {"lower_blocks_see": "both", "sharing": "custom_ffn"},
+        {"num_image_prefix_tokens": 0, "image_pooling": "mean"},
+    ],
+)
+def test_symmetries_are_traced_and_hold(changes, model, inputs):
+    """Heads move with their columns of the table; nothing else needs to know of a setting."""
+    network = model(max_position_embeddings=7, **changes)
+    examples = {**inputs, "pixel_values": torch.randn(4, 3, 12, 12)}
+    spec = alloy.find_symmetries(network, examples)
+    heads = [space for name, space in spec.spaces.items() if "qkv" in name and space.size == 3]
+    shared = changes.get("relative_position_bias") == "shared"
+    assert len(heads) == (1 if shared else 3)
+    assert alloy.validate(network, spec, examples, trials=1).worst_change < 1e-9
 
 
 # Relative positions.

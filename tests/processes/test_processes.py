@@ -6,6 +6,8 @@ at a rate of .01 the weights differ by at most 1e-4 of their norm; with bfloat16
 
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,16 @@ def test_processes_that_differ_are_refused_by_one_line(two: Path, capfd) -> None
         "test: torch: process 0 has 2.13, process 1 has 2.12; all processes need the same "
         "packages, params, checkpoints and data"
     ]
+
+
+def test_a_process_that_is_killed_ends_the_others(monkeypatch, capfd) -> None:
+    """It is named, and the exit status is a shell's for the signal."""
+    monkeypatch.setenv("ALLOY_PROCESSES", "3")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    began = time.monotonic()
+    assert together.launch("tests.processes.killed", []) == 128 + signal.SIGKILL
+    assert time.monotonic() - began < 60
+    assert capfd.readouterr().err == "process 1 of 3 was killed (SIGKILL)\n"
 
 
 class Told(Processes):

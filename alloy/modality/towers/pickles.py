@@ -48,7 +48,8 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: torch's weights_only loader refuses it: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
-    weights = next((content[key] for key in _WEIGHTS if key in content), content)
+    nested = (content.get(key) for key in _WEIGHTS)
+    weights = next((each for each in nested if isinstance(each, dict)), content)
     tensors = {str(name): t for name, t in weights.items() if isinstance(t, Tensor)}
     if other := sorted(str(name) for name, t in weights.items() if not isinstance(t, Tensor)):
         raise CheckpointError(f"{path}: {other[:3]} are no tensors ({len(other)} in all)")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -48,21 +48,29 @@ def read_source(source: PreTrainedModel | str | Path) -> Source:
     folder = Path(source)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; a tower comes from a folder that has one")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    (name,) = (config.architectures or ["AutoModel"])[:1]
     try:
-        model, names = getattr(transformers, name, AutoModel).from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model, names = _class_of(config).from_pretrained(
             folder,
             dtype="auto",
             local_files_only=True,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {error}") from error
     weights = {n: t for n, t in model.state_dict().items() if n not in names["missing_keys"]}
     surplus = _surplus(folder, model, set(names["unexpected_keys"]))
     return Source(model.config, weights | surplus, frozenset(names["missing_keys"]))
+
+
+def _class_of(config: Any) -> Any:
+    """Class of transformers that a checkpoint names as its own; without one, the bare model."""
+    (name,) = (config.architectures or [""])[:1]
+    made = getattr(transformers, name, None)
+    is_model = isinstance(made, type) and issubclass(made, PreTrainedModel)
+    return made if is_model else AutoModel
 
 
 def _surplus(folder: Path, model: PreTrainedModel, unexpected: Set[str]) -> dict[str, Tensor]:

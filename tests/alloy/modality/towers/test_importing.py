@@ -1,5 +1,7 @@
 """An imported tower computes what it computed, and goes back as it came."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -359,6 +361,39 @@ def test_a_folder_must_be_a_checkpoint(hf_model, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         import_tower(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "nonsense"}, "nonsense"),
+        ({"model_type": "new", "auto_map": {"AutoConfig": "code.Config"}}, "custom code|new"),
+        ({"num_hidden_layers": 3}, r"lacks weights \['layers\.2"),
+        ({"hidden_size": 9}, "size"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_file_is_refused(settings, message, hf_model, tmp_path):
+    """No code of a checkpoint's own is run, and none is asked for."""
+    hf_model("ViTModel", "ViTConfig").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | settings))
+    with pytest.raises(CheckpointError, match=message):
+        import_tower(tmp_path)
+
+
+def test_a_file_that_was_cut_short_is_refused(hf_model, tmp_path):
+    hf_model("ViTModel", "ViTConfig").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        import_tower(tmp_path)
+
+
+def test_a_class_that_is_no_model_is_not_called(hf_model, tmp_path):
+    hf_model("ViTModel", "ViTConfig").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["pipeline"]}))
+    assert import_tower(tmp_path).name == "vit"
 
 
 def test_weights_that_a_file_lacks_are_named(hf_model, tmp_path):

@@ -142,11 +142,17 @@ def test_a_trainers_own_objects_are_read_as_empty_records(tmp_path, monkeypatch)
     assert "vilt.moe.config" not in sys.modules
 
 
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of torch.save.*No such file"):
+        import_release(tmp_path / "nothing.ckpt")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"not a pickle", "no checkpoint of torch.save"),
         ([1, 2], "holds a list, not a dict of weights"),
+        ({"model": "vit"}, r"\['model'\] are no tensors"),
         ({"state_dict": {"epoch": 3}}, r"\['epoch'\] are no tensors"),
         (
             {"encoder.weight": torch.ones(1)},

@@ -176,11 +176,13 @@ def changed(config: ModalityConfig, **changes: Any) -> ModalityConfig:
 
 
 def build(config: ModalityConfig, weights: Weights, seed: int) -> ModalityModel:
-    """Build a model of these weights in their type; what they lack is fresh."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Build a model of these weights in their type; what they lack is fresh.
+
+    Raises:
+        CheckpointError: weights for which the model has no place.
+    """
+    with torch.device("meta"):
         model = ModalityModel(config)
-    model.to(next(t.dtype for name, t in weights.items() if name.startswith("blocks.")))
     places = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name, tensor in weights.items():
         if (place := places.get(name)) != tensor.shape:
@@ -189,7 +191,19 @@ def build(config: ModalityConfig, weights: Weights, seed: int) -> ModalityModel:
                 f"the model has {there} for {name} {list(tensor.shape)}; leave the settings that "
                 f"make the tower as they are"
             )
-    model.load_state_dict(weights, strict=False)
+    dtype = next(t.dtype for name, t in weights.items() if name.startswith("blocks."))
+    given = {name: tensor.to(dtype, copy=True) for name, tensor in weights.items()}
+    fresh = {
+        name: torch.empty(shape, dtype=dtype)
+        for name, shape in places.items()
+        if name not in weights
+    }
+    model.load_state_dict({**given, **fresh}, assign=True)
+    for name, parameter in model.named_parameters():
+        vars(parameter)["_is_hf_initialized"] = name in given  # what is drawn leaves these alone
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model.apply(model._init_weights)
     return model.eval()
 
 

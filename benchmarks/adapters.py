@@ -1,7 +1,7 @@
 """Time of merging adapters in the space of their factors, against merging the models in full.
 
-    python -m benchmarks.adapters            about 3 minutes on two cores, 5.6 GB of disk
-    python -m benchmarks.adapters --quick    seconds, 0.2 GB
+    python -m benchmarks.adapters            about 4 minutes on two busy cores, 5.6 GB of disk
+    python -m benchmarks.adapters --quick    a minute, 0.4 GB
 
 Three LoRA adapters of one rank on every linear layer of a Llama of 551 M bfloat16 parameters, and
 the three models that they make. Every round runs each merge in turn in one process that has merged
@@ -111,7 +111,7 @@ def report(seconds: dict[str, list[float]], size: Size, rounds: int) -> str:
             f"Three LoRA of rank {RANK} on every linear layer of a Llama of "
             f"{size.num_parameters / 1e6:.0f} M bfloat16 parameters "
             f"({size.num_parameters * 2 / 1e9:.2f} GB), and the three models that they make. "
-            f"{machine()}; medians of {rounds} rounds. The last column divides the merge of the "
+            f"{machine()} Medians of {rounds} rounds. The last column divides the merge of the "
             "models by the same method in the same round.",
             "",
             "| merge | s | range | times faster |",

@@ -8,31 +8,29 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from alloy.adapters.plan import Plan, places_of, plan_of
 from alloy.adapters.write import NewAdapter, identity_of, refuse_output, task_of, write_adapter
-from alloy.checkpoint.adapter.opened import Adapter, open_adapter
-from alloy.checkpoint.adapter.source import BASE_NAME, names_in, open_source, with_adapter
+from alloy.checkpoint.adapter.source import BASE_NAME
 from alloy.checkpoint.checks.findings import Findings
-from alloy.checkpoint.format import Checkpoint, Entry
+from alloy.checkpoint.format import Entry
 from alloy.checkpoint.plan import plan_merge
-from alloy.checkpoint.reading import few
 from alloy.checkpoint.request import Coefficients, MergeRequest, Paths
 from alloy.checkpoint.run import run_plan
 from alloy.checkpoint.tensors import TORCH_DTYPES, load_tensor
 from alloy.errors import MergeError, system_errors
-from alloy.merging import MERGE_METHODS, MergeSettings, validate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CONCATENATED = ("linear", "task_arithmetic")
 """Methods whose result is a linear combination by the coefficients."""
-AS_MODELS = "merge the models instead, `alloy merge METHOD OUT BASE+ADAPTER BASE+ADAPTER`"
+_GROUP_BYTES = 2 << 20
+"""Of factors in float64 that one thread holds at a time."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +44,6 @@ class AdapterMergeReport:
     """Tensors that the adapters hold whole, merged as such."""
     num_bytes: int
     seconds: float
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Adapters that fit each other, and what is made of their tensors."""
-
-    settings: MergeSettings
-    adapters: Mapping[str, Adapter]
-    base: Checkpoint | None
-    stored: Mapping[str, str]
-    """The base's names of the tensors that the adapters hold whole."""
-    layers: tuple[str, ...]
-    saved: tuple[str, ...]
-    rank: int | None
-    dtype: str | None
     notes: tuple[str, ...]
 
 
@@ -119,11 +101,11 @@ def merge_adapters(
     findings.stop()
     place = Path(request.output)
     with system_errors():
-        plan = _planned(request, rank)
-        refuse_output(place, _places(plan))
+        plan = plan_of(request, rank)
+        refuse_output(place, places_of(plan))
         folder = place if result == "adapter" else place.with_name(f"{place.name}.adapter")
         if result == "model":
-            refuse_output(folder, _places(plan))
+            refuse_output(folder, places_of(plan))
     merged = _merged(plan)
     with system_errors():
         num_bytes = write_adapter(merged, folder, _config(plan, merged), _card(plan, place))
@@ -137,150 +119,25 @@ def merge_adapters(
     return AdapterMergeReport(place, ranks, plan.saved, num_bytes, seconds, plan.notes)
 
 
-def _planned(request: MergeRequest, rank: int | None) -> _Plan:
-    """Check that the adapters fit each other, their base and the method."""
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise MergeError(f"rank={rank!r}: give a whole number from 1")
-    spec = MERGE_METHODS[request.method]
-    if spec.scope == "model" or spec.statistics is not None:
-        raise MergeError(
-            f"method {request.method!r} needs data of the layers, which cores lack; take another, "
-            f"or {AS_MODELS}"
-        )
-    assert isinstance(request.sources, Mapping), "a checked request names its sources"
-    opened = {name: open_adapter(path) for name, path in request.sources.items()}
-    base = None if request.base is None else open_source(request.base)
-    findings = Findings()
-    for name, adapter in opened.items():
-        _check_kind(findings, name, adapter)
-        if base is not None:
-            checked = findings.attempt(with_adapter, base, adapter, request.allow)
-            for note in () if checked is None else checked.notes:
-                findings.note(note)
-    _check_one_base(findings, opened, request.allow)
-    _check_shapes(findings, opened)
-    findings.stop()
-    folds = {name: dict(adapter.folds) for name, adapter in opened.items()}
-    names = list(dict.fromkeys(name for of_one in folds.values() for name in of_one))
-    layers = tuple(
-        n for n in names if any(n in f and f[n].left is not None for f in folds.values())
-    )
-    saved = tuple(name for name in names if name not in layers)
-    stored = {} if base is None else _stored(opened, base)
-    _check_whole(findings, request, opened, layers, saved, base)
-    findings.stop()
-    settings = validate(
-        request.method,
-        names,
-        num_models=len(opened),
-        base=spec.base != "unused",
-        coefficients=cast("Any", request.coefficients),  # checked
-        options=dict(request.options),
-    )
-    return _Plan(
-        settings, opened, base, stored, layers, saved, rank, request.dtype, tuple(findings.notes)
-    )
-
-
-def _places(plan: _Plan) -> dict[str, Path]:
-    places = {name: adapter.path for name, adapter in plan.adapters.items()}
-    return places if plan.base is None else places | {"base": plan.base.path}
-
-
-def _check_kind(findings: Findings, name: str, adapter: Adapter) -> None:
-    """LoRA alone is a low-rank change."""
-    if adapter.config.use_dora:
-        findings.problem(
-            f"{name!r} is a DoRA, which changes the norms of whole rows: no low-rank change; "
-            f"{AS_MODELS}"
-        )
-    if any(fold.left is not None and fold.right is None for fold in adapter.folds.values()):
-        findings.problem(
-            f"{name!r} has biases in lora_B (lora_bias), no low-rank change; {AS_MODELS}"
-        )
-
-
-def _check_one_base(
-    findings: Findings, adapters: Mapping[str, Adapter], allow: Sequence[str]
-) -> None:
-    named = {n: a.config.base for n, a in adapters.items() if a.config.base is not None}
-    if len(set(named.values())) > 1 and not any(fnmatchcase(BASE_NAME, p) for p in allow):
-        findings.problem(
-            f"the adapters are of different bases: {BASE_NAME} is {named}; changes of different "
-            f"bases do not add up. If they are one under several names say allow=[{BASE_NAME!r}]"
-        )
-
-
-def _check_shapes(findings: Findings, adapters: Mapping[str, Adapter]) -> None:
-    """Changes of one weight are of one shape, and of one kind."""
-    shapes: dict[str, dict[str, object]] = {}
-    for name, adapter in adapters.items():
-        for weight, fold in adapter.folds.items():
-            if fold.left is not None and fold.right is not None:
-                kind = "embedding" if fold.turned else "layer"
-                shape: object = (kind, fold.left.shape[0], *fold.right.shape[1:])
-            else:
-                assert fold.onto is not None, "a fold without factors replaces"
-                shape = ("whole", *fold.onto.shape)
-            shapes.setdefault(weight, {})[name] = shape
-    for weight, of_weight in shapes.items():
-        if len({*of_weight.values()}) > 1:
-            findings.problem(f"the adapters change {weight} in different shapes: {of_weight}")
-
-
-def _stored(adapters: Mapping[str, Adapter], base: Checkpoint) -> dict[str, str]:
-    return {k: v for adapter in adapters.values() for k, v in names_in(base, adapter).items()}
-
-
-def _check_whole(
-    findings: Findings,
-    request: MergeRequest,
-    adapters: Mapping[str, Adapter],
-    layers: Sequence[str],
-    saved: Sequence[str],
-    base: Checkpoint | None,
-) -> None:
-    """Tensors that adapters hold whole can be merged: on the base's, or where all have them."""
-    spec = MERGE_METHODS[request.method]
-    lacking = [n for n in saved if any(n not in a.folds for a in adapters.values())]
-    if saved and base is None and (lacking or spec.base != "unused"):
-        findings.problem(
-            f"{few(list(saved))} are held whole (modules_to_save, biases), and "
-            + (
-                f"{few(lacking)} not by all adapters"
-                if lacking
-                else f"{request.method} needs a base"
-            )
-            + ": give base='FOLDER'"
-        )
-    for name in layers:
-        held = {n: a.folds[name].onto for n, a in adapters.items() if name in a.folds}
-        given = {n: entry for n, entry in held.items() if entry is not None}
-        tensors = [load_tensor(entry) for entry in given.values()]
-        if any(not bool((tensor == tensors[0]).all()) for tensor in tensors):
-            findings.problem(
-                f"{few(list(given))} save {name} beside its LoRA, and they differ: adapters of "
-                f"different bases; {AS_MODELS}"
-            )
-
-
-def _merged(plan: _Plan) -> NewAdapter:
-    """Merge every tensor, several at a time, each by one thread."""
+def _merged(plan: Plan) -> NewAdapter:
+    """Merge every tensor, layers of one shape together, each group by one thread."""
     import torch
 
     result = NewAdapter(fan_in_fan_out=any(a.config.fan_in_fan_out for a in plan.adapters.values()))
+    groups = _groups(plan)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the pool is the parallelism, and sums keep their order
     try:
         with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-            factors = dict(
-                zip(plan.layers, pool.map(partial(_layer, plan), plan.layers), strict=True)
-            )
+            merged = list(pool.map(partial(_layers, plan), groups))
     finally:
         torch.set_num_threads(threads)
-    for name, pair in factors.items():
+    pairs = {
+        n: p for g, of_g in zip(groups, merged, strict=True) for n, p in zip(g, of_g, strict=True)
+    }
+    for name in plan.layers:
         module = name.removesuffix(".weight")
-        result.factors[module] = pair
+        result.factors[module] = pairs[name]
         if any(name in a.folds and a.folds[name].turned for a in plan.adapters.values()):
             result.embeddings.add(module)
     for name in plan.saved:
@@ -288,52 +145,112 @@ def _merged(plan: _Plan) -> NewAdapter:
     return result
 
 
-def _layer(plan: _Plan, name: str) -> tuple[Tensor, Tensor]:
-    """B and A of the merged change of one weight."""
+def _groups(plan: Plan) -> list[tuple[str, ...]]:
+    """Layers whose factors have the same shapes, as many together as memory allows."""
+    alike: dict[tuple[tuple[int, int], tuple[int, ...]], list[str]] = {}
+    for name in plan.layers:
+        sides, sizes = _sides(plan, name), _sizes(plan, name)
+        alike.setdefault((sides, tuple(sizes)), []).append(name)
+    groups = []
+    for ((out, into), sizes), names in alike.items():
+        count = max(1, _GROUP_BYTES // (8 * max(1, sum(sizes)) * (out + into)))
+        groups += [tuple(names[i : i + count]) for i in range(0, len(names), count)]
+    return groups
+
+
+def _sides(plan: Plan, name: str) -> tuple[int, int]:
+    """The outputs and inputs of a layer."""
+    fold = next(a.folds[name] for a in plan.adapters.values() if name in a.folds)
+    assert fold.left is not None, "a layer has factors"
+    assert fold.right is not None, "a layer has factors"
+    return fold.left.shape[0], prod(fold.right.shape[1:])
+
+
+def _sizes(plan: Plan, name: str) -> list[int]:
+    """The rank of each adapter's change of a layer; 0 where it has none."""
+    folds = [adapter.folds.get(name) for adapter in plan.adapters.values()]
+    return [0 if f is None or f.right is None else f.right.shape[0] for f in folds]
+
+
+def _layers(plan: Plan, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """B and A of the merged changes of layers whose factors have the same shapes."""
     import torch
 
-    from alloy.adapters.core import concatenated, merged_in_core, shortened
+    from alloy.adapters.core import merged_in_cores, shortened
     from alloy.merging import merge_tensor
 
-    factors, shape = _factors(plan, name)
-    settings = plan.settings
-    if settings.name in _CONCATENATED:
-        left, right = concatenated(factors, settings.coefficients[name])
+    settings, sizes = plan.settings, _sizes(plan, names[0])
+    exact = settings.name in _CONCATENATED
+    left, right = _side_by_side(plan, names, sizes, scaled=exact)
+    if exact:
+        pairs = list(zip(left, right, strict=True))
         if plan.rank is not None:
-            left, right = shortened(left, right, plan.rank)
+            pairs = [shortened(*pair, plan.rank) for pair in pairs]
     else:
 
-        def merge(cores: list[Tensor]) -> Tensor:
+        def merge(cores: list[Tensor], name: str) -> Tensor:
+            if not cores[0].numel():
+                return cores[0]
             base = torch.zeros_like(cores[0]) if settings.method.base != "unused" else None
             return merge_tensor(settings, name, cores, base=base)
 
-        left, right = merged_in_core(factors, merge, rank=plan.rank)
-    dtype = _dtype(plan, name)
+        merges = [partial(merge, name=name) for name in names]
+        single = _dtype(plan, names[0]) is not torch.float64
+        pairs = merged_in_cores(left, right, sizes, merges, rank=plan.rank, single=single)
+    return [_stored_as(plan, name, *pair) for name, pair in zip(names, pairs, strict=True)]
+
+
+def _side_by_side(
+    plan: Plan, names: Sequence[str], sizes: Sequence[int], *, scaled: bool
+) -> tuple[Tensor, Tensor]:
+    """The factors of all adapters, [N, out, K] and [N, K, in], in float64.
+
+    Args:
+        scaled: B also has the coefficient of its adapter.
+    """
+    import torch
+
+    (out, into), total = _sides(plan, names[0]), sum(sizes)
+    left = torch.empty(len(names), out, total, dtype=torch.float64)
+    right = torch.empty(len(names), total, into, dtype=torch.float64)
+    for i, name in enumerate(names):
+        start = 0
+        for j, (adapter, size) in enumerate(zip(plan.adapters.values(), sizes, strict=True)):
+            if not size:
+                continue
+            fold, stop = adapter.folds[name], start + size
+            assert fold.left is not None, "a layer has factors"
+            assert fold.right is not None, "a layer has factors"
+            factor = fold.scaling * (plan.settings.coefficients[name][j] if scaled else 1.0)
+            left[i, :, start:stop] = plan.view(fold.left).reshape(out, size)
+            left[i, :, start:stop] *= factor
+            right[i, start:stop] = plan.view(fold.right).reshape(size, into)
+            start = stop
+    if not bool((left.sum() + right.sum()).isfinite()):
+        _blame(plan, names)
+    return left, right
+
+
+def _blame(plan: Plan, names: Sequence[str]) -> None:
+    """Raise MergeError for a factor that is not finite, if there is one."""
+    for name in names:
+        for source, adapter in plan.adapters.items():
+            fold = adapter.folds.get(name)
+            for entry in () if fold is None else fold.entries:
+                _loaded(entry, source)
+
+
+def _stored_as(plan: Plan, name: str, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors in the dtype of the result; of a convolution with its dims."""
+    fold = next(a.folds[name] for a in plan.adapters.values() if name in a.folds)
+    assert fold.right is not None, "a layer has factors"
+    shape, dtype = fold.right.shape[1:], _dtype(plan, name)
+    if not right.shape[0]:  # no change at all; PEFT knows no rank 0
+        left, right = left.new_zeros(len(left), 1), right.new_zeros(1, right.shape[1])
     return (
         left.to(dtype).reshape(-1, right.shape[0], *[1] * (len(shape) - 1)),
         right.to(dtype).reshape(-1, *shape),
     )
-
-
-def _factors(plan: _Plan, name: str) -> tuple[list[tuple[Tensor, Tensor]], tuple[int, ...]]:
-    """Every adapter's B [O, r], scaled, and A [r, I], and the shape of A's rows."""
-    import torch
-
-    folds = [adapter.folds.get(name) for adapter in plan.adapters.values()]
-    first = next(fold for fold in folds if fold is not None)
-    assert first.left is not None, "a layer has factors"
-    assert first.right is not None, "a layer has factors"
-    shape = first.right.shape[1:]
-    result = []
-    for fold, source in zip(folds, plan.adapters, strict=True):
-        if fold is None or fold.left is None or fold.right is None:
-            left, right = torch.zeros(first.left.shape[0], 0), torch.zeros(0, prod(shape))
-        else:
-            left, right = _loaded(fold.left, source), _loaded(fold.right, source)
-            left = fold.scaling * left.reshape(left.shape[0], -1)
-            right = right.reshape(right.shape[0], -1)
-        result.append((left, right))
-    return result, shape
 
 
 def _loaded(entry: Entry, source: str) -> Tensor:
@@ -347,7 +264,7 @@ def _loaded(entry: Entry, source: str) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _whole(plan: _Plan, name: str) -> Tensor:
+def _whole(plan: Plan, name: str) -> Tensor:
     """A tensor that adapters hold whole, merged; the base's for those that lack it."""
     from alloy.merging import merge_tensor
 
@@ -368,7 +285,7 @@ def _whole(plan: _Plan, name: str) -> Tensor:
     )
 
 
-def _dtype(plan: _Plan, name: str) -> Any:
+def _dtype(plan: Plan, name: str) -> Any:
     """The dtype of a tensor of the result: the asked one, or the first adapter's that has it."""
     import torch
 
@@ -380,13 +297,13 @@ def _dtype(plan: _Plan, name: str) -> Any:
     return getattr(torch, TORCH_DTYPES[entry.dtype])
 
 
-def _config(plan: _Plan, merged: NewAdapter) -> dict[str, Any]:
+def _config(plan: Plan, merged: NewAdapter) -> dict[str, Any]:
     named = next((a.config.base for a in plan.adapters.values() if a.config.base), None)
     identity = (named, None) if plan.base is None else identity_of(plan.base)
     return merged.config(*identity, None if plan.base is None else task_of(plan.base))
 
 
-def _as_model(request: MergeRequest, plan: _Plan, folder: Path, command: str | None) -> int:
+def _as_model(request: MergeRequest, plan: Plan, folder: Path, command: str | None) -> int:
     """The base with the merged adapter on it, streamed; its bytes."""
     planned = plan_merge(
         MergeRequest(
@@ -399,7 +316,7 @@ def _as_model(request: MergeRequest, plan: _Plan, folder: Path, command: str | N
     return report.num_bytes
 
 
-def _summary(plan: _Plan) -> str:
+def _summary(plan: Plan) -> str:
     options = ", ".join(f"{key}={value!r}" for key, value in plan.settings.options.items())
     sources = ", ".join(f"{name} ({a.path})" for name, a in plan.adapters.items())
     rows = {tuple(row) for row in plan.settings.coefficients.values()}
@@ -410,7 +327,7 @@ def _summary(plan: _Plan) -> str:
     )
 
 
-def _card(plan: _Plan, output: Path) -> str:
+def _card(plan: Plan, output: Path) -> str:
     """README.md of the adapter."""
     named = _config(plan, NewAdapter())["base_model_name_or_path"]
     base = f"base_model: {named}\n" if named else ""

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import alloy
 from alloy.adapters import merge_adapters
-from alloy.adapters.core import merged_in_core, shortened
+from alloy.adapters.core import merged_in_core, merged_in_cores, shortened
 from alloy.checkpoint import load_weights
 from alloy.cli.app import app
 from alloy.errors import CheckpointError, MergeError
@@ -174,6 +174,13 @@ def test_factors_that_depend_on_each_other_lose_nothing() -> None:
     torch.testing.assert_close(made[0] @ made[1], expected, rtol=1e-9, atol=1e-9)
     assert made[1].shape[0] == 4
     torch.testing.assert_close(made[1] @ made[1].T, torch.eye(4).double(), rtol=0, atol=1e-6)
+    left_NOK, right_NKI = (
+        torch.cat([pair[i] for pair in factors], 1 - i).double()[None] for i in (0, 1)
+    )
+    ((one, other),) = merged_in_cores(
+        left_NOK, right_NKI, [4] * 4, [lambda cores: torch.stack(cores).sum(0)], single=True
+    )
+    torch.testing.assert_close(one @ other, expected, rtol=1e-9, atol=1e-9)
     zero = merged_in_core([(0 * left, right)], lambda cores: cores[0])
     assert (zero[0] @ zero[1]).abs().max() == 0
     assert shortened(left, right, 9)[0] is left

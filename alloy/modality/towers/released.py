@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alloy.errors import CheckpointError
-from alloy.modality.configuration import EXPERT_PARTS, ModalityConfig, Sharing
+from alloy.modality.configuration import EXPERT_PARTS, LowerBlocksSee, ModalityConfig, Sharing
 from alloy.modality.modeling import ModalityModel
 from alloy.modality.towers.architecture import (
     Architecture,
@@ -241,7 +241,7 @@ def _config(
         text_positions="learned" if table is None else "none",
         text_norm_eps=1e-12,
         num_text_types=len(weights["text_embeddings.token_type_embeddings.weight"]),
-        lower_blocks_see="both" if is_vlmo else "one",
+        lower_blocks_see="both" if is_vlmo else _lower_blocks_see(recorded, sharing),
         head_norm_eps=1e-5,
     )
 
@@ -264,6 +264,23 @@ def _sharing(weights: Weights) -> Sharing:
         f"experts of {sorted(own)}: a sharing that the modality transformer does not have; it has "
         f"{ {name: list(parts) for name, parts in EXPERT_PARTS.items()} }"
     )
+
+
+def _lower_blocks_see(recorded: Mapping[str, Any], sharing: Sharing) -> LowerBlocksSee:
+    """Find whether the lower blocks of vl-merging's joint pass attend to one modality or both.
+
+    The paper's attend to one; where the file does not record its settings, so do these.
+    """
+    own = EXPERT_PARTS[sharing]
+    setting = "self_attn_for_single_mode" if "attention" in own else "separate_inference"
+    if recorded.get(setting) is not False:
+        return "one"
+    if "attention" in own or "norm1" in own:
+        raise CheckpointError(
+            f"the file records {setting}=False: experts of attention or of its norm that read both "
+            f"modalities in the lower blocks are not carried"
+        )
+    return "both"
 
 
 def _side(weights: Weights, table: Tensor | None) -> int:

@@ -105,8 +105,11 @@ VLMO = {"v": "imag", "l": "text", "vl": "vl"}
 class Reference:
     """The forward passes of a state dict."""
 
-    def __init__(self, kind: str, weights: dict[str, Tensor], joint: int):
+    def __init__(
+        self, kind: str, weights: dict[str, Tensor], joint: int, together: bool | None = None
+    ):
         self.kind, self.weights, self.first_joint = kind, weights, LAYERS - joint
+        self.together = kind == "vlmo" if together is None else together
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
@@ -183,7 +186,7 @@ class Reference:
         mask = torch.cat([mask, torch.ones(len(mask), 1 + SIDE**2)], 1)
         rows = all_rows()
         for i in range(self.first_joint):
-            if self.kind == "vlmo":  # attention sees both, its parts are shared
+            if self.together:  # attention sees both, its parts are shared
                 x = self.attend(x, i, "v", mask, rows)
             else:
                 x = torch.cat(

@@ -107,6 +107,29 @@ def test_lower_blocks_see_both_only_with_one_attention(released):
         type(released("vlmo")[0].config)(**config | {"lower_blocks_see": "both"})
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("separate", [True, False])
+def test_vl_mergings_settings_say_what_its_lower_blocks_see(separate, tmp_path, pairs):
+    """Without separate inference an agnostic model's joint pass is VLMo's with one network."""
+    weights = state_dict("agnostic")
+    settings = {"vlffn_start_layer_index": 2, "separate_inference": separate}
+    content = {"state_dict": weights, "hyper_parameters": {"config": settings}}
+    torch.save(content, tmp_path / "model.ckpt")
+    release = import_release(tmp_path / "model.ckpt")
+    assert release.config.lower_blocks_see == ("one" if separate else "both")
+    reference = Reference("agnostic", weights, 1, together=not separate)
+    seen = torch.cat([pairs[2].bool(), torch.ones(3, 10, dtype=torch.bool)], 1)
+    assert_same(release.model().encode_joint(*pairs)[seen], reference.joint_states(*pairs)[seen])
+
+
+def test_experts_of_attention_that_see_both_are_refused(tmp_path):
+    settings = {"config": {"self_attn_for_single_mode": False}}
+    content = {"state_dict": state_dict("vl-merging"), "hyper_parameters": settings}
+    torch.save(content, tmp_path / "model.ckpt")
+    with pytest.raises(CheckpointError, match="records self_attn_for_single_mode=False"):
+        import_release(tmp_path / "model.ckpt")
+
+
 # What stands in a pickle.
 
 

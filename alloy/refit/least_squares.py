@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Literal
 
@@ -185,28 +186,50 @@ class _Study:
         """Of the batches' first tensors; 0 until they have been read."""
 
     def add(self, layers: Mapping[str, NormalEquations]) -> None:
-        """Add a group of layers to their normal equations."""
+        """Add a group of layers to their normal equations.
+
+        A batch is added by a thread of its own while the next one is run, batch after batch.
+        """
         lesson, start = self.lesson, 0
         if not layers:
             return
         taught = [*layers] if self.inputs == "parents" else self._taught_at_once([*layers])
         num_entries = 0
-        for number, batch in enumerate(lesson.batches):
-            num_entries += next(iter(batch.values())).numel()
-            masks = Masks(lesson.masks(self.student, batch))
-            size = len(next(iter(batch.values())))
-            shares = lesson.shares_of(start, size)
-            start += size
-            if self.inputs == "parents":
-                seen = self._taught(batch, shares, taught, layers)
-            else:
-                seen = self._learned(number, batch, shares, taught, layers)
-            for name, equations in layers.items():
-                weights = lesson.weights_of(name, number)
-                for k, (x, error) in enumerate(seen[name]):
-                    equations.add(self.index, masks, x, error, weights[k] if weights else None)
-                equations.counts[self.index] += size if weights else 0
+        with ThreadPoolExecutor(
+            1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+        ) as adder:
+            added: list[Future[None]] = []
+            for number, batch in enumerate(lesson.batches):
+                num_entries += next(iter(batch.values())).numel()
+                size = len(next(iter(batch.values())))
+                shares = lesson.shares_of(start, size)
+                start += size
+                if self.inputs == "parents":
+                    seen = self._taught(batch, shares, taught, layers)
+                else:
+                    seen = self._learned(number, batch, shares, taught, layers)
+                masks = Masks(lesson.masks(self.student, batch))
+                weights = {name: lesson.weights_of(name, number) for name in layers}
+                for earlier in added:
+                    earlier.result()
+                added = [adder.submit(self._add_batch, layers, masks, seen, weights, size)]
+            for last in added:
+                last.result()
         self.num_entries = num_entries
+
+    def _add_batch(
+        self,
+        layers: Mapping[str, NormalEquations],
+        masks: Masks,
+        seen: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
+        weights: Mapping[str, Sequence[Tensor]],
+        num_examples: int,
+    ) -> None:
+        for name, equations in layers.items():
+            of_calls = weights[name]
+            for k, (x, error) in enumerate(seen[name]):
+                equations.add(self.index, masks, x, error, of_calls[k] if of_calls else None)
+            equations.counts[self.index] += num_examples if of_calls else 0
 
     def _taught(
         self, batch: Batch, shares: Tensor, names: list[str], layers: Mapping[str, NormalEquations]

@@ -27,8 +27,13 @@ def num_cores() -> int:
 
 
 def share_cores(num_jobs: int) -> None:
-    """Share the cores among jobs that run at once, here or in workers that are still to start."""
-    os.environ[_CORES] = str(max(1, num_cores() // max(1, num_jobs)))
+    """Share the cores among jobs that run at once, here or in workers that are still to start.
+
+    Where the last of many jobs will leave cores idle, each job has two.
+    """
+    cores, num_jobs = num_cores(), max(1, num_jobs)
+    idle_at_last = num_jobs > cores > 1 and num_jobs % cores > 0
+    os.environ[_CORES] = str(2 if idle_at_last else max(1, cores // num_jobs))
 
 
 def in_order(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:

@@ -28,7 +28,13 @@ def test_two_threads_meet_where_one_job_has_two_cores(two_cores):
     assert sorted(cores.in_order(lambda _: barrier.wait(), [0, 1])) == [0, 1]
 
 
-@pytest.mark.parametrize("num_jobs", [2, 3])
+@pytest.mark.parametrize(("num_jobs", "each"), [(1, "2"), (2, "1"), (3, "2"), (4, "1")])
+def test_no_core_is_left_idle(two_cores, num_jobs, each):
+    cores.share_cores(num_jobs)
+    assert cores.os.environ["ALLOY_JOB_CORES"] == each
+
+
+@pytest.mark.parametrize("num_jobs", [2, 4])
 def test_jobs_that_share_the_cores_have_one_each(two_cores, num_jobs):
     cores.share_cores(num_jobs)
     names = set(cores.in_order(lambda _: threading.current_thread().name, [0, 1, 2]))

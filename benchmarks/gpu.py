@@ -155,8 +155,8 @@ class Table:
             "# One GPU beside the CPU",
             "",
             f"`python -m benchmarks.gpu`; {', '.join(self.gpus) or 'no GPU'}; "
-            f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. Seconds of one run "
-            "after one to warm up, and the GPU's peak memory.",
+            f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. "
+            "Seconds of one run after one to warm up, and the GPU's peak memory.",
             "",
             f"| work | size | {' | '.join(names)} |",
             f"|---|---|{'---|' * len(names)}",

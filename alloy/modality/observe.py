@@ -87,6 +87,16 @@ def collect_experts(
     return collector.statistics()
 
 
+def planned_bytes(model: ModalityModel, spec: SymmetrySpec) -> int:
+    """The bytes that the sums of `collect_experts` take on the model's device, before it runs.
+
+    They are float64 and grow with the square of the width, not with the data.
+    """
+    experts = split_experts(model.state_dict(), model.config)
+    names = {m: list(names) for m, names in experts.items()}
+    return _Collector(model, names, spec, RunningSums()).num_entries() * torch.float64.itemsize
+
+
 class _Collector:
     """Sums over batches; one instance for one pass."""
 
@@ -118,6 +128,24 @@ class _Collector:
             if isinstance(module, nn.Linear):
                 layers[name] = module
         return layers
+
+    def num_entries(self) -> int:
+        """Entries of all sums, once a batch has been seen."""
+        modules = dict(self.model.named_modules())
+        widths = [
+            module.in_features
+            for own in self.inputs.values()
+            for point in own.values()
+            if isinstance(module := modules[point.module], nn.Linear)
+        ]
+        units = [
+            {_key(unit): len(unit.columns) for unit in own}
+            for m, own in self.units.items()
+            if m != REFERENCE
+        ]
+        return sum(w * w for w in widths) + sum(
+            d * d + 4 * d for own in units for d in own.values()
+        )
 
     def see(self, batch: Batch) -> None:
         batch = beside(self.model, batch)

@@ -9,7 +9,7 @@ import torch
 
 import alloy
 from alloy.modality import ModalityConfig, ModalityModel, agnostic_config
-from alloy.modality.observe import collect_experts
+from alloy.modality.observe import collect_experts, planned_bytes
 from alloy.symmetry import SymmetrySpec
 from tasks.experts.shared.loading import load_model
 from tasks.experts.shared.statistics import CALIBRATION, batches, save_statistics
@@ -45,6 +45,9 @@ def main(recipe: ExpertsRecipe) -> None:
                 model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"
             ):
                 spec = agnostic_symmetries(model.config)
+                if processes.is_first:
+                    size = planned_bytes(model, spec)
+                    print(f"collect: {name}: {size / 1e6:,.0f} MB of sums on {model.device}")
                 statistics = collect_experts(model, examples, spec, processes)
             if not processes.is_first:
                 continue

@@ -8,7 +8,6 @@ import transformers as hf
 from torch import nn
 
 import alloy
-from alloy.symmetry.draws import random_transforms
 from alloy.symmetry.float64 import Float64Shell, widened
 from alloy.symmetry.transforms import Mover, transport
 
@@ -70,7 +69,7 @@ def test_weights_may_be_moved_as_they_are_read():
     torch.manual_seed(0)
     model = _gpt2().eval()
     spec = alloy.find_symmetries(model, IDS)
-    transforms = random_transforms(spec, torch.Generator().manual_seed(1))
+    transforms = alloy.random_transforms(spec, torch.Generator().manual_seed(1))
     weights = {name: widened(t) for name, t in model.state_dict(keep_vars=True).items()}
     mover, shell, asked = Mover(spec, transforms), Float64Shell(model), []
 

@@ -80,12 +80,14 @@ class _Float64(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operation: Any = func
         kwargs = {k: torch.float64 if v in _NARROW else v for k, v in (kwargs or {}).items()}
-        writes = any(
-            a.alias_info is not None and a.alias_info.is_write for a in operation._schema.arguments
-        )
-        if not writes:
-            args = tuple(self._given(value) for value in args)
-            kwargs = {name: self._given(value) for name, value in kwargs.items()}
+        written = {
+            key
+            for place, a in enumerate(operation._schema.arguments)
+            for key in (place, a.name)
+            if a.alias_info is not None and a.alias_info.is_write
+        }
+        args = tuple(v if i in written else self._given(v) for i, v in enumerate(args))
+        kwargs = {n: v if n in written else self._given(v) for n, v in kwargs.items()}
         return operation(*args, **kwargs)
 
     def _given(self, value: Any) -> Any:

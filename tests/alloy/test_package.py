@@ -21,7 +21,7 @@ a = Sequential(Linear(4, 16), ReLU(), Linear(16, 3)).eval()
 spec = alloy.find_symmetries(a, {"input": torch.randn(8, 4)})
 planted = alloy.random_transforms(spec, torch.Generator().manual_seed(1))
 b = alloy.transport(a.state_dict(), spec, planted)
-aligning = alloy.align(a.state_dict(), b, spec, space="weight")
+aligning = alloy.align(a.state_dict(), b, spec, space="weight", diagonal=True)
 merged = alloy.merge("linear", [a.state_dict(), alloy.transport(b, spec, aligning)])
 save_file(merged, "model.safetensors")
 """

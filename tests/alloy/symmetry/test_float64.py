@@ -28,16 +28,19 @@ def _resnet():
 
 
 class Checks(nn.Module):
-    """Modules that look at their weights' dtype before they compute."""
+    """Modules that look at their weights' dtype before they compute, and one that adds in place."""
 
     def __init__(self):
         super().__init__()
         self.lstm = nn.LSTM(5, 4, batch_first=True)
         self.prelu = nn.PReLU(4)
         self.norm = nn.BatchNorm1d(4)
+        self.shift = nn.Parameter(torch.randn(4))
 
     def forward(self, x):
-        return self.prelu(self.norm(self.lstm(x)[0].flatten(0, 1)))
+        y = self.prelu(self.norm(self.lstm(x)[0].flatten(0, 1)))
+        y += self.shift
+        return y.mul_(self.shift)
 
 
 VECTORS = {"x": torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))}

@@ -79,7 +79,13 @@ def test_data_follow_the_model() -> None:
     assert beside(meta, {"x": torch.ones(2)})["x"].device == CPU
 
 
-@pytest.mark.parametrize("preset", [p for p in sorted(PRESETS) if p != "cycle_consistent"])
+QUICK = ("dual", "orthogonal", "zipit")
+OTHERS = sorted({*PRESETS} - {*QUICK, "cycle_consistent"})
+
+
+@pytest.mark.parametrize(
+    "preset", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_every_alignment_moves_weights_where_they_lie(preset: str) -> None:
     """Models on the device are collected, aligned, moved and merged as those on the CPU."""
     name = "ElectraModel"

@@ -35,7 +35,7 @@ SCALED = {
 }
 del SCALED["training"]["matrix_learning_rate"]
 HALF = {**SCALED, "training": {**SCALED["training"], "precision": "bfloat16"}}
-SETTINGS = {"as_released": stages.FINETUNE, "scaled": SCALED, "half": HALF}
+SETTINGS = {"scaled": SCALED, "half": HALF}
 MODEL = {**PRETRAIN["model"], "patch_size": 12}
 
 
@@ -61,7 +61,7 @@ def collect_and_merge(recipe: ExpertsRecipe, processes: Processes = ALONE) -> No
 
 
 def train(recipe: ExpertsRecipe, processes: Processes = ALONE) -> None:
-    """Fine-tune the merged model in every setting; then publish what the recipe says."""
+    """Fine-tune the merged model in other settings; then as the recipe says, and publish that."""
     for name, params in SETTINGS.items():
         settled = FinetuneParams.model_validate(params)
         for job in finetune.plan(recipe.model_copy(update={"finetune": settled})).values():

@@ -9,10 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
-from alloy.devices import chosen_device
-
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -42,6 +38,11 @@ def in_order(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     One thread computes an item as it would alone, so results are the same bits on any number of
     cores. A GPU takes one item after the other.
     """
+    # Imported here: who only counts cores, as `make merge` with nothing to do, needs no torch.
+    import torch
+
+    from alloy.devices import chosen_device
+
     cores = min(int(os.environ.get(_CORES, "1")), len(items))
     if cores < 2 or chosen_device().type != "cpu":
         yield from map(function, items)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +54,14 @@ def test_a_first_run_runs_every_stage_in_order(
         return {line["message"] for line in found}
 
     wait_until(lambda: {"fetch speaks", "merge speaks", "register speaks"} <= lines())
+
+
+def test_a_run_that_does_nothing_loads_no_torch() -> None:
+    """Importing what says "Nothing to do" costs no second for what only stages need."""
+    script = "import sys, flows.pipeline; print({'torch', 'mlflow'} & {*sys.modules})"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_nothing_stale_nothing_runs(toy: Workspace) -> None:

@@ -181,7 +181,7 @@ def exponents(rows: Mapping[str, Mapping[str, Any]], stage: str, key: str) -> di
     design = torch.cat([sizes[:, varies], torch.ones(len(points), 1).double()], 1)
     target = torch.tensor([[y] for _, y in points]).double()
     fitted = torch.linalg.lstsq(design, target).solution.flatten().tolist()
-    return {[*PLACES][i]: value for i, value in zip(varies, fitted, strict=False)}
+    return {[*PLACES][i]: value for i, value in zip(varies, fitted[:-1], strict=True)}
 
 
 def _log(x: float) -> float:

@@ -1,4 +1,4 @@
-"""Is a result registered where models are looked for now? Files that lie around do not say.
+"""A look at whether MLflow, as it is set now, holds a result: files that lie around do not say.
 
 The workspace's own database is asked directly: MLflow's import would cost a second whenever there
 is nothing to do.
@@ -25,12 +25,15 @@ def is_lost(recipe: Recipe) -> bool:
     file = recipe.workspace.registered
     if not file.is_file():
         return False  # DVC knows that the stage must run
-    registered = read_json(file)
-    name, number, key = (registered.get(field) for field in ("name", "version", "result"))
-    database = reach.uri()
     try:
-        if database.startswith("sqlite:///") and not os.environ.get("MLFLOW_REGISTRY_URI"):
-            return _of_database(Path(database.removeprefix("sqlite:///")), name, number) != key
+        registered = read_json(file)
+        name, number, key = (registered[field] for field in ("name", "version", "result"))
+    except (ValueError, TypeError, KeyError):
+        return False  # edited by hand, which DVC sees, too
+    try:
+        database = reach.database_file(reach.uri())
+        if database is not None and not os.environ.get("MLFLOW_REGISTRY_URI"):
+            return _of_database(database, name, number) != key
         found = {(entry.number, entry.tags.get(KEY)) for entry in tracking.versions(name)}
         return (number, key) not in found
     except (reach.TrackingError, sqlite3.Error):

@@ -6,7 +6,9 @@ by side, so those that lie elsewhere are told where they are now.
 
 import sqlite3
 from contextlib import closing
+from itertools import product
 from pathlib import Path
+from urllib.parse import unquote
 
 _ADDRESSES = (
     ("experiments", "artifact_location"),
@@ -17,22 +19,29 @@ _ADDRESSES = (
 
 
 def follow(database: Path, artifacts: Path) -> None:
-    """Let the addresses in a database begin with the folder of artifacts beside it."""
+    """Let the addresses of experiments whose artifacts lie beside a database say so."""
     if not (database.is_file() and artifacts.is_dir()):
         return
-    here = artifacts.resolve().as_uri()
+    here = {
+        f"/{artifacts.name}/{folder.name}": folder.resolve().as_uri()
+        for folder in artifacts.iterdir()
+        if folder.is_dir()
+    }
     with closing(sqlite3.connect(database)) as connection:
         tables = {row[0] for row in connection.execute("select name from sqlite_master")}
         if not {table for table, _ in _ADDRESSES} <= tables:
             return  # MLflow has yet to make or to upgrade them
         found = connection.execute("select artifact_location from experiments").fetchall()
-        roots = {location.rpartition("/")[0] for (location,) in found if location}
-        ours = {root for root in roots if root.endswith(f"/{artifacts.name}")}
+        moved = {
+            old: new
+            for (old,) in found
+            for end, new in here.items()
+            if old and unquote(old).endswith(end) and old != new
+        }
         with connection:  # one transaction
-            for old in ours - {here}:
-                for table, column in _ADDRESSES:
-                    connection.execute(
-                        f"update {table} set {column} = ? || substr({column}, ?) "
-                        f"where substr({column}, 1, ?) = ?",
-                        (here, len(old) + 1, len(old) + 1, f"{old}/"),
-                    )
+            for (old, new), (table, column) in product(moved.items(), _ADDRESSES):
+                connection.execute(
+                    f"update {table} set {column} = ? || substr({column}, ?) "
+                    f"where {column} = ? or substr({column}, 1, ?) = ?",
+                    (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+                )

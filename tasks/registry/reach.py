@@ -34,6 +34,13 @@ def uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DATABASE.resolve()}"
 
 
+def database_file(address: str) -> Path | None:
+    """The file of a sqlite address, absolute; None for a server or another kind of database."""
+    if not address.startswith("sqlite:///"):
+        return None
+    return Path(address.removeprefix("sqlite:///").partition("?")[0]).resolve()
+
+
 @contextmanager
 def reaching() -> Generator[None]:
     """Turn whatever MLflow raises into one error that says where MLflow was looked for."""
@@ -47,6 +54,7 @@ def reaching() -> Generator[None]:
         requests.RequestException,
         sqlalchemy.exc.SQLAlchemyError,
         CommandError,
+        sqlite3.Error,  # of `moved.follow`, which asks the database itself
     )
     try:
         yield
@@ -66,8 +74,8 @@ def unreachable(address: str, reason: str) -> TrackingError:
 def probe(address: str) -> None:
     """Raise TrackingError where nothing answers within seconds."""
     parts = urlsplit(address)
-    if parts.scheme == "sqlite":
-        _probe_sqlite(address)
+    if (file := database_file(address)) is not None:
+        _probe_sqlite(address, file)
     elif parts.scheme in ("http", "https"):
         _probe_http(address, parts)
     elif parts.hostname and (port := parts.port or _PORTS.get(parts.scheme.partition("+")[0])):
@@ -93,8 +101,7 @@ def _probe_http(address: str, parts: SplitResult) -> None:
         raise unreachable(address, f"nothing answers ({error})") from error
 
 
-def _probe_sqlite(address: str) -> None:
-    path = Path(address.removeprefix("sqlite:///").partition("?")[0])
+def _probe_sqlite(address: str, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=_PROBE_SECONDS)) as database:

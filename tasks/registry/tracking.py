@@ -18,7 +18,7 @@ from typing import NamedTuple
 import psutil
 
 from tasks.registry.moved import follow
-from tasks.registry.reach import DATABASE, TrackingError, probe, reaching, uri
+from tasks.registry.reach import DATABASE, TrackingError, database_file, probe, reaching, uri
 from tasks.registry.secrets import without_secrets
 
 ARTIFACTS = Path("mlartifacts")
@@ -206,9 +206,9 @@ def connect():
 
     for message in _NOISE:  # after the import, which sets filters of its own
         warnings.filterwarnings("ignore", message)
-    if uri() == f"sqlite:///{DATABASE.resolve()}":
-        follow(DATABASE, ARTIFACTS)
     with reaching():
+        if database_file(uri()) == DATABASE.resolve():
+            follow(DATABASE, ARTIFACTS)
         return MlflowClient(tracking_uri=uri(), registry_uri=os.environ.get("MLFLOW_REGISTRY_URI"))
 
 

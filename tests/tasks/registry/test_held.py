@@ -1,4 +1,4 @@
-"""A result is registered where models are looked for now, or register runs again."""
+"""The look at whether MLflow holds a result: it does, or register runs again."""
 
 import socket
 from types import SimpleNamespace
@@ -27,6 +27,19 @@ def test_what_the_registry_holds_is_not_lost(recipe, monkeypatch, mlflow_workspa
     """The database read directly, and asked through MLflow, say the same."""
     assert not is_lost(recipe)
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{mlflow_workspace / 'mlflow.db'}")
+    assert not is_lost(recipe)
+
+
+def test_addresses_of_one_database_say_the_same(recipe, monkeypatch) -> None:
+    """A relative address and one with a query mean the workspace's file, too."""
+    for address in ("sqlite:///mlflow.db", "sqlite:///mlflow.db?timeout=5"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        assert not is_lost(recipe)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"name": 3}'])
+def test_a_damaged_receipt_is_dvcs_to_find(recipe, content: str) -> None:
+    recipe.workspace.registered.write_text(content)
     assert not is_lost(recipe)
 
 

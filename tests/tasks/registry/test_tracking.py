@@ -143,6 +143,20 @@ def test_the_database_follows_its_checkout(
     assert len(list((moved / "mlartifacts").rglob("a.txt"))) == 2
 
 
+def test_a_database_without_its_artifacts_keeps_its_addresses(
+    mlflow_workspace, monkeypatch, tmp_path_factory
+) -> None:
+    """Only the database was copied, beside artifacts of others: what it names lies elsewhere."""
+    with tracking.run("toy", "register") as log:
+        pass
+    before = tracking.connect().get_run(log.run_id).info.artifact_uri
+    place = tmp_path_factory.mktemp("another")
+    shutil.copy(mlflow_workspace / "mlflow.db", place)
+    (place / "mlartifacts/other").mkdir(parents=True)
+    monkeypatch.chdir(place)
+    assert tracking.connect().get_run(log.run_id).info.artifact_uri == before
+
+
 def _write_until_killed(pipe) -> None:
     with tracking.run("toy", "register") as log:
         pipe.send(log.run_id)

@@ -2,12 +2,12 @@
 
 An adapter's tensors find theirs in the base by name: the files', or the model's where transformers
 renames tensors as it saves them. Where the model that it was trained on has another prefix than the
-files of the base (`bert.encoder` and `encoder`), one change of prefix must place all of them.
+files of the base (`bert.encoder` and `encoder`), changes of prefix place all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -26,6 +26,7 @@ from alloy.checkpoint.config import (
 )
 from alloy.checkpoint.format import MERGEABLE, Checkpoint, Entry, open_checkpoint
 from alloy.checkpoint.hash import origin_of
+from alloy.checkpoint.names import find_renamings
 from alloy.checkpoint.reading import few
 from alloy.errors import CheckpointError
 
@@ -120,40 +121,23 @@ def _names(
     stored = stored_names(base.config)
     if all(stored.get(name) in base.entries for name in names):
         return {name: stored[name] for name in names}, ()
-    maps = {
-        (old, new): renamed
-        for old, new in _prefixes(names[0], base)
-        if (renamed := _renamed(names, old, new)) and renamed.keys() >= {*names}
-        if all(_fits(base.entries.get(renamed[n]), adapter.folds[n]) for n in names)
-    }
-    if len({tuple(m.values()) for m in maps.values()}) == 1:
-        (old, new), renamed = next(iter(maps.items()))
-        return renamed, (
-            f"{where}: its names begin with {old!r} where the base's begin with {new!r}",
+    found = find_renamings(
+        names, base.entries, lambda name, target: _fits(base, adapter, name, target)
+    )
+    if len(found) == 1:
+        changes = " and ".join(
+            f"{o!r} where the base's begin with {n!r}" for o, n in found[0].changes.items()
         )
-    more = "; several changes of prefix would place it" if maps else ""
+        return dict(found[0].names), (f"{where}: its names begin with {changes}",)
+    more = "; several changes of prefix would place it" if found else ""
     raise CheckpointError(
         f"{where}: the base has no {few(lacking)}, which the adapter changes{more}. Is it of this "
         "base? If it was trained with another head (task_type), save the base as that class first"
     )
 
 
-def _prefixes(name: str, base: Checkpoint) -> Iterator[tuple[str, str]]:
-    """Prefixes, the adapter's and the base's, whose exchange gives a name of the base."""
-    parts = name.split(".")
-    for i in range(len(parts) - 1):
-        rest = ".".join(parts[i:])
-        for stored in base.entries:
-            if stored == rest or stored.endswith(f".{rest}"):
-                yield name.removesuffix(rest), stored.removesuffix(rest)
-
-
-def _renamed(names: Sequence[str], old: str, new: str) -> dict[str, str]:
-    return {n: new + n.removeprefix(old) for n in names if n.startswith(old)}
-
-
-def _fits(entry: Entry | None, fold: Fold) -> bool:
-    return entry is not None and _misfit(entry, fold) is None
+def _fits(base: Checkpoint, adapter: Adapter, name: str, target: str) -> bool:
+    return _misfit(base.entries[target], adapter.folds[name]) is None
 
 
 def _misfit(entry: Entry, fold: Fold) -> str | None:

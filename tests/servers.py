@@ -233,18 +233,26 @@ class HubServer:
             def _file(self, from_cdn: bool, name: str, revision: str, path: str) -> None:
                 commit = self._commit(name, revision)
                 if commit is not None:
-                    self._content(from_cdn, path, hub.repos[name][commit].get(path))
+                    self._content(from_cdn, commit, path, hub.repos[name][commit].get(path))
 
-            def _content(self, from_cdn: bool, path: str, content: bytes | None) -> None:
+            def _content(
+                self, from_cdn: bool, commit: str, path: str, content: bytes | None
+            ) -> None:
                 if content is None:
                     return self._answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+                about = {
+                    "X-Repo-Commit": commit,
+                    "X-Linked-ETag": hashlib.sha256(content).hexdigest(),
+                    "X-Linked-Size": str(len(content)),
+                }
                 if not from_cdn:
-                    return self._answer(302, b"", {"Location": f"{hub.url}/cdn{self.path}"})
+                    location = {"Location": f"{hub.url}/cdn{self.path}"}
+                    return self._answer(302, b"", {**about, **location})
                 if path in hub.corrupt:
                     content = content[:-1] + bytes([content[-1] ^ 1])
                 asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
                 if not asked or not hub.knows_ranges:
-                    return self._answer(200, content)
+                    return self._answer(200, content, about)
                 start, stop = int(asked[1]), int(asked[2] or len(content) - 1) + 1
                 where = f"bytes {start}-{stop - 1}/{len(content)}"
                 return self._answer(206, content[start:stop], {"Content-Range": where})

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from alloy.devices import chosen_device
@@ -82,6 +88,18 @@ def load_tokenizer(folder: Path) -> Any:
     if not (folder / "tokenizer_config.json").is_file():
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def image_processor(checkpoint: Path) -> Any:
+    """The checkpoint's image processor, None where it has none."""
+    if not any((checkpoint / f"{n}_config.json").is_file() for n in ("preprocessor", "processor")):
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(checkpoint, local_files_only=True)
+    except (ImportError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{checkpoint}: its image processor cannot be used: {error}"
+        ) from error
 
 
 def load_whole(architecture: Any, folder: Path, on: torch.device | None = None) -> Any:

@@ -1,24 +1,29 @@
 """Checks of a recipe of models that need the stages' own modules: presets, writers, options."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from alloy.alignment import MATCHING_METHODS
 from alloy.alignment.presets import PRESETS, Preset, Zip
-from alloy.errors import nearest
+from alloy.errors import MergeError, nearest
+from tasks.models.benchmarks.checks import check_benchmarks
 from tasks.models.prepare import refuse_options
 from tasks.recipe.models import ModelsAlignment, ModelsRecipe
 from tasks.recipe.section import ParamsError
+from tasks.search.command import parse
 
 
 def check(recipe: ModelsRecipe) -> None:
-    """Refuse alignments that no preset has, and data that no writer makes.
+    """Refuse alignments that no preset has, data that no writer makes, and benchmarks of nothing.
 
     Raises:
         ParamsError: names the key and what would be right.
     """
+    check_benchmarks(f"{recipe.where}: evaluate", recipe.evaluate)
+    check_searches(recipe)
     if not recipe.is_calibrated:
         return
     prepare, collect, align = recipe.calibrated
@@ -37,6 +42,32 @@ def check(recipe: ModelsRecipe) -> None:
     for name, benchmark in prepare.benchmarks.items():
         where = f"{recipe.where}: prepare.benchmarks.{name}"
         refuse_options(where, benchmark.writer, "benchmark", benchmark.options)
+
+
+@dataclass
+class Subject:
+    """The method of an arm that is searched, and the places of its coefficients."""
+
+    method: str
+    experts: Sequence[str]
+
+
+def check_searches(recipe: ModelsRecipe) -> None:
+    """Refuse searches of what an arm's method does not take; ParamsError names the key."""
+    result = recipe.named
+    num_members = len(recipe.sets[result.set].members[result.seed])
+    for name, arm in recipe.merge.arms.items():
+        if arm.search is None:
+            continue
+        where = f"{recipe.where}: merge.arms.{name}.search.over"
+        if name not in recipe.arms(result.set):
+            raise ParamsError(f"{where}: the result's set {result.set!r} does not have this arm")
+        subject = Subject(arm.method, [str(i) for i in range(num_members)])
+        for key, text in arm.search.over.items():
+            try:
+                parse(f"{key}={text}", subject)
+            except (MergeError, ParamsError) as error:
+                raise ParamsError(f"{where}: {error}") from error
 
 
 def _preset(where: str, params: ModelsAlignment) -> Preset:

@@ -4,8 +4,9 @@ With labels, accuracy on the validation and test splits; without, a loss and the
 parents on examples held out, or on calibration data (`tasks.models.measures.yardsticks`). For the
 alignments that `evaluate.curves` names, the straight path between the reference and each other
 member and its barrier, and the plane through both parents and their merge. For every alignment, how
-far apart the members are; of members that are merged as they are, that alone. Writes
-`reports/<recipe>/` (`tasks.models.report`).
+far apart the members are; of members that are merged as they are, that alone. And every member and
+arm on the benchmarks of the user's (`tasks.models.benchmarks`). Writes `reports/<recipe>/`
+(`tasks.models.report`).
 """
 
 import hashlib
@@ -27,7 +28,9 @@ from alloy.processes import Processes
 from alloy.refit import repair
 from tasks.evaluation.loading import load_any
 from tasks.evaluation.score import Score
+from tasks.models.benchmarks.measure import measure_all
 from tasks.models.measures.yardsticks import Yardstick, as_candidate, yardsticks
+from tasks.models.report.benchmarks import with_benchmarks
 from tasks.models.report.build import build
 from tasks.models.report.distances import build as build_distances
 from tasks.models.report.results import BarrierRow, DistanceRow, PathRow, PlaneRow, ScoreRow
@@ -57,6 +60,8 @@ def main(recipe: ModelsRecipe) -> None:
     else:
         report = _evaluate_streamed(recipe) if processes.is_first else None
     if report is not None:
+        if recipe.evaluate.measured:
+            report = with_benchmarks(report, recipe, measure_all(recipe))
         writer.write(report, recipe.workspace.reports)
         tables.show(recipe.name)
 

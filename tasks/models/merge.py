@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from tasks.evaluation.outputs import answers
 from tasks.models import stream
 from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.jobs import Job, Report, jobs, load_weights, run_jobs
+from tasks.models.shared.searched import searched
 from tasks.models.shared.statistics import load_statistics
 from tasks.recipe.models import ModelsArm, ModelsRecipe
 from tasks.reports import cards
@@ -46,6 +46,7 @@ Weights = dict[str, Tensor]
 
 
 def main(recipe: ModelsRecipe) -> None:
+    recipe = searched(recipe)
     if not recipe.is_calibrated:
         stream.main(recipe)
         return
@@ -112,7 +113,7 @@ def merge_arm(
         )
     shared = alignment.shared
     own = aligned[alignment.reference]
-    kept = {n: t for n, t in own.items() if any(fnmatchcase(n, p) for p in job.entry.kept)}
+    kept = {n: t for n, t in own.items() if job.is_kept(n)}
     names = [n for n in own if n not in kept and (shared is None or n in shared)]
     base = None
     if arm.base is not None:

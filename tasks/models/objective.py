@@ -18,7 +18,42 @@ from tasks.search.objective import Objective, changed, known, with_defaults
 from tasks.storage import folder_digest, sha256
 
 
-class ModelsObjective(Objective):
+class ArmObjective(Objective):
+    """An arm of models, its coefficients in the order of the members: `0`, `1`, ..."""
+
+    name: str
+    _arm: ModelsArm
+
+    def own(self) -> Mapping[str, Mapping[str, Any]]:
+        return with_defaults(self.method, self.experts, self._arm.options, self._by_member())
+
+    def _by_member(self) -> dict[str, Any] | None:
+        """The arm's coefficients by member, or by pattern and member."""
+        given = self._arm.coefficients
+        if isinstance(given, Mapping):
+            return {p: dict(zip(self.experts, row, strict=True)) for p, row in given.items()}
+        return None if given is None else dict(zip(self.experts, given, strict=True))
+
+    def arm(self, settings: Mapping[str, Mapping[str, Any]]) -> ModelsArm:
+        own = {**self._arm.model_dump(), "coefficients": self._by_member()}
+        settled = changed(own, settings)
+        given = settled["coefficients"] or {}
+        if any(isinstance(row, Mapping) for row in given.values()):
+            rows: Any = {pattern: self._in_order(row) for pattern, row in given.items()}
+        else:
+            rows = self._in_order(given) if given else None
+        return ModelsArm.model_validate({**settled, "coefficients": rows})
+
+    def _in_order(self, row: Mapping[str, float]) -> list[float]:
+        if missing := [name for name in self.experts if name not in row]:
+            raise ParamsError(f"coefficients {dict(row)} lack those of members {missing}")
+        return [row[name] for name in self.experts]
+
+    def section(self, arm: ModelsArm) -> dict[str, Any]:
+        return {"merge": {"arms": {self.name: arm.model_dump(exclude_defaults=True)}}}
+
+
+class ModelsObjective(ArmObjective):
     """The joint accuracy of the merged models of each set with labels, averaged over its seeds."""
 
     def __init__(self, recipe: ModelsRecipe, arm: str, benchmarks: Sequence[str] | None) -> None:
@@ -55,31 +90,6 @@ class ModelsObjective(Objective):
             },
         }
 
-    def own(self) -> Mapping[str, Mapping[str, Any]]:
-        return with_defaults(self.method, self.experts, self._arm.options, self._by_member())
-
-    def _by_member(self) -> dict[str, Any] | None:
-        """The arm's coefficients by member, or by pattern and member."""
-        given = self._arm.coefficients
-        if isinstance(given, Mapping):
-            return {p: dict(zip(self.experts, row, strict=True)) for p, row in given.items()}
-        return None if given is None else dict(zip(self.experts, given, strict=True))
-
-    def arm(self, settings: Mapping[str, Mapping[str, Any]]) -> ModelsArm:
-        own = {**self._arm.model_dump(), "coefficients": self._by_member()}
-        settled = changed(own, settings)
-        given = settled["coefficients"] or {}
-        if any(isinstance(row, Mapping) for row in given.values()):
-            rows: Any = {pattern: self._in_order(row) for pattern, row in given.items()}
-        else:
-            rows = self._in_order(given) if given else None
-        return ModelsArm.model_validate({**settled, "coefficients": rows})
-
-    def _in_order(self, row: Mapping[str, float]) -> list[float]:
-        if missing := [name for name in self.experts if name not in row]:
-            raise ParamsError(f"coefficients {dict(row)} lack those of members {missing}")
-        return [row[name] for name in self.experts]
-
     def scores(self, arm: ModelsArm) -> dict[str, float]:
         torch.set_num_threads(1)
         accuracies: dict[str, list[float]] = {}
@@ -93,9 +103,6 @@ class ModelsObjective(Objective):
             score = self._measures[job.name].score(candidates)["joint_accuracy"]
             accuracies.setdefault(job.set, []).append(score.value)
         return {name: round(fmean(values), 3) for name, values in accuracies.items()}
-
-    def section(self, arm: ModelsArm) -> dict[str, Any]:
-        return {"merge": {"arms": {self.name: arm.model_dump(exclude_defaults=True)}}}
 
 
 objective = ModelsObjective

@@ -63,6 +63,11 @@ def stream(job: Job, name: str, arm: ModelsArm, place: Path) -> None:
     print(f"merge: {job.name}: {name}: {arm.method} of {', '.join(job.members)}")
 
 
+def write(job: Job, arm: ModelsArm, output: Path) -> None:
+    """Write one arm, as a trial of a search does."""
+    run_plan(plan_of(job, arm, output), trust_manifests=True)
+
+
 def plan_of(job: Job, arm: ModelsArm, output: Path) -> MergePlan:
     """The checked plan of one arm."""
     fetched, folder = job.recipe.fetch, job.workspace.checkpoints

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from tasks.recipe.benchmarks import ArmSearch
 from tasks.recipe.section import Section
 
 
@@ -50,6 +51,7 @@ class ModelsArm(Section):
     allow: list[str] = Field(default=[])  # glob patterns of config keys that may differ
     drop: list[str] = Field(default=[])  # glob patterns of tensors that are left out
     repair: ModelsRepair = ModelsRepair()
+    search: ArmSearch | None = None  # of options and coefficients, before the merge
 
     @property
     def streamed(self) -> list[str]:

@@ -3,8 +3,10 @@
 from collections.abc import Collection, Iterator, Mapping
 
 from alloy.errors import nearest
+from tasks.recipe.benchmarks import refuse_less
 from tasks.recipe.experts import ExpertsRecipe
 from tasks.recipe.load import Recipe, load_file, recipes
+from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.section import ParamsError
 from tasks.recipe.shared import Gates, PromoteParams
 
@@ -34,11 +36,8 @@ def check_gates(recipe: Recipe) -> None:
 
 def _names(recipe: Recipe, gates: Gates) -> Iterator[tuple[str, str, Collection[str]]]:
     """Every name that gates take from the recipe: where it stands, and what there is."""
-    if not isinstance(recipe, ExpertsRecipe) and not recipe.is_calibrated:
-        raise ParamsError(
-            f"{WHERE}: gates.{recipe.name}: {recipe.where} has no sections prepare, collect and "
-            "align: its members are merged as they are and have no scores; leave out its gates"
-        )
+    if not isinstance(recipe, ExpertsRecipe):
+        _check_scores(recipe, gates)
     splits = _splits(recipe)
     yield "model", gates.model, _models(recipe)
     measured = list(splits)
@@ -57,16 +56,46 @@ def _splits(recipe: Recipe) -> Mapping[str, Collection[str]]:
     """The splits on which each benchmark is measured."""
     if isinstance(recipe, ExpertsRecipe):
         return dict.fromkeys(recipe.prepare.benchmarks, MEASURED)
-    return {
+    own = {name: (split,) for name, split in recipe.evaluate.measured.items()}
+    if not recipe.is_calibrated:
+        return own
+    return own | {
         name: MEASURED if entry.benchmark else (recipe.split(name),)
         for name, entry in recipe.sets.items()
     }
+
+
+def _check_scores(recipe: ModelsRecipe, gates: Gates) -> None:
+    """Raise ParamsError where a gate asks for a score that nothing measures, or measures badly."""
+    where, params = f"{WHERE}: gates.{recipe.name}", recipe.evaluate
+    if not recipe.is_calibrated and not params.measured:
+        raise ParamsError(
+            f"{where}: {recipe.where} has no sections prepare, collect and align, and no "
+            "evaluate.benchmarks: its members are merged as they are and have no scores; leave "
+            "out its gates, or give benchmarks"
+        )
+    for name, metric in gates.benchmarks.items():
+        try:
+            refuse_less(f"{where}.benchmarks.{name}", metric)
+        except ValueError as error:
+            raise ParamsError(str(error)) from error
+        if params.harness and params.harness.mteb and name in params.harness.mteb.tasks:
+            raise ParamsError(
+                f"{where}.benchmarks.{name}: MTEB gives no standard errors, by which gates decide: "
+                "take another benchmark"
+            )
+        metrics = params.metrics_of(name)
+        if metrics is not None and metric not in metrics:
+            raise ParamsError(f"{where}.benchmarks.{name}: {metric!r}: {nearest(metric, metrics)}")
 
 
 def _models(recipe: Recipe) -> list[str]:
     """The models of `metrics.json`."""
     arms = ["merged", *recipe.merge.arms]
     if not isinstance(recipe, ExpertsRecipe):
+        if not recipe.is_calibrated:
+            return [*arms, *recipe.measured_models]
+        arms += recipe.measured_models if recipe.evaluate.measured else []
         members = max(len(m) for entry in recipe.sets.values() for m in entry.members.values())
         return [*arms, "ensemble", *(f"parent_{number}" for number in range(members))]
     finetuned = [] if recipe.finetune is None else ["finetuned"]

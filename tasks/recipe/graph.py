@@ -80,12 +80,12 @@ FILLS = {
     "align": ("family", "library", "collect", "members"),
     "merge": (
         "family", "library", "data", "statistics", "transforms",
-        "align", "collect", "dtype", "kept", "members", "code",
+        "align", "collect", "dtype", "kept", "members", "code", "searched",
     ),
     "finetune": ("family", "library"),
     "evaluate": (
         "family", "library", "data", "statistics", "transforms", "finetuned", "finetuned_arms",
-        "align", "collect", "finetune", "members", "code",
+        "align", "collect", "finetune", "members", "code", "benchmarks",
     ),
     "register": ("data", "result"),
 }  # fmt: skip
@@ -113,6 +113,7 @@ def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
     values = {
         "family": recipe.kind,
         "code": OWN_CODE.get((stage, recipe.kind), ""),
+        "benchmarks": f"tasks/{recipe.kind}/{'benchmarks' if is_models else 'evaluate.py'}",
         "library": "alignment" if is_models else "modality",  # of alloy, beside what both need
         "data": str(workspace.data) if calibrated else path,
         "statistics": str(workspace.statistics) if calibrated else path,
@@ -127,6 +128,7 @@ def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
         "candidates": "merge.candidates" if "candidates" in given["merge"] else section,
         "dtype": "merge.dtype" if "dtype" in given["merge"] else section,
         "finetune": "finetune" if finetuned else section,
+        "searched": "evaluate" if isinstance(recipe, ModelsRecipe) and recipe.searches else section,
     }
     return {key: values[key] for key in FILLS.get(stage, ("family",))}
 

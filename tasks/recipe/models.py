@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS, validate
 from tasks.recipe.arm import ModelsArm, ModelsRepair
+from tasks.recipe.benchmarks import MeasuredParams
 from tasks.recipe.section import Name, ParamsError, Section
 from tasks.recipe.shared import (
     Candidates,
@@ -158,8 +159,8 @@ class ModelsMergeParams(Candidates):
         return self
 
 
-class ModelsEvaluateParams(Section):
-    """The measures beside the scores (`alloy.measures.landscape`)."""
+class ModelsEvaluateParams(MeasuredParams):
+    """Benchmarks of the user's, and the measures beside scores (`alloy.measures.landscape`)."""
 
     tssd_keep: float = Field(gt=0, le=1)  # the share of largest weights that TSSD compares
     batch_size: int = Field(default=250, gt=0)
@@ -272,6 +273,11 @@ class ModelsRecipe(Section):
                 arms[key] = arm.model_copy(update={"alignment": chosen})
         return arms
 
+    @property
+    def searches(self) -> bool:
+        """True where an arm's settings are searched on evaluate's benchmarks before the merge."""
+        return any(arm.search is not None for arm in self.merge.arms.values())
+
     def jobs(self) -> list[tuple[str, int]]:
         """Every set with each of its seeds."""
         return [(name, seed) for name, entry in self.sets.items() for seed in entry.members]
@@ -305,6 +311,13 @@ class ModelsRecipe(Section):
             for key, arm in self.arms(name).items():
                 self._check_arm(name, key, arm)
             self._check_scores(name)
+        result = self.named
+        members, arms = self.sets[result.set].members[result.seed], self.arms(result.set)
+        self.evaluate.check_models(self.where, members, arms, self.sets)
+        for key, arm in self.merge.arms.items():
+            if arm.search is not None:
+                where = f"{self.where}: merge.arms.{key}.search"
+                self.evaluate.check_search(where, arm.search)
 
     def _check_sections(self) -> None:
         given = [name for name in CALIBRATED if getattr(self, name) is not None]
@@ -407,6 +420,13 @@ class ModelsRecipe(Section):
                 f"{where}: {arm.method} needs Grams of the layers' inputs: set "
                 "collect.grams to true"
             )
+
+    @property
+    def measured_models(self) -> list[str]:
+        """The models of `evaluate.benchmarks`: members and arms of the result's set and seed."""
+        result = self.named
+        every = [*self.sets[result.set].members[result.seed], *self.arms(result.set)]
+        return every if self.evaluate.models is None else self.evaluate.models
 
     def _check_scores(self, name: str) -> None:
         """Raise ParamsError where an alignment is chosen on labels missing from the set."""

@@ -90,13 +90,17 @@ def find_lineage(recipe: Recipe) -> dict[str, Any]:
 def find_data(recipe: Recipe) -> dict[str, str]:
     """SHA-256 by file; of kind "models" also the data of each set, as `SET/SPLIT.safetensors`.
 
-    Under that name gates look for the data of a score (`tasks.registry.promotion`).
+    And of each benchmark of `evaluate`. Under that name gates look for the data of a score
+    (`tasks.registry.promotion`).
     """
     manifest = recipe.workspace.data_manifest
     files = storage.read_json(manifest)["files"] if manifest.is_file() else {}
-    if not (isinstance(recipe, ModelsRecipe) and recipe.is_calibrated):
+    if not isinstance(recipe, ModelsRecipe):
         return files
-    measured = {}
+    of_benchmarks = storage.read_json(recipe.workspace.metrics).get("data", {})
+    measured = {f"{place}.safetensors": digest for place, digest in of_benchmarks.items()}
+    if not recipe.is_calibrated:
+        return measured
     for name, entry in recipe.sets.items():
         splits = ("validation", "test") if entry.benchmark else ("calibration",)
         for split in splits:

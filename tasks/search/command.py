@@ -8,6 +8,9 @@ read. The first trial has the arm's own settings, where they lie in the ranges. 
 interrupted, or is given more trials, goes on where it stopped and proposes what it would have
 proposed.
 
+Without KEY=RANGE the arm's own section `search` says what is searched, by which of evaluate's
+benchmarks and in which groups of layers; stage merge does that before it merges the arm.
+
 A KEY is `options.NAME` or `coefficients.EXPERT` (recipes of kind "models": `coefficients.0`, `.1`,
 ... in the order of the members); with a glob pattern of tensor names behind it in brackets it holds
 in these tensors, so that
@@ -24,15 +27,16 @@ plot.png, and best.yaml, the arm's section to paste into params/<recipe>.yaml.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import optuna
 import yaml
@@ -47,7 +51,7 @@ from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS
 from tasks.recipe.section import ParamsError
 from tasks.reports import markdown
-from tasks.search.objective import Objective, objective_of
+from tasks.search.objective import Objective, objective_of, own_objective_of
 from tasks.storage import write_file, write_json
 
 REPORTS = Path("reports/search")
@@ -71,6 +75,8 @@ class Range:
     whole: bool = False
     """Integers alone."""
     choices: tuple[Value, ...] = ()
+    patterns: tuple[str, ...] = ()
+    """Of tensors, where `pattern` is the name of a group of them."""
 
     def propose(self, trial: optuna.Trial) -> Value:
         if self.choices:
@@ -106,7 +112,14 @@ class Trial:
         return fmean(self.scores.values()) if self.scores else -math.inf
 
 
-def parse(setting: str, objective: Objective) -> Range:
+class Subject(Protocol):
+    """The method whose settings are searched, and the names of its coefficients."""
+
+    method: str
+    experts: Sequence[str]
+
+
+def parse(setting: str, objective: Subject) -> Range:
     """KEY=RANGE, checked against what the method takes."""
     key, equals, text = setting.partition("=")
     match = _KEY.fullmatch(key)
@@ -157,10 +170,10 @@ def settle(ranges: Sequence[Range], values: Mapping[str, Value]) -> dict[str, di
         place = settled[r.section]
         if r.pattern is None:
             place[r.name] = values[r.key]
-        elif r.section == "options":
-            place.setdefault(r.name, {})[r.pattern] = values[r.key]
-        else:
-            place.setdefault(r.pattern, {})[r.name] = values[r.key]
+            continue
+        for pattern in r.patterns or (r.pattern,):
+            outer, inner = (r.name, pattern) if r.section == "options" else (pattern, r.name)
+            place.setdefault(outer, {})[inner] = values[r.key]
     return settled
 
 
@@ -200,13 +213,7 @@ def search(
     Raises:
         ParamsError: an earlier search in the folder looked for something else.
     """
-    about = {
-        "ranges": [asdict(r) | {"choices": list(r.choices)} for r in ranges],
-        "seed": seed,
-        "method": objective.method,
-        "own": {section: dict(values) for section, values in objective.own().items()},
-        "measured_by": dict(objective.measured_by),
-    }
+    about = _about(objective, ranges, seed)
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "study.log")))
@@ -240,6 +247,23 @@ def search(
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         report(tried)
     return done[:num_trials]
+
+
+def _about(objective: Objective, ranges: Sequence[Range], seed: int) -> dict[str, Any]:
+    """All that a search depends on."""
+    return {
+        "ranges": [_described(r) for r in ranges],
+        "seed": seed,
+        "method": objective.method,
+        "own": {section: dict(values) for section, values in objective.own().items()},
+        "measured_by": dict(objective.measured_by),
+    }
+
+
+def _described(r: Range) -> dict[str, Any]:
+    """A range as data; searches from before there were groups stay known."""
+    whole = asdict(r) | {"choices": list(r.choices), "patterns": list(r.patterns)}
+    return {name: value for name, value in whole.items() if name != "patterns" or value}
 
 
 def _ask(
@@ -354,9 +378,48 @@ def run(
     """Search, print and write; the folder of what was written."""
     objective = objective_of(recipe, arm, benchmarks)
     ranges = [parse(setting, objective) for setting in settings]
+    return _run(objective, ranges, num_trials, seed, REPORTS / recipe / (name or arm))
+
+
+def run_own(recipe: str, arm: str, best: Path | None = None) -> Path:
+    """Search as the arm's own section `search` says; the folder of what was written.
+
+    Args:
+        best: a file for the arm that was found, without its search.
+    """
+    objective = own_objective_of(recipe, arm)
+    ranges = [
+        each
+        for key, (text, groups) in objective.settings().items()
+        for each in in_groups(parse(f"{key}={text}", objective), groups)
+    ]
+    about = json.dumps([_about(objective, ranges, objective.search.seed)], default=str)
+    digest = hashlib.sha256(about.encode()).hexdigest()[:8]
+    folder = REPORTS / recipe / f"{arm}-{digest}"
+    _run(objective, ranges, objective.search.trials, objective.search.seed, folder, best)
+    return folder
+
+
+def in_groups(r: Range, groups: Mapping[str, Sequence[str]]) -> list[Range]:
+    """The setting once for each group of tensors."""
+    if groups and r.pattern is not None:
+        raise ParamsError(f"{r.key}: it has a pattern: leave that out, or `groups`")
+    return [
+        replace(r, key=f"{r.key}[{label}]", pattern=label, patterns=tuple(patterns))
+        for label, patterns in groups.items()
+    ] or [r]
+
+
+def _run(
+    objective: Objective,
+    ranges: Sequence[Range],
+    num_trials: int,
+    seed: int,
+    folder: Path,
+    written: Path | None = None,
+) -> Path:
     _refuse_clashes(ranges)
     objective.arm(settle(ranges, {r.key: r.ends[0] for r in ranges}))
-    folder = REPORTS / recipe / (name or arm)
     console = Console()
     with Progress(transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("search", total=num_trials)
@@ -374,6 +437,10 @@ def run(
         raise ParamsError(f"no trial could be merged; the first: {trials[0].problem}")
     console.print(table(trials))
     print(write(objective, trials, folder, best, ranges))
+    if written is not None:
+        arm = objective.arm(settle(ranges, best.settings))
+        with write_file(written) as file:  # in its own order: of patterns the first one decides
+            file.write_text(json.dumps(arm.model_dump(mode="json", exclude={"search"})))
     print(f"search: {folder}: best of {len(trials)} trials is {best.number}, {best.score:.3f}")
     return folder
 
@@ -403,7 +470,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("recipe", help="a recipe of params/recipes.yaml with benchmarks")
     parser.add_argument("arm", help="an arm of its section merge")
-    parser.add_argument("settings", nargs="+", metavar="KEY=RANGE")
+    parser.add_argument(
+        "settings", nargs="*", metavar="KEY=RANGE", help="by default the arm's section `search`"
+    )
+    parser.add_argument("--best", type=Path, help="a file for the arm that its own search found")
     parser.add_argument(
         "--trials", type=int, default=30, help="in all, those of earlier runs included"
     )
@@ -412,6 +482,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", help="of the folder; by default the arm's")
     given = parser.parse_args(arguments)
     try:
+        if not given.settings:
+            run_own(given.recipe, given.arm, given.best)
+            return
         if given.trials < 1:
             raise ParamsError(f"--trials {given.trials}: give at least 1")
         run(

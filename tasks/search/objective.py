@@ -47,6 +47,16 @@ def objective_of(recipe: str, arm: str, benchmarks: Sequence[str] | None) -> Obj
     return module.objective(loaded, arm, benchmarks)
 
 
+def own_objective_of(recipe: str, arm: str) -> Any:
+    """The objective that an arm's own section `search` describes; ParamsError without one."""
+    loaded = load(recipe)
+    if loaded.kind != "models":
+        raise ParamsError(
+            f"{loaded.where}: arms of kind {loaded.kind!r} have no section search: give KEY=RANGE"
+        )
+    return import_module("tasks.models.benchmarks.objective").BenchmarkObjective(loaded, arm)
+
+
 def known(where: str, arm: str, arms: Mapping[str, Any]) -> Any:
     if arm not in arms:
         raise ParamsError(f"{where}: {arm!r} is no arm: {nearest(arm, list(arms))}")

@@ -18,6 +18,18 @@ class ScoreRow:
 
 
 @dataclass(frozen=True)
+class BenchmarkRow:
+    """One metric of one model on a benchmark of the user's."""
+
+    split: str
+    benchmark: str
+    model: str  # a member or an arm
+    metric: str
+    value: float
+    standard_error: float | None  # of harnesses that give none, None
+
+
+@dataclass(frozen=True)
 class PathRow:
     """One metric at t of the straight path from the reference (0) to another member (1)."""
 

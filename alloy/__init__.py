@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from alloy.gauge import search_gauge
     from alloy.measures.distances import distance
     from alloy.merging.apply import merge
+    from alloy.modality.sharing import load_shared
     from alloy.statistics.collection import collect
     from alloy.statistics.sums import Statistics
     from alloy.symmetry import (
@@ -31,14 +32,18 @@ if TYPE_CHECKING:
         unfold_norms,
         validate,
     )
+    from alloy.trunk import Member, Trunk, TrunkPlan, merge_trunk, plan_trunk
 
 __version__ = "0.2.0"
 
 __all__ = [
     "Alignment",
     "AlloyError",
+    "Member",
     "Statistics",
     "SymmetrySpec",
+    "Trunk",
+    "TrunkPlan",
     "__version__",
     "add_norm_matrices",
     "align",
@@ -50,8 +55,11 @@ __all__ = [
     "fold_norms",
     "identity",
     "invert",
+    "load_shared",
     "merge",
     "merge_checkpoints",
+    "merge_trunk",
+    "plan_trunk",
     "random_transforms",
     "search_gauge",
     "transport",
@@ -71,6 +79,12 @@ _HOMES = {
     "collect": "alloy.statistics.collection",
     "Statistics": "alloy.statistics.sums",
     "SymmetrySpec": "alloy.symmetry",
+    "load_shared": "alloy.modality.sharing",
+    "Member": "alloy.trunk",
+    "Trunk": "alloy.trunk",
+    "TrunkPlan": "alloy.trunk",
+    "merge_trunk": "alloy.trunk",
+    "plan_trunk": "alloy.trunk",
     "add_norm_matrices": "alloy.symmetry",
     "compose": "alloy.symmetry",
     "find_symmetries": "alloy.symmetry",

@@ -153,12 +153,16 @@ def test_the_towers_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mon
         BeitConfig(**layers, **images, use_shared_relative_position_bias=True)
     ).save_pretrained("models/beit")
     torch.save(state_dict("vl-merging"), "models/vl_merging.ckpt")
-    merge, start, release = blocks("towers.md")
-    given: dict = {"torch": torch}
+    trunk, merge, start, release = blocks("towers.md")
+    inputs = {"pixel_values": torch.randn(4, 3, 12, 12), "input_ids": torch.randint(3, 30, (4, 7))}
+    given: dict = {"torch": torch, "batches": [inputs]}
+    exec(trunk, given)
+    before, after = given["plan"].num_parameters
+    assert sum(p.numel() for p in given["model"].parameters()) == after < before
     exec(merge, given)
-    trunk = "encoder.layers.1.mlp.fc1.weight"
+    shared = "encoder.layers.1.mlp.fc1.weight"
     both = given["model"].vision_model, given["model"].text_model
-    assert torch.equal(*(tower.get_parameter(trunk) for tower in both))
+    assert torch.equal(*(tower.get_parameter(shared) for tower in both))
     exec(start, given)
     assert AutoModel.from_pretrained("models/start").config.sharing == "none"
     exec(release, given)

@@ -9,18 +9,15 @@ Shapes: B batch, T text tokens, S any sequence, N tokens that count, D inputs of
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from alloy.devices import beside
 from alloy.modality.modeling import ModalityModel
 from alloy.modality.passes import PASSES, Answers, Batch, answers_of, layers_of
-from alloy.refit import LinearLayer, Sensitivity, sensitivities
+from alloy.refit import LinearLayer, Sensitivity, grams, sensitivities
 from alloy.statistics.moments import Gram
 
 Sensitivities = Mapping[str, Mapping[str, Sensitivity]]
@@ -53,23 +50,6 @@ def sensitivities_of(
     return result
 
 
-@contextmanager
-def _inputs_of(model: ModalityModel, layers: Mapping[str, str]) -> Generator[dict[str, Tensor]]:
-    """Fill a mapping with the inputs of the layers while the model runs."""
-    inputs: dict[str, Tensor] = {}
-    handles = [
-        model.get_submodule(there).register_forward_pre_hook(
-            lambda _, args, name=name: inputs.__setitem__(name, args[0])
-        )
-        for name, there in layers.items()
-    ]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def affine_grams(
     model: ModalityModel, batches: Iterable[Batch], sensitivities: Sensitivities | None = None
@@ -88,28 +68,19 @@ def affine_grams(
     Returns:
         Grams by modality and by the weight's name in the agnostic model.
     """
-    grams: dict[str, dict[str, Gram]] = {}
-    layers = {modality: own for modality in PASSES if (own := layers_of(model, modality))}
-    for number, batch in enumerate(batches):
-        batch = beside(model, batch)
-        for modality, own in layers.items():
-            own_pass, sums = PASSES[modality], grams.setdefault(modality, {})
-            mask_BS = own_pass.mask(model, batch)
-            with _inputs_of(model, own) as inputs:
-                own_pass.forward(model, batch)
-            for layer, x_BSD in inputs.items():
-                kept_BS = x_BSD.new_ones(x_BSD.shape[:2]) if mask_BS is None else mask_BS
-                x_ND = x_BSD[kept_BS.bool()].double()
-                x_ND = torch.cat([x_ND, x_ND.new_ones(len(x_ND), 1)], dim=1)
-                count = len(x_ND)
-                if sensitivities is not None:
-                    (weight_BS,) = sensitivities[modality][layer].samples[number]
-                    x_ND = weight_BS[kept_BS.bool()].double().sqrt()[:, None] * x_ND
-                    count = len(x_BSD)
-                name = f"{layer}.weight"
-                before = sums.get(name, Gram.zero(x_ND.shape[1], device=x_ND.device))
-                sums[name] = replace(before.update(x_ND), count=before.count + count)
-    return {m: {name: gram.to("cpu") for name, gram in own.items()} for m, own in grams.items()}
+    batches = list(batches)
+    return {
+        modality: grams.affine_grams(
+            model,
+            own,
+            batches,
+            forward=PASSES[modality].forward,
+            mask=PASSES[modality].mask,
+            sensitivities=None if sensitivities is None else sensitivities[modality],
+        )
+        for modality in PASSES
+        if (own := layers_of(model, modality))
+    }
 
 
 def without_constant(

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 
 from alloy.errors import MergeError
 from alloy.refit.lessons import Batch, Lesson
-from alloy.refit.linear_layer import LinearLayer
 from alloy.refit.normal_equations import NormalEquations
 from alloy.refit.resuming import Resuming
 from alloy.refit.tracing import (
@@ -257,14 +256,19 @@ class _Study:
         if (names[0], number) not in self.targets:
             taught = self._watched(batch, names)
             for name in names:
-                dim = LinearLayer(self.student.get_submodule(name)).dim
+                dim = layer_of_student(self.student, name, [self.trace]).dim
                 self.targets[name, number] = [
                     self._target(taught, name, k, shares, dim)
                     for k in range(self.trace.calls[name])
                 ]
         forward = partial(self.lesson.forward, self.student, batch)
         watched = partial(
-            watch, self.student, trace=self.trace, layers=layers, streams=self.streams
+            watch,
+            self.student,
+            trace=self.trace,
+            layers=layers,
+            streams=self.streams,
+            own_names=self.trace.places,
         )
         ours = self.passes.watch(number, lambda run: watched(forward=run), forward, _same)
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {}

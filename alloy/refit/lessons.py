@@ -86,6 +86,11 @@ class Lesson:
     """By student's layer, of the teacher (there is one then); by default all samples and units
     count alike.
     """
+    places: Mapping[str, str] | None = None
+    """Layer -> the module of the student in which this lesson's data reach it, for a student that
+    has one layer in several places (towers that share a trunk, `alloy.trunk`). By default a layer
+    is called what its module is.
+    """
 
     def shares_of(self, start: int, size: int) -> Tensor:
         """The weight of each teacher in the next examples, [P, size or 1]."""

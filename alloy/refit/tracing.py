@@ -37,6 +37,8 @@ class Trace:
     """The student's blocks, in the order in which they end."""
     bytes_an_entry: Mapping[str, float]
     """By layer, of what it writes for an entry of the batch's first tensor."""
+    places: Mapping[str, str]
+    """By layer, the student's module; what is absent is called so."""
 
 
 def layers_in_order(module: nn.Module, lesson: Lesson) -> list[dict[str, LinearLayer]]:
@@ -54,7 +56,7 @@ def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
     Raises:
         MergeError: as `fit_layers`.
     """
-    layers = fittable_layers(student)
+    layers = _layers_of(student, lesson)
     batch = next(iter(lesson.batches), None)
     if batch is None:
         raise MergeError("a model has no batches: least squares needs data of each")
@@ -67,6 +69,8 @@ def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
             raise MergeError(f"teachers of one lesson have different layers: {sorted(mapping)[:3]}")
     followed = {name: layer for name, layer in layers.items() if name in wanted}
     norms = {n: m for n, m in batch_norms(student).items() if m.affine}
+    if lesson.places is not None:  # a norm behind would be of one place alone
+        norms = {}
     recorder = CallRecorder({**followed, **norms}, {**followed, **norms}, copies=False)
     with blocks_recorded(student, recorder.order) as blocks:
         calls = recorder.run(student, lambda: lesson.forward(student, batch)).calls
@@ -86,11 +90,19 @@ def trace_layers(student: nn.Module, lesson: Lesson) -> Trace:
         norms=behind,
         sums={n: [_stream_of(c, recorder) for c in calls[behind.get(n, n)]] for n in reached},
         blocks={n: replace(b, before=b.before.intersection(reached)) for n, b in blocks.items()},
+        places={} if lesson.places is None else lesson.places,
         bytes_an_entry={
             n: sum(call.output.nbytes for call in calls[n]) / next(iter(batch.values())).numel()
             for n in reached
         },
     )
+
+
+def _layers_of(student: nn.Module, lesson: Lesson) -> dict[str, nn.Module]:
+    """The layers that a lesson may fit, by the names that the lesson gives them."""
+    if lesson.places is None:
+        return fittable_layers(student)
+    return {name: student.get_submodule(place) for name, place in lesson.places.items()}
 
 
 def _stream_of(call: ModuleCall, recorder: CallRecorder) -> int | None:
@@ -131,8 +143,9 @@ def layer_of_student(student: nn.Module, name: str, traces: Sequence[Trace]) -> 
     norm, *others = {trace.norms.get(name) for trace in traces if name in trace.calls}
     if others:
         raise MergeError(f"behind {name} stands a batch norm for some of the data and not for all")
+    place = next((t.places[name] for t in traces if name in t.places), name)
     return LinearLayer(
-        student.get_submodule(name), None if norm is None else student.get_submodule(norm)
+        student.get_submodule(place), None if norm is None else student.get_submodule(norm)
     )
 
 

@@ -6,7 +6,7 @@ contractions read it (into their columns) or write what it scales (into their ro
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -178,7 +178,11 @@ class _Planner:
 
 
 def fold_norms(
-    model: Any, spec: SymmetrySpec, *, spaces: list[str] | None = None, biases: bool = False
+    model: Any,
+    spec: SymmetrySpec,
+    *,
+    spaces: list[str] | None = None,
+    biases: bool | Collection[str] = False,
 ) -> tuple[Any, SymmetrySpec]:
     """Fold norms' gains into the weights beside them; the function stays the same.
 
@@ -188,8 +192,8 @@ def fold_norms(
         model: a state dict or a module.
         spec: the symmetries of the model.
         spaces: the spaces to fold; by default all that can be folded.
-        biases: whether norms' biases move on into the biases of the layers that read them. They
-            need not, because a bias turns with its stream.
+        biases: whether norms' biases move on into the biases of the layers that read them, or the
+            names of those that do. They need not, because a bias turns with its stream.
 
     Returns:
         A copy, of the same type as `model`, and the spec of the folded weights. In it, spaces have
@@ -202,9 +206,9 @@ def fold_norms(
     chosen = _chosen(spec, spaces)
     if isinstance(model, nn.Module):
         weights = dict(model.state_dict())
-        folded, folded_spec = fold_norms(weights, spec, spaces=spaces, biases=biases)
-        return _with_weights(model, folded), folded_spec
-    return _fold_weights(model, spec, chosen, biases=biases), _folded_spec(spec, chosen)
+        folded, remaining = fold_norms(weights, spec, spaces=spaces, biases=biases)
+        return _with_weights(model, folded), remaining
+    return _fold_weights(model, spec, chosen, biases=biases), folded_spec(spec, chosen)
 
 
 def unfold_norms(
@@ -284,9 +288,15 @@ def add_norm_matrices(model: nn.Module, spec: SymmetrySpec) -> nn.Module:
     if not gains:
         raise SymmetryError("no norm stands in the way of folding: no matrix is needed")
     result = copy.deepcopy(model)
+    add_matrices(result, gains)
+    return result
+
+
+def add_matrices(model: nn.Module, gains: Iterable[str]) -> None:
+    """Put an identity matrix behind the norms of these gains, in place (`add_norm_matrices`)."""
     for gain in gains:
         owner, _, name = gain.rpartition(".")
-        norm = result.get_submodule(owner)
+        norm = model.get_submodule(owner)
         if any(True for _ in norm.children()):
             raise SymmetryError(
                 f"gain {gain!r} is a weight of {type(norm).__name__}, which does more than "
@@ -298,7 +308,6 @@ def add_norm_matrices(model: nn.Module, spec: SymmetrySpec) -> nn.Module:
         nn.init.eye_(matrix.weight)
         norm.add_module("matrix", matrix.to(weight))
         norm.register_forward_hook(_multiply)
-    return result
 
 
 def _multiply(norm: Any, _: Any, output: Tensor) -> Tensor:
@@ -398,7 +407,7 @@ def _gain(weights: Weights, spec: SymmetrySpec, fold: Fold, axis: Axis) -> Tenso
 
 
 def _fold_weights(
-    weights: Weights, spec: SymmetrySpec, chosen: set[str], *, biases: bool
+    weights: Weights, spec: SymmetrySpec, chosen: set[str], *, biases: bool | Collection[str]
 ) -> dict[str, Tensor]:
     work = _Work(weights, spec)
     folds = [fold for fold in spec.folds if fold.space in chosen]
@@ -413,9 +422,11 @@ def _fold_weights(
             )
         work.scale(fold, gain)
         work.units(fold.gain, fold.space).fill_(1 - fold.offset)
-    for fold in folds if biases else ():
-        _check_bias(fold)
-        if fold.bias is not None:
+    own = {fold.bias.parameter for fold in folds if fold.bias}
+    moving = (own if biases else set()) if isinstance(biases, bool) else own.intersection(biases)
+    for fold in folds:
+        if fold.bias is not None and fold.bias.parameter in moving:
+            _check_bias(fold)
             work.move_bias(fold)
     for fold in folds:
         for axis in fold.centred:
@@ -424,7 +435,8 @@ def _fold_weights(
     return work.result()
 
 
-def _folded_spec(spec: SymmetrySpec, chosen: set[str]) -> SymmetrySpec:
+def folded_spec(spec: SymmetrySpec, chosen: Collection[str]) -> SymmetrySpec:
+    """The symmetries that are left when the norms of these spaces are folded."""
     gains = {fold.gain: fold.space for fold in spec.folds if fold.space in chosen and fold.gain}
     gone = {gain.parameter for gain in gains}
     gone |= {alias for alias, name in spec.tied.items() if name in gone}
@@ -454,7 +466,7 @@ def _folded_spec(spec: SymmetrySpec, chosen: set[str]) -> SymmetrySpec:
     )
 
 
-def _retype(term: Term, chosen: set[str], *, gain: bool) -> Term:
+def _retype(term: Term, chosen: Collection[str], *, gain: bool) -> Term:
     match term:
         case Leaf(size, space) if space in chosen:
             return Leaf(size) if gain else Leaf(size, space, 1)

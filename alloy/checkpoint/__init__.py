@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from alloy.checkpoint.adapter.source import open_source
+    from alloy.checkpoint.checks.names import open_members
     from alloy.checkpoint.format import Checkpoint, Entry, open_checkpoint
     from alloy.checkpoint.plan import MergePlan, plan_merge
     from alloy.checkpoint.request import MergeRequest
@@ -26,6 +27,7 @@ __all__ = [
     "load_weights",
     "merge_checkpoints",
     "open_checkpoint",
+    "open_members",
     "open_source",
     "plan_merge",
     "run_plan",
@@ -36,6 +38,7 @@ _HOMES = {
     "Checkpoint": "alloy.checkpoint.format",
     "Entry": "alloy.checkpoint.format",
     "open_checkpoint": "alloy.checkpoint.format",
+    "open_members": "alloy.checkpoint.checks.names",
     "open_source": "alloy.checkpoint.adapter.source",
     "MergePlan": "alloy.checkpoint.plan",
     "plan_merge": "alloy.checkpoint.plan",

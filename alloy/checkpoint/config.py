@@ -49,10 +49,24 @@ def vocabulary_size(config: Mapping | None) -> int | None:
     """The number of rows of the embeddings, at the top of the config or in its text part."""
     if config is None:
         return None
-    for part in (config, config.get("text_config") or {}):
+    for part in (config, text_part(config) or {}):
         if isinstance(part.get("vocab_size"), int):
             return part["vocab_size"]
     return None
+
+
+def text_part(config: Mapping) -> Mapping | None:
+    """The config of the language model within a model of several modalities, or None.
+
+    Old configs hold it at the top, beside those of the encoders.
+    """
+    for key in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(key), Mapping):
+            return config[key]
+    encoders = [key for key in ("vision_config", "audio_config") if key in config]
+    if not encoders:
+        return None
+    return {key: value for key, value in config.items() if key not in encoders}
 
 
 def stored_transposed(config: Mapping | None, names: Iterable[str]) -> set[str]:
@@ -96,6 +110,72 @@ def stored_names(config: Mapping | None) -> dict[str, str]:
     names = {id(tensor): name for name, tensor in tensors.items()}
     saved = revert_weight_conversion(model, dict(tensors))
     return {names[id(t)]: name for name, t in saved.items() if id(t) in names}
+
+
+def model_names(config: Mapping | None, names: Iterable[str]) -> dict[str, str]:
+    """The model's own name of every stored tensor, as transformers renames it while it loads.
+
+    Empty for an architecture that transformers lacks.
+    """
+    model = skeleton(config)
+    if model is None:
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    own = model.state_dict()
+    return {
+        name: rename_source_key(name, renamings, [], model.base_model_prefix, own)[0]
+        for name in names
+    }
+
+
+def parts_of_model(config: Mapping | None, names: Iterable[str]) -> dict[str, set[str]]:
+    """The stored tensors of each part of a model, as its architecture has them.
+
+    Parts are towers (by the kind of their configs), embeddings, head, norms of the language model,
+    and projector, the rest of a model of several modalities. Empty for an architecture that
+    transformers lacks.
+    """
+    model = skeleton(config)
+    if model is None:
+        return {}
+    from transformers import PreTrainedModel
+
+    towers = {
+        group: [
+            f"{path}."
+            for path, module in model.named_modules()
+            if path
+            and isinstance(module, PreTrainedModel)
+            and type(module.config) is type(getattr(model.config, key, None))
+        ]
+        for group, key in (("vision_tower", "vision_config"), ("audio_tower", "audio_config"))
+    }
+    text = type(model.config.get_text_config())
+    body = [
+        f"{path}."
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and path and type(module.config) is text
+    ]
+    norms = {p for p, module in model.named_modules() if type(module).__name__.endswith("Norm")}
+    groups: dict[str, set[str]] = {}
+    ends = (
+        ("embeddings", model.get_input_embeddings()),
+        ("head", model.get_output_embeddings()),
+    )
+    for name, own in model_names(config, names).items():
+        module = own.rpartition(".")[0]
+        tower = next((g for g, paths in towers.items() if own.startswith(tuple(paths))), None)
+        end = next((g for g, m in ends if m is not None and m is model.get_submodule(module)), None)
+        if tower or end:
+            groups.setdefault(str(tower or end), set()).add(name)
+        elif not own.startswith(tuple(body)) and any(towers.values()):
+            groups.setdefault("projector", set()).add(name)
+        elif module in norms:
+            groups.setdefault("norms", set()).add(name)
+    return groups
 
 
 def skeleton(config: Mapping | None) -> Any:

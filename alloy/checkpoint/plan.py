@@ -15,14 +15,27 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
-from alloy.checkpoint.checks.configs import compare_configs, compare_processors
+from alloy.checkpoint.checks.configs import (
+    GENERATION,
+    PROCESSOR,
+    compare_configs,
+    compare_processors,
+)
 from alloy.checkpoint.checks.findings import Findings
+from alloy.checkpoint.checks.groups import kept_names
 from alloy.checkpoint.checks.modules import common_modules
+from alloy.checkpoint.checks.names import common_names
 from alloy.checkpoint.checks.places import check_output, check_room
 from alloy.checkpoint.checks.rows import common_vocabulary, has_row_per_token
 from alloy.checkpoint.checks.settings import TextSettings, common_settings
 from alloy.checkpoint.checks.sources import BASE, Sources, open_sources
-from alloy.checkpoint.checks.tensors import PlannedTensor, Selection, plan_tensors
+from alloy.checkpoint.checks.tensors import (
+    PlannedTensor,
+    Selection,
+    any_row_merged,
+    plan_tensors,
+    without_tied_copies,
+)
 from alloy.checkpoint.config import (
     COPIED,
     TOKENIZER,
@@ -32,7 +45,7 @@ from alloy.checkpoint.config import (
 )
 from alloy.checkpoint.display import plan_table
 from alloy.checkpoint.format import ADAPTER, INDEX, SINGLE, Checkpoint
-from alloy.checkpoint.reading import few
+from alloy.checkpoint.reading import few, source_file
 from alloy.checkpoint.request import MergeRequest
 from alloy.checkpoint.statistics import Measurements, open_statistics
 from alloy.checkpoint.tokenizer import Vocabulary
@@ -40,6 +53,8 @@ from alloy.errors import system_errors
 from alloy.merging import MERGE_METHODS, MergeSettings, oriented, validate
 from alloy.merging.check import is_matrix
 from alloy.merging.method import Coefficients
+
+Names = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -120,11 +135,24 @@ def _plan(request: MergeRequest) -> MergePlan:
     check_output(findings, paths | _parts(sources), output)
     findings.stop()
 
+    sources = without_tied_copies(findings, sources)
+    spared = (*request.drop, *request.copy)
+    sources = common_names(findings, sources, cast("Names", request.names), spared)
+    kept = kept_names(findings, request.kept, sources.checkpoints[sources.reference])
+    selection = Selection(request.copy, request.drop, request.dtype, kept, sources.reference)
     compare_configs(findings, sources.configs, request.allow)
     models = {n: sources.folders[n] for n in sources.models if n in sources.folders}
-    processors = compare_processors(findings, models, request.allow)
+    owners = _owners(request)
+    processors = compare_processors(findings, models, request.allow, tuple(owners))
     modules = common_modules(findings, sources, request.allow)
-    vocabulary = common_vocabulary(findings, sources, request.tokenizer)
+    merges_rows = any_row_merged(sources, selection)
+    vocabulary = None
+    if merges_rows:
+        vocabulary = common_vocabulary(findings, sources, request.tokenizer)
+    elif request.tokenizer != "same":
+        findings.note(
+            f"tokenizer={request.tokenizer!r} changes nothing: no row of a token is merged"
+        )
     by_base = vocabulary is not None and request.tokenizer == "base" and BASE in sources.folders
     speaker = BASE if by_base else sources.reference
     text_settings = common_settings(
@@ -134,8 +162,8 @@ def _plan(request: MergeRequest) -> MergePlan:
         sources.models,
         None if request.chat_template is None else str(request.chat_template),
         request.allow,
+        compared=merges_rows,
     )
-    selection = Selection(request.copy, request.drop, request.dtype)
     tensors = plan_tensors(findings, sources, vocabulary, selection)
     _check_scope(findings, request.method, tensors)
     findings.stop()
@@ -157,13 +185,20 @@ def _plan(request: MergeRequest) -> MergePlan:
         layout=_layout(tensors, sources, request.shard_bytes),
         files=processors
         | modules
-        | _files(sources, speaker, vocabulary, text_settings, request.dtype),
+        | _files(sources, speaker, owners, vocabulary, text_settings, request.dtype),
         vocabulary=vocabulary,
         statistics=measured,
         notes=tuple(findings.notes),
         choices=request.choices | ({"statistics": statistics} if statistics else {}),
         data=data,
     )
+
+
+def _owners(request: MergeRequest) -> dict[str, str]:
+    """The source of every file that the request names one for."""
+    processor = dict.fromkeys(PROCESSOR, request.processor)
+    owners = {**processor, GENERATION: request.generation_config}
+    return {file: owner for file, owner in owners.items() if owner is not None}
 
 
 def _paths(request: MergeRequest) -> dict[str, Path]:
@@ -324,6 +359,7 @@ def _layout(
 def _files(
     sources: Sources,
     speaker: str,
+    owners: Mapping[str, str],
     vocabulary: Vocabulary | None,
     text_settings: TextSettings,
     dtype: str | None,
@@ -338,7 +374,11 @@ def _files(
             *text_settings.left_out,
         )
         for path in files_like(folders[reference], COPIED):
-            result[path.name] = path
+            if path.name not in owners:
+                result[path.name] = path
+        for name, owner in owners.items():
+            if owner in folders and (path := source_file(folders[owner], name)) is not None:
+                result[name] = path
         for path in files_like(folders[speaker], TOKENIZER):
             if path.name not in left_out and path.name != INDEX:
                 result[path.name] = path

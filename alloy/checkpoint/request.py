@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
+from alloy.checkpoint.checks.names import changes_by_source
 from alloy.checkpoint.checks.sources import BASE
 from alloy.checkpoint.format import DTYPE_NAMES
 from alloy.checkpoint.tokenizer import POLICIES
@@ -42,6 +43,12 @@ class MergeRequest:
     shard_bytes: int | str | None = field(default=None, kw_only=True)
     tokenizer: str = field(default="same", kw_only=True)
     chat_template: str | Path | None = field(default=None, kw_only=True)
+    processor: str | None = field(default=None, kw_only=True)
+    generation_config: str | None = field(default=None, kw_only=True)
+    names: Mapping[str, str] | Mapping[str, Mapping[str, str]] = field(
+        default_factory=dict, kw_only=True
+    )
+    kept: Sequence[str] = field(default=(), kw_only=True)
     copy: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     drop: Sequence[str] = field(default=(), kw_only=True)
     allow: Sequence[str] = field(default=(), kw_only=True)
@@ -52,10 +59,11 @@ class MergeRequest:
         """This request in one form, every argument of its kind; a problem for each that is not.
 
         Sources are a mapping from name to path, without the base; coefficients by source are a
-        list; a size is a number; a dtype has its name.
+        list; a size is a number; a dtype has its name; changes of names are by source.
         """
         one_of(self.method, MERGE_METHODS, "method")  # raises: all else depends on it
         sources = named_paths(self.sources)
+        known = [*sources, *([] if self.base is None else [BASE])]
         attempt = findings.attempt
         return replace(
             self,
@@ -68,6 +76,10 @@ class MergeRequest:
             shard_bytes=None if self.shard_bytes is None else attempt(num_bytes, self.shard_bytes),
             tokenizer=attempt(one_of, self.tokenizer, POLICIES, "tokenizer"),
             chat_template=attempt(_text_or_path, self.chat_template, "chat_template"),
+            processor=attempt(_source, self.processor, "processor", known),
+            generation_config=attempt(_source, self.generation_config, "generation_config", known),
+            names=attempt(changes_by_source, self.names, known) or {},
+            kept=attempt(patterns, self.kept, "kept") or (),
             copy=attempt(_texts_by_text, self.copy, "copy") or {},
             drop=attempt(patterns, self.drop, "drop") or (),
             allow=attempt(patterns, self.allow, "allow") or (),
@@ -82,6 +94,10 @@ class MergeRequest:
             "shard_bytes": self.shard_bytes,
             "tokenizer": self.tokenizer,
             "chat_template": None if self.chat_template is None else str(self.chat_template),
+            "processor": self.processor,
+            "generation_config": self.generation_config,
+            "names": dict(self.names),
+            "kept": list(self.kept),
             "copy": dict(self.copy),
             "drop": list(self.drop),
             "allow": list(self.allow),
@@ -268,6 +284,11 @@ def _texts_by_text(value: object, what: str) -> dict[str, str] | None:
     ):
         raise MergeError(f"{what}={_shown(value)}: give a mapping, {what}={{'pattern': 'source'}}")
     return dict(value)
+
+
+def _source(value: object, what: str, known: Sequence[str]) -> str | None:
+    """The name of a source, the base's included."""
+    return None if value is None else one_of(value, known, what)
 
 
 def _options(value: object) -> dict[str, Any]:

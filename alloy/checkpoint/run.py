@@ -64,6 +64,10 @@ def merge_checkpoints(
     shard_bytes: int | str | None = None,
     tokenizer: str = "same",
     chat_template: str | Path | None = None,
+    processor: str | None = None,
+    generation_config: str | None = None,
+    names: Mapping[str, str] | Mapping[str, Mapping[str, str]] | None = None,
+    kept: Sequence[str] = (),
     copy: Mapping[str, str] | None = None,
     drop: Sequence[str] = (),
     allow: Sequence[str] = (),
@@ -98,6 +102,14 @@ def merge_checkpoints(
             source lacks counts as the base's, or as the mean of those that have it.
         chat_template: where the sources' chat templates differ, the source whose template is
             taken, or a file that holds one.
+        processor, generation_config: the source whose files these are; by default the first.
+        names: changes of prefix that give a source the first one's names, where a language model is
+            merged into the one of a vision-language model: `{"model.": "model.language_model."}`
+            for all sources but the first, or such mappings by source. Where one smallest change
+            places every tensor, it is found.
+        kept: tensors that stay the first source's, by glob pattern or as a group of
+            `alloy.checkpoint.checks.groups.GROUPS`: vision_tower, audio_tower, projector,
+            embeddings, head, norms. Other sources may lack them, or have them in other shapes.
         copy: glob pattern of tensor names to the source whose tensors are taken as they are.
         drop: glob patterns of tensors that the result shall not have.
         allow: glob patterns of config keys (and processor files) that may differ.
@@ -121,8 +133,9 @@ def merge_checkpoints(
         MergeRequest(
             method, sources, output, base=base, coefficients=coefficients, statistics=statistics,
             dtype=dtype, shard_bytes=shard_bytes, tokenizer=tokenizer,
-            chat_template=chat_template, copy=copy or {}, drop=drop,
-            allow=allow, options=options,
+            chat_template=chat_template, processor=processor,
+            generation_config=generation_config, names=names or {}, kept=kept,
+            copy=copy or {}, drop=drop, allow=allow, options=options,
         )
     )  # fmt: skip
     return run_plan(

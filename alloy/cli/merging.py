@@ -13,6 +13,7 @@ import typer
 from tqdm import tqdm
 
 from alloy.checkpoint import MergeRequest, plan_merge, run_plan
+from alloy.checkpoint.checks.groups import GROUPS
 from alloy.cli.wording import in_options, refusals
 from alloy.errors import MergeError
 from alloy.merging import MERGE_METHODS
@@ -112,6 +113,29 @@ ChatTemplate = Annotated[
         help="Where chat templates differ: the source whose template is taken, or a file.",
     ),
 ]
+Processor = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The source whose processor the result has.")
+]
+GenerationConfig = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The source whose generation config the result has."),
+]
+Names = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="OLD=NEW",
+        help="Prefixes of names that the first source has otherwise, as "
+        "`model.=model.language_model.`; found where one change places everything.",
+    ),
+]
+Kept = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN|GROUP",
+        help=f"Tensors that stay the first source's; groups are {', '.join(GROUPS)}.",
+        autocompletion=_of(*GROUPS),
+    ),
+]
 Copy = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN=NAME", help="Tensors taken as they are from one source."),
@@ -140,6 +164,10 @@ def merge(
     shard_bytes: ShardBytes = None,
     tokenizer: TokenizerPolicy = "same",
     chat_template: ChatTemplate = None,
+    processor: Processor = None,
+    generation_config: GenerationConfig = None,
+    names: Names = None,
+    kept: Kept = None,
     copy: Copy = None,
     drop: Drop = None,
     allow: Allow = None,
@@ -156,7 +184,8 @@ def merge(
         plan = plan_merge(
             _request(
                 method, output, sources, base, coefficients, options, statistics, dtype,
-                shard_bytes, tokenizer, chat_template, copy, drop, allow,
+                shard_bytes, tokenizer, chat_template, processor, generation_config, names, kept,
+                copy, drop, allow,
             )
         )  # fmt: skip
         lock = threading.Lock()
@@ -204,6 +233,10 @@ def plan(
     shard_bytes: ShardBytes = None,
     tokenizer: TokenizerPolicy = "same",
     chat_template: ChatTemplate = None,
+    processor: Processor = None,
+    generation_config: GenerationConfig = None,
+    names: Names = None,
+    kept: Kept = None,
     copy: Copy = None,
     drop: Drop = None,
     allow: Allow = None,
@@ -216,7 +249,8 @@ def plan(
         planned = plan_merge(
             _request(
                 method, output, sources, base, coefficients, options, statistics, dtype,
-                shard_bytes, tokenizer, chat_template, copy, drop, allow,
+                shard_bytes, tokenizer, chat_template, processor, generation_config, names, kept,
+                copy, drop, allow,
             )
         )  # fmt: skip
     typer.echo(replace(planned, notes=tuple(map(in_options, planned.notes))))
@@ -234,6 +268,10 @@ def _request(
     shard_bytes: str | None,
     tokenizer: str,
     chat_template: str | None,
+    processor: str | None,
+    generation_config: str | None,
+    names: Sequence[str] | None,
+    kept: Sequence[str] | None,
     copy: Sequence[str] | None,
     drop: Sequence[str] | None,
     allow: Sequence[str] | None,
@@ -255,6 +293,10 @@ def _request(
         shard_bytes=shard_bytes,
         tokenizer=tokenizer,
         chat_template=chat_template,
+        processor=processor,
+        generation_config=generation_config,
+        names=key_values(names or (), "--names", "OLD=NEW", str),
+        kept=kept or (),
         copy=key_values(copy or (), "--copy", "PATTERN=NAME", str),
         drop=drop or (),
         allow=allow or (),

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from alloy.alignment.result import Alignment
-from alloy.checkpoint import load_weights
+from alloy.checkpoint import open_members
+from alloy.checkpoint.reading import few
+from alloy.checkpoint.tensors import load_tensor
 from alloy.devices import device_pool
 from alloy.measures import landscape
 from alloy.measures.distances import ModelDistances, distance
@@ -107,21 +109,21 @@ def stored_distances(job: Job) -> Iterator[tuple[str, ModelDistances]]:
     Tensors that only one of the two has are named on the terminal.
     """
     arms = {name: job.within(job.workspace.arms) / name for name in job.recipe.merge.arms}
-    folders = {**job.folders, **arms}
-    for first, second in combinations(folders, 2):
+    members = open_members({**job.folders, **arms}, job.entry.names or None)
+    for first, second in combinations(members, 2):
         if first in arms:
             continue
-        ours, theirs = load_weights(folders[first]), load_weights(folders[second])
+        ours, theirs = members[first].entries, members[second].entries
         common = [
             name for name in ours if name in theirs and ours[name].shape == theirs[name].shape
         ]
         if left_out := sorted({*ours, *theirs} - {*common}):
-            print(f"evaluate: {first} and {second}: not compared: {', '.join(left_out)}")
+            print(f"evaluate: {first} and {second}: not compared: {few(left_out)}")
         yield (
             f"{first} - {second}",
             distance(
-                {name: ours[name].float() for name in common},
-                {name: theirs[name].float() for name in common},
+                {name: load_tensor(ours[name]).float() for name in common},
+                {name: load_tensor(theirs[name]).float() for name in common},
                 keep=job.recipe.evaluate.tssd_keep,
             ),
         )

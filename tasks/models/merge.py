@@ -32,6 +32,7 @@ from tasks.evaluation.outputs import answers
 from tasks.models import stream
 from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.jobs import Job, Report, jobs, load_weights, run_jobs
+from tasks.models.shared.kept import kept as kept_of
 from tasks.models.shared.searched import searched
 from tasks.models.shared.statistics import load_statistics
 from tasks.recipe.models import ModelsArm, ModelsRecipe
@@ -113,7 +114,8 @@ def merge_arm(
         )
     shared = alignment.shared
     own = aligned[alignment.reference]
-    kept = {n: t for n, t in own.items() if job.is_kept(n)}
+    stays = kept_of(job, own)
+    kept = {n: t for n, t in own.items() if n in stays}
     names = [n for n in own if n not in kept and (shared is None or n in shared)]
     base = None
     if arm.base is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alloy.checkpoint import MergePlan, MergeRequest, plan_merge, run_plan
+from alloy.checkpoint.checks.sources import BASE
 from tasks.models.shared.jobs import Job, jobs
 from tasks.recipe.models import ModelsArm, ModelsRecipe
 from tasks.storage import write_folder
@@ -71,6 +72,10 @@ def write(job: Job, arm: ModelsArm, output: Path) -> None:
 def plan_of(job: Job, arm: ModelsArm, output: Path) -> MergePlan:
     """The checked plan of one arm."""
     fetched, folder = job.recipe.fetch, job.workspace.checkpoints
+
+    def source(name: str | None) -> str | None:
+        return BASE if name is not None and name == arm.base else name
+
     request = MergeRequest(
         arm.method,
         job.folders,
@@ -80,10 +85,26 @@ def plan_of(job: Job, arm: ModelsArm, output: Path) -> MergePlan:
         statistics=arm.statistics,
         dtype=job.recipe.merge.dtype,
         tokenizer=arm.tokenizer,
-        chat_template=arm.chat_template,
+        chat_template=source(arm.chat_template),
+        processor=source(arm.processor),
+        generation_config=source(arm.generation_config),
+        names=names_of(job, arm),
+        kept=job.entry.kept,
         allow=arm.allow,
         drop=arm.drop,
-        copy=dict.fromkeys(job.entry.kept, job.members[0]),
         options=arm.options,
     )
     return plan_merge(request)
+
+
+def names_of(job: Job, arm: ModelsArm) -> dict[str, str] | dict[str, dict[str, str]]:
+    """Changes of prefix as a merge takes them: for all sources, or for those of this arm."""
+    known = {member: member for member in job.members}
+    if arm.base is not None:
+        known[arm.base] = BASE
+    by_source = {
+        known[member]: prefixes
+        for member, prefixes in job.entry.names.items()
+        if isinstance(prefixes, dict) and member in known
+    }
+    return by_source or {old: new for old, new in job.entry.names.items() if isinstance(new, str)}

@@ -48,6 +48,8 @@ class ModelsArm(Section):
     statistics: dict[str, str] | None = None  # by member a file of alloy's save_statistics
     tokenizer: Literal["same", "base", "union"] = "same"  # where vocabularies differ
     chat_template: str | None = None  # the member whose template is taken where they differ
+    processor: str | None = None  # the member whose processor is taken; the first's without
+    generation_config: str | None = None  # the member whose settings these are; the first's without
     allow: list[str] = Field(default=[])  # glob patterns of config keys that may differ
     drop: list[str] = Field(default=[])  # glob patterns of tensors that are left out
     repair: ModelsRepair = ModelsRepair()
@@ -59,9 +61,12 @@ class ModelsArm(Section):
         fields = type(self).model_fields
         return [
             name
-            for name in ("statistics", "tokenizer", "chat_template", "allow", "drop")
+            for name in (
+                "statistics", "tokenizer", "chat_template", "processor", "generation_config",
+                "allow", "drop",
+            )
             if getattr(self, name) != fields[name].get_default(call_default_factory=True)
-        ]
+        ]  # fmt: skip
 
     @property
     def aligned_by(self) -> str:

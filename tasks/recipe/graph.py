@@ -80,7 +80,7 @@ FILLS = {
     "align": ("family", "library", "collect", "members"),
     "merge": (
         "family", "library", "data", "statistics", "transforms",
-        "align", "collect", "dtype", "kept", "members", "code", "searched",
+        "align", "collect", "dtype", "kept", "names", "members", "code", "searched",
     ),
     "finetune": ("family", "library"),
     "evaluate": (
@@ -123,6 +123,7 @@ def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
         "result": str(workspace.result(recipe.registration.model)),
         "members": members,
         "kept": "kept" if is_models and "kept" in given else section,
+        "names": "names" if is_models and "names" in given else section,
         "collect": "collect" if calibrated else section,
         "align": "align" if calibrated else section,
         "candidates": "merge.candidates" if "candidates" in given["merge"] else section,

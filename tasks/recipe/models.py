@@ -85,7 +85,8 @@ class ModelsSet(Section):
 
     title: str | None = None  # in the tables; its name without one
     members: dict[int, list[str]] = Field(min_length=1)  # seed -> fetch's checkpoints
-    kept: list[str] = Field(default=[])  # glob patterns of tensors that stay the first member's
+    kept: list[str] = Field(default=[])  # patterns or groups of tensors that stay the first's
+    names: dict[str, str] | dict[str, dict[str, str]] = Field(default={})  # changes of prefix
     calibration: str | None = None  # of prepare; absent where nothing is prepared
     benchmark: str | None = None  # of prepare; without one: measured without labels
 
@@ -189,16 +190,20 @@ class ModelsRecipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_set(cls, values: Any) -> Any:
-        """`members: [a, b]` and `kept: [...]` are one set under the recipe's own name."""
-        if not isinstance(values, dict) or not {"members", "kept"} & values.keys():
+        """`members: [a, b]`, `kept` and `names` are one set under the recipe's own name."""
+        of_set = ("members", "kept", "names")
+        if not isinstance(values, dict) or not {*of_set} & values.keys():
             return values
         if "sets" in values:
-            raise ValueError("give `members` (and `kept`) for one set, or `sets`, not both")
+            raise ValueError(
+                "give `members` (and `kept`, `names`) for one set, or `sets`, not both"
+            )
         if "members" not in values:
-            raise ValueError("kept says which tensors stay the first member's: give `members`, too")
-        rest = {key: value for key, value in values.items() if key not in ("members", "kept")}
+            raise ValueError("kept and names say more about `members`: give them, too")
+        rest = {key: value for key, value in values.items() if key not in of_set}
         prepared = values.get("prepare") if isinstance(values.get("prepare"), dict) else {}
-        own = {"members": {0: values["members"]}, "kept": values.get("kept", [])}
+        own = {"members": {0: values["members"]}}
+        own |= {key: values[key] for key in ("kept", "names") if key in values}
         for part, key in (("calibration", "calibration"), ("benchmarks", "benchmark")):
             names = list(prepared.get(part) or {})
             if len(names) == 1:
@@ -336,6 +341,12 @@ class ModelsRecipe(Section):
                 "one)"
             )
         for name, entry in self.sets.items():
+            if self.is_calibrated and entry.names:
+                raise ParamsError(
+                    f"{self.where}: sets.{name}.names: only for members that are merged as they "
+                    "are; aligned ones have the names of one architecture: leave it out, or leave "
+                    "out prepare, collect and align"
+                )
             if self.is_calibrated and entry.calibration is None:
                 raise ParamsError(
                     f"{self.where}: sets.{name}.calibration is missing: which of prepare's data "
@@ -394,13 +405,11 @@ class ModelsRecipe(Section):
                         f"{where}.statistics: files of {sorted(arm.statistics)}, yet seed {seed} "
                         f"of set {name!r} merges {members}: give one file for each member"
                     )
-        if arm.chat_template is not None:
+        for field in ("chat_template", "processor", "generation_config"):
             for members in entry.members.values():
-                if arm.chat_template not in members:
-                    raise ParamsError(
-                        f"{where}.chat_template: {arm.chat_template!r}: "
-                        f"{nearest(arm.chat_template, members)}"
-                    )
+                if (owner := getattr(arm, field)) not in (None, *members, arm.base):
+                    known = [*members, *([] if arm.base is None else [arm.base])]
+                    raise ParamsError(f"{where}.{field}: {owner!r}: {nearest(owner, known)}")
         spec = MERGE_METHODS[arm.method]
         try:
             validate(
@@ -446,6 +455,8 @@ class ModelsRecipe(Section):
             where = f"sets.{name}"
             for seed, members in entry.members.items():
                 yield from ((f"{where}.members.{seed}", m, checkpoints) for m in members)
+            by_name = [m for m, prefixes in entry.names.items() if not isinstance(prefixes, str)]
+            yield from ((f"{where}.names", m, checkpoints) for m in by_name)
             if entry.calibration is not None:
                 yield f"{where}.calibration", entry.calibration, prepare.calibration
             if entry.benchmark is not None:

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
-from alloy.checkpoint.config import flatten
+from alloy.checkpoint.config import flatten, text_part
 from alloy.checkpoint.reading import read_json, source_file
 
-_MUST_AGREE = (
+PROCESSOR = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+"""Files that say how pictures and sounds become inputs."""
+GENERATION = "generation_config.json"
+
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 
 _NO_MATTER = re.compile(
     r"(^|\.)(_?name_or_path|transformers_version|torch_dtype|dtype|use_cache|_commit_hash"
@@ -47,43 +51,97 @@ def compare_configs(
         findings.note(f"{source!r} has no config.json: its architecture was not compared")
     (reference, first), *others = known.items()
     for source, config in others:
-        for key in ("model_type", "architectures"):
-            if first.get(key) != config.get(key) and not _allowed(key, allow):
-                findings.problem(
-                    f"different architectures: {key} is {first.get(key)!r} in {reference!r} and "
-                    f"{config.get(key)!r} in {source!r}; merge models of one architecture, or say "
-                    f"allow=[{key!r}]"
-                )
-        if first.get("model_type") != config.get("model_type"):
-            continue
-        ours, theirs = dict(flatten(first)), dict(flatten(config))
-        differing = [
-            key
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
-            and key != "model_type"
-            and not _NO_MATTER.search(key)
-            and not _allowed(key, allow)
-        ]
-        one_sided = [key for key in differing if key not in ours or key not in theirs]
-        defaults = _equal_by_default(one_sided, first, config)
-        for key in differing:
-            if key in defaults:
+        ours, theirs = _comparable(first, config)
+        if ours is first:
+            for key in ("model_type", "architectures"):
+                if first.get(key) != config.get(key) and not _allowed(key, allow):
+                    findings.problem(
+                        f"different architectures: {key} is {first.get(key)!r} in {reference!r} "
+                        f"and {config.get(key)!r} in {source!r}; merge models of one architecture, "
+                        f"or say allow=[{key!r}]"
+                    )
+            if first.get("model_type") != config.get("model_type"):
                 continue
-            a, b = ours.get(key, "missing"), theirs.get(key, "missing")
-            text = f"config {key} is {a!r} in {reference!r} and {b!r} in {source!r}"
-            if _TRAINING_ONLY.search(key):
-                findings.note(f"{text}: the result has that of {reference!r}")
-            elif "tie_word_embeddings" in key:
-                findings.problem(
-                    f"{text}: weights tied in one and not in the other; save both tied or both "
-                    "untied"
-                )
-            else:
-                findings.problem(
-                    f"{text}; take models that agree, or say allow=[{key!r}] to take that of "
-                    f"{reference!r}"
-                )
+        _compare(findings, (reference, ours), (source, theirs), allow)
+
+
+def _compare(
+    findings: Findings,
+    first: tuple[str, Mapping],
+    other: tuple[str, Mapping],
+    allow: Sequence[str],
+) -> None:
+    """Two configs of one architecture, by source, key by key."""
+    (reference, config), (source, other_config) = first, other
+    ours, theirs = dict(flatten(config)), dict(flatten(other_config))
+    differing = [
+        key
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+        and key != "model_type"
+        and not _NO_MATTER.search(key)
+        and not _allowed(key, allow)
+    ]
+    one_sided = [key for key in differing if key not in ours or key not in theirs]
+    defaults = _equal_by_default(one_sided, config, other_config)
+    for key in differing:
+        if key in defaults:
+            continue
+        a, b = ours.get(key, "missing"), theirs.get(key, "missing")
+        text = f"config {key} is {a!r} in {reference!r} and {b!r} in {source!r}"
+        if _TRAINING_ONLY.search(key):
+            findings.note(f"{text}: the result has that of {reference!r}")
+        elif "tie_word_embeddings" in key:
+            findings.problem(
+                f"{text}: weights tied in one and not in the other; save both tied or both untied"
+            )
+        else:
+            findings.problem(
+                f"{text}; take models that agree, or say allow=[{key!r}] to take that of "
+                f"{reference!r}"
+            )
+
+
+def _comparable(first: Mapping, other: Mapping) -> tuple[Mapping, Mapping]:
+    """Two configs, or of one that holds a language model of the other's kind, that part of it."""
+    for ours, theirs in ((first, other), (other, first)):
+        part = text_part(ours)
+        kinds = (
+            None if part is None else (str(part.get("model_type")), str(theirs.get("model_type")))
+        )
+        if part is None or kinds is None or ours.get("model_type") == theirs.get("model_type"):
+            continue
+        if kinds[0] == kinds[1] or kinds[0].startswith(f"{kinds[1]}_"):
+            plain = _of_language(part), _of_language(theirs)
+            return plain if ours is first else plain[::-1]
+    return first, other
+
+
+def _of_language(config: Mapping) -> dict[str, Any]:
+    """The config of a language model as far as it says how the model's body computes.
+
+    Positions of pictures (mrope) are those of a text where there are none. A window that is
+    switched off has no width. Special tokens are the tokenizer's.
+    """
+    plain = {
+        k: v
+        for k, v in config.items()
+        if k not in (*_ROPE, "tie_word_embeddings") and not k.endswith("_token_id")
+    }
+    rope = {
+        k: v
+        for key in ("rope_scaling", "rope_parameters")
+        for k, v in (config.get(key) or {}).items()
+    }
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope = {k: v for k, v in rope.items() if k != "type" and not k.startswith("mrope")}
+    theta = rope.pop("rope_theta", config.get("rope_theta"))
+    plain["rope_theta"] = theta
+    plain["rope_scaling"] = {"rope_type": "default" if kind == "mrope" else kind, **rope}
+    if not config.get("use_sliding_window", True):
+        for key in ("sliding_window", "max_window_layers", "layer_types"):
+            plain.pop(key, None)
+    return plain
 
 
 def _equal_by_default(keys: Sequence[str], first: Mapping, other: Mapping) -> set[str]:
@@ -122,9 +180,15 @@ def _completed(config: Mapping) -> dict[str, Any] | None:
 
 
 def compare_processors(
-    findings: Findings, folders: Mapping[str, Path], allow: Sequence[str]
+    findings: Findings,
+    folders: Mapping[str, Path],
+    allow: Sequence[str],
+    settled: Sequence[str] = (),
 ) -> dict[str, Path]:
     """Processors see alike, and generation settings are those of the first source.
+
+    Args:
+        settled: files whose source the caller named.
 
     Returns:
         files that the first source lacks and another has: nobody else's can be meant.
@@ -133,7 +197,7 @@ def compare_processors(
     if not folders:
         return elsewhere
     (reference, first), *others = folders.items()
-    for name in (*_MUST_AGREE, "generation_config.json"):
+    for name in (name for name in (*PROCESSOR, GENERATION) if name not in settled):
         for source, folder in others:
             a, b = _read(first, name), _read(folder, name)
             if b is None:
@@ -155,7 +219,7 @@ def compare_processors(
             if not keys or _allowed(name, allow):
                 continue
             text = f"{name} of {reference!r} and {source!r} differ in {keys}"
-            if name in _MUST_AGREE and not all(_TRAINING_ONLY.search(k) for k in keys):
+            if name in PROCESSOR and not all(_TRAINING_ONLY.search(k) for k in keys):
                 findings.problem(f"{text}; take models that see alike, or say allow=[{name!r}]")
             else:
                 findings.note(f"{text}: the result has that of {reference!r}")

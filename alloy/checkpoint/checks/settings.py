@@ -67,6 +67,8 @@ def common_settings(
     models: Sequence[str],
     chat_template: str | None,
     allow: Sequence[str],
+    *,
+    compared: bool = True,
 ) -> TextSettings:
     """Compare how the tokenizers are used, and choose the chat template.
 
@@ -74,10 +76,12 @@ def common_settings(
         speaker: the source whose tokenizer files the result has.
         models: the sources that are merged; the base counts where it speaks.
         chat_template: the source whose template is taken, or a file.
+        compared: whether settings that differ are refused. Where the result has one source's
+            embeddings, that source's tokenizer alone counts.
     """
     read = {name: findings.attempt(_read, folder) for name, folder in folders.items()}
     settings = {name: value for name, value in read.items() if value is not None}
-    if speaker in settings:
+    if speaker in settings and compared:
         for name in models:
             if name != speaker and name in settings:
                 _compare(findings, speaker, settings[speaker], name, settings[name], allow)

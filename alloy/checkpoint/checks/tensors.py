@@ -6,12 +6,13 @@ It is merged, copied, left out by name, or a problem. Tied weights count once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
+from alloy.checkpoint.checks.groups import covering
 from alloy.checkpoint.checks.rows import has_row_per_token, is_embedding, is_head
 from alloy.checkpoint.checks.sources import Sources
 from alloy.checkpoint.config import vocabulary_size
@@ -55,12 +56,16 @@ class Selection:
     """Glob pattern to the source whose tensors are taken as they are; the first that matches."""
     drop: Sequence[str]
     dtype: str | None
+    kept: frozenset[str] = frozenset()
+    """Names that stay the reference's."""
+    reference: str = ""
 
     def dropped(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.drop)
 
     def owner(self, name: str) -> str | None:
-        return next((s for p, s in self.copy.items() if fnmatchcase(name, p)), None)
+        owner = next((s for p, s in self.copy.items() if fnmatchcase(name, p)), None)
+        return self.reference if owner is None and name in self.kept else owner
 
     def stored(self, entry: Entry) -> str:
         """The dtype of the result for what is stored so."""
@@ -69,11 +74,26 @@ class Selection:
         return DTYPE_NAMES[self.dtype]
 
 
+def any_row_merged(sources: Sources, selection: Selection) -> bool:
+    """True unless every tensor with rows by token stays the first source's, or is left out."""
+    reference = sources.checkpoints[sources.reference].entries
+    rows = {
+        name
+        for source, checkpoint in sources.checkpoints.items()
+        for name, entry in checkpoint.entries.items()
+        if has_row_per_token(name, {source: entry}, sources.configs)
+    }
+    return not rows or any(
+        not selection.dropped(name) and (name not in reference or name not in selection.kept)
+        for name in rows
+    )
+
+
 def plan_tensors(
     findings: Findings, sources: Sources, vocabulary: Vocabulary | None, selection: Selection
 ) -> tuple[PlannedTensor, ...]:
     """Every tensor of the result; every tensor of every source is in one of them, or a problem."""
-    entries = without_tied_copies(findings, sources)
+    entries = {source: dict(c.entries) for source, c in sources.checkpoints.items()}
     reference = sources.reference
     names = list(dict.fromkeys([*entries[reference], *(n for e in entries.values() for n in e)]))
     _check_selection(findings, selection, names, sources)
@@ -95,22 +115,24 @@ def plan_tensors(
             planned = _merged(findings, name, stored, sources, vocabulary, selection)
         if planned is not None:
             result.append(planned)
-    _report_lacking(findings, entries, lacking)
+    _report_lacking(findings, sources, lacking)
     if not result and not findings.problems:
         findings.problem("drop leaves no tensor")
+    _note_dtypes(findings, result, selection)
     if not findings.problems:
         _check_agreement(findings, result, reference)
     return tuple(result)
 
 
-def without_tied_copies(findings: Findings, sources: Sources) -> dict[str, dict[str, Entry]]:
-    """Every source's tensors, tied ones once.
+def without_tied_copies(findings: Findings, sources: Sources) -> Sources:
+    """Every source with its tensors, tied ones once.
 
     A head that its config ties to the embeddings is no tensor of its own.
     """
     result = {}
     for source, checkpoint in sources.checkpoints.items():
-        entries = result[source] = dict(checkpoint.entries)
+        entries = dict(checkpoint.entries)
+        result[source] = replace(checkpoint, entries=entries)
         size = vocabulary_size(checkpoint.config)
         if not (checkpoint.config and checkpoint.config.get("tie_word_embeddings") and size):
             continue
@@ -130,7 +152,7 @@ def without_tied_copies(findings: Findings, sources: Sources) -> dict[str, dict[
                     f"{head.name} and {embeddings[0].name} differ; save it with "
                     "tie_word_embeddings=false or tie them"
                 )
-    return result
+    return Sources(result)
 
 
 def _same_bytes(a: Entry, b: Entry) -> bool:
@@ -148,10 +170,12 @@ def _same_bytes(a: Entry, b: Entry) -> bool:
 
 def _report_lacking(
     findings: Findings,
-    entries: Mapping[str, Mapping[str, Entry]],
+    sources: Sources,
     lacking: Mapping[tuple[str, ...], Sequence[str]],
 ) -> None:
-    """Tensors that some sources lack, or one model's under the names of two versions."""
+    """Tensors that some sources lack, or one model's under names that nothing relates."""
+    entries = {source: checkpoint.entries for source, checkpoint in sources.checkpoints.items()}
+    reference = sources.checkpoints[sources.reference]
     for missing, absent in lacking.items():
         holders = [source for source in entries if source not in missing]
         others = [names for other, names in lacking.items() if set(other) == set(holders)]
@@ -162,14 +186,17 @@ def _report_lacking(
                 findings.problem(
                     f"{len(absent)} tensors have other names in {few(missing)} ({others[0][0]!r}) "
                     f"than in {few(holders)} ({absent[0]!r}) and the same shapes: one architecture "
-                    "as two versions of transformers save it; load and save all with one version"
+                    "as two versions of a library save it; load and save all with one version, or "
+                    "say which prefixes change, names={'old.': 'new.'}"
                 )
             continue
+        keep = f"copy={{{absent[0]!r}: {holders[0]!r}}}"
+        if holders == [sources.reference] and (groups := covering(absent, reference)):
+            keep = f"kept={groups}"
         findings.problem(
             f"{len(absent)} tensor{'s' * (len(absent) > 1)} missing in {few(missing)} that "
             f"{few(holders)} {'has' if len(holders) == 1 else 'have'}: {few(absent)}; are these "
-            f"one architecture? To keep them as they are say "
-            f"copy={{{absent[0]!r}: {holders[0]!r}}}, "
+            f"one architecture? To keep them as they are say {keep}, "
             f"to leave them out drop=[{absent[0]!r}] (patterns work)"
         )
 
@@ -204,6 +231,25 @@ def _pattern(name: str, tensors: Sequence[PlannedTensor]) -> str:
     pattern = f"*{name.rpartition('.')[2]}"
     hit = [t for t in tensors if fnmatchcase(t.name, pattern)]
     return pattern if len(hit) > 1 and all(t.how == "agree" for t in hit) else name
+
+
+def _note_dtypes(
+    findings: Findings, tensors: Sequence[PlannedTensor], selection: Selection
+) -> None:
+    """Say once that sources of several dtypes become one of one dtype."""
+    mixed = [t for t in tensors if t.how == "merge" and len({e.dtype for e in t.inputs}) > 1]
+    if not mixed:
+        return
+    dtypes: dict[str, set[str]] = {}
+    for tensor in mixed:
+        for source, entry in zip(tensor.sources, tensor.inputs, strict=True):
+            dtypes.setdefault(source, set()).add(entry.dtype)
+    each = ", ".join(f"{source!r} {'/'.join(sorted(of))}" for source, of in dtypes.items())
+    whose = "asked for" if selection.dtype else f"that of {selection.reference!r}"
+    findings.note(
+        f"dtypes of {len(mixed)} tensor{'s' * (len(mixed) > 1)} differ: {each}; the result is "
+        f"{'/'.join(sorted({t.dtype for t in mixed}))}, {whose}"
+    )
 
 
 def _check_selection(
@@ -266,11 +312,8 @@ def _merged(
         return None
     dtypes = {source: entry.dtype for source, entry in stored.items()}
     mergeable = all(d in MERGEABLE for d in dtypes.values())
-    if len(set(dtypes.values())) > 1 and not (mergeable and selection.dtype):
-        remedy = "say which the result shall have, dtype='float32'"
-        findings.problem(
-            f"dtypes of {name!r} differ: {dtypes}; {remedy if mergeable else 'save them alike'}"
-        )
+    if len(set(dtypes.values())) > 1 and not mergeable:
+        findings.problem(f"dtypes of {name!r} differ: {dtypes}; save them alike")
         return None
     if any(d.startswith(("F8", "C64")) for d in dtypes.values()):
         findings.problem(

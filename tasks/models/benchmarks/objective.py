@@ -16,6 +16,7 @@ from tasks.models.objective import ArmObjective
 from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.jobs import Job
 from tasks.models.shared.jobs import load_weights as model_weights
+from tasks.models.shared.kept import kept
 from tasks.recipe.benchmarks import ArmSearch
 from tasks.recipe.models import ModelsArm, ModelsRecipe
 from tasks.recipe.section import ParamsError
@@ -102,7 +103,9 @@ class BenchmarkObjective(ArmObjective):
 def model_names(job: Job) -> list[str]:
     """The tensors that are merged."""
     reference = next(iter(job.folders.values()))
-    return [name for name in load_weights(reference) if not job.is_kept(name)]
+    names = list(load_weights(reference))
+    own = kept(job, names)
+    return [name for name in names if name not in own]
 
 
 def layer_groups(

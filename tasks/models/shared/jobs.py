@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -95,10 +94,6 @@ class Job:
         if self.entry.benchmark is None:
             return None
         return self.workspace.data / "benchmarks" / self.entry.benchmark
-
-    def is_kept(self, name: str) -> bool:
-        """True for a tensor that stays the first member's."""
-        return any(fnmatchcase(name, pattern) for pattern in self.entry.kept)
 
     def within(self, folder: Path) -> Path:
         """This job's part of a stage's output: `statistics`, `transforms` or `arms`."""

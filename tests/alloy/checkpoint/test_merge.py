@@ -339,6 +339,22 @@ def test_sources_of_different_dtypes_merge_when_the_result_has_one(write, weight
         assert torch.equal(tensor, a[name].float() * 0.25 + b[name].float() * 0.75), name
 
 
+def test_dtypes_of_the_first_source_count_and_one_line_says_so(write, weights, load, tmp_path):
+    """Whoever is first: float16 and bfloat16 become the first one's."""
+    a, b = write("a", weights(1, torch.float16)), write("b", weights(2, torch.bfloat16))
+    for first, second, dtype in ((a, b, torch.float16), (b, a, torch.bfloat16)):
+        output = tmp_path / f"of_{first.name}"
+        report = alloy.merge_checkpoints("linear", [first, second], output)
+        (note,) = report.notes
+        assert note.startswith("dtypes of 8 tensors differ: ")
+        assert note.endswith(f", that of {first.name!r}")
+        merged = load(output)
+        assert {t.dtype for t in merged.values()} == {dtype}
+        for name, tensor in merged.items():
+            mean = (weights(1, torch.float16)[name].float() + weights(2)[name].float()) / 2
+            assert torch.equal(tensor, mean.to(dtype)), name
+
+
 def test_copy_and_drop_account_for_tensors_of_one_source(write, weights, load, tmp_path):
     """A head that only one source has is copied by name, another is left out by pattern."""
     a = {**weights(1), "head.a": torch.ones(3).bfloat16()}

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import alloy
 from alloy.checkpoint import MergeRequest, plan_merge, run_plan
+from alloy.checkpoint.format import read_header
 
 TABLE = Path(__file__).parents[3] / "docs" / "tried_inputs.md"
 CONFIG = {
@@ -900,10 +901,7 @@ def _is_right(world: World, plan: Any, output: Path) -> str:
     if plan.settings.name != "linear":
         return ""
     merged = {k: v for file in output.glob("*.safetensors") for k, v in load_file(file).items()}
-    stored = {
-        name: {k: v for file in source.files for k, v in load_file(file).items()}
-        for name, source in plan.sources.items()
-    }
+    stored = {name: _under_plan_names(source) for name, source in plan.sources.items()}
     assert merged.keys() == {tensor.name for tensor in plan.tensors}
     for tensor in plan.tensors:
         parts = [stored[source][tensor.name] for source in tensor.sources]
@@ -913,6 +911,17 @@ def _is_right(world: World, plan: Any, output: Path) -> str:
         mean = sum(c * p.double() for c, p in zip(tensor.coefficients, parts, strict=True))
         torch.testing.assert_close(merged[tensor.name].double(), mean, rtol=1e-2, atol=1e-3)
     return ", equal to the mean"
+
+
+def _under_plan_names(source: Any) -> dict[str, torch.Tensor]:
+    """A source's tensors, under the names that the plan gives them."""
+    new = {(e.file, e.start, e.shape): e.name for e in source.entries.values()}
+    return {
+        new.get((file, e.start, e.shape), e.name): tensors[e.name]
+        for file in source.files
+        for tensors in [load_file(file)]
+        for e in read_header(file)
+    }
 
 
 def rows() -> Iterator[tuple[str, str, str]]:

@@ -213,8 +213,7 @@ def _run(options: argparse.Namespace) -> int:
         # Said without Prefect, whose server alone takes ten seconds to start.
         print(f"Nothing to do: {len(addresses)} stages of {options.recipe} are up to date.")
     else:
-        check_contents(load(options.recipe))
-        with own_server():
+        with own_server(meanwhile=lambda: check_contents(load(options.recipe))):
             state = pipeline(
                 options.recipe,
                 to=options.to,

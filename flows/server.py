@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -37,10 +37,15 @@ MOST_STARTS = 3  # anew, where somebody kills it
 
 
 @contextmanager
-def own_server() -> Generator[None]:
-    """Have an address at which Prefect answers: the one that is set, or our own server's."""
+def own_server(meanwhile: Callable[[], object] = lambda: None) -> Generator[None]:
+    """Have an address at which Prefect answers: the one that is set, or our own server's.
+
+    Args:
+        meanwhile: what can be done while our own server starts, which takes it seconds.
+    """
     if address := PREFECT_API_URL.value():
         _refuse_silent(address)
+        meanwhile()
         yield
         return
     listener = socket.create_server((HOST, 0))
@@ -48,6 +53,11 @@ def own_server() -> Generator[None]:
     server = _Server(listener)
     # Prefect's threads report when the interpreter ends; exit handlers run after that.
     atexit.register(server.end)
+    try:
+        meanwhile()
+    except BaseException:
+        server.kill()  # nobody has spoken to it
+        raise
     server.wait_for(url)
     logging.getLogger("prefect.flow_runs").addFilter(_NO_PAGE)
     try:
@@ -141,6 +151,10 @@ class _Server:
         last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
         return f"{last.strip()} ({self._log} has the rest)"
 
+    def kill(self) -> None:
+        self._ending = True
+        self._process.kill()
+
     def end(self) -> None:
         self._ending = True
         os.close(self._lifeline)
@@ -167,7 +181,11 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     listener = socket.socket(fileno=int(sys.argv[1]))
     config = uvicorn.Config(
-        "prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on"
+        "prefect.server.api.server:create_app",
+        factory=True,
+        log_level="error",
+        lifespan="on",
+        timeout_graceful_shutdown=1,  # seconds; the flow's own connections are open until it ends
     )
     uvicorn.Server(config).run(sockets=[listener])
 

@@ -1,16 +1,20 @@
 """The choice of the arm that a recipe is about: the one it names, or the best on held-out data."""
 
+from __future__ import annotations
+
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from alloy.measures.choice import Choice, choose_by_values
 from tasks.recipe.load import Recipe
 from tasks.recipe.shared import BEST
 from tasks.storage import write_folder, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alloy.measures.choice import Choice
 
 NUM_ERRORS = 2.0  # standard errors of a paired difference that count as a difference
 GIVEN = "the recipe names it"
@@ -38,6 +42,8 @@ def compare(named: str, measured: Measured) -> dict[str, Any]:
     Raises:
         MeasureError: as `alloy.measures.choose_by_values`.
     """
+    from alloy.measures.choice import choose_by_values  # torch, which a copy needs not
+
     choice = choose_by_values(measured.values, num_errors=NUM_ERRORS)
     arm = choice.chosen if named == BEST else named
     return {

@@ -30,9 +30,7 @@ from alloy.processes import Processes
 from alloy.refit import repair
 from tasks.evaluation.loading import load_any
 from tasks.evaluation.score import Score
-from tasks.models.benchmarks.measure import measure_all
 from tasks.models.measures.yardsticks import Yardstick, as_candidate, yardsticks
-from tasks.models.report.benchmarks import with_benchmarks
 from tasks.models.report.build import build
 from tasks.models.report.distances import build as build_distances
 from tasks.models.report.results import BarrierRow, DistanceRow, PathRow, PlaneRow, ScoreRow
@@ -63,6 +61,10 @@ def main(recipe: ModelsRecipe) -> None:
         report = _evaluate_streamed(recipe) if processes.is_first else None
     if report is not None:
         if recipe.evaluate.measured:
+            # Slow to import, and few recipes need them.
+            from tasks.models.benchmarks.measure import measure_all
+            from tasks.models.report.benchmarks import with_benchmarks
+
             report = with_benchmarks(report, recipe, measure_all(recipe))
         writer.write(report, recipe.workspace.reports)
         tables.show(recipe.name)

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.models.auto import modeling_auto
 
 from alloy.measures.encoders import neighbour_agreement, similarity_agreement
 from tasks.evaluation import accuracy
@@ -310,6 +309,8 @@ def _mean(values_N: Tensor) -> Score:
 
 def _language(checkpoint: Path, inputs: Inputs) -> tuple[Inputs, Tensor | None]:
     """The inputs of a language model and the word due at each place; no words for other models."""
+    from transformers.models.auto import modeling_auto  # slow to import
+
     name = model_class(checkpoint).__name__
     ids = inputs.get("input_ids")
     if ids is None:

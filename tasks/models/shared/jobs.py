@@ -7,20 +7,21 @@ models/<recipe>/arms/<set>/<seed>/<arm>/[<member>/]   merge: one a member where 
 models/<recipe>/merged/                               choose: the arm that the recipe is about
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from alloy.errors import CheckpointError
 from alloy.processes import Processes
@@ -32,6 +33,9 @@ from tasks.storage import folder_digest, sha256
 from tasks.workers import num_cores, share_cores, side_by_side
 from tasks.workers.together import agree
 from tasks.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EXAMPLES = 4  # calibration examples that symmetries are traced and checked with
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "label2id")

@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help merge promote rollback sweep serve ui test check format lock
+.PHONY: help merge promote rollback sweep serve ui docs test check format lock
 
 RECIPE ?= modality
 DEVICE ?=
@@ -38,6 +38,10 @@ serve: $(READY) ## a local Prefect server on which RECIPE runs every night and p
 
 ui: $(READY) ## the pages of Prefect and MLflow side by side
 	@python -m flows.ui $(ARGS)
+
+docs: $(READY) ## build the site into site/; a broken link or an unexplained name stops it
+	@NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
+	@echo 'The site: site/index.html'
 
 test: $(READY) ## the default tests; SLOW=1 adds the longer proofs, ARGS='-k name' chooses
 	@OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --dist worksteal $(if $(SLOW),,-m 'not slow') $(ARGS)

@@ -24,7 +24,7 @@ from alloy.modality import ModalityConfig, ModalityModel
 from tests.alloy.modality.towers.reference import state_dict
 
 REPOSITORY = Path(__file__).parents[1]
-DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+DOCS = sorted((REPOSITORY / "docs").rglob("*.md"))
 GUIDES = [path for path in DOCS if path.name != "log.md"]  # the log keeps the names of its day
 
 
@@ -44,14 +44,14 @@ def resolves(name: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_prose_is_wrapped_at_100_columns(path: Path) -> None:
     """Tables alone may be wider."""
     lines = enumerate(path.read_text().splitlines(), 1)
     assert [i for i, line in lines if len(line) > 100 and not line.startswith("|")] == []
 
 
-@pytest.mark.parametrize("path", GUIDES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", GUIDES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_names_paths_and_links_exist(path: Path) -> None:
     text = path.read_text()
     names = set(re.findall(r"\b(?:alloy|tasks|benchmarks|flows)(?:\.\w+)+\b", text))

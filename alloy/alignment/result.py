@@ -55,6 +55,7 @@ class Alignment:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the models, the reference first."""
         return tuple(self.specs)
 
     @property

@@ -79,10 +79,12 @@ class Entry(NamedTuple):
 
     @property
     def num_elements(self) -> int:
+        """Numbers in the tensor."""
         return prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the tensor, in its dtype."""
         return self.num_elements * ITEM_BYTES[self.dtype]
 
     @property
@@ -121,6 +123,7 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(entry.num_bytes for entry in self.entries.values())
 
     @property

@@ -80,6 +80,7 @@ class MergePlan:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all tensors that the merge writes."""
         return sum(tensor.num_bytes for tensor in self.tensors)
 
     @property

@@ -162,11 +162,12 @@ def run_plan(
 ) -> MergeReport:
     """Carry out a plan.
 
+    The other arguments are those of `merge_checkpoints`.
+
     Args:
         trust_manifests: the `manifest.json` beside a source was written by the caller's own fetch,
             which verified the files: its source, revision and hashes go into the record.
         compiled: whether compiled loops are used; without, the methods' own functions, in torch.
-        threads, hash_sources, command, title, on_bytes: as `merge_checkpoints`.
     """
     start = time.perf_counter()
     if not callable(on_bytes):

@@ -99,9 +99,10 @@ def save_statistics(
         measured: by tensor name `alloy.statistics.moments.Gram` of the layer's inputs (one model's
             of `alloy.collect(..., grams=True).grams`), or the Fisher diagonal
             (`alloy.merging.fisher_diagonal`).
-        weights, checkpoint: the model's state dict and where it is stored. transformers gives some
-            tensors other names as it saves them; with both, what is measured goes under the name
-            of the stored tensor that equals the weight.
+        weights: the model's state dict, given together with `checkpoint`. transformers gives some
+            tensors other names as it saves them; what is measured then goes under the name of the
+            stored tensor that equals the weight.
+        checkpoint: where the model is stored.
 
     Raises:
         MergeError: a weight that no stored tensor, or several, equal.

@@ -12,6 +12,7 @@ from alloy.gauge.streams import stream_moments
 from alloy.symmetry.transforms import Transform, Transforms, compose
 
 STARTS = ("identity", "shared axes", "opposed axes")
+"""Gauges that a search may begin at; several starts are searched, and the best end is kept."""
 
 
 def begin(problem: Problem, start: str) -> Transformed:

@@ -91,6 +91,7 @@ ENCODER_MEASURES: Mapping[str, Measure] = {
     "neighbours": neighbour_agreement,
     "similarities": similarity_agreement,
 }
+"""Measures of models without logits, by name."""
 
 BESIDE = ("explained variance",)
 """Measures that may speak against a merge, but not alone for it.

@@ -38,8 +38,10 @@ def validate(
     Args:
         names: the tensors to be merged.
         num_models: how many models, the base not counted.
-        base, statistics: whether they are given.
-        coefficients, options: as in `merge`.
+        base: whether one is given.
+        statistics: whether they are given.
+        coefficients: as in `merge`.
+        options: as in `merge`.
         inputs: which of the method's `inputs` are given.
 
     Raises:

@@ -298,3 +298,4 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         },
     ),
 }
+"""Every merge method by name: its function, its coefficients and its options."""

@@ -221,10 +221,12 @@ class ModalityConfig(PretrainedConfig):
 
     @property
     def num_patches(self) -> int:
+        """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_image_tokens(self) -> int:
+        """Tokens of an image: its patches and what is put before them."""
         return self.num_image_prefix_tokens + self.num_patches
 
     def modalities(self, layer: int) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from alloy.modality.configuration import EXPERT_PARTS, ModalityConfig
 from alloy.types import Weights
 
 MODALITIES = ("v", "l", "vl")
+"""Vision, language, and both together."""
 _EXPERT = re.compile(r"(blocks\.(\d+)\.(norm1|attention|norm2|ffn))\.(vl|v|l)\.(.+)")
 _PART = re.compile(r"blocks\.(\d+)\.(norm1|attention|norm2|ffn)\.(.+)")
 

@@ -171,6 +171,7 @@ class ModalityModel(PreTrainedModel):
         return self.embed_text(self.text_states(input_ids_BT, attention_mask_BT))
 
     def embed_image(self, states_BID: Tensor) -> Tensor:
+        """Unit vectors of images for retrieval [B, E], from their states."""
         num_prefix = self.config.num_image_prefix_tokens
         pooled_BD = states_BID[:, 0]
         if self.config.image_pooling == "mean":
@@ -178,6 +179,7 @@ class ModalityModel(PreTrainedModel):
         return F.normalize(self.image_projection(self.final_norm(pooled_BD, "v")), dim=-1)
 
     def embed_text(self, states_BTD: Tensor) -> Tensor:
+        """Unit vectors of texts for retrieval [B, E], from their states."""
         return F.normalize(self.text_projection(self.final_norm(states_BTD[:, 0], "l")), dim=-1)
 
     # The joint pass.

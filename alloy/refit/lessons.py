@@ -65,6 +65,7 @@ class Teacher:
     """
 
     def in_students_units(self, layer: str, target: Tensor, dim: int) -> Tensor:
+        """Bring what a layer of the teacher computes into the student's units, along a dim."""
         return self.units[layer].bring(target, dim) if layer in self.units else target
 
 

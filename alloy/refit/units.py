@@ -51,7 +51,8 @@ def units_between(
     models.
 
     Args:
-        reference, other: in evaluation mode, with the same layers, of other sizes or not.
+        reference: in evaluation mode.
+        other: in evaluation mode, with the same layers, of other sizes or not.
         batches: keyword inputs that both read.
         spec: the symmetries of the reference.
         residual: whether targets are streams where there are any.

@@ -47,9 +47,11 @@ class Gram:
 
     @classmethod
     def zero(cls, size: int, *, dim: int = 1, device: torch.device | None = None) -> Gram:
+        """Sums of no examples, for inputs of this size."""
         return cls(torch.zeros(size, size, dtype=torch.float64, device=device), 0, dim)
 
     def update(self, x_ND: Tensor) -> Gram:
+        """Add a batch of inputs [N, D]."""
         x_ND = x_ND.double()
         product_DD = (x_ND.T @ x_ND).to(self.sum_DD.device)
         return replace(self, sum_DD=self.sum_DD + product_DD, count=self.count + len(x_ND))
@@ -96,6 +98,8 @@ class CrossMoments:
     def zero(
         cls, size: int, other_size: int, *, device: torch.device | None = None
     ) -> CrossMoments:
+        """Sums of no examples, for units of these sizes."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
@@ -109,6 +113,11 @@ class CrossMoments:
         )
 
     def update(self, x_ND: Tensor, y_NE: Tensor) -> CrossMoments:
+        """Add a batch of the same examples in both models, [N, D] and [N, E].
+
+        Raises:
+            ValueError: other numbers of examples on the two sides.
+        """
         if len(x_ND) != len(y_NE):
             raise ValueError(
                 f"cross-moments need the same examples on both sides, got {len(x_ND)} and "
@@ -185,6 +194,7 @@ class SampledMoments:
 
     @property
     def count(self) -> int:
+        """Number of samples."""
         return len(self.x_ND)
 
     def to(self, device: torch.device | str) -> SampledMoments:

@@ -67,6 +67,7 @@ class Place:
         )
 
     def between(self, a: str, b: str) -> CrossMoments | SampledMoments:
+        """Cross-moments of the units of two models at this point."""
         if self.samples:
             return SampledMoments(self.samples[a], self.samples[b], self.keeps_sign)
         product = self.products[a, b] if (a, b) in self.products else self.products[b, a].T
@@ -91,6 +92,7 @@ class JointMoments(NamedTuple):
     count: int
 
     def covariance_DD(self) -> Tensor:
+        """Covariance of every unit with every unit."""
         return self.product_DD / self.count - torch.outer(self.sum_D, self.sum_D) / self.count**2
 
     def correlation_DD(self) -> Tensor:

@@ -48,6 +48,7 @@ class Diagonal:
         return view_axis(tensor, layout, self.depends_on[:-1], factor.axis)
 
     def to_data(self) -> dict[str, Any]:
+        """The diagonal as plain data, which `from_data` reads."""
         return {
             "name": self.name,
             "shape": list(self.shape),
@@ -61,6 +62,7 @@ class Diagonal:
 
     @staticmethod
     def from_data(data: Mapping[str, Any]) -> "Diagonal":
+        """The diagonal that `to_data` wrote."""
         return Diagonal(
             data["name"],
             tuple(data["shape"]),

@@ -27,6 +27,7 @@ class Product:
 
     @property
     def size(self) -> int:
+        """Units in all: the product of the factors' sizes."""
         size = 1
         for factor in self.factors:
             size *= factor.size
@@ -41,6 +42,7 @@ class Sum:
 
     @property
     def size(self) -> int:
+        """Units in all: the sum of the parts' sizes."""
         return sum(part.size for part in self.parts)
 
 

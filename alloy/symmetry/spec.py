@@ -165,10 +165,12 @@ class SymmetrySpec:
         yield from sorted(axes, key=lambda pair: rank[pair[0]])
 
     def to_json(self) -> str:
+        """The spec as JSON, which `from_json` reads."""
         return json.dumps(_spec_to_data(self), indent=1)
 
     @staticmethod
     def from_json(text: str) -> "SymmetrySpec":
+        """The spec that `to_json` wrote."""
         return _spec_from_data(json.loads(text))
 
 

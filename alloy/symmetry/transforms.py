@@ -49,10 +49,12 @@ class Transform:
 
     @property
     def size(self) -> int:
+        """Number of units that it transforms."""
         return self._any().shape[-1]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        """Sizes of the spaces that it depends on; one transform for each of their units."""
         if self.scale is not None:
             return tuple(self.scale.shape)
         return tuple(self._any().shape[: -2 if self.matrix is not None else -1])
@@ -102,6 +104,7 @@ class Transform:
 
 
 Transforms = Mapping[str, Transform]
+"""Transforms by the name of their space."""
 
 
 def _take(source: Tensor, index: Tensor) -> Tensor:

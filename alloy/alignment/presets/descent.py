@@ -76,6 +76,7 @@ class Descent(Preset):
     """Chooses among the shares and no alignment at all."""
 
     def run(self, given: Given) -> Alignment:
+        """Align every model to the reference, with the best of the shares that are tried."""
         require_equal_specs(given.specs, given.reference)
         shares = self._shares()
         require_statistics(given, any(s < 1 for s in shares) or self.start != "identity")

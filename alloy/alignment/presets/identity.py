@@ -14,6 +14,7 @@ class Identity(Preset):
     """Every model stays as it is."""
 
     def run(self, given: Given) -> Alignment:
+        """Give every model the identity."""
         require_equal_specs(given.specs, given.reference)
         transforms = {name: identity(given.spec) for name in given.models}
         return Alignment(

@@ -41,6 +41,7 @@ class Zip(Preset):
     patience: int = 5
 
     def run(self, given: Given) -> Alignment:
+        """Cluster the units of all models and map each unit to its cluster."""
         spec, names = given.spec, list(given.models)
         require_share(self.weight_share)
         require_statistics(given, self.weight_share < 1)
@@ -92,6 +93,7 @@ class Transport(Preset):
     readers: Readers = "average"
 
     def run(self, given: Given) -> Alignment:
+        """Spread the units of every model over those of the reference."""
         require_statistics(given, self.weight_share < 1)
         require_one_of("residual", self.residual, get_args(Residual))
         require_one_of("readers", self.readers, get_args(Readers))

@@ -51,14 +51,17 @@ class Given:
 
     @property
     def reference(self) -> str:
+        """Name of the model into whose space the others come: the first."""
         return next(iter(self.models))
 
     @property
     def spec(self) -> SymmetrySpec:
+        """Symmetries of the reference."""
         return self.specs[self.reference]
 
     @property
     def others(self) -> list[str]:
+        """Names of the models that come to the reference."""
         return list(self.models)[1:]
 
     def with_reference(self, name: str) -> Given:

@@ -30,6 +30,7 @@ PRESETS: Mapping[str, Preset] = {
     "mudsc_zip": Zip(),
     "ot_fusion": Transport(),
 }
+"""Presets by name, each with its settings; docs/alignment.md says which to take."""
 
 
 def align_models(

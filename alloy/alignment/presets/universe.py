@@ -40,6 +40,7 @@ class Universe(Preset):
     """Beside the starts at each model as the reference of all others."""
 
     def run(self, given: Given) -> Alignment:
+        """Align all models to a common space, in which no model is the reference."""
         require_equal_specs(given.specs, given.reference)
         check_method(self.method)
         require_share(self.weight_share)

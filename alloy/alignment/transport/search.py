@@ -85,6 +85,7 @@ class TransportSearch:
         self.done: set[str] = set()
 
     def run(self) -> Fused:
+        """Find the plans of all spaces, in the order in which they depend on each other."""
         for root in roots(self.spec):
             names = family(self.spec, root)
             if names == [root] and not self.spec.spaces[root].depends_on:

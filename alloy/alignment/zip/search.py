@@ -213,6 +213,7 @@ class ZipSearch:
         return [spec.spaces[space].size for spec in self.specs]
 
     def flat_sizes(self, space: str) -> list[int]:
+        """Units of a space in each model, counted over the spaces that it depends on."""
         return [num_flat_units(spec, space) for spec in self.specs]
 
     def run(self, generator: torch.Generator, max_sweeps: int, patience: int) -> Found:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,6 +50,17 @@ def wait_for_port(port: int, process: subprocess.Popen, seconds: float = 60) -> 
         else:
             return
     raise TimeoutError(f"nothing answers at port {port} after {seconds} s")
+
+
+def post(port: int, body: dict) -> dict:
+    """The answer of a served model at a port; HTTPError where it refuses."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/invocations",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
 
 
 class Relay:

@@ -75,6 +75,13 @@ class ModalityConfig(PretrainedConfig):
         lower_blocks_see: in the joint pass, whether a token of the lower blocks attends to its
             "one" modality or to "both" (VLMo, whose modalities share attention).
         head_norm_eps: of the norms in the answer and pair heads, if other than `layer_norm_eps`.
+        drop_path: probability that training leaves out the last block's updates of an example;
+            that of the blocks before rises to it from 0 (stochastic depth).
+        embedding_dropout: of the text embeddings.
+        num_image_types: learned types of images: 2 tell NLVR2's second image from its first.
+        joint_contrast: whether images and texts have a second pair of contrastive projections,
+            behind the joint blocks (vl-merging, VLMo).
+        masked_patches: whether a head predicts the pixels of hidden patches (SimMIM).
 
     Raises:
         ValueError: sizes that do not fit one another, an unknown choice.
@@ -122,6 +129,11 @@ class ModalityConfig(PretrainedConfig):
         num_text_types: int = 0,
         lower_blocks_see: LowerBlocksSee = "one",
         head_norm_eps: float | None = None,
+        drop_path: float = 0.0,
+        embedding_dropout: float = 0.0,
+        num_image_types: int = 1,
+        joint_contrast: bool = False,
+        masked_patches: bool = False,
         **kwargs,
     ):
         self.sharing = sharing
@@ -161,6 +173,11 @@ class ModalityConfig(PretrainedConfig):
         self.num_text_types = num_text_types
         self.lower_blocks_see = lower_blocks_see
         self.head_norm_eps = head_norm_eps
+        self.drop_path = drop_path
+        self.embedding_dropout = embedding_dropout
+        self.num_image_types = num_image_types
+        self.joint_contrast = joint_contrast
+        self.masked_patches = masked_patches
         self._refuse_unknown_choices()
         self._refuse_impossible_sizes()
         self.pad_token_id = pad_token_id
@@ -208,6 +225,10 @@ class ModalityConfig(PretrainedConfig):
                 f"lower blocks see both modalities where these share a pre-norm attention, not "
                 f"with sharing {self.sharing!r} and norm_position {self.norm_position!r}"
             )
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path {self.drop_path} must lie between 0 and 1")
+        if self.num_image_types not in (1, 2):
+            raise ValueError(f"num_image_types {self.num_image_types} must be 1 or 2")
         if self.num_image_prefix_tokens == 0 and self.image_pooling == "first":
             raise ValueError(
                 "without prefix tokens no first token stands for the image: "

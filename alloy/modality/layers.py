@@ -49,6 +49,21 @@ class LayerScale(nn.Module):
         return self.gain * x_BSD
 
 
+class DropPath(nn.Module):
+    """Leave out an update of some examples in training (stochastic depth, arXiv:1603.09382)."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, update_BSD: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return update_BSD
+        kept = 1 - self.probability
+        shape = (len(update_BSD), *[1] * (update_BSD.dim() - 1))
+        return update_BSD * update_BSD.new_empty(shape).bernoulli_(kept) / kept
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection."""
 
@@ -115,6 +130,8 @@ class Block(GradientCheckpointingLayer):
             setattr(self, part, experts)
         self.norms_first = config.norm_position == "pre"
         self.dropout = nn.Dropout(config.dropout)
+        last = max(1, config.num_hidden_layers - 1)
+        self.drop_path = DropPath(config.drop_path * layer / last)
         self.scale1 = self.scale2 = nn.Identity()
         if config.layer_scale is not None:
             self.scale1 = LayerScale(config.hidden_size, config.layer_scale)
@@ -135,12 +152,15 @@ class Block(GradientCheckpointingLayer):
         attention, ffn = self._part("attention", modality), self._part("ffn", modality)
         read_BSD = norm1(x_BSD) if self.norms_first else x_BSD
         update = attention(read_BSD, mask_B1SS, bias_HSS)
-        x_BSD = x_BSD + self.dropout(self.scale1(update))
+        x_BSD = x_BSD + self._dropped(self.scale1(update))
         if not self.norms_first:
             x_BSD = norm1(x_BSD)
         update = ffn(norm2(x_BSD) if self.norms_first else x_BSD)
-        x_BSD = x_BSD + self.dropout(self.scale2(update))
+        x_BSD = x_BSD + self._dropped(self.scale2(update))
         return x_BSD if self.norms_first else norm2(x_BSD)
+
+    def _dropped(self, update_BSD: Tensor) -> Tensor:
+        return self.drop_path(self.dropout(update_BSD))
 
     def forward_both(
         self, x_BSD: Tensor, num_text: int, mask_B11S: Tensor | None, bias_HSS: Tensor | None
@@ -148,12 +168,12 @@ class Block(GradientCheckpointingLayer):
         """Let text and image tokens attend to each other; each has its own feed-forward network."""
         norm1, attention = self._part("norm1", "l"), self._part("attention", "l")  # shared
         update = attention(norm1(x_BSD), mask_B11S, bias_HSS)
-        x_BSD = x_BSD + self.dropout(self.scale1(update))
+        x_BSD = x_BSD + self._dropped(self.scale1(update))
         updates = [
             self._part("ffn", modality)(self._part("norm2", modality)(part))
             for modality, part in (("l", x_BSD[:, :num_text]), ("v", x_BSD[:, num_text:]))
         ]
-        return x_BSD + self.dropout(self.scale2(torch.cat(updates, dim=1)))
+        return x_BSD + self._dropped(self.scale2(torch.cat(updates, dim=1)))
 
 
 class PositionBias(nn.Module):
@@ -237,6 +257,11 @@ def _with_class_token(rows: Tensor, first_row: int) -> Tensor:
     return rows
 
 
+def as_floats(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map bytes to -1..1; what is no bytes is normalised already."""
+    return pixels.to(dtype) / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
+
+
 class ImageEmbeddings(nn.Module):
     """Patches by a strided convolution, prefix tokens in front, learned positions, a norm.
 
@@ -246,6 +271,7 @@ class ImageEmbeddings(nn.Module):
 
     cls_token: nn.Parameter | None
     positions: nn.Parameter | None
+    mask_token: nn.Parameter | None
 
     def __init__(self, config: ModalityConfig):
         super().__init__()
@@ -263,11 +289,15 @@ class ImageEmbeddings(nn.Module):
         self.norm = nn.Identity()
         if config.image_norm:
             self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, D)) if config.masked_patches else None
 
-    def forward(self, pixel_values_BCHW: Tensor) -> Tensor:
-        if pixel_values_BCHW.dtype == torch.uint8:
-            pixel_values_BCHW = pixel_values_BCHW.to(self.patches.weight.dtype) / 127.5 - 1
+    def forward(self, pixel_values_BCHW: Tensor, hidden_BP: Tensor | None = None) -> Tensor:
+        """Embed images, patches where `hidden_BP` is true by the mask token alone."""
+        pixel_values_BCHW = as_floats(pixel_values_BCHW, self.patches.weight.dtype)
         x_BID = self.patches(pixel_values_BCHW).flatten(2).transpose(1, 2)
+        if hidden_BP is not None:
+            assert self.mask_token is not None, "config.masked_patches makes the mask token"
+            x_BID = torch.where(hidden_BP[..., None], self.mask_token, x_BID)
         if self.cls_token is not None:
             x_BID = torch.cat([self.cls_token.expand(x_BID.shape[0], -1, -1), x_BID], dim=1)
         if self.num_tokens not in (None, x_BID.shape[1]):
@@ -304,6 +334,7 @@ class TextEmbeddings(nn.Module):
         if config.text_norm:
             eps = config.text_norm_eps
             self.norm = nn.LayerNorm(D, eps=config.layer_norm_eps if eps is None else eps)
+        self.dropout = nn.Dropout(config.embedding_dropout)
 
     def forward(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor | None = None) -> Tensor:
         x_BTD = self.words(input_ids_BT)
@@ -313,7 +344,7 @@ class TextEmbeddings(nn.Module):
             x_BTD = x_BTD + self.types(token_type_ids_BT)
         if self.positions is not None:
             x_BTD = x_BTD + self._positions(self.positions, input_ids_BT)
-        return self.norm(x_BTD)
+        return self.dropout(self.norm(x_BTD))
 
     def _positions(self, positions_1RD: Tensor, input_ids_BT: Tensor) -> Tensor:
         if self.padding is None:

@@ -72,7 +72,8 @@ class ModalityModel(PreTrainedModel):
         D, E = config.hidden_size, config.embedding_size
         self.image_embeddings = ImageEmbeddings(config)
         self.text_embeddings = TextEmbeddings(config)
-        self.type_embeddings = nn.Embedding(2, D)  # 0 text, 1 image
+        # 0 text, 1 image, 2 a second image
+        self.type_embeddings = nn.Embedding(1 + config.num_image_types, D)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         if config.joint_adapters:
             self.image_adapter, self.text_adapter = JointAdapter(D), JointAdapter(D)
@@ -83,6 +84,12 @@ class ModalityModel(PreTrainedModel):
         self.image_projection = nn.Linear(D, E, bias=False)
         self.text_projection = nn.Linear(D, E, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if config.joint_contrast:
+            self.joint_image_projection = nn.Linear(D, E, bias=False)
+            self.joint_text_projection = nn.Linear(D, E, bias=False)
+            self.joint_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if config.masked_patches:
+            self.patch_head = nn.Linear(D, config.num_channels * config.patch_size**2)
         self.masked_word_head = MaskedWordHead(config)
         self.statement_head = nn.Linear(D, 2)
         eps = config.layer_norm_eps if config.head_norm_eps is None else config.head_norm_eps
@@ -110,6 +117,8 @@ class ModalityModel(PreTrainedModel):
                 init.trunc_normal_(module.cls_token, std=std)
             if module.positions is not None:
                 init.trunc_normal_(module.positions, std=std)
+            if module.mask_token is not None:
+                init.trunc_normal_(module.mask_token, std=std)
         elif isinstance(module, TextEmbeddings) and module.positions is not None:
             init.trunc_normal_(module.positions, std=std)
         elif isinstance(module, PositionBias):
@@ -118,12 +127,25 @@ class ModalityModel(PreTrainedModel):
             init.constant_(module.gain, module.initial_gain)
         elif isinstance(module, ModalityModel):
             init.constant_(module.logit_scale, math.log(1 / 0.07))
+            if self.config.joint_contrast:
+                init.constant_(module.joint_logit_scale, math.log(1 / 0.07))
 
     # The single-modality passes.
 
-    def image_states(self, pixel_values_BCHW: Tensor, num_layers: int | None = None) -> Tensor:
-        """Image tokens after `num_layers` blocks (default: all), not normed, [B, I, D]."""
-        x_BID = self.image_embeddings(pixel_values_BCHW) + self.type_embeddings.weight[1]
+    def image_states(
+        self,
+        pixel_values_BCHW: Tensor,
+        num_layers: int | None = None,
+        image_type: int = 0,
+        hidden_BP: Tensor | None = None,
+    ) -> Tensor:
+        """Image tokens after `num_layers` blocks (default: all), not normed, [B, I, D].
+
+        `image_type` 1 is a second image, of a model that tells it from the first; patches where
+        `hidden_BP` is true are hidden.
+        """
+        x_BID = self.image_embeddings(pixel_values_BCHW, hidden_BP)
+        x_BID = x_BID + self.type_embeddings.weight[1 + image_type]
         return self.run_blocks(x_BID, "v", 0, num_layers)
 
     def text_states(
@@ -145,14 +167,19 @@ class ModalityModel(PreTrainedModel):
         start: int,
         stop: int | None,
         mask_B11S: Tensor | None = None,
+        tokens: str | None = None,
     ) -> Tensor:
-        """Run the blocks from `start` up to `stop` (None: the last) with one modality's experts."""
+        """Run the blocks from `start` up to `stop` (None: the last) with one modality's experts.
+
+        `tokens` says what the tokens are ("v", "l" or "vl") where it is not what the experts are
+        for: an image alone through the experts of pairs.
+        """
         num_tokens = x_BSD.shape[1]
         mask_B1SS, biases = mask_B11S, None
         if modality in self.config.causal:
             mask_B1SS = causal_mask(num_tokens, mask_B11S, x_BSD.device)
         if self.config.relative_position_bias is not None:
-            biases = self.position_bias(modality, num_tokens)
+            biases = self.position_bias(tokens or modality, num_tokens)
         for i in range(len(self.blocks))[start:stop]:
             bias_HSS = None if biases is None else biases[i]
             x_BSD = self.blocks[i](x_BSD, modality, mask_B1SS, bias_HSS)
@@ -182,17 +209,37 @@ class ModalityModel(PreTrainedModel):
         """Unit vectors of texts for retrieval [B, E], from their states."""
         return F.normalize(self.text_projection(self.final_norm(states_BTD[:, 0], "l")), dim=-1)
 
+    def embed_jointly(
+        self, image_BID: Tensor, text_BTD: Tensor, attention_mask_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Unit-length embeddings by the second pair of projections, [B, E] each.
+
+        Of the lower blocks' states: the joint blocks' experts of pairs run on each modality alone.
+        """
+        lower, mask = self.config.num_single_layers, key_mask(attention_mask_BT)
+        image_BID = self.run_blocks(image_BID, "vl", lower, None, tokens="v")
+        text_BTD = self.run_blocks(text_BTD, "vl", lower, None, mask, tokens="l")
+        image_BE = self.joint_image_projection(self.final_norm(image_BID[:, 0], "vl"))
+        text_BE = self.joint_text_projection(self.final_norm(text_BTD[:, 0], "vl"))
+        return F.normalize(image_BE, dim=-1), F.normalize(text_BE, dim=-1)
+
     # The joint pass.
 
     def encode_joint(
-        self, pixel_values_BCHW: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor
+        self,
+        pixel_values_BCHW: Tensor,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        image_type: int = 0,
     ) -> Tensor:
         """Text, then image tokens after the joint blocks and the norm, [B, T+I, D]."""
         if self.config.lower_blocks_see == "both":
-            return self._encode_together(pixel_values_BCHW, input_ids_BT, attention_mask_BT)
+            return self._encode_together(
+                pixel_values_BCHW, input_ids_BT, attention_mask_BT, image_type
+            )
         lower = self.config.num_single_layers
         return self.join_states(
-            self.image_states(pixel_values_BCHW, lower),
+            self.image_states(pixel_values_BCHW, lower, image_type),
             self.text_states(input_ids_BT, attention_mask_BT, lower),
             attention_mask_BT,
         )
@@ -217,11 +264,15 @@ class ModalityModel(PreTrainedModel):
         return self.final_norm(x_BSD, "vl")
 
     def _encode_together(
-        self, pixel_values_BCHW: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor
+        self,
+        pixel_values_BCHW: Tensor,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor,
+        image_type: int,
     ) -> Tensor:
         """Run the joint pass of a model whose lower blocks see both modalities."""
         num_text, lower = input_ids_BT.shape[1], self.config.num_single_layers
-        image_BID = self.image_states(pixel_values_BCHW, 0)
+        image_BID = self.image_states(pixel_values_BCHW, 0, image_type)
         x_BSD = torch.cat([self.text_states(input_ids_BT, attention_mask_BT, 0), image_BID], dim=1)
         image_mask_BI = attention_mask_BT.new_ones(image_BID.shape[:2])
         mask = key_mask(torch.cat([attention_mask_BT, image_mask_BI], dim=1))
@@ -242,6 +293,11 @@ class ModalityModel(PreTrainedModel):
     def masked_word_logits(self, states: Tensor) -> Tensor:
         """Scores of the vocabulary for joint states of any shape [..., D] -> [..., V]."""
         return self.masked_word_head(states)
+
+    def patch_logits(self, states_BID: Tensor) -> Tensor:
+        """Pixels of the patches as the masked-patch head sees them, [B, P, C patch patch]."""
+        patches_BPD = states_BID[:, self.config.num_image_prefix_tokens :]
+        return self.patch_head(self.final_norm(patches_BPD, "v"))
 
     def statement_logits(self, states_BSD: Tensor) -> Tensor:
         """Scores of the text being false (0) or true (1) of the image, [B, 2]."""

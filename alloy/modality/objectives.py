@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alloy.modality.masking import IGNORED
 from alloy.modality.modeling import ModalityModel, ModalityOutput, key_mask
 from alloy.processes import ALONE, Processes
-
-IGNORED = -100
-"""Label of a word that no loss counts: what `torch.nn.functional.cross_entropy` ignores."""
 
 
 def contrastive_loss(

@@ -52,7 +52,7 @@ def _text_states(model: ModalityModel, batch: Batch) -> Tensor:
 
 
 def _pair_states(model: ModalityModel, batch: Batch) -> Tensor:
-    return model.encode_joint(*(batch[n] for n in ("pixel_values", "input_ids", "attention_mask")))
+    return model.encode_joint(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
 
 
 def _pair_mask(model: ModalityModel, batch: Batch) -> Tensor:

@@ -8,9 +8,7 @@ not registered again.
     python -m tasks.register RECIPE
 """
 
-import base64
 import hashlib
-import io
 import json
 import re
 import subprocess
@@ -34,7 +32,6 @@ PACKAGES = (
     "mlflow", "numpy", "pandas", "pillow", "safetensors", "scipy", "tokenizers", "torch",
     "transformers",
 )  # fmt: skip
-# the model type that is served (tasks/registry/serving.py); others are kept to be loaded
 MODALITY = "modality"
 _LONGEST_PARAM = 6000  # MLflow's limit
 
@@ -188,45 +185,75 @@ def _log_params(recipe: Recipe) -> dict[str, str]:
 
 def _log_model(log: tracking.Log, name: str, folder: Path, tags: Mapping[str, str]) -> str:
     import alloy
-    from tasks.data.scenes.words import ANSWERS
     from tasks.registry import serving
 
-    config = storage.read_json(folder / "config.json")
-    answers = ANSWERS if config.get("num_answers") == len(ANSWERS) else ()
+    is_modality = storage.read_json(folder / "config.json").get("model_type") == MODALITY
     return tracking.register(
         log,
         name,
         code=Path(serving.__file__),
         artifacts={"checkpoint": folder},
         packages=[Path(alloy.__file__).parent],
-        settings={"answers": list(answers)},
         requirements=[requirement(package) for package in PACKAGES],
-        inputs=serving.INPUTS,
-        outputs=serving.OUTPUTS,
-        options=serving.OPTIONS,
-        example=_example(config),
         tags=tags,
         alias=CHALLENGER,
+        **(_as_modality(folder) if is_modality else _as_transformer(folder)),
     )
 
 
-def _example(config: Mapping[str, Any]) -> dict[str, str] | None:
-    """One row of input, with an image if the model takes images; none if it is not served."""
-    if config["model_type"] != MODALITY:
-        return None
-    text = {"text": "where is cat"}
-    return {"image": _grey(config["image_size"]), **text} if "image_size" in config else text
+def _as_modality(folder: Path) -> dict[str, Any]:
+    """The interface of a modality transformer, which transformers has no task for."""
+    from tasks.data.scenes.words import ANSWERS
+    from tasks.registry import serving
+    from tasks.registry.families import grey
+
+    config = storage.read_json(folder / "config.json")
+    answers = ANSWERS if config.get("num_answers") == len(ANSWERS) else ()
+    example = {"text": "where is cat"}
+    if "image_size" in config:
+        example = {"image": grey(config["image_size"]), **example}
+    return {
+        "settings": {"answers": list(answers)},
+        "inputs": serving.INPUTS,
+        "outputs": serving.OUTPUTS,
+        "options": serving.OPTIONS,
+        "example": example,
+        "flavour": None,
+        "components": {},
+    }
+
+
+def _as_transformer(folder: Path) -> dict[str, Any]:
+    """The interface of a model's family, and its entry in MLflow's transformers flavour."""
+    import transformers
+
+    from tasks.evaluation.loading import load_config, model_class
+    from tasks.registry.families import Family, example_of, family_of
+
+    family = family_of(folder) or Family(None, "", "")
+    entry = {
+        "task": family.task,
+        "instance_type": family.pipeline,
+        "pipeline_model_type": model_class(folder).__name__,
+        "source_model_name": folder.name,
+        "model_binary": f"artifacts/{folder.name}",
+        "torch_dtype": None,
+        "components": list(family.components),
+        **{f"{kind}_type": name for kind, name in family.components.items()},
+        "transformers_version": transformers.__version__,
+        "code": "code",
+    }
+    return {
+        "settings": {"family": family.name},
+        "inputs": family.inputs,
+        "outputs": family.outputs,
+        "options": family.options,
+        "example": example_of(family, load_config(folder)),
+        "flavour": entry if family.task else None,
+        "components": dict.fromkeys(family.components, folder),
+    }
 
 
 def requirement(package: str) -> str:
     """The installed version, without what names a build or a place (`2.13.0+cpu`)."""
     return f"{package}=={re.sub(r'[+].*', '', version(package))}"
-
-
-def _grey(side: int) -> str:
-    """A grey square as base64 PNG."""
-    from PIL import Image
-
-    content = io.BytesIO()
-    Image.new("RGB", (side, side), (128, 128, 128)).save(content, "PNG")
-    return base64.b64encode(content.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""The only module that imports MLflow: runs with their curves, and the registry of models.
+"""MLflow, which this module and `flavours` alone import: runs with their curves, the registry.
 
 Where MLflow is comes from the environment (`MLFLOW_TRACKING_URI`, `MLFLOW_REGISTRY_URI`); without
 it, it is `mlflow.db` and `mlartifacts/` in the workspace. The import costs seconds of CPU, so it
@@ -36,6 +36,8 @@ _QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Large files go through a server in parts, which proxies take, where its store knows parts.
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true",
     # What it prints at the end of a run is the address with its password.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
@@ -223,8 +225,10 @@ def register(
     requirements: Sequence[str],
     inputs: Sequence[tuple[str, str]],
     outputs: Sequence[tuple[str, str]],
-    options: Mapping[str, str],
+    options: Mapping[str, str | int],
     example: Mapping[str, object] | None,
+    flavour: Mapping[str, object] | None,
+    components: Mapping[str, Path],
     tags: Mapping[str, str],
     alias: str,
 ) -> str:
@@ -235,28 +239,35 @@ def register(
         artifacts: what it finds under `context.artifacts`.
         packages: folders of code that travel with the model.
         inputs, outputs: columns and their types, a `[]` behind a type for a list; none is required.
-        options: the served model's string parameters and their defaults.
+        options: the served model's parameters and their defaults.
         example: one row of input, by column; None for a model that answers none.
+        flavour: the entry of MLflow's transformers flavour, beside the one of Python functions.
+        components: folders that this flavour finds under `components/`.
     """
     import mlflow
-    from mlflow.models import ModelSignature
+    from mlflow.models import Model
+
+    from tasks.registry import flavours
 
     client = connect()
-    signature = ModelSignature(_schema(inputs), _schema(outputs), _option_schema(options))
+    signature = flavours.signature(inputs, outputs, options)
     with reaching():
         mlflow.set_tracking_uri(uri())
         if registry := os.environ.get("MLFLOW_REGISTRY_URI"):
             mlflow.set_registry_uri(registry)
         with mlflow.start_run(run_id=log.run_id):
-            logged = mlflow.pyfunc.log_model(
+            logged = Model.log(
+                artifact_path=None,
                 name="model",
+                flavor=flavours.Flavours(flavour, components),
                 python_model=str(code),
                 artifacts={key: str(path) for key, path in artifacts.items()},
                 code_paths=[str(path) for path in packages],
                 model_config=dict(settings),
                 pip_requirements=list(requirements),
                 signature=signature,
-                input_example=None if example is None else _frame(example),
+                input_example=None if example is None else flavours.frame(example),
+                validate_serving_input=False,  # it would load the model
             )
         _create_registered_model(client, name)
         version = client.create_model_version(
@@ -418,29 +429,6 @@ def _masked(tags: Mapping[str, str]) -> dict[str, str]:
 
 def _version(entity) -> Version:
     return Version(str(entity.version), str(entity.run_id), dict(entity.tags))
-
-
-def _schema(columns: Sequence[tuple[str, str]]):
-    from mlflow.types import ColSpec, DataType, Schema
-    from mlflow.types.schema import Array
-
-    def type_of(name: str):
-        scalar = DataType[name.removesuffix("[]")]
-        return Array(scalar) if name.endswith("[]") else scalar
-
-    return Schema([ColSpec(type_of(kind), name, required=False) for name, kind in columns])
-
-
-def _option_schema(options: Mapping[str, str]):
-    from mlflow.types import DataType, ParamSchema, ParamSpec
-
-    return ParamSchema([ParamSpec(name, DataType.string, value) for name, value in options.items()])
-
-
-def _frame(example: Mapping[str, object]):
-    from pandas import DataFrame
-
-    return DataFrame([dict(example)])
 
 
 def _experiment(client, recipe: str) -> str:

@@ -61,12 +61,12 @@ _OUTSIDE = re.compile(
     r"(text_imag_|text_|vl_text_imag_|video_|text_video_|vl_text_video_|temporal_)?"
     r"relative_position_index|mask_for_combining_temporal|temporal_relative_position_bias_table|"
     r"text_embeddings\.(position_ids|token_type_ids|position_embeddings\.weight)|"
-    r"transformer\.mask_token|(ifm|itc)_vl_(text|image)_proj\.fc\.weight|logit_vl_scale|"
+    r"transformer\.mask_token|"
     r"(img_cls_classifier|mim_score|d_vae)\..*"
 )
-"""What the modality transformer does not have: indices that it computes, video, the second pair of
-contrastive projections, heads of other tasks, and positions of words, which both models make but
-do not add where they have relative ones."""
+"""What the modality transformer does not have: indices that it computes, video, heads of other
+tasks, and positions of words, which both models make but do not add where they have relative
+ones."""
 
 _SIZED = {
     "text_embeddings.position_embeddings.weight",
@@ -169,6 +169,9 @@ def _names(config: ModalityConfig, is_vlmo: bool) -> dict[str, str | Joined]:
         **_EMBEDDINGS,
         "image_projection": f"{projection}_image_proj.fc",
         "text_projection": f"{projection}_text_proj.fc",
+        "joint_image_projection": f"{projection}_vl_image_proj.fc",
+        "joint_text_projection": f"{projection}_vl_text_proj.fc",
+        "joint_logit_scale": "logit_vl_scale",
         "blocks.{i}.scale1.gain": "transformer.blocks.{i}.gamma_1",
         "blocks.{i}.scale2.gain": "transformer.blocks.{i}.gamma_2",
     }
@@ -210,10 +213,10 @@ def _config(
     patches = weights["transformer.patch_embed.proj.weight"]
     fc1 = next((t for n, t in weights.items() if re.search(r"mlp[._\w]*\.fc1\.weight$", n)), None)
     types = weights["token_type_embeddings.weight"]
-    if len(types) != 2:
+    if len(types) not in (2, 3):
         raise CheckpointError(
-            f"token_type_embeddings.weight has {len(types)} rows: a type of its own for a second "
-            f"image is not carried"
+            f"token_type_embeddings.weight has {len(types)} rows: texts, images and a second image "
+            f"are 2 or 3"
         )
     table = weights.get("relative_position_bias_table")
     side = _side(weights, table)
@@ -243,6 +246,8 @@ def _config(
         num_text_types=len(weights["text_embeddings.token_type_embeddings.weight"]),
         lower_blocks_see="both" if is_vlmo else _lower_blocks_see(recorded, sharing),
         head_norm_eps=1e-5,
+        num_image_types=len(types) - 1,
+        joint_contrast="logit_vl_scale" in weights,
     )
 
 

@@ -1,11 +1,7 @@
-"""Data sets as people have them on disk, each by the layout of its authors' archive.
+"""Prepared data sets: rows in memory-mapped Arrow files, which become tensors when taken.
 
-A *set* lies under `data/raw/<name>/`. Its *reader* streams *rows* of one *kind* (captions,
-questions, pairs, maps, classes, texts), a split at a time, with references to images, never their
-pixels. `stored` keeps rows as memory-mapped Arrow files, `images` decodes them when they are
-needed.
-
-    source = catalogue.open_set("vqav2", Path("data/raw/vqav2"))
-    for row in source.rows("train"):
-        ...
+A row has one of few *kinds* (captions, questions, pairs, maps, classes, texts), whatever archive it
+came from (`tasks.data.archives`). `stored` writes rows as they stream by and notes their faults,
+`description` is what a prepared set says of itself, `splits` makes batches, `loader` makes them in
+workers ahead of time.
 """

@@ -21,7 +21,11 @@ def main(asked: Path, answer: Path) -> None:
         write_json(answer, {"tasks": [*manager.all_tasks]})
         return
     from lm_eval import simple_evaluate
+    from transformers import AutoTokenizer
 
+    tokenizer: Any = AutoTokenizer.from_pretrained(request["model"])
+    if tokenizer.eos_token is None:
+        sys.exit(f"the tokenizer of {request['model']} has no eos_token, which lm_eval begins with")
     manager = TaskManager(include_path=path)
     results: Any = simple_evaluate(
         model="hf",

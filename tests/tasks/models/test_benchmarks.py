@@ -76,7 +76,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def llamas(workspace: Path) -> Path:
     for seed, name in enumerate("ab"):
         llama(seed).save_pretrained(workspace / "given" / name)
-        tiny_models.tokenizer().save_pretrained(workspace / "given" / name)
+        tokenizer = tiny_models.tokenizer()
+        tokenizer.eos_token = "[SEP]"
+        tokenizer.save_pretrained(workspace / "given" / name)
     return workspace
 
 

@@ -1,11 +1,10 @@
 """A result becomes a version that anybody can load, with the lineage that says what it is."""
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
-import urllib.request
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -243,9 +242,9 @@ def test_mlflow_serves_the_model_over_http(recipe, tmp_path) -> None:
         servers.wait_for_port(port, process, seconds=300)  # seconds on a quiet machine
         image, _ = picture()
         body = {"dataframe_records": [{"image": image, "text": "where is cat"}]}
-        answer = _post(port, body)
+        answer = servers.post(port, body)
         assert answer["predictions"][0]["answer"] in ANSWERS
-        answer = _post(port, {**body, "params": {"output": "scores"}})
+        answer = servers.post(port, {**body, "params": {"output": "scores"}})
         assert len(answer["predictions"][0]["scores"]) == 1
         bomb, _ = picture(side=1)
         for bad, message in [
@@ -259,20 +258,10 @@ def test_mlflow_serves_the_model_over_http(recipe, tmp_path) -> None:
             ({"dataframe_records": [{"image": image, "text": "cat"}] * 1025}, "1 to 1024 rows"),
         ]:
             with pytest.raises(urllib.error.HTTPError) as refused:
-                _post(port, bad)
+                servers.post(port, bad)
             assert refused.value.code == 400, bad
             assert message in refused.value.read().decode(), bad
             refused.value.close()
     finally:
         os.killpg(process.pid, 15)
         process.wait(30)
-
-
-def _post(port: int, body: dict) -> dict:
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/invocations",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.load(response)

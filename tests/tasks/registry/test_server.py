@@ -21,14 +21,13 @@ from hypothesis import strategies as st
 from transformers import ViTConfig, ViTForImageClassification
 
 from tasks.data.scenes.words import ANSWERS
-from tasks.registry import server, tracking
+from tasks.registry import flavours, server, tracking
 from tests import servers
 from tests.tasks.registry.served import claim, large_images, peak, picture, save_model
 
 with warnings.catch_warnings():  # MLflow's own, at its import
     warnings.simplefilter("ignore")
     import mlflow.pyfunc
-    from mlflow.models import ModelSignature
 
     from tasks.registry import serving
 
@@ -225,7 +224,6 @@ REFUSALS = [
 
 def save_served(folder: Path, checkpoint: Path) -> None:
     """The model as `register` keeps it, without a registry."""
-    inputs, outputs = tracking._schema(serving.INPUTS), tracking._schema(serving.OUTPUTS)
     with warnings.catch_warnings():  # that no example of input is given
         warnings.simplefilter("ignore")
         mlflow.pyfunc.save_model(
@@ -234,7 +232,7 @@ def save_served(folder: Path, checkpoint: Path) -> None:
             artifacts={"checkpoint": str(checkpoint)},
             model_config={"answers": list(ANSWERS)},
             pip_requirements=["mlflow"],
-            signature=ModelSignature(inputs, outputs),
+            signature=flavours.signature(serving.INPUTS, serving.OUTPUTS, {}),
         )
 
 

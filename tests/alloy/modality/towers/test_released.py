@@ -201,7 +201,7 @@ def test_other_files_are_refused(content, message, tmp_path):
             {},
             r"missing: \['token_type_embeddings\.weight'\] \(sizes",
         ),
-        ("vlmo", [], {"token_type_embeddings.weight": (3, 12)}, "has 3 rows: a type of its own"),
+        ("vlmo", [], {"token_type_embeddings.weight": (4, 12)}, "has 4 rows: texts, images and a"),
         ("vl-merging", [], {"transformer.norm.weight": (5,)}, r"\[5\]: the config asks for \[12\]"),
         ("agnostic", [], {}, "say num_joint_layers"),
         ("vlmo absolute", [], {}, "say num_attention_heads"),

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from alloy.errors import nearest
-from tasks.data.sets.ade20k import Ade20k
-from tasks.data.sets.coco import Coco, CocoOfficial, Flickr30k
-from tasks.data.sets.columns import (
+from tasks.data.archives.ade20k import Ade20k
+from tasks.data.archives.coco import Coco, CocoOfficial, Flickr30k
+from tasks.data.archives.columns import (
     Cc3mShards,
     CocoShards,
     Columns,
@@ -17,11 +17,11 @@ from tasks.data.sets.columns import (
     VgShards,
     VqaShards,
 )
-from tasks.data.sets.corpora import Cc3m, ImageNet, Sbu, Texts, VisualGenome
-from tasks.data.sets.nlvr2 import Nlvr2
-from tasks.data.sets.reader import Reader
+from tasks.data.archives.corpora import Cc3m, ImageNet, Sbu, Texts, VisualGenome
+from tasks.data.archives.nlvr2 import Nlvr2
+from tasks.data.archives.reader import Reader
+from tasks.data.archives.vqa import Vqav2
 from tasks.data.sets.rows import DataError
-from tasks.data.sets.vqa import Vqav2
 
 FORMATS: Mapping[str, type[Reader]] = {
     "coco": Coco,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from tasks.data.sets.reader import Parts, Reader, get
+from tasks.data.archives.reader import Parts, Reader, get
 from tasks.data.sets.rows import UNKNOWN, DataError, Row, file_image
 
 _LABELS = {"True": 1, "False": 0, None: UNKNOWN}

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tasks.data.archives.catalogue import FORMATS, kind_of, open_set
+from tasks.data.archives.vqa import UNLABELLED
 from tasks.data.drawn import write_sets
-from tasks.data.sets.catalogue import FORMATS, kind_of, open_set
 from tasks.data.sets.images import decoded
 from tasks.data.sets.rows import FEATURES, IMAGES, DataError, image_key
 from tasks.data.sets.stored import Faults, checked, overlaps, read_rows, write_rows
-from tasks.data.sets.vqa import UNLABELLED
 from tasks.storage import folder_digest
 
 SETS = [name for name in FORMATS if not name.endswith(("shards", "official", "columns"))]

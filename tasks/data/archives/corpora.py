@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from tasks.data.sets.reader import Parts, Reader, get, stream, tab_separated
+from tasks.data.archives.reader import Parts, Reader, get, stream, tab_separated
 from tasks.data.sets.rows import DataError, Row, file_image, held_out
 
 _IMAGE_FILES = ("*.JPEG", "*.jpg", "*.jpeg", "*.png", "*.webp")

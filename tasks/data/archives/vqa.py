@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tasks.data.sets.reader import Missing, Parts, Reader, get, stream
+from tasks.data.archives.reader import Missing, Parts, Reader, get, stream
 from tasks.data.sets.rows import DataError, Row, file_image, held_out, image_key, with_images
 
 UNLABELLED = "evalai"

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from tasks.data.sets.reader import Parts, Reader, get, stream
+from tasks.data.archives.reader import Parts, Reader, get, stream
 from tasks.data.sets.rows import DataError, Row, file_image
 
 _COCO = "https://cocodataset.org/#download (train2014.zip, val2014.zip)"

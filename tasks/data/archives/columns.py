@@ -8,7 +8,7 @@ import pyarrow as pa
 from datasets import Image, load_dataset
 
 from alloy.errors import nearest
-from tasks.data.sets.reader import Missing, Parts, Reader
+from tasks.data.archives.reader import Missing, Parts, Reader
 from tasks.data.sets.rows import FEATURES, UNKNOWN, DataError, Kind, Row, image_key
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from tasks.data.sets.reader import Parts, Reader, tab_separated
+from tasks.data.archives.reader import Parts, Reader, tab_separated
 from tasks.data.sets.rows import DataError, Row, file_image, held_out
 
 

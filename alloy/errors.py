@@ -17,6 +17,10 @@ class DeviceError(AlloyError):
     """A device that this machine does not have."""
 
 
+class DeviceMemoryError(DeviceError):
+    """A device whose memory is too small for what was asked of it."""
+
+
 class ProcessError(AlloyError):
     """Processes that cannot do a piece of work together."""
 

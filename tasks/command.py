@@ -17,6 +17,7 @@ from tasks.recipe.section import ParamsError
 from tasks.registry.secrets import without_secrets
 from tasks.sources.edited import refuse_edited
 from tasks.workers import together
+from tasks.workers.memory import LESS, within_memory
 
 SHARED = {
     "fetch": "tasks.sources.fetch",
@@ -30,6 +31,29 @@ WITHOUT_SECTION = {*SHARED, "choose"}
 
 TOGETHER = ("collect", "finetune", "evaluate")
 """The stages that as many processes as ALLOY_PROCESSES says share."""
+
+
+BATCHES = {
+    "collect": ("collect",),
+    "align": ("collect", "evaluate"),
+    "merge": ("collect",),
+    "choose": ("evaluate",),
+    "finetune": ("finetune",),
+    "evaluate": ("evaluate",),
+}
+"""The sections whose batch sizes decide how much memory a stage takes."""
+
+
+def batch_sizes(stage: str, recipe: Recipe) -> tuple[dict[str, int], str]:
+    """The batch sizes of a stage by their names in the params, and how else it takes less."""
+    sizes = {}
+    for name in BATCHES.get(stage, ()):
+        section = getattr(recipe, name, None)
+        if (size := getattr(section, "batch_size", None)) is not None:
+            sizes[f"{name}.batch_size"] = size
+        for benchmark, size in getattr(section, "batch_sizes", {}).items():
+            sizes[f"{name}.batch_sizes.{benchmark}"] = size
+    return sizes, LESS if stage == "finetune" else ""
 
 
 def home(stage: str, kind: str) -> str:
@@ -63,7 +87,8 @@ def run_stage(description: str | None, switches: Mapping[str, str] | None = None
             module = _module(stage, recipe)
             if stage in TOGETHER and together.is_asked_for():
                 sys.exit(together.launch(f"tasks.{stage}", sys.argv[1:]))
-            with together.speaking_in_turn():
+            sizes, advice = batch_sizes(stage, recipe)
+            with together.speaking_in_turn(), within_memory(stage, sizes, advice):
                 module.main(recipe, **_chosen(stage, recipe, module, options))
     except ConnectionError as error:
         # The arguments are right, the network is not: flows try such a stage again.

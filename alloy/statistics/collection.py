@@ -80,15 +80,8 @@ def collect(
             are not finite; no batches, or fewer than processes.
         MaskError: a mask that may belong to either of two token sequences.
     """
-    specs = dict.fromkeys(models, spec) if isinstance(spec, SymmetrySpec) else dict(spec)
-    _check(models, specs)
-    images = _common_images(models, specs) if units == "written" else dict.fromkeys(models, ())
     running = RunningSums(processes)
-    observers = {
-        name: Observer(name, model, specs[name], images[name], grams, running)
-        for name, model in models.items()
-    }
-    _require_same_spaces(list(observers.values()))
+    observers = _observers(models, spec, units, grams, running)
     products = Products(_pairs(tuple(models), pairs, joint), observers, running)
     for number, (batch, round_ends) in enumerate(in_rounds(batches, processes)):
         if batch is not None:
@@ -104,6 +97,50 @@ def collect(
             running.end_round()
     products.reduce()
     return products.statistics()
+
+
+def planned_bytes(
+    models: Mapping[str, nn.Module],
+    spec: SymmetrySpec | Mapping[str, SymmetrySpec],
+    *,
+    joint: bool = False,
+    grams: bool = False,
+    pairs: Sequence[Pair] | None = None,
+    units: Literal["written", "read"] = "read",
+) -> int:
+    """The most bytes that the sums of `collect` take on the models' device, before it runs.
+
+    They are float64 and grow with the square of the widths, not with the data. They take less where
+    layers turn out to read one tensor.
+    """
+    observers = _observers(models, spec, units, grams, RunningSums())
+    sizes = {name: observer.sizes() for name, observer in observers.items()}
+    products = Products(_pairs(tuple(models), pairs, joint), observers, RunningSums())
+    entries = sum(2 * size for own in sizes.values() for size in own.values())
+    entries += sum(
+        sizes[a][key] * sizes[b][key] for a, b in products.pairs for key in products.multiplied()
+    )
+    for observer in observers.values():
+        entries += sum(observer.width(weight) ** 2 for weight in observer.inputs)
+    return entries * torch.float64.itemsize
+
+
+def _observers(
+    models: Mapping[str, nn.Module],
+    spec: SymmetrySpec | Mapping[str, SymmetrySpec],
+    units: Literal["written", "read"],
+    grams: bool,
+    running: RunningSums,
+) -> dict[str, Observer]:
+    specs = dict.fromkeys(models, spec) if isinstance(spec, SymmetrySpec) else dict(spec)
+    _check(models, specs)
+    images = _common_images(models, specs) if units == "written" else dict.fromkeys(models, ())
+    observers = {
+        name: Observer(name, model, specs[name], images[name], grams, running)
+        for name, model in models.items()
+    }
+    _require_same_spaces(list(observers.values()))
+    return observers
 
 
 def _share_centres(observers: Mapping[str, Observer], processes: Processes) -> None:

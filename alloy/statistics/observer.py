@@ -5,6 +5,7 @@ Shape legend: N tokens, D units of a point.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -138,6 +139,19 @@ class Observer:
             self.model(**inputs)
         self.mask_unused |= masks.unused
         return seen
+
+    def sizes(self) -> dict[str, int]:
+        """The units of each point, and of each space that only a forward pass will show."""
+        sizes = {key: len(unit.columns) for key, unit in self.units.items()}
+        shown = {unit.space for unit in self.units.values()}
+        hidden = (s for s in self.spec.spaces if s not in shown and not self.spec.dependents(s))
+        of = self.spec.batch_shape
+        return {**sizes, **{s: math.prod(of(s)) * self.spec.spaces[s].size for s in hidden}}
+
+    def width(self, weight: str) -> int:
+        """The inputs of a linear layer."""
+        module, dim = self.inputs[weight]
+        return self.modules[module].get_parameter("weight").shape[dim]
 
     def place_of(self, key: str) -> UnitPoint | Operand:
         """The place that is read under a key."""

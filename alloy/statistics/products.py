@@ -54,6 +54,14 @@ class Products:
                         ours, theirs = seen[a][key][i], seen[b][key][i].to(x_ND.device)
                         self.running.add((key, (a, b)), ours.to(x_ND.device).T @ theirs)
 
+    def multiplied(self) -> list[str]:
+        """The points, and the spaces that only a forward pass will show, with products."""
+        return [
+            key
+            for key in self.first.sizes()
+            if key not in self.first.images and not self._large(key)
+        ]
+
     def _large(self, key: str) -> bool:
         space = self.first.place_of(key).space
         return bool(space) and any(by_blocks(o.spec, space) for o in self.observers.values())

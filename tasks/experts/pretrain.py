@@ -67,6 +67,7 @@ from tasks.training.loop import (
     train,
 )
 from tasks.workers import Report, side_by_side, together
+from tasks.workers.memory import LESS, within_memory
 from tasks.workers.together import agree, join
 
 RELEASED = Path("released/modality")
@@ -320,6 +321,9 @@ def main(arms: Sequence[str]) -> None:
             logs[arm].metrics(*values)
 
         jobs = {" ".join(chain): (chain, params) for chain in chains if chain}
+        stack.enter_context(
+            within_memory("pretrain", {"params/pretrain.yaml: batch_size": params.batch_size}, LESS)
+        )
         if processes.size > 1:
             for name, job in jobs.items():
                 run_chain(*job, partial(receive, name), processes)

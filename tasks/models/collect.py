@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import alloy
-from alloy.devices import chosen_device, device_pool
+from alloy.devices import chosen_device, device_of, device_pool
 from alloy.processes import Processes
+from alloy.statistics.collection import planned_bytes
 from tasks.evaluation.loading import load_any
 from tasks.models.shared.jobs import (
     Job,
@@ -106,17 +107,17 @@ def collect(job: Job, folder: Path, processes: Processes, report: Report) -> Non
             yield batch
             report("step")
 
+    models, specs = job.models(), job.specs(folder)
+    options = params.model_dump(include={"units", "joint", "grams"})
+    if processes.is_first:
+        size, device = (
+            planned_bytes(models, specs, **options),
+            device_of(next(iter(models.values()))),
+        )
+        report("say", f"{job.name}: at most {size / 1e6:,.0f} MB of sums on {device}")
     kind = chosen_device().type
     with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
-        statistics = alloy.collect(
-            job.models(),
-            seen(),
-            job.specs(folder),
-            units=params.units,
-            joint=params.joint,
-            grams=params.grams,
-            processes=processes,
-        )
+        statistics = alloy.collect(models, seen(), specs, **options, processes=processes)
     if not processes.is_first:
         return
     place = job.within(folder)

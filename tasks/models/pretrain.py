@@ -47,6 +47,7 @@ from tasks.reports import cards
 from tasks.storage import read_json, sha256, write_folder, write_json
 from tasks.training.loop import check_precision, parts_of, step_generator, train
 from tasks.workers import Report, num_cores, side_by_side
+from tasks.workers.memory import LESS, within_memory
 
 PARAMS = "pretrain_multitask"
 MADE = Path("models/pretrain_multitask")
@@ -262,7 +263,10 @@ def train_family(family: str) -> None:
     devices = device_pool()
     num_chains = max(1, min(len(todo), num_cores()))
     work = {str(n): (todo[n::num_chains], made, WORK) for n in range(num_chains) if todo}
-    side_by_side(chain, work, lambda _, kind, line: print(line, flush=True), devices=devices)
+    batch_size = params.families[family].batch_size
+    sizes = {f"params/{PARAMS}.yaml: families.{family}.batch_size": batch_size}
+    with within_memory("pretrain", sizes, LESS):
+        side_by_side(chain, work, lambda _, kind, line: print(line, flush=True), devices=devices)
 
 
 def release(made: Path = MADE, released: Path = RELEASED) -> None:

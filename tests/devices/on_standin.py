@@ -12,9 +12,13 @@ from torch import Tensor
 import alloy
 from alloy.alignment import PRESETS
 from alloy.devices import beside, device_of
+from alloy.errors import DeviceMemoryError
+from tasks.command import batch_sizes
 from tasks.data.scenes.words import ANSWERS
 from tasks.experts import pretrain
+from tasks.recipe.load import load
 from tasks.recipe.pretraining import PretrainParams
+from tasks.workers.memory import within_memory
 from tests import tiny_models
 from tests.devices import stages, standin
 from tests.processes import on_two
@@ -133,7 +137,7 @@ def test_every_stage_and_arm_of_experts(tmp_path: Path, monkeypatch, on) -> None
     ["RegNetForImageClassification", pytest.param("OPTForCausalLM", marks=pytest.mark.slow)],
 )
 def test_every_stage_and_arm_of_models(tmp_path: Path, monkeypatch, on, name: str) -> None:
-    """collect, align, merge with every repair, and evaluate."""
+    """collect, align, merge with every repair, evaluate; a full device loses nothing."""
     monkeypatch.chdir(tmp_path)
     on(standin.NAME)
     stages.write_models(name)
@@ -141,6 +145,16 @@ def test_every_stage_and_arm_of_models(tmp_path: Path, monkeypatch, on, name: st
     assert len(list(Path("models/models/arms/pair/0").iterdir())) >= 11
     assert Path("reports/models/metrics.json").is_file()
     transformers.AutoModel.from_pretrained("models/models/merged")
+    before = stages.tensors(Path("models/models/statistics"))
+    recipe = load("models")
+    monkeypatch.setattr(standin, "MOST_BYTES", 2000)
+    full = r"collect: GPU 0 is full: .* KiB more .* set collect.batch_size to [124] \(now 8\)"
+    with (
+        pytest.raises(DeviceMemoryError, match=full),
+        within_memory("collect", *batch_sizes("collect", recipe)),
+    ):
+        stages.collect_models.main(recipe)
+    close(stages.tensors(Path("models/models/statistics")), before)
 
 
 def test_pretraining(tmp_path: Path, monkeypatch, on) -> None:

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 NAME = "standin"
 _ATEN = torch.ops.aten
+MOST_BYTES: int | None = None
+"""Of one tensor: a larger one does not fit the device."""
 _MOVES = (_ATEN.copy_.default, _ATEN._to_copy.default)
 _INDEXED = (
     _ATEN.index.Tensor,
@@ -91,6 +93,17 @@ def _refuse_mixed(func: Any, args: tuple, kwargs: dict) -> None:
         raise RuntimeError(f"Expected a {NAME!r} generator, got {generator.device} in {func}")
 
 
+def _refuse_large(made: Any) -> None:
+    """As CUDA's allocator does, in its words."""
+    if MOST_BYTES is None or not isinstance(made, Tensor) or made.nbytes <= MOST_BYTES:
+        return
+    raise torch.OutOfMemoryError(
+        f"CUDA out of memory. Tried to allocate {made.nbytes / 2**10:.2f} KiB. GPU 0 has a total "
+        "capacity of 2.00 MiB of which 1.00 MiB is free. Of the allocated memory 512.00 KiB is "
+        "allocated by PyTorch, and 0 bytes is reserved by PyTorch but unallocated."
+    )
+
+
 def _run(func: Any, args: tuple, kwargs: dict) -> Any:
     _refuse_mixed(func, args, kwargs)
     asked = kwargs.get("device")
@@ -107,6 +120,8 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
         lambda x: x.inner if isinstance(x, StandIn) else x, (args, kwargs)
     )
     found = func(*inner_args, **inner_kwargs)
+    if wrap:
+        tree_map(_refuse_large, found)
     written = (
         {id(x.inner): x for x in flat if isinstance(x, StandIn)} if func._schema.is_mutable else {}
     )

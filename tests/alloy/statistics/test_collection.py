@@ -14,8 +14,9 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5Model, ViTConf
 import alloy
 from alloy.alignment.moves import flat_order
 from alloy.errors import CollectionError, MaskError
-from alloy.statistics.collection import collect
+from alloy.statistics.collection import collect, planned_bytes
 from alloy.statistics.points import Point, linear_images, observe, unit_points
+from alloy.statistics.running import RunningSums
 from alloy.statistics.sums import Statistics
 from alloy.symmetry import random_transforms, transport
 from alloy.symmetry.spec import with_kind
@@ -51,6 +52,35 @@ def _bert(seed: int) -> BertForMaskedLM:
         if name.endswith("LayerNorm.weight"):
             parameter.data = parameter.data.abs() + 0.5
     return model
+
+
+class _Kept(RunningSums):
+    """The sums of the last pass, to look at."""
+
+    last: "_Kept"
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        _Kept.last = self
+
+
+@pytest.mark.parametrize("options", [{}, {"joint": True, "grams": True}, {"units": "written"}])
+def test_memory_is_planned_before_a_model_runs(models, options, monkeypatch):
+    """To the byte where no two layers read one tensor, else an upper bound."""
+    shared = dict(list(models.items())[:2])
+    plain = {name: chain(seed) for seed, name in enumerate("ab")}
+    words = {"input_ids": torch.randint(1, SIZE, (3, SIZE))}
+    for given, batch, is_exact in (
+        (plain, {"input": two_processes.data()}, True),
+        (shared, words, False),
+    ):
+        spec = alloy.find_symmetries(next(iter(given.values())), batch)
+        planned = planned_bytes(given, spec, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr("alloy.statistics.collection.RunningSums", _Kept)
+            collect(given, [batch], spec, **options)
+        taken = sum(total.nbytes for total in _Kept.last.totals.values())
+        assert taken == planned if is_exact else taken <= planned <= 2 * taken
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_every_stage_and_arm_of_experts(tmp_path: Path, monkeypatch, on) -> None
         monkeypatch.chdir(tmp_path / device)
         on(device)
         stages.write_experts()
-        stages.run_experts(to_merge_alone=device == "cpu")
+        stages.run_experts(compared=device == "cpu")
         written[device] = stages.tensors(Path("models/experts"))
     for part in ("statistics/", "arms/", "merged/"):
         ours, theirs = (

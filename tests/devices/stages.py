@@ -43,7 +43,11 @@ EXPERT_ARMS = {
     "arithmetic": {"checkpoint": "specific", "method": "modality_arithmetic", "base": "seed"},
     "regmean": {"checkpoint": "specific", "method": "regmean"},
     "aligned": {"checkpoint": "specific", "method": "regmean", "align": True},
-    "regmean_in_gauge": {"checkpoint": "specific", "method": "regmean", "gauge": GAUGE},
+    "regmean_in_gauge": {
+        "checkpoint": "specific",
+        "method": "regmean",
+        "gauge": {**GAUGE, "steps": 1},
+    },
     "sequential": {**SEQUENTIAL, "answers": "heads"},
     "sequential_plain": SEQUENTIAL,
     "in_gauge": {**SEQUENTIAL, "answers": "states", "gauge": GAUGE},
@@ -124,12 +128,19 @@ def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def run_experts(*, to_merge_alone: bool = False) -> None:
-    """Every stage behind prepare; fine-tuning without its processes and its tracking."""
+def run_experts(*, compared: bool = False) -> None:
+    """Every stage behind prepare; fine-tuning without its processes and its tracking.
+
+    `compared`: up to merge, and without the arms whose searches amplify rounding.
+    """
     recipe = load("experts")
+    if compared:
+        arms = recipe.merge.arms
+        for name in [name for name, arm in arms.items() if arm.gauge]:
+            del arms[name]
     for stage in (collect, align, merge, choose):
         stage.main(recipe)
-    if to_merge_alone:
+    if compared:
         return
     jobs = finetune.plan(recipe)
     for job in jobs.values():

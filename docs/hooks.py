@@ -53,19 +53,46 @@ def public(module: griffe.Module) -> Iterator[tuple[str, griffe.Object]]:
             yield from public(inner)
 
 
-def undocumented() -> list[str]:
-    """Public names, and public methods of public classes, that have no docstring."""
-    missing = set()
-    for _, value in public(library()):
-        members = [value]
-        if isinstance(value, griffe.Class):
-            members += [
-                member
-                for name, member in value.members.items()
-                if not name.startswith("_") and (member.is_function or "property" in member.labels)
-            ]
-        missing |= {member.path for member in members if not member.docstring}
-    return sorted(missing)
+def unexplained() -> list[str]:
+    """What the reference would not explain.
+
+    Public names, and public methods of public classes, without a docstring; arguments that a
+    docstring explains and the signature does not have; names on no page of docs/reference/.
+    """
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    packages = [library()[name] for name in re.findall(r"^::: alloy\.([\w.]+)", pages, re.M)]
+    shown = {value.path for package in packages for _, value in public(package)}
+    shown |= {member.path for package in packages for member in package.members.values()}
+    faults = []
+    for name, value in public(library()):
+        faults += [f"{path} has no docstring" for path in _undocumented(value)]
+        faults += [f"{path} is no argument" for path in _unknown_arguments(value)]
+        if value.path not in shown:
+            faults.append(f"{name} is on no page of docs/reference/")
+    return sorted(set(faults))
+
+
+def _members(value: griffe.Object) -> list[griffe.Object]:
+    """A public object and, of a class, its public methods and properties."""
+    own = value.members.items() if isinstance(value, griffe.Class) else ()
+    methods = [m for name, m in own if not name.startswith("_") and isinstance(m, griffe.Object)]
+    return [value, *(m for m in methods if m.is_function or "property" in m.labels)]
+
+
+def _undocumented(value: griffe.Object) -> list[str]:
+    return [member.path for member in _members(value) if not member.docstring]
+
+
+def _unknown_arguments(value: griffe.Object) -> list[str]:
+    """Names that the section "Args" of a docstring explains and the signature does not have."""
+    unknown = []
+    for member in _members(value):
+        if isinstance(member, griffe.Function) and member.docstring:
+            known = {parameter.name.lstrip("*") for parameter in member.parameters}
+            args = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", member.docstring.value, re.M | re.S)
+            names = re.findall(r"^    (\S[^:\n]*):", args[1] if args else "", re.M)
+            unknown += [f"{member.path}({n})" for n in names if n.lstrip("*") not in known]
+    return unknown
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -121,18 +148,5 @@ def _names() -> str:
 
 def on_post_build(config: MkDocsConfig) -> None:
     """Refuse public names that the reference does not explain."""
-    for name in undocumented():
-        LOG.warning("%s is public and has no docstring", name)
-    pages = "".join(
-        path.read_text() for path in (Path(config.site_dir) / "reference").rglob("index.html")
-    )
-    shown = {_home(name) for name in re.findall(r'id="(alloy\.[\w.]+)"', pages)}
-    for name, value in public(library()):
-        if value.path not in shown:
-            LOG.warning("%s is public and on no page of docs/reference/", name)
-
-
-def _home(name: str) -> str:
-    """Where a name that a page shows is defined."""
-    value = library()[name.removeprefix("alloy.")]
-    return value.final_target.path if isinstance(value, griffe.Alias) else value.path
+    for fault in unexplained():
+        LOG.warning(fault)

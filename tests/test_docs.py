@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoModel,
     BeitConfig,
@@ -62,6 +63,27 @@ def test_names_paths_and_links_exist(path: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
     local = [link for link in links if "://" not in link]
     assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+def pages_of(nav: object) -> list[str]:
+    """The pages of the site's navigation, however deep."""
+    if isinstance(nav, str):
+        return [nav]
+    inner = nav.values() if isinstance(nav, dict) else nav
+    return [page for part in inner for page in pages_of(part)]
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """A new page in docs/ stands in mkdocs.yml, too, or nobody finds it on the site."""
+    listed = pages_of(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"])
+    written = [path.relative_to(REPOSITORY / "docs").as_posix() for path in DOCS]
+    assert sorted(listed) == sorted(written)
+
+
+def test_the_reference_explains_every_public_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docstrings for all, arguments that exist, and a page of docs/reference/ (`make docs`)."""
+    monkeypatch.syspath_prepend(REPOSITORY / "docs")
+    assert importlib.import_module("hooks").unexplained() == []
 
 
 def blocks(name: str) -> list[str]:

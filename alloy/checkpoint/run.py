@@ -102,7 +102,8 @@ def merge_checkpoints(
             source lacks counts as the base's, or as the mean of those that have it.
         chat_template: where the sources' chat templates differ, the source whose template is
             taken, or a file that holds one.
-        processor, generation_config: the source whose files these are; by default the first.
+        processor: the source whose files these are; by default the first.
+        generation_config: the source whose settings these are; by default the first.
         names: changes of prefix that give a source the first one's names, where a language model is
             merged into the one of a vision-language model: `{"model.": "model.language_model."}`
             for all sources but the first, or such mappings by source. Where one smallest change

@@ -39,6 +39,7 @@ from alloy.types import Batch, Weights
 
 Method = Literal["average", "regmean", "sequential"]
 METHODS: tuple[str, ...] = get_args(Method)
+"""Names of the ways to merge a trunk."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The site: every page is in its navigation, every public name is explained, `make docs` builds."""
+"""The site: `make docs` builds, and refuses what it should."""
 
 import importlib
 import subprocess
@@ -7,25 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
 
 
-def pages(nav: object) -> list[str]:
-    """The pages of a navigation, however deep."""
-    if isinstance(nav, str):
-        return [nav]
-    inner = nav.values() if isinstance(nav, dict) else nav
-    return [page for part in inner for page in pages(part)]
-
-
-def test_every_page_is_in_the_navigation() -> None:
-    """A new page in docs/ stands in mkdocs.yml, too."""
-    listed = pages(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"])
-    written = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")]
-    assert sorted(listed) == sorted(written)
+def load_hooks(monkeypatch):
+    """The module that mkdocs loads beside the pages."""
+    monkeypatch.syspath_prepend(DOCS)
+    return importlib.import_module("hooks")
 
 
 @pytest.mark.slow
@@ -37,24 +27,50 @@ def test_the_site_builds_in_a_minute(tmp_path) -> None:
         list(map(str, command)), cwd=REPOSITORY, text=True, capture_output=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 240  # 60 on a quiet machine
+    assert time.monotonic() - began < 240  # 17 on a quiet machine; the promise is 60
     reference = (tmp_path / "reference/merging/index.html").read_text()
     assert 'id="alloy.merging.merge"' in reference
     assert (tmp_path / "benchmarks/results/gauge/index.html").is_file()  # a link out of docs/
 
 
-def test_an_undocumented_name_is_found(tmp_path, monkeypatch) -> None:
-    """A public function, or a public method of a public class, without a docstring."""
-    monkeypatch.syspath_prepend(DOCS)
-    hooks = importlib.import_module("hooks")
+def test_what_the_reference_would_not_explain_is_found(tmp_path, monkeypatch) -> None:
+    """Functions and methods without a docstring, arguments that are none, names on no page."""
+    hooks = load_hooks(monkeypatch)
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     monkeypatch.setattr(hooks, "_library", None)
-    (tmp_path / "alloy").mkdir()
-    (tmp_path / "alloy/__init__.py").write_text(
-        "__all__ = ['Model', 'merge', 'said']\n"
-        "def merge(): ...\n"
-        'def said():\n    """Documented."""\n'
-        'class Model:\n    """Documented."""\n    def run(self): ...\n'
-        "    def _own(self): ...\n"
-    )
-    assert hooks.undocumented() == ["alloy.Model.run", "alloy.merge"]
+    for name in ("alloy/inner", "docs/reference"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "alloy/__init__.py").write_text("")
+    (tmp_path / "docs/reference/page.md").write_text("::: alloy.inner\n")
+    (tmp_path / "alloy/inner/__init__.py").write_text(INNER)
+    assert hooks.unexplained() == [
+        "alloy.inner.Model.run has no docstring",
+        "alloy.inner.merge has no docstring",
+        "alloy.inner.said(c, d) is no argument",
+    ]
+    (tmp_path / "docs/reference/page.md").unlink()
+    assert "alloy.inner.said is on no page of docs/reference/" in hooks.unexplained()
+
+
+INNER = '''
+__all__ = ["Model", "merge", "said"]
+
+def merge(): ...
+
+def said(a, b, c, d):
+    """Documented.
+
+    Args:
+        a: one thing, on
+            two lines.
+        *b: another.
+        c, d: two at once, which no tool can read.
+    """
+
+class Model:
+    """Documented."""
+
+    def run(self): ...
+
+    def _own(self): ...
+'''

@@ -3,6 +3,7 @@
 `Relay` stands between a client and a server and cuts connections in the middle of an answer.
 """
 
+import base64
 import hashlib
 import json
 import random
@@ -158,7 +159,7 @@ class _QuietServer(ThreadingHTTPServer):
 
 
 class HubServer:
-    """A hub with the part of Hugging Face's API that fetching a model uses.
+    """A hub with the part of Hugging Face's API that fetching and pushing a model use.
 
     `repos[name][commit][path]` is a file's content; `refs[name][branch]` is a commit. Files that
     end in `.safetensors` are in LFS: the hub answers their hash, and sends them from another
@@ -169,7 +170,9 @@ class HubServer:
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
         self.refs: dict[str, dict[str, str]] = {}
         self.private: set[str] = set()
-        self.token = "right"  # of whoever may read what is private
+        self.token = "right"  # of whoever may read what is private, and write
+        self.created: dict[str, dict] = {}  # by repository, as it was asked for
+        self.uploads: dict[str, bytes] = {}  # by SHA-256
         self.requests: list[tuple[str, str, str]] = []  # method, path, range
         self.cuts: list[int] = []  # the next answers with a body break after so many bytes
         self.corrupt: set[str] = set()  # paths that are sent with one bit wrong
@@ -221,6 +224,63 @@ class HubServer:
                 if match := re.fullmatch(r"/(cdn/)?(.+?)/resolve/([^/]+)/(.+)", path):
                     return self._file(bool(match[1]), match[2], match[3], match[4])
                 return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+            def do_POST(self) -> None:
+                """Create a repository, say how files are sent, and commit them."""
+                path = unquote(urlsplit(self.path).path)
+                body = self._body()
+                hub.requests.append(("POST", path, ""))
+                if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                    return self._answer(401, b'{"error": "Invalid user token"}')
+                if path == "/api/repos/create":
+                    name = "/".join(json.loads(body)[key] for key in ("organization", "name"))
+                    hub.repos.setdefault(name, {})
+                    hub.refs.setdefault(name, {})
+                    hub.created[name] = json.loads(body)
+                    return self._json({"url": f"{hub.url}/{name}"})
+                if path == "/api/validate-yaml":
+                    return self._json({"warnings": [], "errors": []})
+                if match := re.fullmatch(r"/(.+?)\.git/info/lfs/objects/batch", path):
+                    objects = json.loads(body)["objects"]
+                    link = f"{hub.url}/upload/{{}}"
+                    answer = [
+                        {**each, "actions": {"upload": {"href": link.format(each["oid"])}}}
+                        for each in objects
+                    ]
+                    return self._json({"transfer": "basic", "objects": answer})
+                if match := re.fullmatch(r"/api/models/(.+?)/preupload/(.+)", path):
+                    files = [
+                        {
+                            "path": each["path"],
+                            "uploadMode": "lfs" if _is_large(each["path"]) else "regular",
+                            "shouldIgnore": False,
+                        }
+                        for each in json.loads(body)["files"]
+                    ]
+                    return self._json({"files": files})
+                if match := re.fullmatch(r"/api/models/(.+?)/commit/(.+)", path):
+                    commit = hub.publish(match[1], _committed(body, hub.uploads), match[2])
+                    url = f"{hub.url}/{match[1]}/commit/{commit}"
+                    return self._json({"commitUrl": url, "commitOid": commit})
+                return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+            def do_PUT(self) -> None:
+                body = self._body()
+                hub.uploads[hashlib.sha256(body).hexdigest()] = body
+                self._answer(200, b"")
+
+            def _body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding") != "chunked":
+                    return self.rfile.read(int(self.headers.get("Content-Length", "0")))
+                pieces = []
+                while size := int(self.rfile.readline(), 16):
+                    pieces.append(self.rfile.read(size))
+                    self.rfile.readline()
+                self.rfile.readline()
+                return b"".join(pieces)
+
+            def _json(self, value: object) -> None:
+                self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
             def _commit(self, name: str, revision: str) -> str | None:
                 if name not in hub.repos or (
@@ -288,13 +348,29 @@ class HubServer:
         return Handler
 
 
+def _is_large(path: str) -> bool:
+    return path.endswith(".safetensors")
+
+
+def _committed(body: bytes, uploads: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a commit: small ones within it, large ones as they were uploaded."""
+    files = {}
+    for line in body.splitlines():
+        entry = json.loads(line)
+        if entry["key"] == "file":
+            files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        elif entry["key"] == "lfsFile":
+            files[entry["value"]["path"]] = uploads[entry["value"]["oid"]]
+    return files
+
+
 def _sibling(path: str, content: bytes) -> dict[str, object]:
     entry: dict[str, object] = {
         "rfilename": path,
         "size": len(content),
         "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
     }
-    if path.endswith(".safetensors"):
+    if _is_large(path):
         digest = hashlib.sha256(content).hexdigest()
         entry["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 134}
     return entry

@@ -13,6 +13,7 @@ from alloy.adapters.write import NewAdapter, identity_of, refuse_output, task_of
 from alloy.checkpoint.adapter.source import open_source
 from alloy.checkpoint.config import is_tied, vocabulary_size
 from alloy.checkpoint.format import DTYPE_NAMES, MERGEABLE, Checkpoint, Entry
+from alloy.checkpoint.licence import front_matter, licence_of, strictest
 from alloy.checkpoint.reading import few
 from alloy.checkpoint.tensors import TORCH_DTYPES, load_tensor
 from alloy.errors import MergeError, nearest, system_errors
@@ -111,7 +112,7 @@ def extract_adapter(
             result,
             Path(output),
             result.config(named, revision, task_of(origin)),
-            _card(Path(output), tuned, named, ranks, kept / whole if whole else 1.0),
+            _card(Path(output), tuned, origin, ranks, kept / whole if whole else 1.0),
         )
     return ExtractReport(
         Path(output), ranks, kept / whole if whole else 1.0, tuple(result.saved), dropped, num_bytes
@@ -213,13 +214,20 @@ def _require_finite(name: str, ours: Tensor, theirs: Tensor) -> None:
 
 
 def _card(
-    output: Path, tuned: Checkpoint, base: str, ranks: Mapping[str, int], energy: float
+    output: Path, tuned: Checkpoint, base: Checkpoint, ranks: Mapping[str, int], energy: float
 ) -> str:
     """README.md of the adapter."""
     spread = f"{min(ranks.values())} to {max(ranks.values())}" if ranks else "none"
+    named, revision = identity_of(base)
+    head = front_matter(
+        library="peft",
+        licence=strictest({str(place): licence_of(place) for place in (tuned.path, base.path)}),
+        base_models=[] if revision is None else [named],
+        relation="adapter",
+        tags=("lora", "alloy"),
+    )
     return (
-        f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [lora, alloy]\n---\n"
-        f"# {output.name}\n\nExtracted by `alloy extract` from `{tuned.title}`: "
+        f"{head}\n# {output.name}\n\nExtracted by `alloy extract` from `{tuned.title}`: "
         f"{len(ranks)} layers of rank {spread}, {energy:.1%} of the squares of what training added "
         "to them.\n"
     )

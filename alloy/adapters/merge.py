@@ -18,6 +18,7 @@ from alloy.adapters.write import NewAdapter, identity_of, refuse_output, task_of
 from alloy.checkpoint.adapter.source import BASE_NAME
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.format import Entry
+from alloy.checkpoint.licence import front_matter, licence_of, repositories, strictest
 from alloy.checkpoint.plan import plan_merge
 from alloy.checkpoint.request import Coefficients, MergeRequest, Paths
 from alloy.checkpoint.run import run_plan
@@ -330,9 +331,12 @@ def _summary(plan: Plan) -> str:
 def _card(plan: Plan, output: Path) -> str:
     """README.md of the adapter."""
     named = _config(plan, NewAdapter())["base_model_name_or_path"]
-    base = f"base_model: {named}\n" if named else ""
-    summary = _summary(plan)
-    return (
-        f"---\nlibrary_name: peft\n{base}tags: [lora, merge, alloy]\n---\n# {output.name}\n\n"
-        f"{summary[0].upper()}{summary[1:]}.\n"
+    head = front_matter(
+        library="peft",
+        licence=strictest({str(p): licence_of(p) for p in places_of(plan).values()}),
+        base_models=[] if Path(named or ".").exists() else repositories([f"hf://{named}"]),
+        relation="adapter",
+        tags=("lora", "merge", "alloy"),
     )
+    summary = _summary(plan)
+    return f"{head}\n# {output.name}\n\n{summary[0].upper()}{summary[1:]}.\n"

@@ -6,6 +6,7 @@ Text that came from files or arguments is escaped: a card is a page.
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,20 @@ from typing import Any
 
 from alloy.checkpoint.format import Checkpoint
 from alloy.checkpoint.hash import Origin, origin_of, sha256
+from alloy.checkpoint.licence import (
+    front_matter,
+    licence_of,
+    repositories,
+    strictest,
+    unclear,
+)
 from alloy.checkpoint.plan import MergePlan
 
 Origins = Mapping[str, Sequence[tuple[Path, Origin]]]
 """By source its folder with its origin, then its adapter's."""
+
+HERE = "."
+"""The folder of a card, as its snippet has it; `alloy push` writes the hub's name there."""
 
 
 def origins_of(plan: MergePlan, *, trust_manifests: bool) -> Origins:
@@ -63,8 +74,35 @@ def record(
     }
 
 
-def model_card(plan: MergePlan, account: Mapping[str, Any], title: str) -> str:
-    """README.md of the result."""
+def licences_of(plan: MergePlan) -> dict[str, str | None]:
+    """The licence that each source's own files name; an adapter has one beside its base's."""
+    found = {}
+    for name, source in plan.sources.items():
+        for place in (source.path, source.adapter):
+            if place is not None:
+                folder = place if place.is_dir() else place.parent
+                found[name if place == source.path else f"{name}, its adapter"] = licence_of(folder)
+    return found
+
+
+def architecture_of(plan: MergePlan) -> str | None:
+    """The class that the result's config names; None where it names none of transformers' form."""
+    content = plan.files.get("config.json")
+    names = json.loads(content).get("architectures") if isinstance(content, bytes) else None
+    name = names[0] if isinstance(names, list) and names else None
+    return name if isinstance(name, str) and name.isidentifier() else None
+
+
+def load_snippet(architecture: str | None) -> str:
+    """Python that loads the model from the folder in which the card lies."""
+    if architecture is None:
+        return ""
+    code = f"from transformers import {architecture}\n\n"
+    return _block(f'{code}model = {architecture}.from_pretrained("{HERE}")', "python")
+
+
+def model_card(plan: MergePlan, account: Mapping[str, Any], origins: Origins, title: str) -> str:
+    """README.md of the result, with the metadata that model hubs read."""
     models = [name for name in plan.sources if name != plan.base]
     coefficients = account["coefficients"]
     if isinstance(coefficients, list):
@@ -86,15 +124,22 @@ def model_card(plan: MergePlan, account: Mapping[str, Any], title: str) -> str:
         f"| {_text(name)} | `{digest}` |" for name, digest in account["files"].items()
     )
     notes = "\n".join(f"- {_text(note)}" for note in account["notes"])
-    return f"""---
-library_name: transformers
-tags: [merge, alloy]
----
+    licences = licences_of(plan)
+    licence = strictest(licences)
+    heading = front_matter(
+        licence=licence,
+        base_models=repositories(
+            [origin.source for name in plan.sources for _, origin in origins[name]]
+        ),
+        tags=("merge", "alloy", account["method"]),
+    )
+    snippet = load_snippet(architecture_of(plan))
+    return f"""{heading}
 # {_text(title)}
 
 {_text(" + ".join(models))} merged by `{account["method"]}`{base}.
-
-## Sources
+{f"{chr(10)}## Load it{chr(10)}{snippet}{chr(10)}" if snippet else ""}
+{"" if licence else f"## Licence{chr(10)}{_text(unclear(licences))}{chr(10)}{chr(10)}"}## Sources
 | name | source | revision | SHA-256 |
 |---|---|---|---|
 {sources}
@@ -182,8 +227,8 @@ def _code(value: object) -> str:
     return f"`{line.replace('`', chr(39)).replace('|', '¦')}`"
 
 
-def _block(text: str) -> str:
+def _block(text: str, language: str = "") -> str:
     """A block of code whose fence is longer than any in the text."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}\n{text}\n{fence}"
+    return f"{fence}{language}\n{text}\n{fence}"

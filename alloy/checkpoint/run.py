@@ -197,7 +197,7 @@ def run_plan(
                 plan, files, origins, hash_sources=hash_sources, command=command, notes=notes
             )
             write_through(folder / RECORD, (json.dumps(account, indent=2) + "\n").encode())
-            card = model_card(plan, account, title or plan.output.name)
+            card = model_card(plan, account, origins, title or plan.output.name)
             write_through(folder / "README.md", card.encode())
             journal.remove()
             _put_in_place(folder, plan.output)

@@ -203,6 +203,7 @@ def card(recipe: str, facts: Mapping) -> str:
             sources=cards.Sources(
                 ["source", "SHA-256 of its files"], [[source, facts["source_sha256"]]]
             ),
+            **cards.parents({source: Path(source)}),
         )
     )
 

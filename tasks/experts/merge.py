@@ -147,6 +147,7 @@ def card(recipe: str, name: str, arm: ArmParams, checkpoints: Path) -> str:
             command=f"python -m tasks.merge {recipe}",
             sources=cards.Sources(["source", "SHA-256 of its files"], rows),
             settings=arm.model_dump(exclude_none=True),
+            **cards.parents({source: checkpoints / source for source in sources}),
         )
     )
 

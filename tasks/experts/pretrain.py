@@ -253,6 +253,7 @@ def card(facts: Mapping) -> str:
             notes=markdown.table(["loss in the last batch", ""], losses) + "\n\n" + LICENCES,
             folder=f"{RELEASED}/{facts['arm']}",
             tags=("model-merging", "multimodal"),
+            licences=cards.own_licence(),
         )
     )
 

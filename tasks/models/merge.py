@@ -361,6 +361,6 @@ def card(job: Job, account: Mapping[str, Any], architecture: str) -> str:
                 "calibration data": account["calibration"],
             },
             notes="`alloy_merge.json` has every setting.",
-            license=None,
+            **cards.parents(job.folders),
         )
     )

@@ -320,6 +320,7 @@ def card(family: str, facts: Mapping) -> str:
             notes="Licences of the data are in NOTICE.",
             folder=f"{RELEASED}/{facts['name']}",
             tags=("model-merging",),
+            licences=cards.own_licence(),
         )
     )
 

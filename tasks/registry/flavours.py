@@ -12,9 +12,11 @@ def signature(
     outputs: Sequence[tuple[str, str]],
     options: Mapping[str, str | int],
 ):
-    """The signature of a served model; no column is required."""
+    """The signature of a served model, of which no column is required; None of another."""
     from mlflow.models import ModelSignature
 
+    if not inputs:
+        return None
     return ModelSignature(_schema(inputs), _schema(outputs), _option_schema(options))
 
 

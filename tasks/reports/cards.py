@@ -7,12 +7,21 @@ load it.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from alloy.checkpoint.licence import (
+    front_matter,
+    licence_of,
+    repositories,
+    strictest,
+    unclear,
+)
 from tasks.reports import markdown
+from tasks.storage import read_json
 
 MODALITY = "ModalityModel"  # the one architecture that transformers does not bring
-FOLDER = "this/folder"  # stands for wherever a model's folder is
+FOLDER = "."  # the card's own; `alloy push` writes the hub's name there
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,23 @@ class Card:
     notes: str = ""  # Markdown, at the end
     folder: str = FOLDER
     tags: Sequence[str] = ("merge", "alloy")
-    license: str | None = "apache-2.0"
+    licences: Mapping[str, str | None]  # of what it was made of, or its own; the strictest holds
+    base_models: Sequence[str] = ()  # names on the hub
+
+
+def own_licence() -> dict[str, str | None]:
+    """Of models that this project made from its own data."""
+    return {"this project": "apache-2.0"}
+
+
+def parents(folders: Mapping[str, Path]) -> dict[str, Any]:
+    """The licences and the names on the hub of fetched checkpoints, as a card takes them."""
+    sources = []
+    for folder in folders.values():
+        manifest = folder / "manifest.json"
+        sources.append(str(read_json(manifest)["source"]) if manifest.is_file() else "")
+    licences = {name: licence_of(folder) for name, folder in folders.items()}
+    return {"licences": licences, "base_models": repositories(sources)}
 
 
 def render(card: Card) -> str:
@@ -58,14 +83,15 @@ def render(card: Card) -> str:
         parts.append("\n".join(f"- {key}: {code(value)}" for key, value in card.settings.items()))
     if card.notes:
         parts.append(card.notes)
+    if strictest(card.licences) is None:
+        parts += ["## Licence", plain(unclear(card.licences))]
     return "\n\n".join(parts) + "\n"
 
 
 def _front_matter(card: Card) -> str:
-    lines = ["library_name: transformers", f"tags: [{', '.join(card.tags)}]"]
-    if card.license is not None:
-        lines.append(f"license: {card.license}")
-    return "\n".join(["---", *lines, "---"])
+    return front_matter(
+        licence=strictest(card.licences), base_models=card.base_models, tags=card.tags
+    )
 
 
 def load_snippet(architecture: str, folder: str = FOLDER) -> str:

@@ -229,7 +229,7 @@ def test_text_from_files_and_arguments_is_escaped_in_the_card(write, weights, co
         "linear", folders, tmp_path / "out", title=f"t {evil}\n## injected", command="a\n```\n<b>"
     )
     card = (tmp_path / "out" / "README.md").read_text()
-    outside = re.sub(r"(`{3,})\n.*?\n\1\n", "", card, flags=re.DOTALL)
+    outside = re.sub(r"(`{3,})\w*\n.*?\n\1\n", "", card, flags=re.DOTALL)
     outside = re.sub(r"`[^`\n]*`", "", outside).replace("<br>", "")
     assert "<" not in outside
     assert not re.search(r"(?<!\\)\]\(", outside)

@@ -11,7 +11,16 @@ from alloy.modality import ModalityModel
 from tasks.experts import finetune
 from tasks.experts import pretrain as pretrain_experts
 from tasks.models import pretrain as pretrain_models
-from tasks.reports.cards import MODALITY, Card, Sources, code, load_snippet, plain, render
+from tasks.reports.cards import (
+    MODALITY,
+    Card,
+    Sources,
+    code,
+    load_snippet,
+    own_licence,
+    plain,
+    render,
+)
 from tasks.storage import read_json
 
 
@@ -24,7 +33,7 @@ def card(**more) -> Card:
         description="A toy.",
         architecture="ViTModel",
         command="python -m tasks.merge toy",
-        **more,
+        **{"licences": own_licence(), **more},
     )
 
 
@@ -38,7 +47,14 @@ def test_the_front_matter_is_what_a_hub_reads():
         "tags": ["merge", "alloy"],
         "license": "apache-2.0",
     }
-    assert "license" not in front_matter(render(card(license=None)))
+    unclear = render(card(licences={"a": "mit", "b": None}, base_models=["org/a"]))
+    assert front_matter(unclear) == {
+        "library_name": "transformers",
+        "base_model": ["org/a"],
+        "base_model_relation": "merge",
+        "tags": ["merge", "alloy"],
+    }
+    assert "## Licence\n\nNo licence is stated" in unclear
 
 
 def test_only_a_modality_transformer_needs_alloy_to_load():

@@ -24,6 +24,7 @@ from alloy.checkpoint.request import Coefficients, MergeRequest, Paths
 from alloy.checkpoint.run import run_plan
 from alloy.checkpoint.tensors import TORCH_DTYPES, load_tensor
 from alloy.errors import MergeError, system_errors
+from alloy.merging.values import plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -318,7 +319,7 @@ def _as_model(request: MergeRequest, plan: Plan, folder: Path, command: str | No
 
 
 def _summary(plan: Plan) -> str:
-    options = ", ".join(f"{key}={value!r}" for key, value in plan.settings.options.items())
+    options = ", ".join(f"{key}={plain(value)!r}" for key, value in plan.settings.options.items())
     sources = ", ".join(f"{name} ({a.path})" for name, a in plan.adapters.items())
     rows = {tuple(row) for row in plan.settings.coefficients.values()}
     shares = f" with the coefficients {list(next(iter(rows)))}" if len(rows) == 1 else ""

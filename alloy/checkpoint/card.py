@@ -23,6 +23,7 @@ from alloy.checkpoint.licence import (
     unclear,
 )
 from alloy.checkpoint.plan import MergePlan
+from alloy.merging.values import plain
 
 Origins = Mapping[str, Sequence[tuple[Path, Origin]]]
 """By source its folder with its origin, then its adapter's."""
@@ -56,9 +57,7 @@ def record(
     rows = {t.coefficients: t.name for t in plan.tensors if t.coefficients}
     return {
         "method": plan.settings.name,
-        "options": {
-            key: list(v) if isinstance(v, tuple) else v for key, v in plan.settings.options.items()
-        },
+        "options": {key: plain(value) for key, value in plan.settings.options.items()},
         "coefficients": (
             list(next(iter(rows)))
             if len(rows) == 1

@@ -55,14 +55,19 @@ def vocabulary_size(config: Mapping | None) -> int | None:
     return None
 
 
+def text_key(config: Mapping) -> str | None:
+    """The key under which a config holds that of its language model."""
+    keys = ("text_config", "llm_config", "language_config")
+    return next((key for key in keys if isinstance(config.get(key), Mapping)), None)
+
+
 def text_part(config: Mapping) -> Mapping | None:
     """The config of the language model within a model of several modalities, or None.
 
     Old configs hold it at the top, beside those of the encoders.
     """
-    for key in ("text_config", "llm_config", "language_config"):
-        if isinstance(config.get(key), Mapping):
-            return config[key]
+    if (key := text_key(config)) is not None:
+        return config[key]
     encoders = [key for key in ("vision_config", "audio_config") if key in config]
     if not encoders:
         return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from alloy.merging.values import plain
+
 if TYPE_CHECKING:
     from alloy.checkpoint.plan import MergePlan, PlannedTensor
 
@@ -17,7 +19,7 @@ def plan_table(plan: MergePlan) -> str:
     lines = [
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    options = ", ".join(f"{key}={value!r}" for key, value in plan.settings.options.items())
+    options = ", ".join(f"{key}={plain(value)!r}" for key, value in plan.settings.options.items())
     read = sum(source.num_bytes for source in plan.sources.values())
     return "\n".join(
         [

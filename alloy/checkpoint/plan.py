@@ -28,6 +28,13 @@ from alloy.checkpoint.checks.names import common_names
 from alloy.checkpoint.checks.places import check_output, check_room
 from alloy.checkpoint.checks.rows import common_vocabulary, has_row_per_token
 from alloy.checkpoint.checks.settings import TextSettings, common_settings
+from alloy.checkpoint.checks.slices import (
+    COUNTS,
+    Sliced,
+    layer_lists,
+    layered_config,
+    sliced,
+)
 from alloy.checkpoint.checks.sources import BASE, Sources, open_sources
 from alloy.checkpoint.checks.tensors import (
     PlannedTensor,
@@ -49,7 +56,7 @@ from alloy.checkpoint.reading import few, source_file
 from alloy.checkpoint.request import MergeRequest
 from alloy.checkpoint.statistics import Measurements, open_statistics
 from alloy.checkpoint.tokenizer import Vocabulary
-from alloy.errors import system_errors
+from alloy.errors import MergeError, system_errors
 from alloy.merging import MERGE_METHODS, MergeSettings, oriented, validate
 from alloy.merging.check import is_matrix
 from alloy.merging.method import Coefficients
@@ -140,11 +147,27 @@ def _plan(request: MergeRequest) -> MergePlan:
     spared = (*request.drop, *request.copy)
     sources = common_names(findings, sources, cast("Names", request.names), spared)
     kept = kept_names(findings, request.kept, sources.checkpoints[sources.reference])
-    selection = Selection(request.copy, request.drop, request.dtype, kept, sources.reference)
-    compare_configs(findings, sources.configs, request.allow)
+    selection = Selection(
+        request.copy,
+        request.drop,
+        request.dtype,
+        kept,
+        sources.reference,
+        scaled=request.method == "passthrough",
+    )
+    layers: Sliced | None = None
+    allow = tuple(request.allow)
+    if request.slices:
+        layers = findings.attempt(sliced, findings, sources, request.slices, request.stack)
+        findings.stop()
+        assert layers is not None, "nothing was found against it"
+        sources = layers.sources
+        lists = layer_lists(sources.configs[sources.reference])
+        allow += tuple(f"*{key}" for key in (*COUNTS, *lists))
+    compare_configs(findings, sources.configs, allow)
     models = {n: sources.folders[n] for n in sources.models if n in sources.folders}
-    owners = _owners(request)
-    processors = compare_processors(findings, models, request.allow, tuple(owners))
+    files_of = _owners(request)
+    processors = compare_processors(findings, models, request.allow, tuple(files_of))
     modules = common_modules(findings, sources, request.allow)
     merges_rows = any_row_merged(sources, selection)
     vocabulary = None
@@ -165,7 +188,8 @@ def _plan(request: MergeRequest) -> MergePlan:
         request.allow,
         compared=merges_rows,
     )
-    tensors = plan_tensors(findings, sources, vocabulary, selection)
+    owners = None if layers is None else layers.owners
+    tensors = plan_tensors(findings, sources, vocabulary, selection, owners)
     _check_scope(findings, request.method, tensors)
     findings.stop()
 
@@ -175,18 +199,18 @@ def _plan(request: MergeRequest) -> MergePlan:
     _note_averaged(findings, tensors, settings, measured)
     check_room(findings, output, sum(t.num_bytes for t in tensors))
     findings.stop()
-    files_of = {} if measured is None else measured.files_of
-    statistics = {name: str(opened.path) for name, opened in files_of.items()}
+    opened_statistics = {} if measured is None else measured.files_of
+    statistics = {name: str(opened.path) for name, opened in opened_statistics.items()}
     return MergePlan(
         settings=settings,
         sources=sources.checkpoints,
         base=BASE if sources.has_base else None,
         output=output,
         tensors=tensors,
-        layout=_layout(tensors, sources, request.shard_bytes),
+        layout=_layout(tensors, sources, _shard_bytes(request, sources)),
         files=processors
         | modules
-        | _files(sources, speaker, owners, vocabulary, text_settings, request.dtype),
+        | _files(sources, speaker, files_of, vocabulary, text_settings, request.dtype, layers),
         vocabulary=vocabulary,
         statistics=measured,
         notes=tuple(findings.notes),
@@ -256,11 +280,50 @@ def _settings(
         coefficients=cast("Coefficients | None", request.coefficients),  # checked
         options=options,
         inputs=data,
+        members=sources.models,
+        counts=[_num_models(t) for t in tensors if t.how == "merge"] or None,
     )
+    settings = _for_fewer(settings, tensors, sources.models)
     if measured is not None:
         for problem in measured.problems(method.statistics, merged):
             findings.problem(problem)
     return settings, measured, data
+
+
+def _num_models(tensor: PlannedTensor) -> int:
+    return sum(source != BASE for source in tensor.sources)
+
+
+def _for_fewer(
+    settings: MergeSettings, tensors: Sequence[PlannedTensor], models: Sequence[str]
+) -> MergeSettings:
+    """The settings where a tensor is made of some of the models: coefficients and values of those.
+
+    Weights of a mean are divided by their sum anew.
+    """
+    coefficients, patterned = dict(settings.coefficients), dict(settings.patterned)
+    for tensor in tensors:
+        if tensor.how != "merge" or _num_models(tensor) == len(models):
+            continue
+        places = [models.index(source) for source in tensor.sources if source != BASE]
+        if tensor.name in coefficients:
+            row = [coefficients[tensor.name][i] for i in places]
+            averaged = settings.method.coefficients != "scales"
+            if averaged and settings.options_of(tensor.name).get("normalize", True):
+                if not (total := sum(row)):
+                    raise MergeError(
+                        f"coefficients of {tensor.name}: those of {few(tensor.sources)} sum to 0; "
+                        "give them weights"
+                    )
+                row = [c / total for c in row]
+            coefficients[tensor.name] = tuple(row)
+        patterned[tensor.name] = {
+            option: tuple(value[i] for i in places)
+            if settings.method.options[option].by_model and isinstance(value, tuple)
+            else value
+            for option, value in patterned.get(tensor.name, {}).items()
+        }
+    return replace(settings, coefficients=coefficients, patterned=patterned)
 
 
 def _with_method(tensor: PlannedTensor, settings: MergeSettings) -> PlannedTensor:
@@ -325,6 +388,16 @@ def _note_averaged(
     )
 
 
+def _shard_bytes(request: MergeRequest, sources: Sources) -> int | str | None:
+    """The most that a file holds: as asked, or of slices as much as a file of the first source."""
+    if request.shard_bytes is not None or not request.slices:
+        return request.shard_bytes
+    of_file: dict[Path, int] = {}
+    for entry in sources.checkpoints[sources.reference].entries.values():
+        of_file[entry.file] = of_file.get(entry.file, 0) + entry.num_bytes
+    return max(of_file.values())
+
+
 def _layout(
     tensors: Sequence[PlannedTensor], sources: Sources, shard_bytes: int | str | None
 ) -> dict[str, tuple[str, ...]]:
@@ -364,6 +437,7 @@ def _files(
     vocabulary: Vocabulary | None,
     text_settings: TextSettings,
     dtype: str | None,
+    layers: Sliced | None = None,
 ) -> dict[str, Path | bytes]:
     """Collect what the result needs besides its weights."""
     result: dict[str, Path | bytes] = {}
@@ -392,5 +466,7 @@ def _files(
     if config is not None:
         size = vocabulary.size if vocabulary is not None else None
         merged = result_config(config, dtype=dtype, vocab_size=size)
+        if layers is not None:
+            merged = layered_config(merged, sources, layers.layers)
         result["config.json"] = (json.dumps(merged, indent=2) + "\n").encode()
     return result

@@ -16,6 +16,7 @@ from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.checks.names import changes_by_source
+from alloy.checkpoint.checks.slices import parse_slices
 from alloy.checkpoint.checks.sources import BASE
 from alloy.checkpoint.format import DTYPE_NAMES
 from alloy.checkpoint.tokenizer import POLICIES
@@ -23,7 +24,7 @@ from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS
 
 Paths = Sequence[str | Path] | Mapping[str, str | Path]
-Coefficients = Sequence[float] | Mapping[str, Sequence[float]] | Mapping[str, float]
+Coefficients = Sequence[Any] | Mapping[str, Sequence[Any]] | Mapping[str, Any]
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _LARGEST_SHARD = 1 << 60
@@ -49,6 +50,8 @@ class MergeRequest:
         default_factory=dict, kw_only=True
     )
     kept: Sequence[str] = field(default=(), kw_only=True)
+    slices: Sequence[Mapping[str, Sequence[int]]] = field(default=(), kw_only=True)
+    stack: str | None = field(default=None, kw_only=True)
     copy: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     drop: Sequence[str] = field(default=(), kw_only=True)
     allow: Sequence[str] = field(default=(), kw_only=True)
@@ -80,6 +83,8 @@ class MergeRequest:
             generation_config=attempt(_source, self.generation_config, "generation_config", known),
             names=attempt(changes_by_source, self.names, known) or {},
             kept=attempt(patterns, self.kept, "kept") or (),
+            slices=attempt(parse_slices, self.slices, known) or (),
+            stack=attempt(_text, self.stack, "stack"),
             copy=attempt(_texts_by_text, self.copy, "copy") or {},
             drop=attempt(patterns, self.drop, "drop") or (),
             allow=attempt(patterns, self.allow, "allow") or (),
@@ -98,6 +103,8 @@ class MergeRequest:
             "generation_config": self.generation_config,
             "names": dict(self.names),
             "kept": list(self.kept),
+            "slices": [dict(one) for one in self.slices],
+            "stack": self.stack,
             "copy": dict(self.copy),
             "drop": list(self.drop),
             "allow": list(self.allow),
@@ -210,7 +217,8 @@ def _coefficients(value: object, sources: Sequence[str]) -> Any:
         return _row(value, "coefficients", sources)
     if not value:
         raise MergeError("coefficients={}: give one number for each source")
-    if any(isinstance(row, Real) or row is None for row in value.values()):
+    numbers = any(isinstance(row, Real) or row is None for row in value.values())
+    if numbers or value.keys() == set(sources):
         if value.keys() != set(sources):
             raise MergeError(
                 f"coefficients={_shown(dict(value))}: give one number for each of the sources "
@@ -231,7 +239,7 @@ def _coefficients(value: object, sources: Sequence[str]) -> Any:
     return rows
 
 
-def _row(value: Any, what: str, sources: Sequence[str]) -> list[float]:
+def _row(value: Any, what: str, sources: Sequence[str]) -> list[Any]:
     if isinstance(value, Real | str | bytes) or not _is_sequence(value):
         raise MergeError(
             f"{what}={_shown(value)}: give a list with one number for each of the sources "
@@ -239,12 +247,22 @@ def _row(value: Any, what: str, sources: Sequence[str]) -> list[float]:
         )
     row = []
     for number in value:
+        if _is_gradient(number):
+            row.append(number)
+            continue
         if not isinstance(number, Real) or isinstance(number, bool):
             raise MergeError(f"{what}: {_shown(number)} is no number")
         row.append(float(number))
         if not math.isfinite(row[-1]):
             raise MergeError(f"{what}: they must be finite, this is {row[-1]}")
     return row
+
+
+def _is_gradient(value: object) -> bool:
+    """A value that changes over depth, which the method's own check looks at."""
+    return isinstance(value, list) or (
+        isinstance(value, Mapping) and value.keys() == {"from", "to"}
+    )
 
 
 def _is_sequence(value: Any) -> bool:
@@ -284,6 +302,12 @@ def _texts_by_text(value: object, what: str) -> dict[str, str] | None:
     ):
         raise MergeError(f"{what}={_shown(value)}: give a mapping, {what}={{'pattern': 'source'}}")
     return dict(value)
+
+
+def _text(value: object, what: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise MergeError(f"{what}={_shown(value)}: it must be text")
+    return value
 
 
 def _source(value: object, what: str, known: Sequence[str]) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from alloy.checkpoint.card import model_card, origins_of, record
 from alloy.checkpoint.checks.places import INCOMPLETE
+from alloy.checkpoint.checks.sources import BASE
 from alloy.checkpoint.checks.tensors import PlannedTensor
 from alloy.checkpoint.engine.execute import chunk_bytes_for, execute
 from alloy.checkpoint.engine.steps import Shard, Step
@@ -68,6 +69,8 @@ def merge_checkpoints(
     generation_config: str | None = None,
     names: Mapping[str, str] | Mapping[str, Mapping[str, str]] | None = None,
     kept: Sequence[str] = (),
+    slices: Sequence[Mapping[str, Sequence[int]]] = (),
+    stack: str | None = None,
     copy: Mapping[str, str] | None = None,
     drop: Sequence[str] = (),
     allow: Sequence[str] = (),
@@ -111,6 +114,9 @@ def merge_checkpoints(
         kept: tensors that stay the first source's, by glob pattern or as a group of
             `alloy.checkpoint.checks.groups.GROUPS`: vision_tower, audio_tower, projector,
             embeddings, head, norms. Other sources may lack them, or have them in other shapes.
+        slices: the layers of the result, in order: each a mapping from source to the first layer
+            and the one after the last; one source's are copied, several sources' are merged.
+        stack: what the names of these layers begin with, where a model has several stacks.
         copy: glob pattern of tensor names to the source whose tensors are taken as they are.
         drop: glob patterns of tensors that the result shall not have.
         allow: glob patterns of config keys (and processor files) that may differ.
@@ -136,7 +142,7 @@ def merge_checkpoints(
             dtype=dtype, shard_bytes=shard_bytes, tokenizer=tokenizer,
             chat_template=chat_template, processor=processor,
             generation_config=generation_config, names=names or {}, kept=kept,
-            copy=copy or {}, drop=drop, allow=allow, options=options,
+            slices=slices, stack=stack, copy=copy or {}, drop=drop, allow=allow, options=options,
         )
     )  # fmt: skip
     return run_plan(
@@ -261,7 +267,11 @@ def _step(
         work = partial(Copy, about)
     else:
         work = work_for(
-            about, plan.settings, base=plan.base is not None, statistics=measured, compiled=compiled
+            about,
+            plan.settings,
+            base=BASE in tensor.sources,
+            statistics=measured,
+            compiled=compiled,
         )
     return Step(
         tensor.name,
@@ -270,7 +280,7 @@ def _step(
         tensor.inputs,
         work,
         row_maps,
-        plan.base is not None,
+        BASE in tensor.sources,
     )
 
 

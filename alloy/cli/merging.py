@@ -1,6 +1,7 @@
 """`alloy merge` and `alloy plan`: merge checkpoints on disk, or show what a merge would do."""
 
 import json
+import re
 import shlex
 import sys
 import threading
@@ -70,8 +71,8 @@ Coefficients = Annotated[
     list[str] | None,
     typer.Option(
         metavar="C,C,... | PATTERN=C,C,...",
-        help="One number for each source; or by glob pattern of tensor names, several times: the "
-        "first pattern that matches decides.",
+        help="One number for each source (1..0 falls from the first layer to the last); or by glob "
+        "pattern of tensor names, several times: the first pattern that matches decides.",
     ),
 ]
 Options = Annotated[
@@ -80,7 +81,8 @@ Options = Annotated[
         "--set",
         metavar="OPTION=VALUE",
         help="An option of the method; by pattern of tensor names: "
-        '`density={"*attn*": 0.3, "*": 0.5}`.',
+        '`density={"*attn*": 0.3, "*": 0.5}`; over depth: `{"from": 0.2, "to": 0.8}`; by source: '
+        '`{"a": 1, "b": 0.7}`.',
     ),
 ]
 Statistics = Annotated[
@@ -136,6 +138,18 @@ Kept = Annotated[
         autocompletion=_of(*GROUPS),
     ),
 ]
+Slices = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=FIRST:END,...",
+        help="Layers of the result, in order: `a=0:16` copies sixteen of `a`, `a=0:8,b=0:8` merges "
+        "eight of each.",
+    ),
+]
+Stack = Annotated[
+    str | None,
+    typer.Option(help="What the layers of --slices begin with, where a model has several stacks."),
+]
 Copy = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN=NAME", help="Tensors taken as they are from one source."),
@@ -168,6 +182,8 @@ def merge(
     generation_config: GenerationConfig = None,
     names: Names = None,
     kept: Kept = None,
+    slices: Slices = None,
+    stack: Stack = None,
     copy: Copy = None,
     drop: Drop = None,
     allow: Allow = None,
@@ -185,7 +201,7 @@ def merge(
             _request(
                 method, output, sources, base, coefficients, options, statistics, dtype,
                 shard_bytes, tokenizer, chat_template, processor, generation_config, names, kept,
-                copy, drop, allow,
+                slices, stack, copy, drop, allow,
             )
         )  # fmt: skip
         lock = threading.Lock()
@@ -237,6 +253,8 @@ def plan(
     generation_config: GenerationConfig = None,
     names: Names = None,
     kept: Kept = None,
+    slices: Slices = None,
+    stack: Stack = None,
     copy: Copy = None,
     drop: Drop = None,
     allow: Allow = None,
@@ -250,7 +268,7 @@ def plan(
             _request(
                 method, output, sources, base, coefficients, options, statistics, dtype,
                 shard_bytes, tokenizer, chat_template, processor, generation_config, names, kept,
-                copy, drop, allow,
+                slices, stack, copy, drop, allow,
             )
         )  # fmt: skip
     typer.echo(replace(planned, notes=tuple(map(in_options, planned.notes))))
@@ -272,6 +290,8 @@ def _request(
     generation_config: str | None,
     names: Sequence[str] | None,
     kept: Sequence[str] | None,
+    slices: Sequence[str] | None,
+    stack: str | None,
     copy: Sequence[str] | None,
     drop: Sequence[str] | None,
     allow: Sequence[str] | None,
@@ -297,6 +317,8 @@ def _request(
         generation_config=generation_config,
         names=key_values(names or (), "--names", "OLD=NEW", str),
         kept=kept or (),
+        slices=[slice_of(text) for text in slices or ()],
+        stack=stack,
         copy=key_values(copy or (), "--copy", "PATTERN=NAME", str),
         drop=drop or (),
         allow=allow or (),
@@ -320,6 +342,17 @@ def named_sources(given: Sequence[str]) -> list[str] | dict[str, str]:
     return pairs
 
 
+def slice_of(text: str) -> dict[str, list[int]]:
+    """`a=0:8,b=4:12` as layers by source."""
+    layers = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"(.+)=(\d+):(\d+)", part)
+        if match is None:
+            raise MergeError(f"--slices {text}: write NAME=FIRST:END, as a=0:16 or a=0:8,b=0:8")
+        layers[match[1]] = [int(match[2]), int(match[3])]
+    return layers
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -328,7 +361,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def rows_of(given: Sequence[str]) -> list[float] | dict[str, list[float]] | None:
+def rows_of(given: Sequence[str]) -> list[Any] | dict[str, list[Any]] | None:
     """Numbers, or rows of numbers by pattern."""
     if not given:
         return None
@@ -343,13 +376,19 @@ def rows_of(given: Sequence[str]) -> list[float] | dict[str, list[float]] | None
     return [number for text in given for number in _numbers(text)]
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str) -> list[Any]:
+    """Numbers, or anchors of a gradient over depth, `1..0`."""
     try:
-        return [float(part) for part in text.split(",")]
+        return [_anchors(part) if ".." in part else float(part) for part in text.split(",")]
     except ValueError:
         raise MergeError(
-            f"--coefficients {text}: write numbers with commas between them, 0.6,0.4"
+            f"--coefficients {text}: write numbers with commas between them, 0.6,0.4; 1..0 is one "
+            "that falls with depth"
         ) from None
+
+
+def _anchors(text: str) -> list[float]:
+    return [float(part) for part in text.split("..")]
 
 
 def key_values(

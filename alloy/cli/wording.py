@@ -33,6 +33,8 @@ _OPTIONS = {
     "processor": "--processor",
     "rank": "--rank",
     "shard_bytes": "--shard-bytes",
+    "slices": "--slices",
+    "stack": "--stack",
     "statistics": "--statistics",
     "threads": "--threads",
     "tokenizer": "--tokenizer",

@@ -43,7 +43,10 @@ def merge(
         statistics: for each model a mapping from parameter names to Grams of the layer's inputs
             (RegMean, `alloy.statistics.moments.Gram`) or to diagonals of the Fisher information
             (Fisher).
-        options: settings of the method, each a value or, like coefficients, values by glob pattern.
+        options: settings of the method, each a value or, like coefficients, values by glob pattern;
+            a number may change over depth (`{"from": 0.2, "to": 0.8}`, or a list of anchors from
+            the first layer to the last), and `density`, `gamma` and `epsilon` may be given by the
+            models' names.
             Methods that run the model also take the model and its data here.
 
     Returns:
@@ -56,6 +59,7 @@ def merge(
             between models; Grams of other units than the weights' (`Alignment.move`); NaN or Inf
             in an input or in the result.
     """
+    members = [str(name) for name in models] if isinstance(models, Mapping) else []
     models, coefficients = _in_order(models, coefficients)
     named = {f"models[{i}]": model for i, model in enumerate(models)}
     if base is not None:
@@ -73,6 +77,7 @@ def merge(
         coefficients=coefficients,
         options=options,
         inputs=data,
+        members=members,
     )
     owner = _owners(named, settings)
     measured = _statistics_of_owners(owner, statistics, len(models))

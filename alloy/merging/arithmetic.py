@@ -22,6 +22,10 @@ from alloy.merging.selection import (
     midranks,
     task_vector,
 )
+from alloy.merging.values import each
+
+Share = float | tuple[float, ...]
+"""A setting of all models, or one of each."""
 
 
 def task_arithmetic(
@@ -55,7 +59,7 @@ def ties(
     *,
     base: Tensor,
     coefficients: Sequence[float],
-    density: float,
+    density: Share,
     election: str,
     normalize: bool,
     scale: float,
@@ -69,9 +73,9 @@ def ties(
     Where the vote is a draw, the base stays.
     """
     deltas = []
-    for model in models:
+    for model, share in zip(models, each(density, models), strict=True):
         delta = task_vector(model, base)
-        deltas.append(delta * keep_largest(magnitudes(delta, model.dtype), density))
+        deltas.append(delta * keep_largest(magnitudes(delta, model.dtype), share))
     return _elect_and_merge(base, deltas, coefficients, election, normalize, scale)
 
 
@@ -80,7 +84,7 @@ def dare_linear(
     *,
     base: Tensor,
     coefficients: Sequence[float],
-    density: float,
+    density: Share,
     rescale: bool,
     seed: int,
     name: str,
@@ -102,7 +106,7 @@ def dare_ties(
     *,
     base: Tensor,
     coefficients: Sequence[float],
-    density: float,
+    density: Share,
     rescale: bool,
     election: str,
     normalize: bool,
@@ -123,8 +127,8 @@ def della_linear(
     *,
     base: Tensor,
     coefficients: Sequence[float],
-    density: float,
-    epsilon: float,
+    density: Share,
+    epsilon: Share,
     rescale: bool,
     seed: int,
     name: str,
@@ -147,8 +151,8 @@ def della(
     *,
     base: Tensor,
     coefficients: Sequence[float],
-    density: float,
-    epsilon: float,
+    density: Share,
+    epsilon: Share,
     rescale: bool,
     election: str,
     normalize: bool,
@@ -170,8 +174,8 @@ def breadcrumbs(
     *,
     base: Tensor,
     coefficients: Sequence[float],
-    density: float,
-    gamma: float,
+    density: Share,
+    gamma: Share,
 ) -> Tensor:
     """W = W_0 + sum_i λ_i m_i τ_i, m_i without the outliers and the small (Breadcrumbs,
     arXiv:2312.06795).
@@ -187,8 +191,8 @@ def breadcrumbs_ties(
     *,
     base: Tensor,
     coefficients: Sequence[float],
-    density: float,
-    gamma: float,
+    density: Share,
+    gamma: Share,
     election: str,
     normalize: bool,
     scale: float,
@@ -258,46 +262,48 @@ def _elect_and_merge(
 def _drop(
     models: Sequence[Tensor],
     base: Tensor,
-    density: float,
+    density: Share,
     rescale: bool,
     seed: int,
     name: str,
     offset: int,
 ) -> list[Tensor]:
     deltas = []
-    for index, model in enumerate(models):
+    for index, (model, share) in enumerate(zip(models, each(density, models), strict=True)):
         delta = task_vector(model, base)
-        kept = keep(stream_key(seed, name, index), density, delta, offset=offset)
-        deltas.append(delta * kept * (1 / density if rescale else 1.0))
+        kept = keep(stream_key(seed, name, index), share, delta, offset=offset)
+        deltas.append(delta * kept * (1 / share if rescale else 1.0))
     return deltas
 
 
 def _drop_small(
     models: Sequence[Tensor],
     base: Tensor,
-    density: float,
-    epsilon: float,
+    density: Share,
+    epsilon: Share,
     rescale: bool,
     seed: int,
     name: str,
 ) -> list[Tensor]:
     deltas = []
-    for index, model in enumerate(models):
-        delta = task_vector(model, base)
+    spreads = each(epsilon, models)
+    for index, (model, share) in enumerate(zip(models, each(density, models), strict=True)):
+        delta, spread = task_vector(model, base), spreads[index]
         rows = magnitudes(delta, model.dtype).reshape(len(delta) if delta.ndim > 1 else 1, -1)
         last = rows.shape[1] - 1
         rank = (midranks(rows) - 1) / last if last else torch.full_like(rows, 0.5).double()
-        probability = (density - epsilon + 2 * epsilon * rank).reshape(delta.shape)
+        probability = (share - spread + 2 * spread * rank).reshape(delta.shape)
         kept = delta * keep(stream_key(seed, name, index), probability, delta)
         deltas.append(kept / probability.to(kept.dtype) if rescale else kept)
     return deltas
 
 
 def _trim_both_ends(
-    models: Sequence[Tensor], base: Tensor, density: float, gamma: float
+    models: Sequence[Tensor], base: Tensor, density: Share, gamma: Share
 ) -> list[Tensor]:
     deltas = []
-    for model in models:
+    set_aside = each(gamma, models)
+    for i, (model, share) in enumerate(zip(models, each(density, models), strict=True)):
         delta = task_vector(model, base)
-        deltas.append(delta * keep_middle(magnitudes(delta, model.dtype), density, gamma))
+        deltas.append(delta * keep_middle(magnitudes(delta, model.dtype), share, set_aside[i]))
     return deltas

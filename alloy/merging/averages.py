@@ -22,6 +22,14 @@ def linear(models: Sequence[Tensor], *, coefficients: Sequence[float], normalize
     return combine(models, coefficients)
 
 
+def passthrough(models: Sequence[Tensor], *, scale: float) -> Tensor:
+    """W = s W_1: the one model, as it is where s = 1, such as layers of a slice.
+
+    mergekit's passthrough (github.com/arcee-ai/mergekit).
+    """
+    return combine(models, [scale])
+
+
 def interpolation(experts: Sequence[Tensor], *, ratio: float) -> Tensor:
     """Interpolate modality experts with the paper's coefficients (arXiv:2304.14933).
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from alloy.errors import MergeError, nearest
-from alloy.merging.method import Coefficients, MergeMethod, MergeSettings
+from alloy.merging.method import Coefficients, MergeMethod, MergeSettings, Option
 from alloy.merging.methods import MERGE_METHODS
+from alloy.merging.values import ByModel, Gradient, depths, resolved
 
 _CANCELLED = 1e-6  # of the coefficients' sizes: a smaller sum multiplies them a million times
 
@@ -32,16 +33,20 @@ def validate(
     coefficients: Coefficients | None = None,
     options: Mapping[str, Any] | None = None,
     inputs: Iterable[str] = (),
+    members: Sequence[str] = (),
+    counts: Iterable[int] | None = None,
 ) -> MergeSettings:
     """Check everything about a merge that is known before a tensor is read.
 
     Args:
-        names: the tensors to be merged.
+        names: the tensors to be merged, in their order.
         num_models: how many models, the base not counted.
         base: whether one is given.
         statistics: whether they are given.
         coefficients: as in `merge`.
         options: as in `merge`.
+        members: the models' names, for options by model.
+        counts: how many models are merged in some tensor, where that is not all of them in all.
         inputs: which of the method's `inputs` are given.
 
     Raises:
@@ -51,18 +56,21 @@ def validate(
             that are missing or that the method would ignore.
     """
     spec, names, options = known_method(method), list(names), dict(options or {})
-    _check_given(method, spec, num_models, base, statistics, inputs)
+    for count in (num_models,) if counts is None else sorted({*counts}):
+        _check_given(method, spec, count, base, statistics, inputs)
     for option in options:
         if option not in spec.options:
             hint = nearest(option, spec.options) if spec.options else "it has none"
             raise MergeError(f"method {method!r} has no option {option!r}: {hint}")
     values = {key: option.default for key, option in spec.options.items()}
-    values |= {key: _checked_option(method, spec, key, value) for key, value in options.items()}
-    patterned = _by_tensor(values, names)
+    given = options.items()
+    values |= {key: _checked_option(method, spec, key, v, members) for key, v in given}
+    lies = depths(names)
+    patterned = _by_tensor(values, names, lies)
     if spec.check is not None:
-        by_pattern = any(isinstance(value, Mapping) for value in values.values())
-        for combination in patterned.values() if by_pattern else [{}]:
-            spec.check(**values | combination)
+        varied = any(isinstance(v, Mapping | Gradient | ByModel) for v in values.values())
+        for combination in {repr(v): v for v in patterned.values()}.values() if varied else [{}]:
+            _check_together(spec, values | combination)
     for pattern in options.get("skip", ()):
         _require_match(f"skip pattern {pattern!r}", pattern, names)
     normalize = {
@@ -74,15 +82,33 @@ def validate(
         method=spec,
         options=values,
         patterned=patterned,
-        coefficients=_coefficients(method, spec, names, num_models, coefficients, normalize),
+        coefficients=_coefficients(method, spec, names, num_models, coefficients, normalize, lies),
     )
 
 
-def _checked_option(method: str, spec: MergeMethod, name: str, value: Any) -> Any:
-    """One option's value, or its values by pattern."""
+def _check_together(spec: MergeMethod, values: Mapping[str, Any]) -> None:
+    """What a method asks of its options together, for every model."""
+    if spec.check is None or any(
+        isinstance(v, Mapping | Gradient | ByModel) for v in values.values()
+    ):
+        return  # no tensor to check them for
+    by_model = {
+        key: v for key, v in values.items() if spec.options[key].by_model and isinstance(v, tuple)
+    }
+    for i in range(max(map(len, by_model.values()), default=1)):
+        spec.check(**{**values, **{key: v[i] for key, v in by_model.items()}})
+
+
+def _checked_option(
+    method: str, spec: MergeMethod, name: str, value: Any, members: Sequence[str]
+) -> Any:
+    """One option's value, or its values by depth, by model, by pattern, or several of these."""
     option = spec.options[name]
-    if not isinstance(value, Mapping):
-        return option.check(name, value)
+    one = _checked_value(option, name, value, members)
+    if one is not None:
+        if spec.scope == "model" and isinstance(one, Gradient | ByModel):
+            raise MergeError(f"option {name}: {method!r} works on whole models, it takes one value")
+        return one
     if option.type is tuple:
         raise MergeError(f"option {name}={dict(value)!r}: it is a list of patterns itself")
     if spec.scope == "model":
@@ -93,16 +119,57 @@ def _checked_option(method: str, spec: MergeMethod, name: str, value: Any) -> An
         raise MergeError(f"option {name}={{}}: no pattern; give {{'*': value}}")
     if wrong := [pattern for pattern in value if not isinstance(pattern, str)]:
         raise MergeError(f"option {name}: {wrong[0]!r} is no pattern of tensor names")
-    return {pattern: option.check(f"{name} of {pattern!r}", v) for pattern, v in value.items()}
+    checked = {}
+    for pattern, v in value.items():
+        checked[pattern] = _checked_value(option, f"{name} of {pattern!r}", v, members)
+        if checked[pattern] is None:
+            raise MergeError(f"option {name} of {pattern!r}: {v!r:.80}: patterns within a pattern")
+    return checked
 
 
-def _by_tensor(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By tensor name the values of the options that were given by pattern."""
+def _checked_value(option: Option, name: str, value: Any, members: Sequence[str]) -> Any:
+    """A value, a gradient, or values by model; None for a mapping of patterns."""
+    if option.type is float and isinstance(value, list | tuple):
+        return gradient(value, f"option {name}", lambda v: option.check(name, v))
+    if not isinstance(value, Mapping):
+        return option.check(name, value)
+    if value.keys() == {"from", "to"} and option.type is float:
+        return gradient(
+            [value["from"], value["to"]], f"option {name}", lambda v: option.check(name, v)
+        )
+    if not members or value.keys().isdisjoint(members):
+        return None
+    if value.keys() != {*members}:
+        raise MergeError(f"option {name}={dict(value)!r}: give one for each of {list(members)}")
+    if not option.by_model:
+        raise MergeError(f"option {name}={dict(value)!r}: it is one value for all models")
+    return ByModel(tuple(_checked_value(option, f"{name} of {m!r}", value[m], ()) for m in members))
+
+
+def gradient(anchors: Sequence[Any], what: str, check: Callable[[Any], float]) -> Gradient:
+    """Anchors of a value that changes with depth, each checked."""
+    if len(anchors) < 2:
+        raise MergeError(
+            f"{what}={list(anchors)!r}: a gradient over depth has two values or more, from the "
+            "first layer to the last"
+        )
+    return Gradient(tuple(check(anchor) for anchor in anchors))
+
+
+def _by_tensor(
+    values: Mapping[str, Any], names: Sequence[str], lies: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """By tensor name the values of the options that depend on the tensor, or on the model."""
     result: dict[str, dict[str, Any]] = {}
     for option, value in values.items():
+        of_name: Mapping[str, Any] = {}
         if isinstance(value, Mapping):
-            for name, pattern in _deciders(f"option {option}", value, names).items():
-                result.setdefault(name, {})[option] = value[pattern]
+            deciders = _deciders(f"option {option}", value, names)
+            of_name = {name: value[pattern] for name, pattern in deciders.items()}
+        elif isinstance(value, Gradient | ByModel):
+            of_name = dict.fromkeys(names, value)
+        for name, v in of_name.items():
+            result.setdefault(name, {})[option] = resolved(v, lies[name])
     return result
 
 
@@ -187,6 +254,7 @@ def _coefficients(
     num_models: int,
     given: Coefficients | None,
     normalize: Mapping[str, bool],
+    lies: Mapping[str, float],
 ) -> dict[str, tuple[float, ...]]:
     if method.coefficients is None:
         if given is not None:
@@ -205,29 +273,44 @@ def _coefficients(
     result = {}
     for name, pattern in _deciders("coefficients", rows, names).items():
         divide = averages and normalize[name]
-        result[name] = _normalized(pattern, rows[pattern]) if divide else rows[pattern]
+        row = tuple(resolved(c, lies[name]) for c in rows[pattern])
+        result[name] = _normalized(pattern, row) if divide else row
     return result
 
 
 def _checked(
-    method: MergeMethod, pattern: str, row: Sequence[float], num_models: int
-) -> tuple[float, ...]:
+    method: MergeMethod, pattern: str, row: Sequence[Any], num_models: int
+) -> tuple[float | Gradient, ...]:
     """One row of coefficients as given, if the method can take it."""
     if isinstance(row, str | bytes | Mapping) or not (
         isinstance(row, Sequence) or getattr(row, "ndim", 0) == 1
     ):
         raise MergeError(f"coefficients {row!r}: give a list with one number for each model")
-    if wrong := [c for c in row if isinstance(c, bool) or not hasattr(c, "__float__")]:
-        raise MergeError(f"coefficients {list(row)}: {wrong[0]!r} is no number")
-    row = [float(c) for c in row]
     where = _where(pattern, row)
+    checked = [_coefficient(c, where) for c in row]
     if len(row) != num_models:
         raise MergeError(f"{where}: give one for each of the {num_models} models")
-    if not all(math.isfinite(c) for c in row):
+    numbers = [n for c in checked for n in (c.anchors if isinstance(c, Gradient) else (c,))]
+    if not all(math.isfinite(c) for c in numbers):
         raise MergeError(f"{where}: they must be finite")
-    if method.coefficients == "nonnegative weights" and min(row) < 0:
+    if method.coefficients == "nonnegative weights" and min(numbers) < 0:
         raise MergeError(f"{where}: the weights of this mean must not be negative")
-    return tuple(row)
+    return tuple(checked)
+
+
+def _coefficient(value: Any, where: str) -> float | Gradient:
+    """A number, or numbers from the first layer to the last."""
+    if isinstance(value, Mapping) and value.keys() == {"from", "to"}:
+        value = [value["from"], value["to"]]
+    if isinstance(value, list | tuple):
+        return gradient(value, where, lambda v: _number(v, where))
+    return _number(value, where)
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise MergeError(f"{where}: {value!r} is no number")
+    return float(value)
 
 
 def _normalized(pattern: str, row: Sequence[float]) -> tuple[float, ...]:
@@ -241,8 +324,9 @@ def _normalized(pattern: str, row: Sequence[float]) -> tuple[float, ...]:
     return tuple(c / total for c in row)
 
 
-def _where(pattern: str, row: Sequence[float]) -> str:
-    return f"coefficients {list(row)}" + (f" of {pattern!r}" if pattern != "*" else "")
+def _where(pattern: str, row: Sequence[Any]) -> str:
+    shown = [float(c) if hasattr(c, "__float__") and not isinstance(c, bool) else c for c in row]
+    return f"coefficients {shown}" + (f" of {pattern!r}" if pattern != "*" else "")
 
 
 def _require_match(what: str, pattern: str, names: Sequence[str]) -> None:

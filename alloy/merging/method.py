@@ -24,8 +24,11 @@ from alloy.errors import MergeError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
-Coefficients = Sequence[float] | Mapping[str, Sequence[float]]
-"""One float per model; or by glob pattern of names, the first that matches a name decides."""
+Coefficients = Sequence[Any] | Mapping[str, Sequence[Any]]
+"""One float per model; or by glob pattern of names, the first that matches a name decides.
+
+In place of a float, `{"from": a, "to": b}` or `[a, b, ...]` is a gradient over depth.
+"""
 
 
 _KINDS: dict[type, str] = {
@@ -51,6 +54,8 @@ class Option:
     excludes: tuple[float, ...] = ()
     """Ends of the range that do not belong to it."""
     choices: tuple[str, ...] = ()
+    by_model: bool = False
+    """Each model may have a value of its own: the function takes a tuple of them, too."""
 
     def check(self, name: str, value: Any) -> Any:
         """The value, or MergeError naming the option, what was given and what is allowed."""
@@ -168,9 +173,11 @@ class MergeSettings:
     name: str
     method: MergeMethod
     options: Mapping[str, Any]
-    """As the caller gives them: by name a value, or the values by glob pattern of tensor names."""
+    """As the caller gives them: by name a value, or the values by glob pattern of tensor names,
+    over depth (`Gradient`) or by model (`ByModel`)."""
     patterned: Mapping[str, Mapping[str, Any]]
-    """By tensor name the values of the options that were given by pattern. Empty if none was."""
+    """By tensor name the values of the options that depend on it or on the model. Empty if none
+    does."""
     coefficients: Mapping[str, tuple[float, ...]]
     """By tensor name, weights divided by their sum. Empty for a method that takes none."""
 

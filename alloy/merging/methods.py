@@ -28,12 +28,12 @@ def _check_della(*, density: float, epsilon: float, **_) -> None:
 
 
 _DENSITY = Option(type=float, default=0.5, minimum=0, maximum=1)
-_SURVIVAL = Option(type=float, default=0.5, minimum=0, maximum=1, excludes=(0,))
+_SURVIVAL = Option(type=float, default=0.5, minimum=0, maximum=1, excludes=(0,), by_model=True)
 _RESCALE = Option(type=bool, default=True)
 _SEED = Option(type=int, default=0, minimum=0)
 _SHARE = Option(type=float, default=0.8, minimum=0, maximum=1)
-_GAMMA = Option(type=float, default=0.01, minimum=0, maximum=1, excludes=(1,))
-_EPSILON = Option(type=float, default=0.1, minimum=0, maximum=0.5)
+_GAMMA = Option(type=float, default=0.01, minimum=0, maximum=1, excludes=(1,), by_model=True)
+_EPSILON = Option(type=float, default=0.1, minimum=0, maximum=0.5, by_model=True)
 _NORMALIZE = Option(type=bool, default=True)
 _SKIP = Option(
     type=tuple,
@@ -56,7 +56,7 @@ _ELECTION_OPTIONS = {
 _DARE_OPTIONS = {"density": _SURVIVAL, "rescale": _RESCALE, "seed": _SEED}
 _DELLA_OPTIONS = {**_DARE_OPTIONS, "epsilon": _EPSILON}
 _BREADCRUMBS_OPTIONS = {
-    "density": Option(type=float, default=0.85, minimum=0, maximum=1),
+    "density": Option(type=float, default=0.85, minimum=0, maximum=1, by_model=True),
     "gamma": _GAMMA,
 }
 
@@ -66,6 +66,13 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         coefficients="weights",
         elementwise=True,
         options={"normalize": _NORMALIZE},
+    ),
+    "passthrough": MergeMethod(
+        implementation="averages.passthrough",
+        coefficients=None,
+        elementwise=True,
+        max_models=1,
+        options={"scale": Option(type=float, default=1.0)},
     ),
     "interpolation": MergeMethod(
         implementation="averages.interpolation",
@@ -147,7 +154,7 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         base="required",
         two_pass=True,
         options={
-            "density": Option(type=float, default=0.2, minimum=0, maximum=1),
+            "density": Option(type=float, default=0.2, minimum=0, maximum=1, by_model=True),
             **_ELECTION_OPTIONS,
         },
     ),

@@ -186,11 +186,8 @@ def repaired(
             f"({alignment.preset}) does not keep their functions"
         )
     model, seen = job.skeleton, job.seen()
-    shares = (
-        dict(zip(parents, arm.coefficients, strict=True))
-        if isinstance(arm.coefficients, list)
-        else None
-    )
+    row = arm.one_row
+    shares = None if row is None else dict(zip(parents, row, strict=True))
     if (fit := switches.permuted_least_squares) is not None:
         merged = repair.fit_layers(
             model,

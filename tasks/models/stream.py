@@ -90,6 +90,8 @@ def plan_of(job: Job, arm: ModelsArm, output: Path) -> MergePlan:
         generation_config=source(arm.generation_config),
         names=names_of(job, arm),
         kept=job.entry.kept,
+        slices=[{str(source(name)): layers for name, layers in one.items()} for one in arm.slices],
+        stack=arm.stack,
         allow=arm.allow,
         drop=arm.drop,
         options=arm.options,

@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from tasks.recipe.benchmarks import ArmSearch
 from tasks.recipe.section import Section
 
+Row = list[float | list[float] | dict[str, float]]
+"""One coefficient a member; `{from: a, to: b}` or `[a, b, ...]` is one that changes with depth."""
+
 
 class ModelsLeastSquares(Section):
     """Every layer fitted anew to the parents' layers (`alloy.refit.repair.fit_layers`)."""
@@ -43,13 +46,15 @@ class ModelsArm(Section):
     elsewhere: str | None = None  # the alignment for sets that the first is not made for
     method: str  # a key of alloy's MERGE_METHODS
     base: str | None = None  # the checkpoint that task vectors start from
-    coefficients: list[float] | dict[str, list[float]] | None = None  # the method's own without
+    coefficients: Row | dict[str, Row] | None = None  # the method's own without
     options: dict[str, Any] = Field(default={})  # checked against the method's own
     statistics: dict[str, str] | None = None  # by member a file of alloy's save_statistics
     tokenizer: Literal["same", "base", "union"] = "same"  # where vocabularies differ
     chat_template: str | None = None  # the member whose template is taken where they differ
     processor: str | None = None  # the member whose processor is taken; the first's without
     generation_config: str | None = None  # the member whose settings these are; the first's without
+    slices: list[dict[str, tuple[int, int]]] = Field(default=[])  # the result's layers, by source
+    stack: str | None = None  # what their names begin with, where a model has several stacks
     allow: list[str] = Field(default=[])  # glob patterns of config keys that may differ
     drop: list[str] = Field(default=[])  # glob patterns of tensors that are left out
     repair: ModelsRepair = ModelsRepair()
@@ -63,10 +68,17 @@ class ModelsArm(Section):
             name
             for name in (
                 "statistics", "tokenizer", "chat_template", "processor", "generation_config",
-                "allow", "drop",
+                "slices", "stack", "allow", "drop",
             )
             if getattr(self, name) != fields[name].get_default(call_default_factory=True)
         ]  # fmt: skip
+
+    @property
+    def one_row(self) -> list[float] | None:
+        """The coefficients, one a member, where all tensors have the same."""
+        row = self.coefficients if isinstance(self.coefficients, list) else []
+        numbers = [c for c in row if isinstance(c, float)]
+        return numbers if numbers and len(numbers) == len(row) else None
 
     @property
     def aligned_by(self) -> str:
@@ -82,8 +94,10 @@ class ModelsArm(Section):
                 "targets: confidence weighs the parents by example; coefficients weigh "
                 "them too: drop one"
             )
-        if isinstance(self.coefficients, dict) and (fit is not None or self.repair.repair):
+        varied = self.coefficients is not None and self.one_row is None
+        if varied and (fit is not None or self.repair.repair):
             raise ValueError(
-                "permuted_least_squares and repair take one coefficient a member, not patterns"
+                "permuted_least_squares and repair take one coefficient a member, not patterns "
+                "or gradients"
             )
         return self

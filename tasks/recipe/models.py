@@ -410,6 +410,14 @@ class ModelsRecipe(Section):
                 if (owner := getattr(arm, field)) not in (None, *members, arm.base):
                     known = [*members, *([] if arm.base is None else [arm.base])]
                     raise ParamsError(f"{where}.{field}: {owner!r}: {nearest(owner, known)}")
+        for i, one in enumerate(arm.slices):
+            for members in entry.members.values():
+                known = [*members, *([] if arm.base is None else [arm.base])]
+                for source in one:
+                    if source not in known:
+                        raise ParamsError(
+                            f"{where}.slices[{i}]: {source!r}: {nearest(source, known)}"
+                        )
         spec = MERGE_METHODS[arm.method]
         try:
             validate(
@@ -421,6 +429,8 @@ class ModelsRecipe(Section):
                 or (self.is_calibrated and spec.statistics is not None),
                 coefficients=arm.coefficients,
                 options=arm.options,
+                members=next(iter(entry.members.values())),
+                counts={len(one.keys() - {arm.base}) for one in arm.slices} or None,
             )
         except MergeError as error:
             raise ParamsError(f"{where}: set {name!r}: {error}") from error

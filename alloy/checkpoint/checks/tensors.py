@@ -59,6 +59,8 @@ class Selection:
     kept: frozenset[str] = frozenset()
     """Names that stay the reference's."""
     reference: str = ""
+    scaled: bool = False
+    """What has a single source is scaled by the method, not copied."""
 
     def dropped(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.drop)
@@ -90,12 +92,22 @@ def any_row_merged(sources: Sources, selection: Selection) -> bool:
 
 
 def plan_tensors(
-    findings: Findings, sources: Sources, vocabulary: Vocabulary | None, selection: Selection
+    findings: Findings,
+    sources: Sources,
+    vocabulary: Vocabulary | None,
+    selection: Selection,
+    owners: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[PlannedTensor, ...]:
-    """Every tensor of the result; every tensor of every source is in one of them, or a problem."""
+    """Every tensor of the result; every tensor of every source is in one of them, or a problem.
+
+    Args:
+        owners: by tensor, in order, the sources that it is made of; by default all of them. One
+            that has a single source is copied.
+    """
     entries = {source: dict(c.entries) for source, c in sources.checkpoints.items()}
     reference = sources.reference
     names = list(dict.fromkeys([*entries[reference], *(n for e in entries.values() for n in e)]))
+    names = names if owners is None else list(owners)
     _check_selection(findings, selection, names, sources)
     if findings.problems:
         return ()
@@ -104,11 +116,14 @@ def plan_tensors(
     for name in names:
         if selection.dropped(name):
             continue
-        stored = {source: entries[source][name] for source in entries if name in entries[source]}
+        wanted = tuple(entries) if owners is None else owners[name]
+        stored = {source: entries[source][name] for source in wanted if name in entries[source]}
         owner = selection.owner(name)
+        if owner is None and len(wanted) == 1 and owners is not None and not selection.scaled:
+            owner = wanted[0]
         if owner is not None:
             planned = _copied(findings, name, owner, stored, sources, vocabulary, selection)
-        elif missing := tuple(source for source in entries if source not in stored):
+        elif missing := tuple(source for source in wanted if source not in stored):
             lacking.setdefault(missing, []).append(name)
             continue
         else:
@@ -300,7 +315,8 @@ def _merged(
     selection: Selection,
 ) -> PlannedTensor | None:
     """A tensor that every source has."""
-    first = stored[sources.reference]
+    main = next(source for source in (sources.reference, *stored) if source in stored)
+    first = stored[main]
     mapped = vocabulary is not None and has_row_per_token(name, stored, sources.configs)
     shape = (vocabulary.size, *first.shape[1:]) if mapped and vocabulary else first.shape
     if len({e.shape[1:] if mapped else e.shape for e in stored.values()}) > 1:

@@ -357,11 +357,16 @@ def work_for(
 ) -> partial[_Work]:
     """Choose how to merge a tensor; `compiled` False forces the method's own function."""
     method, options = settings.method, settings.options_of(tensors.name)
-    if compiled and tensors.compiled and statistics is None:
+    by_model = any(method.options[k].by_model and isinstance(v, tuple) for k, v in options.items())
+    if settings.name == "passthrough" and options["scale"] == 1:
+        return partial(Copy, tensors)
+    if compiled and tensors.compiled and statistics is None and not by_model:
         coefficients = settings.coefficients.get(tensors.name)
         match settings.name:
             case "linear" | "task_arithmetic":
                 return partial(Mix, tensors, coefficients, base=base)
+            case "passthrough":
+                return partial(Mix, tensors, [options["scale"]], base=False)
             case "modality_arithmetic":
                 row = [options["scale"]] * (len(tensors.inputs) - 1)
                 return partial(Mix, tensors, row, base=True)

@@ -90,6 +90,28 @@ def test_the_law_of_speech_combine():
     torch.testing.assert_close(merged[f"language_model.{tail}"], expected)
 
 
+def test_an_arm_is_made_of_slices_gradients_and_options_by_member():
+    """Layers of the first member and of both; the density rises with depth, by member."""
+    arm = {
+        "method": "ties",
+        "base": "start",
+        "chat_template": "speech",
+        "slices": [{"speech": [0, 1]}, {"speech": [1, 2], "instruct": [1, 2]}],
+        "coefficients": [{"from": 0, "to": 1}, 0.5],
+        "options": {"density": {"speech": {"from": 0.2, "to": 1}, "instruct": 0.5}},
+    }
+    sections = {"result": "sliced", "arms": {"sliced": arm}}
+    loaded = recipe("speech", merge=sections)
+    checkpoints(loaded, "Qwen2Audio", num_layers=2)
+    plan = stream.plan_of(evaluate.jobs(loaded)[0], loaded.merge.arms["sliced"], Path("out"))
+    of = {t.name: t for t in plan.tensors}
+    assert of["language_model.model.layers.0.mlp.up_proj.weight"].how == "copy"
+    merged = of["language_model.model.layers.1.mlp.up_proj.weight"]
+    assert merged.how == "ties"
+    assert merged.coefficients == pytest.approx((2 / 3, 1 / 3))
+    assert merged.options == {"density": (1.0, 0.5)}
+
+
 def test_distances_are_measured_under_the_first_members_names(capsys):
     loaded = recipe("speech")
     checkpoints(loaded, "Qwen2Audio", num_layers=2)
@@ -135,4 +157,7 @@ def test_an_arm_takes_files_of_its_members_alone():
     sections = yaml.safe_load((PARAMS / "skills.yaml").read_text())
     sections["merge"]["arms"]["ties"]["processor"] = "vml"
     with pytest.raises(ParamsError, match=r"arms.ties.processor: 'vml': did you mean 'vlm'"):
+        recipe("skills", merge=sections["merge"])
+    sections["merge"]["arms"]["ties"].update(processor="vlm", slices=[{"vml": [0, 1]}])
+    with pytest.raises(ParamsError, match=r"arms.ties.slices\[0\]: 'vml': did you mean 'vlm'"):
         recipe("skills", merge=sections["merge"])

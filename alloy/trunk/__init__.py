@@ -6,8 +6,9 @@ gauge in which that costs least if asked. The result is a model of the original 
 parts own the same parameters (`alloy.modality.sharing`). No architecture is written down.
 """
 
+from alloy.trunk.distill import distil
 from alloy.trunk.members import Member
 from alloy.trunk.merging import METHODS, Trunk, merge_trunk
 from alloy.trunk.plan import TrunkPlan, plan_trunk
 
-__all__ = ["METHODS", "Member", "Trunk", "TrunkPlan", "merge_trunk", "plan_trunk"]
+__all__ = ["METHODS", "Member", "Trunk", "TrunkPlan", "distil", "merge_trunk", "plan_trunk"]

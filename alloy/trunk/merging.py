@@ -70,7 +70,7 @@ def merge_trunk(
     *,
     method: Method = "sequential",
     gauge: Mapping[str, Any] | bool = False,
-    answers: Answers | None = None,
+    answers: Answers = answers_of,
     weigh: bool = True,
     ridge: float = 3e-2,
     follow: bool = True,
@@ -109,7 +109,7 @@ def merge_trunk(
         raise MergeError(f"{method} needs calibration data of checkpoint {lacking[0]!r}")
     if gauge and not fold:
         raise MergeError("a gauge is searched for folded norms: leave fold as it is")
-    work = _Work(plan, data, answers or _heads, weigh=weigh)
+    work = Work(plan, data, answers, weigh=weigh)
     weights = {name: work.canonical(name, fold=fold) for name in plan.models}
     parents = work.family(weights)
     report = None
@@ -130,10 +130,6 @@ def merge_trunk(
     return Trunk(models, plan, report, dict(parents.models.items()))
 
 
-def _heads(output: Any, batch: Batch) -> Sequence[Tensor]:
-    return answers_of(output, batch)
-
-
 def _data_of(
     plan: TrunkPlan, batches: Sequence[Batch] | Mapping[str, Sequence[Batch]]
 ) -> dict[str, list[Batch]]:
@@ -142,11 +138,16 @@ def _data_of(
     return {name: list(batches) for name in plan.models}
 
 
-class _Work:
+class Work:
     """One merge: the plan, the data, and what is measured on them."""
 
     def __init__(
-        self, plan: TrunkPlan, data: Mapping[str, list[Batch]], answers: Any, *, weigh: bool
+        self,
+        plan: TrunkPlan,
+        data: Mapping[str, list[Batch]],
+        answers: Answers = answers_of,
+        *,
+        weigh: bool = True,
     ) -> None:
         self.plan, self.data, self.answers, self.weigh = plan, data, answers, weigh
         self.masks: dict[str, tuple[str, ...]] = {}

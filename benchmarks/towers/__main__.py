@@ -1,0 +1,25 @@
+"""Commands of the study; dvc.yaml beside this file says what each reads and writes.
+
+python -m benchmarks.towers fetch
+python -m benchmarks.towers slack
+python -m benchmarks.towers whisper all 0     # pairs of blocks that are one, draw of calibration
+python -m benchmarks.towers neighbours
+python -m benchmarks.towers table
+"""
+
+import sys
+from collections.abc import Callable
+
+from benchmarks.towers import study, table
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "fetch": study.fetch,
+    "slack": study.slack,
+    "whisper": study.whisper_trunks,
+    "distil": study.distilled,
+    "neighbours": study.neighbours,
+    "table": table.write,
+}
+
+if __name__ == "__main__":
+    COMMANDS[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,122 @@
+"""The study's parts, each of which writes one file of results."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from alloy.trunk import Member, TrunkPlan, merge_trunk, plan_trunk
+from alloy.trunk.merging import Work
+from benchmarks.towers import sources, whisper
+
+HERE = Path(__file__).parent
+DATA = Path("data/towers_study")
+RESULTS = Path("benchmarks/results/towers")
+PARAMS: dict[str, Any] = yaml.safe_load((HERE / "params.yaml").read_text())
+PARTS = {"encoder": "model.encoder.layers", "decoder": "model.decoder.layers"}
+
+
+def fetch() -> None:
+    sources.fetch(DATA)
+
+
+def write(name: str, values: Any) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _plan(model: Any, batch: dict[str, Any], layers: str) -> TrunkPlan:
+    chosen = None if layers == "all" else [int(i) for i in layers]
+    members = {name: Member(part=part, layers=chosen) for name, part in PARTS.items()}
+    examples = {name: tensor[:2] for name, tensor in batch.items()}
+    return plan_trunk(model, members, examples, turn=True)
+
+
+def slack() -> None:
+    """Dims that hold 90, 99 and 99.9 % of what each layer of both towers reads, weighed or not."""
+    model = sources.whisper(DATA)
+    batches = whisper.batches(model, DATA, PARAMS["calibration"], 0)
+    plan, rows = _plan(model, batches[0], "all"), []
+    for weigh in (False, True):
+        work = Work(plan, {"model": batches}, weigh=weigh)
+        family = work.family({"model": work.canonical("model", fold=True)})
+        for member, grams in work.grams(family).items():
+            for name, gram in grams.items():
+                energies = torch.linalg.eigvalsh(gram.sum_DD[:-1, :-1]).flip(0).clamp(min=0)
+                share = energies.cumsum(0) / energies.sum()
+                dims = [int((share < part).sum()) + 1 for part in (0.9, 0.99, 0.999)]
+                width = len(energies)
+                rows.append(
+                    {
+                        "weighed": weigh,
+                        "member": member,
+                        "layer": name,
+                        "width": width,
+                        "dims": dims,
+                    }
+                )
+    write("slack", rows)
+
+
+def _arms(plan: TrunkPlan, batches: list, settings: dict[str, Any]) -> Any:
+    for name, options in settings.items():
+        start = time.process_time()
+        trunk = merge_trunk(plan, batches, **options)
+        yield name, trunk, time.process_time() - start
+
+
+def whisper_trunks(layers: str, draw: str) -> None:
+    """Arms of PARAMS on Whisper's two towers, for some of the pairs of blocks and one draw."""
+    torch.manual_seed(0)
+    model = sources.whisper(DATA)
+    batches = whisper.batches(model, DATA, PARAMS["calibration"], int(draw))
+    held_out = whisper.batches(model, DATA, PARAMS["held_out"], whisper.HELD_OUT_SEED)
+    plan = _plan(model, batches[0], layers)
+    result: dict[str, Any] = {"parameters": plan.num_parameters, "arms": {}}
+    for name, trunk, seconds in _arms(plan, batches, PARAMS["arms"]):
+        scores = whisper.measure(trunk.model, model, held_out, DATA)
+        found = {**scores, "cpu_seconds": round(seconds)}
+        if trunk.gauge is not None:
+            found["error"] = [trunk.gauge.error_before, trunk.gauge.error_after]
+        result["arms"][name] = found
+        print(layers, draw, name, found, flush=True)
+        write(f"whisper_{layers}_{draw}", result)
+
+
+def distilled(layers: str, draw: str) -> None:
+    """The arms of PARAMS["distilled"], trained against the parent without labels."""
+    from alloy.trunk.distill import distil
+
+    torch.manual_seed(0)
+    model = sources.whisper(DATA)
+    batches = whisper.batches(model, DATA, PARAMS["calibration"], int(draw))
+    held_out = whisper.batches(model, DATA, PARAMS["held_out"], whisper.HELD_OUT_SEED)
+    training = whisper.batches(model, DATA, PARAMS["training"], int(draw) + 500, size=4)
+    plan, result = _plan(model, batches[0], layers), {}
+    arms = {name: PARAMS["arms"][name] for name in PARAMS["distilled"]}
+    for name, trunk, _ in _arms(plan, batches, arms):
+        result[name] = {}
+        for steps in PARAMS["steps"]:
+            student = distil(trunk.model, model, training, steps=steps)
+            result[name][steps] = whisper.measure(student, model, held_out, DATA)
+            print(layers, draw, name, steps, result[name][steps], flush=True)
+            write(f"distilled_{layers}_{draw}", result)
+
+
+def neighbours() -> None:
+    """Two neighbouring layers of Whisper's encoder as one."""
+    torch.manual_seed(0)
+    model = sources.whisper(DATA)
+    batches = whisper.batches(model, DATA, PARAMS["calibration"], 0)
+    held_out = whisper.batches(model, DATA, PARAMS["held_out"], whisper.HELD_OUT_SEED)
+    examples = {name: tensor[:2] for name, tensor in batches[0].items()}
+    members = {"first": f"{PARTS['encoder']}.1", "second": f"{PARTS['encoder']}.2"}
+    plan, result = plan_trunk(model, members, examples), {}
+    for name, trunk, seconds in _arms(plan, batches, PARAMS["arms"]):
+        scores = whisper.measure(trunk.model, model, held_out, DATA)
+        result[name] = {**scores, "cpu_seconds": round(seconds)}
+        print("neighbours", name, result[name], flush=True)
+        write("neighbours", result)

@@ -11,7 +11,6 @@ from alloy.modality.experts import (
 )
 from alloy.modality.modeling import FRESH_HEADS, ModalityModel, ModalityOutput
 from alloy.modality.resizing import resize_images
-from alloy.modality.sharing import load_shared, save_shared
 from alloy.modality.towers import Release, Tower, import_release, import_tower, join_towers
 
 __all__ = [
@@ -29,9 +28,7 @@ __all__ = [
     "import_tower",
     "join",
     "join_towers",
-    "load_shared",
     "resize_images",
-    "save_shared",
     "shared_weights",
     "split_experts",
 ]

@@ -145,7 +145,7 @@ def save_shared(model: Any, folder: str | Path, *, expanded: bool = False) -> No
     if sharing.entries or sharing.exits or sharing.norms:
         raise CheckpointError(
             "streams of this model enter the trunk through matrices that its own class does not "
-            "have: save it as it is, and load it with alloy.modality.load_shared"
+            "have: save it as it is, and load it with alloy.load_shared"
         )
     whole = copy.deepcopy(model)
     for alias in sharing.shared:

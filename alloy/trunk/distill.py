@@ -65,7 +65,7 @@ def distil(
         optimizer.step()
         schedule.step()
         if progress is not None:
-            progress(step + 1, float(loss))
+            progress(step + 1, float(loss.detach()))
     return student
 
 

@@ -260,6 +260,11 @@ def record_calls(
     ]
     try:
         model(**batch)
+    except (AttributeError, TypeError, ValueError) as error:  # of an input that is not there
+        raise MergeError(
+            f"{type(model).__name__} does not run on {sorted(batch)}: {error}; give what each of "
+            f"{[part.name for part in parts]} reads"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

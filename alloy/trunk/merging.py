@@ -60,7 +60,7 @@ class Trunk:
         return self.models[next(iter(self.plan.parts.values())).checkpoint]
 
     def save(self, folder: str | Path) -> None:
-        """Write the result; `alloy.modality.load_shared` loads it."""
+        """Write the result; `alloy.load_shared` loads it."""
         save_shared(self.model, folder)
 
 

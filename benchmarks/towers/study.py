@@ -41,7 +41,7 @@ def slack() -> None:
     batches = whisper.batches(model, DATA, PARAMS["calibration"], 0)
     plan, rows = _plan(model, batches[0], "all"), []
     for weigh in (False, True):
-        work = Work(plan, {"model": batches}, weigh=weigh)
+        work = Work(plan, {"model": [*batches]}, weigh=weigh)
         family = work.family({"model": work.canonical("model", fold=True)})
         for member, grams in work.grams(family).items():
             for name, gram in grams.items():

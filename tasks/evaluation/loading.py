@@ -52,6 +52,9 @@ def load_any(folder: Path, on: torch.device | None = None) -> PreTrainedModel:
     Raises:
         CheckpointError: no checkpoint there, or weights that the model lacks or does not know.
     """
+    if "alloy_trunk" in _read_config(folder):
+        shared = import_module("alloy.modality.sharing").load_shared(folder, dtype=torch.float32)
+        return shared.to(chosen_device() if on is None else on)
     return load_whole(model_class(folder), folder, on)
 
 
@@ -65,12 +68,18 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 def package_of(folder: Path) -> ModuleType:
     """The package of the checkpoint's classes: transformers, or ours that registers them."""
+    name = _read_config(folder).get("model_type")
+    return import_module(OURS[name]) if name in OURS else transformers
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint")
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise CheckpointError(f"{folder}/config.json is not JSON: {error}") from error
-    name = config.get("model_type") if isinstance(config, dict) else None
-    return import_module(OURS[name]) if name in OURS else transformers
+    return config if isinstance(config, dict) else {}
 
 
 def model_class(folder: Path) -> type[PreTrainedModel]:

@@ -35,6 +35,7 @@ from tasks.models.shared.jobs import Job, Report, jobs, load_weights, run_jobs
 from tasks.models.shared.kept import kept as kept_of
 from tasks.models.shared.searched import searched
 from tasks.models.shared.statistics import load_statistics
+from tasks.models.shared.trunk import main as merge_parts
 from tasks.recipe.models import ModelsArm, ModelsRecipe
 from tasks.reports import cards
 from tasks.storage import read_json, write_folder, write_json
@@ -48,6 +49,9 @@ Weights = dict[str, Tensor]
 
 def main(recipe: ModelsRecipe) -> None:
     recipe = searched(recipe)
+    if recipe.is_trunk:
+        merge_parts(recipe)
+        return
     if not recipe.is_calibrated:
         stream.main(recipe)
         return

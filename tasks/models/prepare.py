@@ -32,15 +32,17 @@ from tasks.data.inputs import (
     pictures,
     texts,
 )
-from tasks.evaluation.loading import image_processor, load_tokenizer
-from tasks.recipe.models import ModelsCalibration, ModelsPrepareParams, ModelsRecipe
+from tasks.evaluation.loading import image_processor, load_config, load_tokenizer
+from tasks.recipe.calibration import ModelsCalibration, ModelsPrepareParams
+from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.section import ParamsError
 from tasks.storage import read_json, sha256, write_folder, write_json
 
 
 def prepare(recipe: ModelsRecipe) -> Path:
     """Write `data/<recipe>/`, whole or not at all; returns the folder."""
-    section, _, _ = recipe.calibrated
+    assert recipe.prepare is not None
+    section = recipe.prepare
     where, checkpoints = f"{recipe.where}: prepare", recipe.workspace.checkpoints
     with write_folder(recipe.workspace.data) as folder:
         for part in ("calibration", "benchmarks"):
@@ -193,10 +195,44 @@ def dataset(where: str, params: ModelsCalibration, checkpoint: Path, seed: int) 
         if params.column not in rows.column_names:
             known = nearest(params.column, list(rows.column_names))
             raise ParamsError(f"{where}.column: {params.column!r}: {known}")
+        if params.captions is not None:
+            return _pairs(where, params, rows, checkpoint)
         values = (row[params.column] for row in rows)
         if isinstance(rows[0][params.column], str):
             return texts(where, params.tokens, params.num_examples, values, checkpoint)
         return images(where, params.num_examples, values, checkpoint)
+
+
+def _pairs(where: str, params: ModelsCalibration, rows: Any, checkpoint: Path) -> Inputs:
+    """Pictures and the text beside each, padded to `tokens` or to the longest that is read."""
+    assert params.column is not None
+    assert params.captions is not None
+    if params.captions not in rows.column_names:
+        known = nearest(params.captions, list(rows.column_names))
+        raise ParamsError(f"{where}.captions: {params.captions!r}: {known}")
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise ExamplesError(
+            f"{where}: {checkpoint} has no tokenizer; save the one it was trained with "
+            "beside its weights"
+        )
+    chosen = rows.select(range(min(params.num_examples, len(rows))))
+    said = [texts[0] if isinstance(texts, list) else texts for texts in chosen[params.captions]]
+    config = load_config(checkpoint)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    encoded = tokenizer(
+        said,
+        padding="max_length",
+        truncation=True,
+        max_length=params.tokens or longest,
+        return_tensors="pt",
+    )
+    pictures = (row[params.column] for row in chosen)
+    seen = images(where, params.num_examples, pictures, checkpoint)
+    taken = {name: t for name, t in encoded.items() if name in forward_inputs(checkpoint)}
+    if bool(taken.get("attention_mask", torch.ones(1)).all()):
+        taken.pop("attention_mask", None)  # nothing is padded
+    return {**seen, **taken}
 
 
 def _input_columns(where: str, params: ModelsCalibration, rows: Any, checkpoint: Path) -> Inputs:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from tasks.recipe.benchmarks import ArmSearch
 from tasks.recipe.section import Section
+from tasks.recipe.trunk import TrunkSettings
 
 Row = list[float | list[float] | dict[str, float]]
 """One coefficient a member; `{from: a, to: b}` or `[a, b, ...]` is one that changes with depth."""
@@ -58,6 +59,7 @@ class ModelsArm(Section):
     allow: list[str] = Field(default=[])  # glob patterns of config keys that may differ
     drop: list[str] = Field(default=[])  # glob patterns of tensors that are left out
     repair: ModelsRepair = ModelsRepair()
+    trunk: TrunkSettings | None = None  # where members are parts that become one trunk
     search: ArmSearch | None = None  # of options and coefficients, before the merge
 
     @property

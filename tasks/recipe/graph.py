@@ -80,7 +80,7 @@ FILLS = {
     "align": ("family", "library", "collect", "members"),
     "merge": (
         "family", "library", "data", "statistics", "transforms",
-        "align", "collect", "dtype", "kept", "names", "members", "code", "searched",
+        "align", "collect", "dtype", "kept", "names", "members", "code", "searched", "trunk",
     ),
     "finetune": ("family", "library"),
     "evaluate": (
@@ -103,7 +103,8 @@ OWN_CODE = {
 def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
     """The recipe's family, and the paths and sections that not every recipe has."""
     workspace, is_models = recipe.workspace, isinstance(recipe, ModelsRecipe)
-    calibrated, finetuned = recipe.prepare is not None, _has(recipe, "finetune")
+    prepared, finetuned = recipe.prepare is not None, _has(recipe, "finetune")
+    calibrated = prepared and _has(recipe, "collect")
     given = read_yaml(workspace.params)
     path = str(workspace.checkpoints)  # that every stage with such a choice reads
     section = OWN_SECTION.get(stage, stage)
@@ -114,8 +115,10 @@ def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
         "family": recipe.kind,
         "code": OWN_CODE.get((stage, recipe.kind), ""),
         "benchmarks": f"tasks/{recipe.kind}/{'benchmarks' if is_models else 'evaluate.py'}",
-        "library": "alignment" if is_models else "modality",  # of alloy, beside what both need
-        "data": str(workspace.data) if calibrated else path,
+        # of alloy, beside what both need
+        "library": "alignment" if is_models and stage != "merge" else "modality",
+        "trunk": "trunk" if is_models else "modality",
+        "data": str(workspace.data) if prepared else path,
         "statistics": str(workspace.statistics) if calibrated else path,
         "transforms": str(workspace.transforms) if calibrated else path,
         "finetuned": str(workspace.finetuned) if finetuned else path,

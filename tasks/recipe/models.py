@@ -14,6 +14,7 @@ from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS, validate
 from tasks.recipe.arm import ModelsArm, ModelsRepair
 from tasks.recipe.benchmarks import MeasuredParams
+from tasks.recipe.calibration import ModelsPrepareParams
 from tasks.recipe.section import Name, ParamsError, Section
 from tasks.recipe.shared import (
     Candidates,
@@ -22,62 +23,10 @@ from tasks.recipe.shared import (
     ShipParams,
     chosen_arm,
 )
+from tasks.recipe.trunk import TrunkMember, check_trunk
 from tasks.workspace import Workspace
 
 CALIBRATED = ("prepare", "collect", "align")  # the sections of recipes whose units are aligned
-
-
-class ModelsCalibration(Section):
-    """Examples without labels from exactly one source, as the models' own processors make them."""
-
-    images: str | None = None  # a folder of pictures
-    texts: str | None = None  # a folder of *.txt files, or one file
-    dataset: str | None = None  # of the package `datasets`, on disk; or a .parquet, .csv, .jsonl
-    writer: str | None = None  # a key of tasks.data.classification.WRITERS
-    examples: int = Field(ge=2)
-    held_out: int = Field(default=0, ge=0)  # further ones that no merge sees: arms are judged on
-    tokens: int | None = Field(default=None, gt=1)  # of each text
-    column: str | None = (
-        None  # of a dataset: texts or images; without one: its columns are model inputs
-    )
-    options: dict[str, Any] = Field(default={})  # of a writer
-
-    @property
-    def num_examples(self) -> int:
-        """All that the source gives: the calibration examples, and those held out."""
-        return self.examples + self.held_out
-
-    @model_validator(mode="after")
-    def _has_one_source(self) -> "ModelsCalibration":
-        sources = ("images", "texts", "dataset", "writer")
-        given = [name for name in sources if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give one of {', '.join(sources)}; found {given or 'none'}")
-        for key, owners in {
-            "tokens": ("texts", "dataset"),
-            "column": ("dataset",),
-            "options": ("writer",),
-        }.items():
-            if getattr(self, key) and given[0] not in owners:
-                raise ValueError(f"{key!r} is of {' or '.join(owners)}, not of {given[0]!r}")
-        if self.texts is not None and self.tokens is None:
-            raise ValueError("texts need `tokens`, the length of an example")
-        return self
-
-
-class ModelsBenchmark(Section):
-    """Examples with labels, from a writer."""
-
-    writer: str  # a key of tasks.data.classification.WRITERS
-    options: dict[str, Any] = Field(default={})
-
-
-class ModelsPrepareParams(Section):
-    """The calibration data and the benchmarks of a recipe of kind "models"."""
-
-    seed: int
-    calibration: dict[Name, ModelsCalibration] = Field(min_length=1)
-    benchmarks: dict[Name, ModelsBenchmark] = Field(default={})
 
 
 class ModelsSet(Section):
@@ -85,6 +34,7 @@ class ModelsSet(Section):
 
     title: str | None = None  # in the tables; its name without one
     members: dict[int, list[str]] = Field(min_length=1)  # seed -> fetch's checkpoints
+    parts: dict[Name, TrunkMember] = Field(default={})  # of these, where parts become one trunk
     kept: list[str] = Field(default=[])  # patterns or groups of tensors that stay the first's
     names: dict[str, str] | dict[str, dict[str, str]] = Field(default={})  # changes of prefix
     calibration: str | None = None  # of prepare; absent where nothing is prepared
@@ -92,6 +42,8 @@ class ModelsSet(Section):
 
     @model_validator(mode="after")
     def _seeds_are_alike(self) -> "ModelsSet":
+        if self.parts:
+            return self
         sizes = {len(names) for names in self.members.values()}
         if len(sizes) > 1 or min(sizes) < 2:
             raise ValueError(
@@ -190,7 +142,7 @@ class ModelsRecipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_set(cls, values: Any) -> Any:
-        """`members: [a, b]`, `kept` and `names` are one set under the recipe's own name."""
+        """`members`, `kept` and `names` are one set under the recipe's own name."""
         of_set = ("members", "kept", "names")
         if not isinstance(values, dict) or not {*of_set} & values.keys():
             return values
@@ -203,6 +155,9 @@ class ModelsRecipe(Section):
         rest = {key: value for key, value in values.items() if key not in of_set}
         prepared = values.get("prepare") if isinstance(values.get("prepare"), dict) else {}
         own = {"members": {0: values["members"]}}
+        if isinstance(parts := values["members"], dict):  # name -> a part of a checkpoint
+            of = [p.get("checkpoint") for p in parts.values() if isinstance(p, dict)]
+            own = {"members": {0: list(dict.fromkeys(of))}, "parts": parts}
         own |= {key: values[key] for key in ("kept", "names") if key in values}
         for part, key in (("calibration", "calibration"), ("benchmarks", "benchmark")):
             names = list(prepared.get(part) or {})
@@ -219,9 +174,14 @@ class ModelsRecipe(Section):
         return f"params/{self.name}.yaml"
 
     @property
+    def is_trunk(self) -> bool:
+        """True where the members are parts of checkpoints and become one trunk."""
+        return any(entry.parts for entry in self.sets.values())
+
+    @property
     def is_calibrated(self) -> bool:
         """True where units are aligned on calibration data before they are merged."""
-        return self.prepare is not None
+        return self.prepare is not None and not self.is_trunk
 
     @property
     def calibrated(self) -> tuple[ModelsPrepareParams, ModelsCollectParams, ModelsAlignParams]:
@@ -294,7 +254,10 @@ class ModelsRecipe(Section):
             ParamsError: a name that no other section has, a section that others need, or an arm
                 that cannot be merged so.
         """
-        self._check_sections()
+        if self.is_trunk:
+            self._check_trunk()
+        else:
+            self._check_sections()
         for key, name, known in self._names():
             if name not in known:
                 right = nearest(str(name), [*map(str, known)])
@@ -312,7 +275,7 @@ class ModelsRecipe(Section):
                     f"{self.where}: {key}.model: recipes of kind models have no fine-tuned model; "
                     "write `model: merged`"
                 )
-        for name in self.sets:
+        for name in self.sets if not self.is_trunk else ():
             for key, arm in self.arms(name).items():
                 self._check_arm(name, key, arm)
             self._check_scores(name)
@@ -323,6 +286,17 @@ class ModelsRecipe(Section):
             if arm.search is not None:
                 where = f"{self.where}: merge.arms.{key}.search"
                 self.evaluate.check_search(where, arm.search)
+
+    def _check_trunk(self) -> None:
+        """Refuse parts that cannot become one trunk, and sections that such a recipe lacks."""
+        (_, entry), *others = self.sets.items()
+        given = [name for name in ("collect", "align") if getattr(self, name) is not None]
+        if others or given:
+            what = f"a section {given[0]}" if given else "more than one set"
+            raise ParamsError(f"{self.where}: members are parts of models: there is no {what} then")
+        has_data = self.prepare is not None and entry.calibration is not None
+        checkpoints = self.fetch.checkpoints
+        check_trunk(self.where, entry.parts, self.merge.arms, checkpoints, has_data=has_data)
 
     def _check_sections(self) -> None:
         given = [name for name in CALIBRATED if getattr(self, name) is not None]
@@ -477,7 +451,8 @@ class ModelsRecipe(Section):
             )
         for name, arm in self.merge.arms.items():
             where = f"merge.arms.{name}"
-            yield f"{where}.method", arm.method, MERGE_METHODS
+            if not self.is_trunk:
+                yield f"{where}.method", arm.method, MERGE_METHODS
             if self.is_calibrated and arm.alignment is None:
                 raise ParamsError(
                     f"{self.where}: {where}.alignment is missing: "

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
+from alloy import load_shared
 from alloy.errors import CheckpointError
-from alloy.modality import load_shared, save_shared
-from alloy.modality.sharing import Sharing, insert_matrices, with_sharing
+from alloy.modality.sharing import Sharing, insert_matrices, save_shared, with_sharing
 
 BLOCKS = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES = {**BLOCKS, "intermediate_size": 16}

@@ -25,8 +25,8 @@ from tasks.models.measures.scores import merge_score, surest
 from tasks.models.measures.yardsticks import Labelled, Unlabelled, as_candidate
 from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.jobs import jobs
+from tasks.recipe.calibration import ModelsCalibration
 from tasks.recipe.load import load, load_models
-from tasks.recipe.models import ModelsCalibration
 from tasks.recipe.section import ParamsError
 from tasks.recipe.shared import Gates
 from tasks.registry import promotion, register, tracking

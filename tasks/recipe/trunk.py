@@ -1,0 +1,97 @@
+"""Sections of sets whose members are parts of models, and become one trunk (`alloy.trunk`)."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from pydantic import Field
+
+from alloy.errors import nearest
+from tasks.recipe.section import ParamsError, Section
+
+TRUNK_METHODS = ("average", "regmean", "sequential")
+"""As `alloy.trunk.METHODS`, which takes a second to load."""
+GAUGE_SETTINGS = ("starts", "ridge", "max_rounds", "steps", "learning_rate", "tolerance")
+"""Of `alloy.search_gauge`."""
+
+
+class TrunkMember(Section):
+    """A part of a checkpoint."""
+
+    checkpoint: str
+    part: str  # a list of blocks, or any other module: text_model.encoder.layers
+    layers: list[int] | None = None  # which blocks stand for the trunk's 0, 1, ...; all without
+    names: dict[str, str] = Field(default={})  # prefix inside a block -> what others call it
+
+
+class TrunkDistillation(Section):
+    """Training of a merged model against the model that it comes from, without labels."""
+
+    steps: int = Field(gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+
+
+class TrunkSettings(Section):
+    """How an arm makes one trunk of its members (`alloy.merge_trunk`)."""
+
+    turn: bool = True  # whether streams may turn; only a gauge turns them
+    norm_matrices: bool = False  # lets post-norm streams turn, for two matrices a block
+    gauge: dict[str, Any] | bool = False  # true, or settings of alloy.search_gauge
+    weigh: bool = True  # errors by what the answers depend on, or all alike
+    ridge: float = Field(default=3e-2, gt=0)  # of the sequential fit
+    follow: bool = True  # fit the layers behind the trunk as well
+    take: dict[str, str] = Field(default={})  # glob pattern -> checkpoint whose weights they are
+    batch_size: int = Field(default=32, gt=0)
+    distil: TrunkDistillation | None = None
+
+    @property
+    def turns(self) -> bool:
+        """Whether streams turn: where a gauge is searched, and may turn them."""
+        return self.turn and self.gauge is not False
+
+
+def check_trunk(
+    where: str,
+    parts: Mapping[str, TrunkMember],
+    arms: Mapping[str, Any],
+    checkpoints: Collection[str],
+    *,
+    has_data: bool,
+) -> None:
+    """Refuse members and arms of a trunk that cannot be made.
+
+    Raises:
+        ParamsError: names the key and what would be right.
+    """
+    if len(parts) < 2:
+        raise ParamsError(f"{where}: members: a trunk has two members or more: {sorted(parts)}")
+    for key, name, known in _names(parts, arms, checkpoints):
+        if name not in known:
+            raise ParamsError(f"{where}: {key}: {name!r}: {nearest(name, known)}")
+    for name, arm in arms.items():
+        settings = arm.trunk or TrunkSettings()
+        needs = settings.gauge is not False or arm.method != "average" or settings.distil
+        if needs and not has_data:
+            raise ParamsError(
+                f"{where}: merge.arms.{name}: {arm.method} of parts needs calibration data: give "
+                "prepare with pairs that reach all members, or average without a gauge"
+            )
+        unknown = sorted(set(arm.model_fields_set) - {"method", "trunk"})
+        if unknown:
+            raise ParamsError(
+                f"{where}: merge.arms.{name}.{unknown[0]}: arms of parts have `method` and `trunk`"
+            )
+
+
+def _names(
+    parts: Mapping[str, TrunkMember], arms: Mapping[str, Any], checkpoints: Collection[str]
+) -> Iterator[tuple[str, str, Collection[str]]]:
+    """Every name that stands for something elsewhere: where, and what there is."""
+    for name, part in parts.items():
+        yield f"members.{name}.checkpoint", part.checkpoint, checkpoints
+    for name, arm in arms.items():
+        key, settings = f"merge.arms.{name}", arm.trunk or TrunkSettings()
+        yield f"{key}.method", arm.method, TRUNK_METHODS
+        for setting in settings.gauge if isinstance(settings.gauge, dict) else ():
+            yield f"{key}.trunk.gauge", setting, GAUGE_SETTINGS
+        for source in settings.take.values():
+            yield f"{key}.trunk.take", source, {p.checkpoint for p in parts.values()}

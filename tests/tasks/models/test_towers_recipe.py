@@ -1,0 +1,183 @@
+"""The recipe `towers` as it ships, on a tiny SigLIP; other models by their members alone."""
+
+import random
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPImageProcessor, SiglipConfig, SiglipModel
+
+import alloy
+from alloy.errors import MergeError
+from tasks.evaluation.loading import load_any
+from tasks.models import choose, evaluate, merge, prepare
+from tasks.models.shared.jobs import jobs
+from tasks.recipe.load import load_models
+from tasks.recipe.section import ParamsError
+from tasks.storage import read_json
+from tests import tiny_models
+
+PARAMS = Path(__file__).parents[3] / "params"
+SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 20}
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params").mkdir()
+    return tmp_path
+
+
+def sections(**changed):
+    shipped = yaml.safe_load((PARAMS / "towers.yaml").read_text())
+    pairs = {"dataset": "pairs", "column": "image", "captions": "caption", "examples": 12}
+    shipped["prepare"]["calibration"]["pairs"] = pairs
+    shipped["evaluate"]["benchmarks"]["retrieval"] |= {"dataset": "pairs"}
+    shipped["merge"]["arms"]["gauge"]["trunk"]["gauge"]["steps"] = 2
+    shipped["merge"]["arms"]["distilled"]["trunk"]["distil"]["steps"] = 3
+    return {**shipped, **changed}
+
+
+def recipe(given):
+    Path("params/recipes.yaml").write_text("recipes: [towers]\n")
+    Path("params/towers.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    return load_models("towers")
+
+
+def siglip(folder: Path) -> None:
+    """What fetch would have brought, and pairs."""
+    torch.manual_seed(0)
+    text = {**SIZES, "vocab_size": tiny_models.SIZE, "max_position_embeddings": 8}
+    config = SiglipConfig(
+        text_config={**text, "projection_size": 12},
+        vision_config={**SIZES, "image_size": 8, "patch_size": 4},
+    )
+    model = SiglipModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    size = {"height": 8, "width": 8}
+    CLIPImageProcessor(size=size, do_center_crop=False).save_pretrained(folder)
+    draw = random.Random(0)
+    colours = [tuple(draw.randrange(256) for _ in "rgb") for _ in range(16)]
+    table = datasets.Dataset.from_dict(
+        {
+            "image": [Image.new("RGB", (9, 9), colour) for colour in colours],
+            "caption": [" ".join(draw.choices("abcdefgh", k=5)) for _ in colours],
+        }
+    )
+    table.save_to_disk("pairs")
+
+
+def test_the_recipe_runs_as_it_ships(workspace):
+    """Every arm is a SigLIP of one trunk; the result is measured by retrieval."""
+    loaded = recipe(sections())
+    siglip(loaded.workspace.checkpoints / "siglip")
+    for stage in (prepare, merge, choose, evaluate):
+        stage.main(loaded)
+    scores = read_json(loaded.workspace.metrics)
+    for arm in loaded.merge.arms:
+        folder = loaded.workspace.arms / "towers" / "0" / arm
+        model = load_any(folder)
+        assert isinstance(model, SiglipModel)
+        towers = model.vision_model.encoder, model.text_model.encoder
+        first, second = (tower.layers[1].mlp.fc2.weight for tower in towers)
+        assert first is second
+        found = read_json(folder / "alloy_merge.json")
+        counted = sum(p.numel() for p in model.parameters())
+        assert found["parameters"]["after"] == counted < found["parameters"]["before"]
+        assert arm in scores["test"]
+        assert "recall_at_1" in scores["test"][arm]["retrieval"]
+    assert isinstance(alloy.load_shared(loaded.workspace.merged), SiglipModel)
+
+
+def member(part, **more):
+    return {"checkpoint": "siglip", "part": part, **more}
+
+
+MEMBERS = {"image": member("vision_model.encoder.layers"), "text": member("text_model.x")}
+WRONG = {
+    "one member": ({"members": {"image": MEMBERS["image"]}}, "two members or more"),
+    "another checkpoint": (
+        {"members": {**MEMBERS, "text": {"checkpoint": "siglib", "part": "x"}}},
+        "did you mean 'siglip'",
+    ),
+    "no part": (
+        {"members": {**MEMBERS, "text": {"checkpoint": "siglip"}}},
+        "part: this is missing",
+    ),
+    "alignment": (
+        {"align": {"alignments": {"a": {"preset": "identity"}}}},
+        "there is no a section align",
+    ),
+    "a method of whole models": (
+        {"merge": {"result": "ties", "arms": {"ties": {"method": "ties"}}}},
+        "merge.arms.ties.method: 'ties': choose one of",
+    ),
+    "settings of whole models": (
+        {"merge": {"result": "a", "arms": {"a": {"method": "average", "base": "siglip"}}}},
+        "arms of parts have `method` and `trunk`",
+    ),
+    "a setting of no gauge": (
+        {
+            "merge": {
+                "result": "a",
+                "arms": {"a": {"method": "average", "trunk": {"gauge": {"step": 3}}}},
+            }
+        },
+        "did you mean 'steps'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_sections_are_refused(case):
+    changed, message = WRONG[case]
+    with pytest.raises(ParamsError, match=message):
+        recipe(sections(**changed))
+
+
+def test_data_are_needed_where_anything_is_fitted():
+    given = sections()
+    del given["prepare"]
+    with pytest.raises(ParamsError, match="of parts needs calibration data: give prepare"):
+        recipe(given)
+
+
+REFUSED = {
+    "no such part": (MEMBERS, {}, "has no part 'text_model.x'"),
+    "texts alone": (
+        {**MEMBERS, "text": member("text_model.encoder.layers")},
+        {"input_ids": torch.ones(4, 8, dtype=torch.long)},
+        "does not run on",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_model_refuses_is_said_before_any_merge(case):
+    members, inputs, message = REFUSED[case]
+    loaded = recipe(sections(members=members))
+    siglip(loaded.workspace.checkpoints / "siglip")
+    (job,) = jobs(loaded)
+    job.calibration.parent.mkdir(parents=True)
+    save_file(inputs or {"pixel_values": torch.randn(4, 3, 8, 8)}, job.calibration)
+    with pytest.raises(MergeError, match=message):
+        merge.main(loaded)
+    assert not loaded.workspace.arms.exists()
+
+
+def test_a_missing_processor_is_refused():
+    loaded = recipe(sections())
+    folder = loaded.workspace.checkpoints / "siglip"
+    siglip(folder)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="has no image processor"):
+        prepare.main(loaded)

@@ -124,6 +124,6 @@ def save(job: Job, name: str, arm: ModelsArm, model: Any, found: Any, folder: Pa
         sources=cards.Sources(["member", "checkpoint", "part"], rows),
         settings=record["merge"],
         notes="`alloy_merge.json` has every setting.",
-        license=None,
+        **cards.parents(job.folders),
     )
     (folder / "README.md").write_text(cards.render(card))

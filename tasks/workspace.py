@@ -12,6 +12,7 @@ models/<recipe>/finetuned/          finetune: that arm, trained briefly
 models/<recipe>/finetuned_arms/     finetune: the arms to compare it with
 models/<recipe>/registered.json     register
 reports/<recipe>/                   evaluate: metrics.json table.md report.html plots/
+                                    and examples.safetensors, the values by example
 .alloy/                             locks, and work that an interrupted stage goes on with
 ```
 """
@@ -90,6 +91,10 @@ class Workspace:
     @property
     def metrics(self) -> Path:
         return self.reports / "metrics.json"
+
+    @property
+    def examples(self) -> Path:
+        return self.reports / "examples.safetensors"
 
     @property
     def table(self) -> Path:

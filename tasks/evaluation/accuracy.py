@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tasks.evaluation.score import Score
+from tasks.evaluation.score import MeanScore, Score
 
 SCALE = 16.0  # of the cosines, in training and in every loss
 
@@ -66,7 +66,8 @@ def accuracies(
 def _share(correct_N: Tensor) -> Score:
     """The share of what is true, and the standard error of a mean of independent draws."""
     share = correct_N.double().mean().item()
-    return Score(100 * share, 100 * (share * (1 - share) / max(1, len(correct_N))) ** 0.5)
+    error = 100 * (share * (1 - share) / max(1, len(correct_N))) ** 0.5
+    return MeanScore.of(100 * share, error, 100 * correct_N)
 
 
 def ensemble(logits: Sequence[Tensor], classes: Classes) -> Tensor:

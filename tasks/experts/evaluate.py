@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -22,6 +23,7 @@ from torch import Tensor
 from alloy.measures.distances import distance
 from alloy.modality import ModalityModel, split_experts
 from alloy.processes import ALONE, Processes
+from tasks.evaluation.score import by_example
 from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, load_split, training_free
 from tasks.experts.report.build import build
 from tasks.experts.report.results import (
@@ -41,6 +43,7 @@ from tasks.workers import num_cores
 from tasks.workers.together import agree, join
 
 SPLITS = ("validation", "test")
+RESULTS = ("merged", "finetuned")  # models that may be registered
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,14 @@ class Subject:
     kind: Kind
     finetuned: bool
     folders: Mapping[str, tuple[Path, ...]]  # by benchmark
+
+
+class Measured(NamedTuple):
+    """All that is measured of one subject."""
+
+    rows: list[ScoreRow]
+    answers: dict[str, Tensor]  # to the first test examples, by benchmark
+    by_example: dict[str, Tensor]  # values, of a model that may be registered
 
 
 def subjects(recipe: ExpertsRecipe) -> list[Subject]:
@@ -106,15 +117,18 @@ def _finetuned(recipe: ExpertsRecipe, before: Mapping[str, Subject]) -> Iterator
 
 def measure(
     subject: Subject, models: Mapping[Path, ModalityModel], data: Mapping, batch_size: int
-) -> tuple[list[ScoreRow], dict[str, Tensor]]:
+) -> Measured:
     """Score one subject on both splits of its benchmarks; answer the first test examples."""
-    rows, answers = [], {}
+    rows, answers, values = [], {}, {}
     for name, folders in subject.folders.items():
         benchmark = BENCHMARKS[name]
         for split in SPLITS:
             examples = data[name, split]
             outputs = _mean([benchmark.outputs(models[f], examples, batch_size) for f in folders])
-            for metric, score in benchmark.score(outputs, examples).items():
+            scores = benchmark.score(outputs, examples)
+            if subject.name in RESULTS:
+                values |= by_example(f"{split}/{subject.name}/{name}", scores)
+            for metric, score in scores.items():
                 rows.append(
                     ScoreRow(
                         split=split,
@@ -130,7 +144,7 @@ def measure(
                 )
             if split == "test":
                 answers[name] = first_answers(name, outputs)
-    return rows, answers
+    return Measured(rows, answers, values)
 
 
 def guesses(planned: list[Subject], data: Mapping[str, Mapping[str, Tensor]]) -> Iterator[ScoreRow]:
@@ -222,19 +236,20 @@ def evaluate(recipe: ExpertsRecipe, processes: Processes = ALONE) -> Results | N
     benchmarks = dict.fromkeys(name for subject in planned for name in subject.folders)
     data = {(b, s): load_split(recipe.name, b, s) for b in benchmarks for s in SPLITS}
     own = processes.own(planned)
-    measured: dict[str, tuple[list[ScoreRow], dict[str, Tensor]]] = {}
+    measured: dict[str, Measured] = {}
     for part in processes.objects(measured_by_name(own, data, params.batch_size, processes)):
         measured |= part
     if not processes.is_first:
         return None
     test_data = {name: data[name, "test"] for name in benchmarks}
-    scores = [row for subject in planned for row in measured[subject.name][0]]
+    scores = [row for subject in planned for row in measured[subject.name].rows]
     return Results(
         recipe=recipe.name,
         scores=scores + list(guesses(planned, test_data)),
         distances=distances(recipe),
-        answers={subject.name: measured[subject.name][1] for subject in planned},
+        answers={subject.name: measured[subject.name].answers for subject in planned},
         examples=test_data,
+        by_example={k: v for one in measured.values() for k, v in one.by_example.items()},
         sources=list(sources(recipe, planned)),
         packages=read_json(recipe.workspace.data_manifest)["packages"],
         choice=read_json(recipe.workspace.choice),
@@ -245,7 +260,7 @@ def evaluate(recipe: ExpertsRecipe, processes: Processes = ALONE) -> Results | N
 
 def measured_by_name(
     planned: list[Subject], data: Mapping, batch_size: int, processes: Processes
-) -> dict[str, tuple[list[ScoreRow], dict[str, Tensor]]]:
+) -> dict[str, Measured]:
     """Scores and answers of this process's subjects, by name."""
     needed = {f for subject in planned for folders in subject.folders.values() for f in folders}
     models = {folder: load_model(folder) for folder in sorted(needed)}

@@ -11,7 +11,7 @@ arm on the benchmarks of the user's (`tasks.models.benchmarks`). Writes `reports
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -29,7 +29,7 @@ from alloy.measures.distances import ModelDistances, distance
 from alloy.processes import Processes
 from alloy.refit import repair
 from tasks.evaluation.loading import load_any
-from tasks.evaluation.score import Score
+from tasks.evaluation.score import Score, by_example
 from tasks.models.measures.yardsticks import Yardstick, as_candidate, yardsticks
 from tasks.models.report.build import build
 from tasks.models.report.distances import build as build_distances
@@ -88,10 +88,13 @@ def _evaluate_calibrated(recipe: ModelsRecipe, processes: Processes) -> reports.
     if not processes.is_first:
         return None
     rows: dict[str, list] = {}
+    values: dict[str, Tensor] = {}
     for job in planned:
-        for name, of_job in results[job].items():
-            rows.setdefault(name, []).extend(of_job)
-    return build(list(planned.values()), rows)
+        of_job, own = results[job]
+        values |= own
+        for name, these in of_job.items():
+            rows.setdefault(name, []).extend(these)
+    return replace(build(list(planned.values()), rows), by_example=values)
 
 
 def _evaluate_streamed(recipe: ModelsRecipe) -> reports.Report:
@@ -138,7 +141,7 @@ def num_steps(job: Job) -> int:
 
 
 def evaluate(job: Job, report: Report) -> None:
-    """All rows of one set and seed."""
+    """All rows of one set and seed, and the values by example of the recipe's result."""
     params = job.recipe.evaluate
     parents = list(job.models().values())
     candidates = [as_candidate(parent) for parent in parents]
@@ -147,6 +150,8 @@ def evaluate(job: Job, report: Report) -> None:
         for name, measure in yardsticks(job, candidates, params.batch_size).items()
     }
     rows: dict[str, list] = {"scores": []}
+    chosen = job.recipe.chosen
+    values: dict[str, Tensor] = {}
     subjects = {f"parent_{i}": ("parent", [one]) for i, one in enumerate(parents)}
     subjects["ensemble"] = ("ensemble", parents)
 
@@ -161,6 +166,9 @@ def evaluate(job: Job, report: Report) -> None:
         folder = job.within(job.workspace.arms) / name
         models = [load_any(place) for place in arm_folders(job, folder)]
         rows["scores"] += scores(job, name, "arm", measures, models)
+        if (job.set, job.seed, name) == (chosen.set, chosen.seed, chosen.arm) and len(models) == 1:
+            for part, measure in measures.items():
+                values |= by_example(f"{part}/merged/{job.set}", measure.score(models))
         said(name)
     weights = job.weights()
     split = next(name for name in CURVE_SPLITS if name in measures)
@@ -173,7 +181,7 @@ def evaluate(job: Job, report: Report) -> None:
             for key, value in curves.rows(parents[0], weights, aligned).items():
                 rows.setdefault(key, []).extend(value)
         said(f"alignment {name}")
-    report("result", rows)
+    report("result", (rows, values))
 
 
 class Measured:

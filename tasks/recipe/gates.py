@@ -74,19 +74,22 @@ def _check_scores(recipe: ModelsRecipe, gates: Gates) -> None:
             "evaluate.benchmarks: its members are merged as they are and have no scores; leave "
             "out its gates, or give benchmarks"
         )
-    for name, metric in gates.benchmarks.items():
-        try:
-            refuse_less(f"{where}.benchmarks.{name}", metric)
-        except ValueError as error:
-            raise ParamsError(str(error)) from error
-        if params.harness and params.harness.mteb and name in params.harness.mteb.tasks:
+    for name, gate in gates.metrics.items():
+        metric, key = gate.metric, f"{where}.benchmarks.{name}"
+        if gate.better == "more":
+            try:
+                refuse_less(key, metric)
+            except ValueError as why:
+                raise ParamsError(f"{why}, or say so: {{metric: {metric}, better: less}}") from why
+        mteb = params.harness.mteb if params.harness else None
+        if gate.error is None and mteb and name in mteb.tasks:
             raise ParamsError(
-                f"{where}.benchmarks.{name}: MTEB gives no standard errors, by which gates decide: "
-                "take another benchmark"
+                f"{key}: MTEB gives no standard errors, by which gates decide: take another "
+                f"benchmark, or give an error: {{metric: {metric}, error: 0.5}}"
             )
         metrics = params.metrics_of(name)
         if metrics is not None and metric not in metrics:
-            raise ParamsError(f"{where}.benchmarks.{name}: {metric!r}: {nearest(metric, metrics)}")
+            raise ParamsError(f"{key}: {metric!r}: {nearest(metric, metrics)}")
 
 
 def _models(recipe: Recipe) -> list[str]:

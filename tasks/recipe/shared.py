@@ -138,16 +138,32 @@ class ShipParams(Section):
     model: Literal["finetuned", "merged"]
 
 
+class GateMetric(Section):
+    """A metric of a benchmark, where its name alone does not say how to read it."""
+
+    metric: str
+    better: Literal["more", "less"] = "more"
+    error: float | None = Field(default=None, gt=0)  # stands for a standard error nobody measures
+
+
 class Gates(Section):
     """The scores, of one model on one split, by which a challenger becomes the champion."""
 
     split: str
     model: str  # its name in metrics.json
-    benchmarks: dict[str, str] = Field(min_length=1)  # benchmark: its metric; larger is better
+    benchmarks: dict[str, str | GateMetric] = Field(min_length=1)  # a string: more of it is better
     minimal_gain: float  # of the mean over the benchmarks, in its standard errors
     maximal_regression: float = Field(
         ge=0
     )  # of any benchmark, in standard errors of the difference
+
+    @property
+    def metrics(self) -> dict[str, GateMetric]:
+        """The benchmarks with their metrics, all written out."""
+        return {
+            name: GateMetric(metric=metric) if isinstance(metric, str) else metric
+            for name, metric in self.benchmarks.items()
+        }
 
 
 class PromoteParams(Section):

@@ -1,16 +1,18 @@
 """Promotion of a challenger, decided by gates on the same data, in standard errors.
 
-No I/O here: `flows.promote` brings the scores from MLflow and moves the alias.
+No I/O here: `tasks.registry.champions` brings the scores from MLflow and moves the alias.
 
-The scores of a challenger and a champion are treated as independent: the standard error of a
-difference is the root of the sum of their squares. On the same examples they are correlated, so a
-gate errs on the side of caution.
+Where both results kept a metric's values by example, the standard error is that of the paired
+differences. Elsewhere the two scores count as independent, and the error of their difference is
+the root of the sum of their squares: on the same examples that errs on the side of caution.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from typing import NamedTuple
+
+import numpy as np
 
 from alloy.errors import nearest
 from tasks.recipe.load import load_file
@@ -19,7 +21,10 @@ from tasks.recipe.shared import Gates, PromoteParams
 from tasks.reports import markdown
 
 DATA_TAG = "data/"
+RECORD = "test"  # the split that is shown beside the one that decides
 MOST_REMEMBERED = 100  # champions that a rollback can go back to
+
+Values = Mapping[str, np.ndarray]
 
 
 class IncomparableError(ValueError):
@@ -38,6 +43,7 @@ class Result:
     version: str
     scores: Mapping[str, Score]
     data: Mapping[str, str]
+    values: Values = field(default_factory=dict)  # by example, of the benchmarks that have them
 
 
 class Comparison(NamedTuple):
@@ -46,7 +52,8 @@ class Comparison(NamedTuple):
     benchmark: str
     champion: Score
     challenger: Score
-    change: float
+    change: float  # more is better, whatever the metric
+    is_paired: bool
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class Decision:
     promote: bool
     reasons: tuple[str, ...]
     comparisons: tuple[Comparison, ...] = ()
+    split: str = ""
+    record: tuple[Comparison, ...] = ()  # the same on test data, which decide nothing
 
 
 def load_gates(recipe: str) -> Gates:
@@ -69,34 +78,49 @@ def load_gates(recipe: str) -> Gates:
 
 
 def read_result(
-    version: str, gates: Gates, metrics: Mapping[str, float], tags: Mapping[str, str]
+    version: str,
+    gates: Gates,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, str],
+    values: Values | None = None,
+    *,
+    split: str | None = None,
 ) -> Result:
     """A result from what `tasks.registry.register` gave its run.
 
-    Raises IncomparableError where the run lacks a score or a digest that the gates need.
+    Args:
+        values: by example, as `SPLIT/MODEL/BENCHMARK/METRIC`.
+        split: by default the one that the gates decide on.
+
+    Raises:
+        IncomparableError: the run lacks a score or a digest that the gates need.
     """
-    scores, data = {}, {}
-    for benchmark, metric in gates.benchmarks.items():
-        name = f"{gates.split}/{gates.model}/{benchmark}/{metric}"
-        tag = f"{DATA_TAG}{benchmark}/{gates.split}.safetensors"
-        needed = {f"metric {n}": n in metrics for n in (name, f"{name}_standard_error")}
-        missing = [
-            what for what, there in {**needed, f"tag {tag}": tag in tags}.items() if not there
-        ]
+    split = split or gates.split
+    scores, data, paired = {}, {}, {}
+    for benchmark, gate in gates.metrics.items():
+        name = f"{split}/{gates.model}/{benchmark}/{gate.metric}"
+        tag = f"{DATA_TAG}{benchmark}/{split}.safetensors"
+        names = [name] if gate.error is not None else [name, f"{name}_standard_error"]
+        needed = {**{f"metric {n}": n in metrics for n in names}, f"tag {tag}": tag in tags}
+        missing = [what for what, there in needed.items() if not there]
         if missing:
             raise IncomparableError(
                 f"version {version} has no {' and no '.join(missing)}, which params/promote.yaml "
                 "asks for; register it with such an evaluation, or change the gates"
             )
-        scores[benchmark] = Score(metrics[name], metrics[f"{name}_standard_error"])
+        error = metrics[f"{name}_standard_error"] if gate.error is None else gate.error
+        scores[benchmark] = Score(metrics[name], error)
         data[benchmark] = tags[tag]
-    return Result(version, scores, data)
+        if values is not None and name in values:
+            paired[benchmark] = values[name]
+    return Result(version, scores, data, paired)
 
 
 def decide(gates: Gates, champion: Result, challenger: Result) -> Decision:
     """Hold a challenger against the champion.
 
-    Raises IncomparableError where they were measured on different data.
+    Raises:
+        IncomparableError: they were measured on different data.
     """
     differing = [name for name in gates.benchmarks if champion.data[name] != challenger.data[name]]
     if differing:
@@ -105,18 +129,8 @@ def decide(gates: Gates, champion: Result, challenger: Result) -> Decision:
             f"were measured on different data: {', '.join(differing)}; "
             "evaluate and register both on the same data"
         )
-    comparisons = tuple(
-        Comparison(
-            name,
-            champion.scores[name],
-            challenger.scores[name],
-            _in_errors(*_difference(champion.scores[name], challenger.scores[name])),
-        )
-        for name in gates.benchmarks
-    )
-    differences = [
-        _difference(comparison.champion, comparison.challenger) for comparison in comparisons
-    ]
+    comparisons = compare(gates, champion, challenger)
+    differences = [_difference(gates, champion, challenger, name) for name in gates.benchmarks]
     mean = sum(value for value, _ in differences) / len(differences)
     error = sqrt(sum(error**2 for _, error in differences)) / len(differences)
     gain = _in_errors(mean, error)
@@ -130,21 +144,42 @@ def decide(gates: Gates, champion: Result, challenger: Result) -> Decision:
     mean_change = f"the mean changes by {mean:+.2f} = {gain:+.1f} standard errors"
     if gain < gates.minimal_gain:
         reasons.append(f"{mean_change}; {gates.minimal_gain:+} is needed")
-    return Decision(not reasons, tuple(reasons) or (mean_change,), comparisons)
+    return Decision(not reasons, tuple(reasons) or (mean_change,), comparisons, gates.split)
+
+
+def compare(gates: Gates, champion: Result, challenger: Result) -> tuple[Comparison, ...]:
+    """Both results on each benchmark of the gates."""
+    return tuple(
+        Comparison(
+            name,
+            champion.scores[name],
+            challenger.scores[name],
+            _in_errors(*_difference(gates, champion, challenger, name)),
+            _paired(champion, challenger, name) is not None,
+        )
+        for name in gates.benchmarks
+    )
 
 
 def table(decision: Decision) -> str:
-    """The comparison as Markdown."""
+    """The comparison as Markdown: the split that decides, then test data, for the record."""
     rows = [
         [
             name,
+            split,
             f"{old.value:.1f} ± {old.error:.1f}",
             f"{new.value:.1f} ± {new.error:.1f}",
             f"{change:+.1f}",
+            "paired" if is_paired else "independent",
         ]
-        for name, old, new, change in decision.comparisons
+        for split, comparisons in (
+            (f"{decision.split}, decides", decision.comparisons),
+            (f"{RECORD}, for the record", decision.record),
+        )
+        for name, old, new, change, is_paired in comparisons
     ]
-    return markdown.table(["benchmark", "champion", "challenger", "change, standard errors"], rows)
+    header = ["benchmark", "data", "champion", "challenger", "change, standard errors", "errors"]
+    return markdown.table(header, rows, num_names=2)
 
 
 def promoted(history: list[str], champion: str | None, challenger: str) -> list[str]:
@@ -166,8 +201,27 @@ def rolled_back(history: list[str], champion: str | None) -> list[str]:
     return history[:-1] if history[-1:] == [champion] else history
 
 
-def _difference(old: Score, new: Score) -> tuple[float, float]:
-    return new.value - old.value, sqrt(old.error**2 + new.error**2)
+def _difference(
+    gates: Gates, champion: Result, challenger: Result, name: str
+) -> tuple[float, float]:
+    """How much better the challenger is, and the standard error of that."""
+    old, new = champion.scores[name], challenger.scores[name]
+    sign = 1.0 if gates.metrics[name].better == "more" else -1.0
+    changes_N = _paired(champion, challenger, name)
+    error = (
+        sqrt(old.error**2 + new.error**2)
+        if changes_N is None
+        else float(changes_N.std(ddof=1)) / sqrt(len(changes_N))
+    )
+    return sign * (new.value - old.value), error
+
+
+def _paired(champion: Result, challenger: Result, name: str) -> np.ndarray | None:
+    """The change of each example; None where one of the two did not keep its values."""
+    old, new = champion.values.get(name), challenger.values.get(name)
+    if old is None or new is None or old.shape != new.shape or len(old) < 2:
+        return None
+    return new.astype(float) - old.astype(float)
 
 
 def _in_errors(difference: float, error: float) -> float:

@@ -162,7 +162,7 @@ def _register(recipe: Recipe, folder: Path, lineage: Mapping[str, Any], key: str
         log.metrics({name: value for name, value in scores if isinstance(value, int | float)})
         for path, digest in lineage["data"].items():
             log.dataset(f"{recipe.name}/{path}", digest, Path(path).stem)
-        for file in (workspace.metrics, workspace.params, LOCK_FILE):
+        for file in (workspace.metrics, workspace.examples, workspace.params, LOCK_FILE):
             if file.is_file():
                 log.file(file)
         return _log_model(log, section.name, folder, {KEY: key, "recipe": recipe.name})

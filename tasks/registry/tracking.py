@@ -330,6 +330,17 @@ def finished_run(run_id: str) -> Run:
     return Run(data.metrics, data.tags)
 
 
+def values_by_example(run_id: str, file: str) -> dict:
+    """The arrays that a run kept in a safetensors file; none where it kept no such file."""
+    from safetensors.numpy import load_file
+
+    client = connect()
+    with reaching(), TemporaryDirectory() as folder:
+        if not any(entry.path == file for entry in client.list_artifacts(run_id)):
+            return {}
+        return load_file(client.download_artifacts(run_id, file, folder))
+
+
 def move_alias(name: str, alias: str, number: str | None) -> None:
     """Give an alias to a version; to none: take it away."""
     client = connect()

@@ -6,11 +6,12 @@ Each family of recipes builds one from what it measured; `tasks.reports.writer` 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 
 class Markup(str):
@@ -60,6 +61,8 @@ class Report:
     tables: Sequence[Grid]  # of table.md, and of the terminal
     metrics: Mapping[str, Any]  # of metrics.json
     rows: Mapping[str, Sequence[Any]]  # of plots/<name>.json: dataclasses, for `dvc plots`
+    by_example: Mapping[str, Tensor] = field(default_factory=dict)
+    """The result's values by `SPLIT/MODEL/BENCHMARK/METRIC`, which promotion compares in pairs."""
 
     @property
     def charts(self) -> list[Chart]:

@@ -1,8 +1,13 @@
-"""Write a report: metrics.json, plots/, table.md and report.html, each whole or as it was."""
+"""Write a report: metrics.json, examples.safetensors, plots/, table.md and report.html.
+
+Each is written whole, or stays as it was.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+from safetensors.torch import save_file
 
 from tasks.reports import html, markdown
 from tasks.reports.charts import save
@@ -27,6 +32,8 @@ def write(report: Report, folder: Path) -> None:
     for name, text in (("report.html", page), ("table.md", tables(report.tables))):
         with write_file(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
+    with write_file(folder / "examples.safetensors") as partial:
+        save_file(dict(report.by_example), partial)
     write_json(folder / "metrics.json", dict(report.metrics))
 
 

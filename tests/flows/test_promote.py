@@ -1,6 +1,7 @@
 """The alias moves, or it says why not; with a real MLflow registry and a real Prefect server."""
 
 import contextvars
+import io
 import socket
 import threading
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-import flows.promote
-from flows.promote import main, promote, rollback
+import flows.promotion
+from flows.promote import main
+from flows.promotion import promote, rollback
 from flows.workspace import only_run
 from tasks.registry import tracking
 from tests.flows.conftest import REPOSITORY, wait_until
@@ -60,41 +62,59 @@ def champion() -> str | None:
     return found and found.number
 
 
-def said(flow, **arguments: str) -> str:
+def said(flow, **arguments: object) -> str:
     return flow("toy", return_state=True, **arguments).message
 
 
-def test_a_life_of_champions(registry) -> None:
+def test_a_flow_promotes_and_says_in_one_line_where_there_is_nothing_to(
+    registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing that trying again cannot mend is tried again."""
     assert "no registered model 'toy-model'; `register` makes it" in said(promote)
-
+    assert "etry" not in caplog.text
     register(50)
     assert said(promote) == "toy-model version 1 is the champion: there is no champion yet"
-    assert said(promote) == "toy-model version 1 is the champion already"
-
-    register(50.5)
-    assert "version 2 stays challenger: the mean changes by +0.50 = +0.4" in said(promote)
-    assert champion() == "1"
-
     register(60)
-    assert "version 3 is the champion: the mean changes by +10.00" in said(promote)
-    assert champion() == "3"
-
-    register(99, {"data/vqa/test.safetensors": "other digest"})
-    state = promote("toy", return_state=True)
-    assert state.is_failed()
-    assert "measured on different data: vqa" in state.message
-    assert champion() == "3"
-    assert "regardless of the gates: new data" in said(promote, regardless="new data")
-    assert champion() == "4"
-
-    assert "version 4 was rolled back; version 3 is the champion again" in said(rollback)
-    assert champion() == "3"
-    assert "it was rolled back" in said(promote)  # a schedule does not bring it back
-    assert champion() == "3"
-    assert "version 1 is the champion again" in said(rollback)
-    assert "no version is champion now" in said(rollback)
+    assert "dry run: toy-model version 2 would be" in said(promote, dry_run=True)
+    assert champion() == "1"
+    assert "version 1 is the only champion so far" in said(rollback)
+    assert "no version is champion now" in said(rollback, yes=True)
     assert champion() is None
-    assert "nothing to roll back" in said(rollback)
+
+
+def test_without_a_server_the_command_promotes_at_once(
+    registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It decides, shows its table and moves the alias; rolling back the only champion asks."""
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setenv("PREFECT_HOME", "no-prefect-here")
+    monkeypatch.setattr("flows.promote._in_prefect", None)
+    assert main(["toy"]) == 1
+    assert "no registered model 'toy-model'" in capsys.readouterr().err
+    register(50)
+    assert main(["toy"]) == 0
+    register(60)
+    assert main(["toy", "--dry-run"]) == 0
+    assert champion() == "1"
+    assert main(["toy"]) == 0
+    out = capsys.readouterr().out
+    assert "| vqa | test, decides | 50.0 ± 1.0 | 60.0 ± 1.0 | +7.1 | independent |" in out
+    assert "toy-model version 2 is the champion: the mean changes by +10.00" in out
+    assert main(["toy", "--rollback"]) == 0
+    assert main(["toy", "--history"]) == 0
+    history = capsys.readouterr().out.splitlines()
+    assert "| 2 | challenger |" in history[-2]
+    assert "the mean changes by +10.00" in history[-2]
+    assert "| 1 | champion |" in history[-1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))  # no terminal: nobody to ask
+    assert main(["toy", "--rollback"]) == 1
+    assert "only champion so far: without it nothing answers" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    answers = iter(["n", "y"])
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    assert main(["toy", "--rollback"]) == 1
+    assert main(["toy", "--rollback"]) == 0
+    assert champion() is None
 
 
 def test_a_promotion_waits_for_the_run(registry, caplog: pytest.LogCaptureFixture) -> None:
@@ -119,7 +139,7 @@ def test_a_registry_that_is_away_is_one_sentence(
         port = probe.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     assert main(["toy"]) == 2
-    monkeypatch.setattr("flows.promote.find", flows.promote.find.with_options(retries=0))
+    monkeypatch.setattr(flows.promotion, "RETRIED_AFTER", [])
     assert f"MLflow at http://127.0.0.1:{port}: nothing answers" in said(promote)
     shown = capfd.readouterr()
     assert f"MLflow at http://127.0.0.1:{port}: nothing answers" in shown.err

@@ -18,7 +18,7 @@ def test_the_pipeline_and_promotion_have_a_cron_schedule() -> None:
     """prefect.yaml deploys both flows of the recipe that is served, each at a time of its own."""
     deployments = yaml.safe_load((REPOSITORY / "prefect.yaml").read_text())["deployments"]
     crons = {one["entrypoint"]: one["schedules"][0]["cron"] for one in deployments}
-    assert set(crons) == {"flows.pipeline.pipeline", "flows.promote.promote"}
+    assert set(crons) == {"flows.pipeline.pipeline", "flows.promotion.promote"}
     assert len(set(crons.values())) == 2
     assert all(one["parameters"]["recipe"] == "{{ $ALLOY_RECIPE }}" for one in deployments)
 

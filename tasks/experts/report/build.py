@@ -44,6 +44,7 @@ def build(results: Results) -> Report:
         tables=[training_free, finetuned],
         metrics=metrics(results.scores),
         rows={"scores": results.scores, "distances": results.distances},
+        by_example=results.by_example,
     )
 
 

@@ -61,6 +61,7 @@ class Results:
     answers: Mapping[str, Mapping[str, Tensor]]  # by model and benchmark
     examples: Mapping[str, Mapping[str, Tensor]]  # the test split by benchmark
     sources: list[SourceRow]
+    by_example: Mapping[str, Tensor]  # of the results, as `tasks.reports.report.Report` has it
     packages: Mapping[str, str]  # that carried the data, with versions
     choice: Mapping[str, Any]  # of the result's arm (`tasks.reports.choice`)
     naive: str  # the model whose fine-tuned scores gains are measured against

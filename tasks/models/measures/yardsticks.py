@@ -32,7 +32,7 @@ from alloy.measures.encoders import neighbour_agreement, similarity_agreement
 from tasks.evaluation import accuracy
 from tasks.evaluation.loading import load_tokenizer, model_class
 from tasks.evaluation.outputs import Answers, answers, by_length, trimmed
-from tasks.evaluation.score import Score
+from tasks.evaluation.score import MeanScore, Score
 from tasks.models.shared.jobs import Job, batches
 from tasks.storage import read_json
 from tasks.workers import in_order
@@ -304,7 +304,7 @@ def _mean(values_N: Tensor) -> Score:
     if not len(values_N):
         return Score(float("nan"), float("nan"))
     spread = values_N.std().item() if len(values_N) > 1 else 0.0
-    return Score(values_N.mean().item(), spread / len(values_N) ** 0.5)
+    return MeanScore.of(values_N.mean().item(), spread / len(values_N) ** 0.5, values_N)
 
 
 def _language(checkpoint: Path, inputs: Inputs) -> tuple[Inputs, Tensor | None]:

@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from tasks.evaluation.score import Score
+from tasks.evaluation.score import Score, by_example
 from tasks.models.benchmarks.measure import Measured
 from tasks.models.report.results import BenchmarkRow
 from tasks.recipe.models import ModelsRecipe
@@ -22,9 +22,11 @@ def with_benchmarks(report: Report, recipe: ModelsRecipe, measured: Measured) ->
     splits = recipe.evaluate.measured
     grids = [grid(recipe, measured, name) for name in splits]
     metrics: dict[str, Any] = dict(report.metrics)
-    rows = []
+    rows, values = [], dict(report.by_example)
     for model, by_name in measured.scores.items():
         for name, of_name in by_name.items():
+            if model == recipe.chosen.arm:
+                values |= by_example(f"{splits[name]}/merged/{name}", of_name)
             for metric, score in of_name.items():
                 error = score.error if math.isfinite(score.error) else None
                 rows.append(BenchmarkRow(splits[name], name, model, metric, score.value, error))
@@ -41,6 +43,7 @@ def with_benchmarks(report: Report, recipe: ModelsRecipe, measured: Measured) ->
         tables=[*grids, *report.tables],
         metrics={**metrics, "data": dict(measured.data)},
         rows={**report.rows, "benchmarks": rows},
+        by_example=values,
     )
 
 

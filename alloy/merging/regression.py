@@ -27,6 +27,7 @@ from alloy.merging.averages import combine
 from alloy.merging.selection import accumulator, task_vector
 from alloy.statistics.moments import Gram
 
+_SMALLEST_EIGENVALUE = 1e-8  # that ASWUDI counts
 _OPTMERGE_STEPS, _OPTMERGE_MOMENTUM = 300, 0.9
 
 
@@ -130,6 +131,53 @@ def swudi(
     grams = [_self_gram(d) for d in deltas]
     merged = _filtered(origin, deltas, grams, _terms(coefficients), filter_)
     return _added(base, merged, transposed)
+
+
+def aswudi(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor,
+    coefficients: Sequence[float],
+    start: str,
+    rule: str,
+    transposed: bool,
+    skip: tuple[str, ...],
+) -> Tensor:
+    """WUDI's minimum along as many leading eigenvectors as the layer's spectrum says (ASWUDI,
+    github.com/WalkerWorldPeace/MLLMerging).
+
+    With s the square roots of the eigenvalues of C, that is ceil((sum s)² / sum s²)
+    (`participation`), or the number of s above Gavish and Donoho's threshold for the layer's shape
+    (`gavish_donoho`, arXiv:1305.5870), which the authors take for language models.
+    """
+    del skip  # decides which matrices come here
+    deltas = _task_vectors(models, base, transposed)
+
+    def filter_(eigenvalues: Tensor) -> Tensor:
+        values = eigenvalues.clamp(min=_SMALLEST_EIGENVALUE).sqrt()
+        if rule == "participation":
+            rank = int(torch.ceil(values.sum().square() / values.square().sum()))
+        else:
+            rank = max(1, int((values > _noise_threshold(values, deltas[0].shape)).sum()))
+        return (torch.arange(len(values), device=values.device) >= len(values) - rank).double()
+
+    grams = [_self_gram(d) for d in deltas]
+    origin = _start(start, deltas, coefficients)
+    merged = _filtered(origin, deltas, grams, _terms(coefficients), filter_)
+    return _added(base, merged, transposed)
+
+
+def _noise_threshold(values: Tensor, shape: Sequence[int]) -> float:
+    """The singular value above which a noisy matrix of this shape has signal, as ASWUDI takes it.
+
+    It is a multiple of the (lower) median, the optimal threshold for known noise over an
+    approximation of the median of the Marchenko-Pastur law.
+    """
+    beta = min(shape) / max(shape)
+    median = max((1 - beta) ** 2 + beta, 1e-3) ** 0.5 if beta < 0.9999 else (2 + 3**0.5) ** 0.5
+    root = (beta + 1) + (beta**2 + 14 * beta + 1) ** 0.5
+    optimal = (2 * (beta + 1) + 8 * beta / root) ** 0.5
+    return optimal / max(median, 1e-3) * max(float(values.median()), 1e-30)
 
 
 def optmerge(

@@ -49,7 +49,15 @@ def test_a_docstring_has_the_formula_or_algorithm_and_its_source(method):
     assert text is not None
     assert any(
         source in text
-        for source in ("arXiv:", "github.com", "Shoemake", "goddard", "alchemonaut", "(see `")
+        for source in (
+            "arXiv:",
+            "github.com",
+            "Shoemake",
+            "goddard",
+            "alchemonaut",
+            "Weiszfeld",
+            "(see `",
+        )
     )
 
 

@@ -298,3 +298,32 @@ def test_nearswap(setting, t):
     assert_close(
         merge("nearswap", models[:1], base=base, t=t), peer("nearswap", models[:1], base=base, t=t)
     )
+
+
+def test_arcee_fusion(setting):
+    base, (a, *_) = setting
+    assert_close(merge("arcee_fusion", [a], base=base), peer("arcee_fusion", [a], base=base))
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 0.3])
+def test_ram(setting, epsilon):
+    base, models = setting
+    ours = merge("ram", models, base=base, epsilon=epsilon)
+    assert_close(ours, peer("ram", models, base=base, epsilon=epsilon))
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 0.3, 0.6])
+def test_ram_plus(setting, epsilon):
+    base, models = setting
+    options = {"epsilon": epsilon, "r": 0.5, "alpha": 0.7}
+    assert_close(
+        merge("ram_plus", models, base=base, **options),
+        peer("ramplus_tl", models, base=base, **options),
+    )
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_passthrough(setting, scale):
+    _, (a, *_) = setting
+    options = {} if scale is None else {"scale": scale}
+    assert_close(merge("passthrough", [a], **options), peer("passthrough", [a], **options))

@@ -50,12 +50,13 @@ from alloy.types import Weights
 ANCHOR = "l"
 """The modality whose stream, heads and neurons stay where they are."""
 
-_WRITERS = {"v": ("image_embeddings.cls_token", "image_embeddings.positions")}
+_WRITERS = tuple(f"image_embeddings.{name}" for name in ("cls_token", "positions", "mask_token"))
 _READERS = {
-    "v": ("image_projection.weight", "segment_head.weight"),
+    "v": ("image_projection.weight", "segment_head.weight", "patch_head.weight"),
     "l": ("text_projection.weight",),
     "vl": ("pooler.weight", "masked_word_head.transform.weight"),
 }
+_NORM = ("weight", "bias")
 
 
 class Tower(nn.Module):
@@ -113,8 +114,7 @@ def towers(model: ModalityModel) -> dict[str, TowerWeights]:
         own = {
             **experts[modality],
             **{name: gain for name, gain in gains.items() if int(name.split(".")[1]) >= first},
-            "norm.weight": weights["norm.weight"],
-            "norm.bias": weights["norm.bias"],
+            **{f"norm.{kind}": weights[_norm(config, modality, kind)] for kind in _NORM},
             "writer.weight": eye_DD,
             "reader.weight": eye_DD,
         }
@@ -126,20 +126,23 @@ def towers(model: ModalityModel) -> dict[str, TowerWeights]:
 def _refuse_other_architectures(config: ModalityConfig) -> None:
     """Refuse what would not stay the same function in another gauge."""
     turning = {
-        "norm_position": "pre",
-        "final_norm": "shared",
-        "relative_position_bias": None,
-        "image_norm": False,
-        "image_positions": True,
-        "patch_bias": True,
-        "num_image_prefix_tokens": 1,
-        "image_pooling": "first",
+        "norm_position": ("pre",),
+        "final_norm": ("shared", "own"),
+        "relative_position_bias": (None,),
+        "image_norm": (False,),
+        "joint_contrast": (False,),
     }
-    for setting, value in turning.items():
-        if (actual := getattr(config, setting)) != value:
+    for setting, values in turning.items():
+        if (actual := getattr(config, setting)) not in values:
+            right = " or ".join(map(repr, values))
             raise ValueError(
-                f"streams turn in models of {setting} {value!r} alone; this one has {actual!r}"
+                f"streams turn in models of {setting} {right} alone; this one has {actual!r}"
             )
+
+
+def _norm(config: ModalityConfig, modality: str, kind: str) -> str:
+    """The name of a weight of the norm behind a modality's last block."""
+    return f"norm.{modality}.{kind}" if config.final_norm == "own" else f"norm.{kind}"
 
 
 def _trace(config: ModalityConfig, first: int) -> SymmetrySpec:
@@ -230,21 +233,25 @@ def _assembled(
     }
     weights = shared_weights(old, model.config)
     weights |= {name: torch.ones_like(t) for name, t in weights.items() if ".scale" in name}
-    weights["norm.weight"] = torch.ones_like(old["norm.weight"])
-    weights["norm.bias"] = torch.ones_like(old["norm.bias"])
+    for modality in MODALITIES:
+        for kind in _NORM:
+            name = _norm(model.config, modality, kind)
+            weights[name] = torch.ones_like(old[name])
     for modality, names in _READERS.items():
         for name in (name for name in names if name in weights):
             weights[name] = _read_after(moved[modality], weights[name])
     turn_DD = moved["v"]["writer.weight"]
     eye_DD = torch.eye(len(turn_DD), dtype=torch.float64)
-    for name in _WRITERS["v"]:
+    for name in (name for name in _WRITERS if name in weights):
         weights[name] = weights[name].double() @ turn_DD.T
     patches = weights["image_embeddings.patches.weight"].double()
     weights["image_embeddings.patches.weight"] = torch.einsum("de,e...->d...", turn_DD, patches)
-    bias = weights["image_embeddings.patches.bias"].double()
-    weights["image_embeddings.patches.bias"] = turn_DD @ bias
-    types = weights["type_embeddings.weight"].double()
-    weights["type_embeddings.weight"] = torch.stack([types[0], turn_DD @ types[1]])
+    if (name := "image_embeddings.patches.bias") in weights:
+        weights[name] = turn_DD @ weights[name].double()
+    types = weights["type_embeddings.weight"].double()  # of texts, then of images
+    weights["type_embeddings.weight"] = torch.stack(
+        [types[0], *(turn_DD @ of_images for of_images in types[1:])]
+    )
     if with_adapters:
         entry_DD = moved["vl"]["writer.weight"]
         before = {

@@ -71,7 +71,7 @@ def merge_trunk(
     method: Method = "sequential",
     gauge: Mapping[str, Any] | bool = False,
     answers: Answers = answers_of,
-    weigh: bool = True,
+    weigh: bool | Literal["gauge"] = True,
     ridge: float = 3e-2,
     follow: bool = True,
     fold: bool = True,
@@ -88,7 +88,8 @@ def merge_trunk(
             plan lets them turn; heads, neurons and units within heads in any case.
         answers: of a model and a batch, what merging shall keep; by default what the model's heads
             answer (`alloy.trunk.passes.answers_of`).
-        weigh: whether errors count as much as the answers depend on them, or all alike.
+        weigh: whether errors count as much as the answers depend on them, or all alike; "gauge",
+            where the gauge is searched alone, because a weighed fit takes conjugate gradients.
         ridge: of the sequential fit: how strongly the average is kept.
         follow: whether layers outside the trunk are fitted afterwards to what they computed, from
             the streams as merging has left them (sequential).
@@ -112,6 +113,8 @@ def merge_trunk(
     work = Work(plan, data, answers, weigh=weigh)
     weights = {name: work.canonical(name, fold=fold) for name in plan.models}
     parents = work.family(weights)
+    if not gauge:
+        weights = {}
     report = None
     if gauge:
         settings = {} if gauge is True else dict(gauge)
@@ -147,7 +150,7 @@ class Work:
         data: Mapping[str, list[Batch]],
         answers: Answers = answers_of,
         *,
-        weigh: bool = True,
+        weigh: bool | Literal["gauge"] = True,
     ) -> None:
         self.plan, self.data, self.answers, self.weigh = plan, data, answers, weigh
         self.masks: dict[str, tuple[str, ...]] = {}
@@ -289,12 +292,16 @@ class Work:
         grams = list(self.grams(parents).values())
         spec = plan.spec
         still = [identity(spec) for _ in weights]
-        fitted = merge_layers(weights, spec, grams, still)
+        fitted: dict[str, Tensor] = {}
+        for name in list(grams[0]):  # one at a time: a base model's Grams are gigabytes
+            own = [{name: of_member.pop(name)} for of_member in grams]
+            fitted |= merge_layers(weights, spec, own, still)
         return mean | {name: t for name, t in fitted.items() if name in mean}
 
     def fit(self, student: Family, parents: Family, *, ridge: float, follow: bool) -> None:
         """Fit the trunk's layers, one after the other; then, in place, what reads them."""
-        felt, lessons = self.sensitivities(parents), []
+        felt = None if self.weigh == "gauge" else self.sensitivities(parents)
+        lessons = []
         parts = list(self.plan.parts.values())
         fixed = set(self.plan.still()[0])
         together = fixed & {s for p in parts for s in self._streams(p)}

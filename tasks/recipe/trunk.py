@@ -1,7 +1,7 @@
 """Sections of sets whose members are parts of models, and become one trunk (`alloy.trunk`)."""
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -36,7 +36,7 @@ class TrunkSettings(Section):
     turn: bool = True  # whether streams may turn; only a gauge turns them
     norm_matrices: bool = False  # lets post-norm streams turn, for two matrices a block
     gauge: dict[str, Any] | bool = False  # true, or settings of alloy.search_gauge
-    weigh: bool = True  # errors by what the answers depend on, or all alike
+    weigh: bool | Literal["gauge"] = True  # errors by what the answers depend on, or all alike
     ridge: float = Field(default=3e-2, gt=0)  # of the sequential fit
     follow: bool = True  # fit the layers behind the trunk as well
     take: dict[str, str] = Field(default={})  # glob pattern -> checkpoint whose weights they are

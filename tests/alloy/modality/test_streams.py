@@ -11,8 +11,15 @@ from tests.alloy.modality.laws import STREAM, assert_same_function, drawn
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"layer_scale": None, "num_joint_layers": 2}, {"num_joint_layers": 0}],
-    ids=["layer scale", "two joint", "none joint"],
+    [
+        {},
+        {"layer_scale": None, "num_joint_layers": 2},
+        {"num_joint_layers": 0},
+        {"final_norm": "own", "masked_patches": True},
+        {"image_positions": False, "patch_bias": False, "num_image_types": 2},
+        {"image_pooling": "mean", "num_image_prefix_tokens": 2},
+    ],
+    ids=["layer scale", "two joint", "none joint", "own norms", "bare patches", "mean of patches"],
 )
 def test_every_gauge_is_the_same_function(specific, inputs, changes):
     """Folding the norms, and any random element of every expert's group, leave all outputs."""
@@ -63,13 +70,10 @@ def test_models_without_streams_of_their_own_are_refused(model, specific):
     "changes",
     [
         {"norm_position": "post"},
-        {"final_norm": "own"},
+        {"final_norm": "none"},
         {"relative_position_bias": "shared"},
         {"image_norm": True},
-        {"image_positions": False},
-        {"patch_bias": False},
-        {"num_image_prefix_tokens": 2},
-        {"image_pooling": "mean"},
+        {"joint_contrast": True},
     ],
 )
 def test_architectures_that_would_not_stay_the_same_are_refused(specific, changes):

@@ -8,7 +8,7 @@ truncation keeps, what 0/0 counts, whether truncation looks at one tensor or at 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal
 
@@ -62,6 +62,7 @@ def distance(
     keep: float = 0.2,
     zeros: Literal["exclude", "agree"] = "exclude",
     truncation: Literal["tensor", "model"] = "tensor",
+    known: Known | None = None,
 ) -> ModelDistances:
     """Measure distances between two models, or with a base between their task vectors.
 
@@ -75,6 +76,8 @@ def distance(
         zeros: whether an entry that is 0 in both vectors is left out of the mean, or counts as
             agreement.
         truncation: whether magnitudes are ranked within each tensor or within the whole model.
+        known: shared by calls with one `keep`, one `zeros` and without a base: pairs of tensors
+            that equal earlier ones are not measured again. Used where each tensor ranks alone.
 
     Returns:
         The distances l2, cosine, ssd and tssd (arXiv:2304.14933), per tensor, per layer and
@@ -96,12 +99,16 @@ def distance(
         else None
         for side in (first, second)
     ]
-    sums = {
-        name: _measure(
+
+    def measured(name: str) -> _Sums:
+        return _measure(
             _vector(first, base, name), _vector(second, base, name), keep, thresholds, zeros
         )
-        for name in names
-    }
+
+    if known is None or base is not None or truncation == "model":
+        sums = {name: measured(name) for name in names}
+    else:
+        sums = {name: known.of(name, first[name], second[name], measured) for name in names}
     by_layer: dict[str, list[_Sums]] = {}
     for name, part in sums.items():
         by_layer.setdefault(layer_of(name), []).append(part)
@@ -112,6 +119,24 @@ def distance(
         overall=_total(sums.values()).distances(),
         layer_mean=Distances(*_column_means(astuple(d) for d in layers.values())),
     )
+
+
+class Known:
+    """Pairs of tensors that were measured, by name: models that are moved share most of theirs."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, list[tuple[Tensor, Tensor, _Sums]]] = {}
+
+    def of(
+        self, name: str, first: Tensor, second: Tensor, measure: Callable[[str], _Sums]
+    ) -> _Sums:
+        """What the measure gives for a name, of equal tensors once."""
+        pairs = self._pairs.setdefault(name, [])
+        for ours, theirs, sums in pairs:
+            if torch.equal(ours, first) and torch.equal(theirs, second):
+                return sums
+        pairs.append((first, second, measure(name)))
+        return pairs[-1][2]
 
 
 @dataclass(frozen=True)

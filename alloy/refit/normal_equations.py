@@ -25,6 +25,7 @@ from alloy.errors import MergeError
 from alloy.refit.lessons import Sensitivity
 from alloy.refit.linear_layer import LinearLayer
 from alloy.statistics.masks import Masks
+from alloy.statistics.moments import second_moment
 
 ACCURACY, MAX_STEPS = 1e-6, 1000  # of conjugate gradients
 ROUNDING = 1e-6  # of a layer's largest weight: a smaller change is none
@@ -64,7 +65,7 @@ class NormalEquations:
             "n": weight_N1.sum(),
             "x": weighed_GNI.sum(1),
             "r": (weight_N1 * error_GNO).sum(1),
-            "xx": x_GNI.mT @ weighed_GNI,
+            "xx": _moments(x_GNI, weighed_GNI),
             "rx": error_GNO.mT @ weighed_GNI,
         }.items():
             mine[name] = mine[name] + value if name in mine else value
@@ -143,6 +144,13 @@ class NormalEquations:
         if not self.layer.has_bias:
             return change, change.new_zeros(change.shape[:2])
         return change[..., :-1], change[..., -1]
+
+
+def _moments(x_GNI: Tensor, weighed_GNI: Tensor) -> Tensor:
+    """The second moments of inputs that may be weighed, [G, I, I]."""
+    if x_GNI is weighed_GNI and len(x_GNI) == 1:
+        return second_moment(x_GNI[0])[None]
+    return x_GNI.mT @ weighed_GNI
 
 
 def _framed(xx_GII: Tensor, x_GI1: Tensor, one_G11: Tensor) -> Tensor:

@@ -13,7 +13,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+BLOCK, WIDE = 256, 768  # columns that are multiplied at once; from this width on it pays
 _ROUNDING = 1e-12  # of the mean square: less variance is the rounding of float64 sums
+
+
+def second_moment(x_ND: Tensor) -> Tensor:
+    """The sum of x xᵀ over samples, [D, D]: of wide ones one half, whose mirror is the other."""
+    width = x_ND.shape[1]
+    if width < WIDE:
+        return x_ND.T @ x_ND
+    product_DD = x_ND.new_empty(width, width)
+    for start in range(0, width, BLOCK):
+        end = min(start + BLOCK, width)
+        torch.matmul(x_ND[:, start:end].T, x_ND[:, start:], out=product_DD[start:end, start:])
+        product_DD[end:, start:end].copy_(product_DD[start:end, end:].T)
+    return product_DD
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class Gram:
     def update(self, x_ND: Tensor) -> Gram:
         """Add a batch of inputs [N, D]."""
         x_ND = x_ND.double()
-        product_DD = (x_ND.T @ x_ND).to(self.sum_DD.device)
+        product_DD = second_moment(x_ND).to(self.sum_DD.device)
         return replace(self, sum_DD=self.sum_DD + product_DD, count=self.count + len(x_ND))
 
     def to(self, device: torch.device | str) -> Gram:

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from alloy.devices import beside
 from alloy.errors import CollectionError
 from alloy.statistics.masks import Masks
-from alloy.statistics.moments import Gram
+from alloy.statistics.moments import Gram, second_moment
 from alloy.statistics.operands import Follow, Operand, See, Side, operands, preferred
 from alloy.statistics.points import (
     LinearImage,
@@ -201,7 +201,7 @@ class Observer:
 
     def _add_gram(self, weight: str, x_ND: Tensor) -> None:
         x_ND = x_ND.double()
-        product_DD = x_ND.T @ x_ND
+        product_DD = second_moment(x_ND)
         if not torch.isfinite(product_DD.diagonal()).all():
             raise CollectionError(_not_finite(self.name, f"the inputs of {weight!r}"))
         self.running.add(("gram", self.name, weight), product_DD)

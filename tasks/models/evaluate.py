@@ -25,12 +25,18 @@ from alloy.checkpoint.reading import few
 from alloy.checkpoint.tensors import load_tensor
 from alloy.devices import device_pool
 from alloy.measures import landscape
-from alloy.measures.distances import ModelDistances, distance
+from alloy.measures.distances import Known, ModelDistances, distance
 from alloy.processes import Processes
 from alloy.refit import repair
 from tasks.evaluation.loading import load_any
 from tasks.evaluation.score import Score, by_example
-from tasks.models.measures.yardsticks import Yardstick, as_candidate, yardsticks
+from tasks.models.measures.yardsticks import (
+    Candidate,
+    Remembered,
+    Yardstick,
+    as_candidate,
+    yardsticks,
+)
 from tasks.models.report.build import build
 from tasks.models.report.distances import build as build_distances
 from tasks.models.report.results import BarrierRow, DistanceRow, PathRow, PlaneRow, ScoreRow
@@ -144,7 +150,7 @@ def evaluate(job: Job, report: Report) -> None:
     """All rows of one set and seed, and the values by example of the recipe's result."""
     params = job.recipe.evaluate
     parents = list(job.models().values())
-    candidates = [as_candidate(parent) for parent in parents]
+    candidates = [Remembered(as_candidate(parent)) for parent in parents]
     measures = {
         name: Measured(measure)
         for name, measure in yardsticks(job, candidates, params.batch_size).items()
@@ -152,16 +158,19 @@ def evaluate(job: Job, report: Report) -> None:
     rows: dict[str, list] = {"scores": []}
     chosen = job.recipe.chosen
     values: dict[str, Tensor] = {}
-    subjects = {f"parent_{i}": ("parent", [one]) for i, one in enumerate(parents)}
-    subjects["ensemble"] = ("ensemble", parents)
+    subjects = {f"parent_{i}": ("parent", [i]) for i in range(len(parents))}
+    subjects["ensemble"] = ("ensemble", list(range(len(parents))))
 
     def said(name: str) -> None:
         report("step")
         report("say", f"{job.name}: {name}")
 
-    for name, (kind, together) in subjects.items():
-        rows["scores"] += scores(job, name, kind, measures, together)
+    for name, (kind, members) in subjects.items():
+        together, answering = [parents[i] for i in members], [candidates[i] for i in members]
+        rows["scores"] += scores(job, name, kind, measures, together, answering)
         said(name)
+    for candidate in candidates:
+        candidate.forget()
     for name in job.recipe.arms(job.set):
         folder = job.within(job.workspace.arms) / name
         models = [load_any(place) for place in arm_folders(job, folder)]
@@ -170,12 +179,12 @@ def evaluate(job: Job, report: Report) -> None:
             for part, measure in measures.items():
                 values |= by_example(f"{part}/merged/{job.set}", measure.score(models))
         said(name)
-    weights = job.weights()
+    weights, known = job.weights(), Known()
     split = next(name for name in CURVE_SPLITS if name in measures)
     for name in job.recipe.alignments(job.set):
         alignment = load_alignment(job, name)
         aligned = alignment.apply(weights)
-        rows.setdefault("distances", []).extend(distances(job, name, aligned, params.tssd_keep))
+        rows.setdefault("distances", []).extend(distances(job, name, aligned, known))
         if name in params.curves:
             curves = Curves(job, name, alignment, measures[split])
             for key, value in curves.rows(parents[0], weights, aligned).items():
@@ -191,11 +200,14 @@ class Measured:
         self.yardstick = yardstick
         self.known: dict[tuple[str, ...], dict[str, Score]] = {}
 
-    def score(self, models: Sequence[nn.Module]) -> dict[str, Score]:
-        """The scores of one model, or of an ensemble."""
+    def score(
+        self, models: Sequence[nn.Module], candidates: Sequence[Candidate] | None = None
+    ) -> dict[str, Score]:
+        """The scores of one model, or of an ensemble; `candidates` answer for the models."""
         key = tuple(map(_digest, models))
         if key not in self.known:
-            self.known[key] = self.yardstick.score([as_candidate(model) for model in models])
+            answering = candidates or [as_candidate(model) for model in models]
+            self.known[key] = self.yardstick.score(answering)
         return self.known[key]
 
 
@@ -216,16 +228,21 @@ def arm_folders(job: Job, folder: Path) -> list[Path]:
 
 
 def scores(
-    job: Job, model: str, kind: str, measures: Mapping[str, Measured], models: Sequence[nn.Module]
+    job: Job,
+    model: str,
+    kind: str,
+    measures: Mapping[str, Measured],
+    models: Sequence[nn.Module],
+    candidates: Sequence[Candidate] | None = None,
 ) -> Iterator[ScoreRow]:
     for split, measure in measures.items():
-        for metric, score in measure.score(models).items():
+        for metric, score in measure.score(models, candidates).items():
             value, error = round(score.value, 6), round(score.error, 6)
             yield ScoreRow(split, job.set, job.seed, model, kind, metric, value, error)
 
 
 def distances(
-    job: Job, name: str, aligned: Mapping[str, Mapping[str, Tensor]], keep: float
+    job: Job, name: str, aligned: Mapping[str, Mapping[str, Tensor]], known: Known
 ) -> Iterator[DistanceRow]:
     """Distances of every two members in the alignment's units, over floats alone."""
     floating = {
@@ -233,7 +250,8 @@ def distances(
         for member, weights in aligned.items()
     }
     for first, second in combinations(floating, 2):
-        apart = distance(floating[first], floating[second], keep=keep)
+        keep = job.recipe.evaluate.tssd_keep
+        apart = distance(floating[first], floating[second], keep=keep, known=known)
         for layer, values in {"": apart.overall, **apart.layers}.items():
             for measure, value in asdict(values).items():
                 pair = f"{first} - {second}"

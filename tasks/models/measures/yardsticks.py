@@ -42,6 +42,7 @@ IGNORED = -100
 WORDS = "words"  # beside the inputs while they are sorted: the word due at each place
 ALIKE = {"neighbours": neighbour_agreement, "similarities": similarity_agreement}
 FEWEST = 3  # examples whose answers have neighbours
+MOST_BYTES = 2**28  # of a parent's answers, kept for its score and the ensemble's
 TINY = 1e-30  # keeps logarithms of 0 and divisions by no variance finite, in float32 too
 
 Inputs = Mapping[str, Tensor]
@@ -65,6 +66,28 @@ def as_candidate(model: nn.Module) -> Candidate:
             # 1.5 to 1.8 times, small ResNets on a CPU
             module.to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
     return lambda inputs: answers(model, inputs)
+
+
+class Remembered:
+    """A candidate that answers each batch once, while its answers take at most MOST_BYTES."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        self.candidate = candidate
+        self.forget()
+
+    def __call__(self, inputs: Inputs) -> Answers:
+        if (known := self.known.get(id(inputs))) is not None:
+            return known[1]
+        answer = self.candidate(inputs)
+        self.room -= answer.rows.nbytes
+        if self.room >= 0:
+            self.known[id(inputs)] = inputs, answer  # the batch is kept, so its id stays its own
+        return answer
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self.known: dict[int, tuple[Inputs, Answers]] = {}
+        self.room = MOST_BYTES
 
 
 def yardsticks(job: Job, parents: Sequence[Candidate], batch_size: int) -> dict[str, Yardstick]:
@@ -96,7 +119,8 @@ class Labelled:
         examples = by_length(examples)
         self.inputs = {name: tensor for name, tensor in examples.items() if name not in truth}
         self.labels, self.tasks = (examples[name] for name in truth)
-        self.classes, self.batch_size = classes, batch_size
+        self.classes = classes
+        self.batches = [trimmed(batch) for batch in batches(self.inputs, batch_size)]
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]:
         """Score one model, or an ensemble (`accuracy.ensemble`)."""
@@ -116,8 +140,7 @@ class Labelled:
 
     def _logits(self, candidate: Candidate) -> Tensor:
         parts = []
-        seen = [trimmed(batch) for batch in batches(self.inputs, self.batch_size)]
-        for batch, answer in zip(seen, in_order(candidate, seen), strict=True):
+        for batch, answer in zip(self.batches, in_order(candidate, self.batches), strict=True):
             num = len(next(iter(batch.values())))
             if len(answer.rows) != num:
                 raise ValueError(
@@ -150,12 +173,12 @@ class Unlabelled:
     ) -> None:
         examples = by_length(inputs if words is None else {**inputs, WORDS: words})
         self.words = examples.pop(WORDS, None)
-        self.inputs, self.batch_size = examples, batch_size
+        self.batches = [trimmed(batch) for batch in batches(examples, batch_size)]
         self.by_first_token = by_first_token
         self.num_examples = len(next(iter(inputs.values())))
         self.seen: list[_Seen] = []
         of_parents: list[list[Tensor]] = [[] for _ in parents]  # an example's answer each
-        for each in in_order(lambda batch: [p(batch) for p in parents], self._batches()):
+        for each in in_order(lambda batch: [p(batch) for p in parents], self.batches):
             self.seen.append(_see(each, words is None))
             if not each[0].are_logits:
                 for own, answer in zip(of_parents, each, strict=True):
@@ -184,9 +207,8 @@ class Unlabelled:
     def _surest_choices(self, candidate: Candidate) -> Tensor:
         """The share of each example's rows that get the surest parent's first choice, per cent."""
         values, examples, start = [], [], 0
-        given = self._batches()
-        answers = in_order(candidate, given)
-        for batch, answer, seen in zip(given, answers, self.seen, strict=True):
+        answers = in_order(candidate, self.batches)
+        for batch, answer, seen in zip(self.batches, answers, self.seen, strict=True):
             values.append(100.0 * (answer.rows.argmax(1) == seen.surest))
             examples.append(answer.examples + start)
             start += len(next(iter(batch.values())))
@@ -198,9 +220,8 @@ class Unlabelled:
         where: dict[str, list[Tensor]] = {}
         whole: list[Tensor] = []
         start = 0
-        given = self._batches()
-        answers = in_order(lambda batch: _together([c(batch) for c in candidates]), given)
-        for batch, answer, seen in zip(given, answers, self.seen, strict=True):
+        answers = in_order(lambda batch: _together([c(batch) for c in candidates]), self.batches)
+        for batch, answer, seen in zip(self.batches, answers, self.seen, strict=True):
             if not self.are_logits:
                 whole.append(self._whole(answer))
             for name, (values, examples) in self._values(answer, seen, start).items():
@@ -225,9 +246,6 @@ class Unlabelled:
         counts = answer.examples.bincount()
         total = torch.zeros(len(counts), answer.rows.shape[1], dtype=torch.float64)
         return total.index_add(0, answer.examples, answer.rows.double()) / counts[:, None]
-
-    def _batches(self) -> list[Inputs]:
-        return [trimmed(batch) for batch in batches(self.inputs, self.batch_size)]
 
     def _values(self, answer: Answers, seen: _Seen, start: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Each metric's values, a row each, and the example of each row."""

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alloy.errors import MergeError
-from alloy.measures.distances import distance
+from alloy.measures import distances
+from alloy.measures.distances import Known, distance
 
 SHAPES = {"embed": (7, 5), "layers.0.w": (6, 5), "layers.0.b": (6,), "layers.1.w": (5, 6)}
 
@@ -155,3 +156,16 @@ def test_zero_vectors_have_a_distance():
 def test_what_cannot_be_compared_is_refused(first, second, options, message):
     with pytest.raises(MergeError, match=message):
         distance(first, second, **options)
+
+
+def test_equal_pairs_of_tensors_are_measured_once(monkeypatch):
+    """And the distances are those of measuring all of them; one that differs is measured."""
+    first, second = ({n: torch.randn(3, 4) for n in "xy"} for _ in "ab")
+    moved = {**second, "y": second["y"].flip(0)}
+    known, measured = Known(), []
+    measure = distances._measure
+    monkeypatch.setattr(distances, "_measure", lambda *a: measured.append(1) or measure(*a))
+    for other, num in ((second, 2), (dict(second), 2), (moved, 3)):
+        assert distance(first, other, known=known) == distance(first, other)
+        assert len(measured) == num + 2
+        del measured[-2:]

@@ -11,6 +11,7 @@ from alloy.statistics.moments import (
     Gram,
     example_means,
     kept_tokens,
+    second_moment,
 )
 from alloy.statistics.points import Point, observe
 
@@ -96,3 +97,10 @@ def test_observation_sees_inputs_and_outputs_and_leaves_no_hook_behind():
         observe(model, {"x": Point("9", "input")}, print),
     ):
         pass
+
+
+@pytest.mark.parametrize("width", [5, 768, 900])
+def test_half_of_a_second_moment_and_its_mirror_are_the_whole(width):
+    """Where the width is no multiple of the block, too."""
+    x = torch.randn(40, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(second_moment(x), x.T @ x, rtol=1e-12, atol=1e-12)

@@ -7,7 +7,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from tasks.models.evaluate import Measured
-from tasks.models.measures.yardsticks import Unlabelled, as_candidate
+from tasks.models.measures import yardsticks
+from tasks.models.measures.yardsticks import Remembered, Unlabelled, as_candidate
 
 IDS = torch.randint(20, (24, 9), generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.randint(3, 10, (24, 1), generator=torch.Generator().manual_seed(1))
@@ -42,6 +43,25 @@ def test_equal_weights_are_measured_once():
     one.pooler.dense.bias.data[0] += 1e-6
     measured.score([one])
     assert counting.calls == 4
+
+
+def test_a_parent_answers_each_batch_once(monkeypatch):
+    """For the yardstick, its own score and the ensemble's; no more than MOST_BYTES are kept."""
+    calls = []
+
+    def parent(batch):
+        calls.append(batch)
+        return as_candidate(_bert(0))(batch)
+
+    for most, num_calls in ((2**28, 3), (0, 12)):
+        monkeypatch.setattr(yardsticks, "MOST_BYTES", most)
+        calls.clear()
+        remembered = Remembered(parent)
+        yardstick = Unlabelled(INPUTS, None, [remembered, as_candidate(_bert(1))], 8)
+        scores = yardstick.score([remembered]), yardstick.score([remembered, remembered])
+        assert len(calls) == num_calls
+        plain = Unlabelled(INPUTS, None, [as_candidate(_bert(seed)) for seed in (0, 1)], 8)
+        assert scores == (plain.score([parent]), plain.score([parent, parent]))
 
 
 @pytest.mark.parametrize("kind", [BertModel, BertForSequenceClassification])

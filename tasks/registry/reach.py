@@ -9,6 +9,7 @@ import os
 import socket
 import sqlite3
 import ssl
+import sys
 from collections.abc import Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -44,10 +45,12 @@ def database_file(address: str) -> Path | None:
 @contextmanager
 def reaching() -> Generator[None]:
     """Turn whatever MLflow raises into one error that says where MLflow was looked for."""
-    import requests
     import sqlalchemy.exc
     from alembic.util import CommandError
-    from mlflow.exceptions import MlflowException
+
+    with unburdened():
+        import requests
+        from mlflow.exceptions import MlflowException
 
     errors = (
         MlflowException,
@@ -61,6 +64,22 @@ def reaching() -> Generator[None]:
     except errors as error:
         # What follows the first line is the database's statement with its values.
         raise unreachable(uri(), str(error).partition("\n")[0]) from error
+
+
+@contextmanager
+def unburdened() -> Generator[None]:
+    """Keep out of the imports of a block what MLflow takes if it is there and can do without.
+
+    requests prefers chardet, whose tables take a CPU second, to charset-normalizer; MLflow knows
+    polars' tables, which we log none of.
+    """
+    hidden = [name for name in ("chardet", "polars") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # ty: ignore[no-matching-overload]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
 
 
 def unreachable(address: str, reason: str) -> TrackingError:

@@ -18,7 +18,15 @@ from typing import NamedTuple
 import psutil
 
 from tasks.registry.moved import follow
-from tasks.registry.reach import DATABASE, TrackingError, database_file, probe, reaching, uri
+from tasks.registry.reach import (
+    DATABASE,
+    TrackingError,
+    database_file,
+    probe,
+    reaching,
+    unburdened,
+    uri,
+)
 from tasks.registry.secrets import without_secrets
 
 ARTIFACTS = Path("mlartifacts")
@@ -204,7 +212,8 @@ def connect():
     probe(uri())
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    from mlflow.tracking import MlflowClient
+    with unburdened():
+        from mlflow.tracking import MlflowClient
 
     for message in _NOISE:  # after the import, which sets filters of its own
         warnings.filterwarnings("ignore", message)

@@ -19,7 +19,7 @@ from tasks.models.shared.jobs import jobs
 from tasks.recipe.load import load_models
 from tasks.recipe.section import ParamsError
 from tasks.storage import read_json
-from tests import tiny_models
+from tests import tiny_models, two_towers
 
 PARAMS = Path(__file__).parents[3] / "params"
 SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -181,3 +181,40 @@ def test_a_missing_processor_is_refused():
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="has no image processor"):
         prepare.main(loaded)
+
+
+RUN = ("siglip", "clip", "flava", "whisper")
+REASONS = {
+    "blip": "have no weight of one name",
+    "chinese_clip": "have no weight of one name",
+    "clap": "has shape|have no weight of one name",
+    "vilt": "overlap",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", two_towers.TOWERS)
+def test_other_models_run_by_their_members_or_are_refused(kind):
+    """A checkpoint and the names of two parts are all that a recipe needs."""
+    arms = {
+        "turned": {"method": "sequential", "trunk": {"gauge": {"steps": 2, "max_rounds": 1}}},
+        "distilled": {"method": "average", "trunk": {"distil": {"steps": 2}}},
+    }
+    first, second = two_towers.TOWERS[kind]
+    given = sections(
+        members={"one": member(first), "two": member(second)},
+        merge={"result": "turned", "arms": arms},
+    )
+    del given["evaluate"]["benchmarks"]
+    loaded = recipe(given)
+    two_towers.model(kind).save_pretrained(loaded.workspace.checkpoints / "siglip")
+    (job,) = jobs(loaded)
+    job.calibration.parent.mkdir(parents=True)
+    save_file(two_towers.examples(kind, 8), job.calibration)
+    if kind not in RUN:
+        with pytest.raises(MergeError, match=REASONS[kind]):
+            merge.main(loaded)
+        return
+    for stage in (merge, choose, evaluate):
+        stage.main(loaded)
+    assert type(load_any(loaded.workspace.merged)).__name__ == two_towers.CLASSES[kind]

@@ -34,6 +34,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,7 +205,11 @@ class Transformer:
 
         self.device = chosen_device()
         given = {"pretrained_model_name_or_path": folder, "local_files_only": True}
-        model = getattr(transformers, architecture).from_pretrained(**given, dtype="auto").eval()
+        if "alloy_trunk" in json.loads((folder / "config.json").read_text()):
+            model = import_module("alloy.modality.sharing").load_shared(folder)
+        else:
+            model = getattr(transformers, architecture).from_pretrained(**given, dtype="auto")
+        model.eval()
         # Few operations of a CPU know float16.
         is_half = self.device.type == "cpu" and model.dtype == torch.float16
         self.model: Any = (model.float() if is_half else model).to(self.device)

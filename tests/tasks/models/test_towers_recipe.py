@@ -1,6 +1,7 @@
 """The recipe `towers` as it ships, on a tiny SigLIP; other models by their members alone."""
 
 import random
+import warnings
 from pathlib import Path
 
 import datasets
@@ -218,3 +219,21 @@ def test_other_models_run_by_their_members_or_are_refused(kind):
     for stage in (merge, choose, evaluate):
         stage.main(loaded)
     assert type(load_any(loaded.workspace.merged)).__name__ == two_towers.CLASSES[kind]
+
+
+@pytest.mark.slow
+def test_a_trunk_is_served_with_its_sharing():
+    """A server restores what the file has once; plain from_pretrained would draw it anew."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's, of types
+        from tasks.registry.serving import Transformer
+
+    loaded = recipe(sections(merge={"result": "a", "arms": {"a": {"method": "average"}}}))
+    siglip(loaded.workspace.checkpoints / "siglip")
+    prepare.main(loaded)
+    merge.main(loaded)
+    folder = loaded.folder("a")
+    served, ours = Transformer(folder, "SiglipModel").model, load_any(folder)
+    assert all(
+        torch.equal(a, b) for a, b in zip(served.parameters(), ours.parameters(), strict=True)
+    )

@@ -4,6 +4,7 @@ python -m benchmarks.towers fetch
 python -m benchmarks.towers slack
 python -m benchmarks.towers whisper all 0     # pairs of blocks that are one, draw of calibration
 python -m benchmarks.towers neighbours
+python -m benchmarks.towers scale average regmean sequential
 python -m benchmarks.towers table
 """
 
@@ -18,6 +19,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "whisper": study.whisper_trunks,
     "distil": study.distilled,
     "neighbours": study.neighbours,
+    "scale": study.scale,
     "table": table.write,
 }
 

@@ -120,3 +120,10 @@ def neighbours() -> None:
         result[name] = {**scores, "cpu_seconds": round(seconds)}
         print("neighbours", name, result[name], flush=True)
         write("neighbours", result)
+
+
+def scale(*methods: str) -> None:
+    """Two towers of 12 layers at width 768, with random weights."""
+    from benchmarks.towers.scale import measure
+
+    write("scale", measure(*methods))

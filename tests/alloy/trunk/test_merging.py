@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import alloy
 from alloy.errors import MergeError
@@ -18,6 +27,12 @@ TOWERS = {
     "clip": LAYERS,
     "flava": ("image_model.encoder.layer", "text_model.encoder.layer"),
     "whisper": ("model.encoder.layers", "model.decoder.layers"),
+}
+SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
 }
 QUICK = {"steps": 4, "max_rounds": 1, "starts": ["opposed axes"]}
 
@@ -72,6 +87,50 @@ def test_post_norm_towers_turn_at_the_price_of_matrices():
         change = largest_change(answers(trunk.turned[name], batch), answers(model, batch))
         assert change < 1e-4
     assert sum(plan.turning[name].widths() != [] for name in models) == 1
+
+
+def _llama(**changes):
+    config = LlamaConfig(**SIZES, num_key_value_heads=2, vocab_size=40, **changes)
+    return LlamaForCausalLM(config)
+
+
+def _qwen():
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=6, vocab_size=40))
+
+
+def _dinov2():
+    sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
+    config = Dinov2Config(**sizes, mlp_ratio=2, image_size=12, patch_size=4, layerscale_value=0.7)
+    return Dinov2Model(config)
+
+
+OF_TWO = {
+    "gated, causal, rotary": (_llama, "model.layers", []),
+    "tied embeddings": (lambda: _llama(tie_word_embeddings=True), "model.layers", [24]),
+    "norms within heads": (_qwen, "model.layers", []),
+    "LayerScale, states as outputs": (_dinov2, "encoder.layer", [24]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OF_TWO)
+def test_members_of_two_models_turn_exactly(case):
+    """Whatever is in a block, one model's stream turns beside the other's."""
+    make, part, matrices = OF_TWO[case]
+    torch.manual_seed(0)
+    models = {name: make().eval() for name in ("a", "b")}
+    for parameter in (p for model in models.values() for p in model.parameters()):
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    batch = {"input_ids": torch.randint(2, 40, (6, 8))}
+    if case.startswith("Layer"):
+        batch = {"pixel_values": torch.randn(6, 3, 12, 12)}
+    members = {name: Member(part=part, checkpoint=name) for name in models}
+    plan = plan_trunk(models, members, batch, turn=True)
+    trunk = merge_trunk(plan, [batch], method="average", gauge=QUICK)
+    for name, model in models.items():
+        assert largest_change(answers(trunk.turned[name], batch), answers(model, batch)) < 1e-4
+    assert trunk.gauge.error_after < trunk.gauge.error_before
+    assert [w for t in plan.turning.values() for w in t.widths()] == matrices
 
 
 def twins(tiny):

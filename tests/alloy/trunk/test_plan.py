@@ -1,5 +1,7 @@
 """Members correspond by name and by symmetry; the first thing that does not is named."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from transformers import AlbertConfig, AlbertModel
 
 from alloy.errors import MergeError
 from alloy.trunk import Member, plan_trunk
+from benchmarks.towers.scale import TOWERS, random_siglip
+from benchmarks.towers.scale import pairs as pairs_of_base_size
 
 LAYERS = ("vision_model.encoder.layers", "text_model.encoder.layers")
 PLANNED = {
@@ -210,3 +214,13 @@ def test_a_plan_looks_at_any_module(tiny):
     torch.manual_seed(0)
     plan = plan_trunk(Two(), {"a": "a", "b": "b"}, {"x": torch.randn(3, 6)})
     assert plan.num_parameters == (2 * 123, 123)
+
+
+@pytest.mark.slow
+def test_two_towers_of_base_size_are_planned_in_seconds():
+    """12 layers at width 768: 5 s."""
+    model = random_siglip()
+    start = time.process_time()
+    plan = plan_trunk(model, TOWERS, pairs_of_base_size(2), turn=True)
+    assert time.process_time() - start < 5
+    assert plan.num_parameters[0] - plan.num_parameters[1] > 85_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from alloy.merging.values import plain
@@ -9,6 +10,7 @@ from alloy.merging.values import plain
 if TYPE_CHECKING:
     from alloy.checkpoint.plan import MergePlan, PlannedTensor
 
+_MOST_PATTERNS = 12
 _HEAD = ("tensor", "dtype and shape", "how", "from", "settings", "bytes")
 
 
@@ -19,7 +21,7 @@ def plan_table(plan: MergePlan) -> str:
     lines = [
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    options = ", ".join(f"{key}={plain(value)!r}" for key, value in plan.settings.options.items())
+    options = ", ".join(f"{key}={_short(value)}" for key, value in plan.settings.options.items())
     read = sum(source.num_bytes for source in plan.sources.values())
     return "\n".join(
         [
@@ -33,6 +35,13 @@ def plan_table(plan: MergePlan) -> str:
             f"{len(plan.layout)} file{'s' * (len(plan.layout) > 1)}; {read:,} bytes to read",
         ]
     )
+
+
+def _short(value: object) -> str:
+    """A setting of the method; of one with a value for each of many tensors their number."""
+    if isinstance(value, Mapping) and len(value) > _MOST_PATTERNS:
+        return f"by tensor, {len(value)} patterns"
+    return repr(plain(value))
 
 
 def _row(tensor: PlannedTensor) -> tuple[str, ...]:

@@ -172,7 +172,9 @@ def _plan(request: MergeRequest) -> MergePlan:
     merges_rows = any_row_merged(sources, selection)
     vocabulary = None
     if merges_rows:
-        vocabulary = common_vocabulary(findings, sources, request.tokenizer)
+        vocabulary = common_vocabulary(
+            findings, sources, request.tokenizer, request.tokens, request.pad_vocabulary_to
+        )
     elif request.tokenizer != "same":
         findings.note(
             f"tokenizer={request.tokenizer!r} changes nothing: no row of a token is merged"

@@ -43,6 +43,8 @@ class MergeRequest:
     dtype: str | None = field(default=None, kw_only=True)
     shard_bytes: int | str | None = field(default=None, kw_only=True)
     tokenizer: str = field(default="same", kw_only=True)
+    tokens: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, kw_only=True)
+    pad_vocabulary_to: int | None = field(default=None, kw_only=True)
     chat_template: str | Path | None = field(default=None, kw_only=True)
     processor: str | None = field(default=None, kw_only=True)
     generation_config: str | None = field(default=None, kw_only=True)
@@ -78,6 +80,8 @@ class MergeRequest:
             dtype=attempt(_dtype, self.dtype),
             shard_bytes=None if self.shard_bytes is None else attempt(num_bytes, self.shard_bytes),
             tokenizer=attempt(one_of, self.tokenizer, POLICIES, "tokenizer"),
+            tokens=attempt(_tokens, self.tokens, known) or {},
+            pad_vocabulary_to=attempt(_multiple, self.pad_vocabulary_to),
             chat_template=attempt(_text_or_path, self.chat_template, "chat_template"),
             processor=attempt(_source, self.processor, "processor", known),
             generation_config=attempt(_source, self.generation_config, "generation_config", known),
@@ -98,6 +102,8 @@ class MergeRequest:
             "dtype": self.dtype,
             "shard_bytes": self.shard_bytes,
             "tokenizer": self.tokenizer,
+            "tokens": {token: dict(entry) for token, entry in self.tokens.items()},
+            "pad_vocabulary_to": self.pad_vocabulary_to,
             "chat_template": None if self.chat_template is None else str(self.chat_template),
             "processor": self.processor,
             "generation_config": self.generation_config,
@@ -302,6 +308,30 @@ def _texts_by_text(value: object, what: str) -> dict[str, str] | None:
     ):
         raise MergeError(f"{what}={_shown(value)}: give a mapping, {what}={{'pattern': 'source'}}")
     return dict(value)
+
+
+def _tokens(value: object, sources: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """By token the source of its row (and its token there), or zeros; `force` for all sources."""
+    if not isinstance(value, Mapping) or not all(isinstance(v, Mapping) for v in value.values()):
+        raise MergeError(f"tokens={_shown(value)}: give by token {{'source': NAME}}")
+    for token, entry in value.items():
+        if unknown := entry.keys() - {"source", "token", "zero", "force"}:
+            raise MergeError(
+                f"tokens[{token!r}]: {sorted(unknown)}: say source, token, zero, force"
+            )
+        if bool(entry.get("zero")) == ("source" in entry):
+            raise MergeError(f"tokens[{token!r}]={_shown(entry)}: a source, or zero: true")
+        if "source" in entry:
+            one_of(entry["source"], sources, f"tokens[{token!r}].source")
+    return {str(token): dict(entry) for token, entry in value.items()}
+
+
+def _multiple(value: object) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise MergeError(f"pad_vocabulary_to={_shown(value)}: give a whole number from 1 on")
+    return int(value)
 
 
 def _text(value: object, what: str) -> str | None:

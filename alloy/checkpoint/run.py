@@ -64,6 +64,8 @@ def merge_checkpoints(
     dtype: str | None = None,
     shard_bytes: int | str | None = None,
     tokenizer: str = "same",
+    tokens: Mapping[str, Mapping[str, Any]] | None = None,
+    pad_vocabulary_to: int | None = None,
     chat_template: str | Path | None = None,
     processor: str | None = None,
     generation_config: str | None = None,
@@ -103,6 +105,10 @@ def merge_checkpoints(
         tokenizer: what to do where vocabularies differ: "same" refuses, "base" keeps the base's
             (else the first source's), "union" takes every token of every source. A row that a
             source lacks counts as the base's, or as the mean of those that have it.
+        tokens: by token the row that stands in where a source lacks it: `{"source": NAME}` with
+            another `token` of that source (text or id) if wanted, or `{"zero": True}`; with
+            `"force": True` for every source.
+        pad_vocabulary_to: the number of rows is a multiple of this; rows that are added are zeros.
         chat_template: where the sources' chat templates differ, the source whose template is
             taken, or a file that holds one.
         processor: the source whose files these are; by default the first.
@@ -139,7 +145,8 @@ def merge_checkpoints(
     plan = plan_merge(
         MergeRequest(
             method, sources, output, base=base, coefficients=coefficients, statistics=statistics,
-            dtype=dtype, shard_bytes=shard_bytes, tokenizer=tokenizer,
+            dtype=dtype, shard_bytes=shard_bytes, tokenizer=tokenizer, tokens=tokens or {},
+            pad_vocabulary_to=pad_vocabulary_to,
             chat_template=chat_template, processor=processor,
             generation_config=generation_config, names=names or {}, kept=kept,
             slices=slices, stack=stack, copy=copy or {}, drop=drop, allow=allow, options=options,
@@ -257,9 +264,15 @@ def _step(
     about = _about(tensor)
     if whole is not None and tensor.name in whole:
         return Step(tensor.name, tensor.dtype, tensor.shape, (), partial(Held, about, whole))
-    row_maps = None
+    row_maps, borrowed = None, {}
     if tensor.mapped and plan.vocabulary is not None:
         row_maps = tuple(plan.vocabulary.row_maps[source] for source in tensor.sources)
+        place = {source: i for i, source in enumerate(tensor.sources)}
+        borrowed = {
+            row: (None if source is None else place[source], theirs)
+            for row, (source, theirs) in plan.vocabulary.borrowed.items()
+            if source is None or source in place
+        }
     measured = None
     if plan.statistics is not None:
         measured = partial(plan.statistics.of, plan.settings.method.statistics)
@@ -281,6 +294,7 @@ def _step(
         work,
         row_maps,
         BASE in tensor.sources,
+        borrowed,
     )
 
 

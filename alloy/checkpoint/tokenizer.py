@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from alloy.checkpoint.reading import read_json, read_text, source_file, typed
-from alloy.errors import CheckpointError
+from alloy.errors import CheckpointError, nearest
 
 POLICIES = ("same", "base", "union")
 _LEGACY = (
@@ -158,16 +159,28 @@ class Vocabulary:
     """Tokenizer files to write instead of the reference's; empty if its own serve."""
     left_out: tuple[str, ...] = ()
     """Files of the reference that no longer say the truth."""
+    borrowed: Mapping[int, tuple[str | None, int]] = field(default_factory=dict)
+    """For a row of the result, the source and row that stand in for sources that lack it; zeros
+    where the source is None."""
 
 
 def combine_vocabularies(
-    policy: str, reference: str, tokenizers: Mapping[str, Tokenizer], sizes: Mapping[str, int]
+    policy: str,
+    reference: str,
+    tokenizers: Mapping[str, Tokenizer],
+    sizes: Mapping[str, int],
+    tokens: Mapping[str, Mapping[str, Any]] | None = None,
+    pad_to: int | None = None,
 ) -> Vocabulary:
     """The vocabulary that a policy gives.
 
     Args:
+        policy: "base" or "union".
         reference: the source whose ids the result keeps.
+        tokenizers: by source.
         sizes: rows of each source's embeddings; rows beyond the tokens are padding.
+        tokens: by token where its row comes from, as `merge_checkpoints` takes them.
+        pad_to: the number of rows is a multiple of this; rows that are added are zeros.
 
     Raises:
         CheckpointError: a tokenizer whose tokens cannot be read, or of another kind than the
@@ -202,11 +215,52 @@ def combine_vocabularies(
         source: _row_map(token_at, tokenizer, sizes[source], size)
         for source, tokenizer in tokenizers.items()
     }
+    borrowed = _borrowed(tokens or {}, ids, tokenizers, maps)
+    if pad_to is not None and size % pad_to:
+        padded = size + pad_to - size % pad_to
+        gap = np.full(padded - size, -1, np.int64)
+        maps = {source: np.concatenate([rows, gap]) for source, rows in maps.items()}
+        borrowed |= dict.fromkeys(range(size, padded), (None, 0))
+        size = padded
     if not new:
-        return Vocabulary(size, maps, {})
+        return Vocabulary(size, maps, {}, borrowed=borrowed)
     data = _extended(base, tokenizers, ids, new)
     text = json.dumps(data, ensure_ascii=False, indent=2).encode()
-    return Vocabulary(size, maps, {"tokenizer.json": text}, _LEGACY)
+    return Vocabulary(size, maps, {"tokenizer.json": text}, _LEGACY, borrowed)
+
+
+def _borrowed(
+    tokens: Mapping[str, Mapping[str, Any]],
+    ids: Mapping[str, int],
+    tokenizers: Mapping[str, Tokenizer],
+    maps: Mapping[str, np.ndarray],
+) -> dict[int, tuple[str | None, int]]:
+    """Rows that stand in for those of single tokens; what is forced counts as missing everywhere.
+
+    Raises:
+        CheckpointError: a token, a source or a token of that source that is not there.
+    """
+    borrowed: dict[int, tuple[str | None, int]] = {}
+    for token, entry in tokens.items():
+        if token not in ids:
+            raise CheckpointError(f"tokens: {token!r} is no token of the result")
+        row, source = ids[token], str(entry.get("source"))
+        if entry.get("zero"):
+            borrowed[row] = (None, 0)
+        else:
+            if source not in tokenizers:
+                raise CheckpointError(
+                    f"tokens[{token!r}]: source {source!r}: {nearest(source, tokenizers)}"
+                )
+            known = tokenizers[source].tokens or {}
+            wanted = entry.get("token", token)
+            if isinstance(wanted, str) and wanted not in known:
+                raise CheckpointError(f"tokens[{token!r}]: {source!r} has no token {wanted!r}")
+            borrowed[row] = (source, known[wanted] if isinstance(wanted, str) else int(wanted))
+        if entry.get("force"):
+            for rows in maps.values():
+                rows[row] = -1
+    return borrowed
 
 
 def _row_map(token_at: Mapping[int, str], tokenizer: Tokenizer, size: int, rows: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import alloy
-from alloy.cli import adapters, averaging, distances, merging, symmetry
+from alloy.cli import adapters, averaging, distances, mergekit, merging, symmetry
 
 app = typer.Typer(
     name="alloy",
@@ -43,6 +43,7 @@ def _options(
 
 app.command("merge", epilog=merging.MERGE_EXAMPLE, no_args_is_help=True)(merging.merge)
 app.command("plan", epilog=merging.PLAN_EXAMPLE, no_args_is_help=True)(merging.plan)
+app.command("mergekit", epilog=mergekit.EXAMPLE, no_args_is_help=True)(mergekit.mergekit)
 app.command("average", epilog=averaging.EXAMPLE, no_args_is_help=True)(averaging.average)
 app.command("adapters", epilog=adapters.ADAPTERS_EXAMPLE, no_args_is_help=True)(adapters.adapters)
 app.command("extract", epilog=adapters.EXTRACT_EXAMPLE, no_args_is_help=True)(adapters.extract)

@@ -176,6 +176,9 @@ def _by_tensor(
 def _deciders(what: str, patterns: Iterable[str], names: Sequence[str]) -> dict[str, str]:
     """Map each name to the first pattern that matches it; every pattern must decide something."""
     patterns = list(patterns)
+    literal = {glob.escape(name): name for name in names}
+    if literal.keys() == {*patterns}:  # by name, of many tensors: no need to look for matches
+        return {name: pattern for pattern, name in literal.items()}
     decides = {name: next((p for p in patterns if fnmatchcase(name, p)), None) for name in names}
     if undecided := [name for name, pattern in decides.items() if pattern is None]:
         raise MergeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.checks.sources import BASE, Sources
@@ -18,8 +19,15 @@ from alloy.checkpoint.tokenizer import (
 )
 
 
-def common_vocabulary(findings: Findings, sources: Sources, policy: str) -> Vocabulary | None:
+def common_vocabulary(
+    findings: Findings,
+    sources: Sources,
+    policy: str,
+    tokens: Mapping[str, Mapping[str, Any]] | None = None,
+    pad_to: int | None = None,
+) -> Vocabulary | None:
     """The vocabulary of the result, or None where all sources number their tokens alike."""
+    chosen = bool(tokens) or pad_to is not None
     folders, reference = sources.folders, sources.reference
     read = {name: findings.attempt(read_tokenizer, folder) for name, folder in folders.items()}
     tokenizers: dict[str, Tokenizer] = {name: t for name, t in read.items() if t is not None}
@@ -34,7 +42,13 @@ def common_vocabulary(findings: Findings, sources: Sources, policy: str) -> Voca
     ]
     known_sizes = {name: size for name, size in sizes.items() if size is not None}
     lacking = [name for name, size in sizes.items() if name not in tokenizers or size is None]
-    if not differences:
+    if chosen and policy == "same":
+        findings.problem(
+            "tokens and pad_vocabulary_to choose rows of a common vocabulary: take "
+            "tokenizer='base' or 'union'"
+        )
+        return None
+    if not differences and not chosen:
         if len(set(known_sizes.values())) > 1:
             if policy == "same" or lacking:
                 findings.problem(
@@ -65,7 +79,9 @@ def common_vocabulary(findings: Findings, sources: Sources, policy: str) -> Voca
         )
         return None
     ordered = {owner: tokenizers[owner], **tokenizers}
-    return findings.attempt(combine_vocabularies, policy, owner, ordered, known_sizes)
+    return findings.attempt(
+        combine_vocabularies, policy, owner, ordered, known_sizes, tokens, pad_to
+    )
 
 
 def is_embedding(name: str) -> bool:

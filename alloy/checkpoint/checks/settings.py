@@ -75,7 +75,7 @@ def common_settings(
     Args:
         speaker: the source whose tokenizer files the result has.
         models: the sources that are merged; the base counts where it speaks.
-        chat_template: the source whose template is taken, or a file.
+        chat_template: the source whose template is taken, a file, or the template itself.
         compared: whether settings that differ are refused. Where the result has one source's
             embeddings, that source's tokenizer alone counts.
     """
@@ -187,6 +187,10 @@ def _chosen(
     if wanted is not None:
         if wanted in templates:
             return templates[wanted]
+        if "{{" in wanted or "{%" in wanted:
+            if not tokenizers:
+                findings.problem("chat_template: no source has a tokenizer to use it")
+            return wanted
         path = Path(wanted)
         if path.is_file():
             if not tokenizers:

@@ -82,8 +82,8 @@ def sliced(
         stack: what the names of its layers begin with; found where it is the only one.
     """
     reference = sources.checkpoints[sources.reference]
-    found = _stack(reference, stack)
-    num = {source: _num_layers(c, found) for source, c in sources.checkpoints.items()}
+    found = stack_of(reference, stack)
+    num = {source: num_layers(c, found) for source, c in sources.checkpoints.items()}
     slices = [_with_base(one, sources) for one in slices]
     for i, one in enumerate(slices):
         for source, (_, stop) in one.items():
@@ -96,7 +96,7 @@ def sliced(
         return Sliced(sources, {}, ())
     layers = [(one, k) for one in slices for k in range(_length(one))]
     entries = {
-        source: {n: e for n, e in c.entries.items() if _layer_of(n, found) is None}
+        source: {n: e for n, e in c.entries.items() if layer_of(n, found) is None}
         for source, c in sources.checkpoints.items()
     }
     first, last = tuple(slices[0]), tuple(slices[-1])
@@ -104,12 +104,12 @@ def sliced(
     order = [n for n in reference.entries if n in outside]
     order += [n for n in outside if n not in reference.entries]
     towers = _of_towers(reference)
-    before = {n: first for n in order if n in towers or not _is_after(n)}
+    before = {n: first for n in order if n in towers or is_before(n)}
     owners = dict(before)
     for k, (one, offset) in enumerate(layers):
         for source, (start, _) in one.items():
             for name, entry in sources.checkpoints[source].entries.items():
-                match = _layer_of(name, found)
+                match = layer_of(name, found)
                 if match is None or int(match["number"]) != start + offset:
                     continue
                 new = f"{found}{k}.{match['rest']}"
@@ -140,12 +140,13 @@ def _with_base(one: Slice, sources: Sources) -> Slice:
     return {BASE: one.get(BASE, one[merged[0]]), **{source: one[source] for source in merged}}
 
 
-def _layer_of(name: str, stack: str) -> re.Match[str] | None:
+def layer_of(name: str, stack: str) -> re.Match[str] | None:
+    """The parts of the name of a layer's tensor, its `number` and `rest`; None for others."""
     match = _LAYER.fullmatch(name)
     return match if match is not None and match["stack"] == stack else None
 
 
-def _stack(reference: Checkpoint, stack: str | None) -> str:
+def stack_of(reference: Checkpoint, stack: str | None) -> str:
     """What the names of the layers begin with."""
     towers = _of_towers(reference)
     stacks = dict.fromkeys(
@@ -165,14 +166,15 @@ def _stack(reference: Checkpoint, stack: str | None) -> str:
     return left[0]
 
 
-def _num_layers(checkpoint: Checkpoint, stack: str) -> int:
-    numbers = [int(m["number"]) for n in checkpoint.entries if (m := _layer_of(n, stack))]
+def num_layers(checkpoint: Checkpoint, stack: str) -> int:
+    """The number of layers whose names begin so."""
+    numbers = [int(m["number"]) for n in checkpoint.entries if (m := layer_of(n, stack))]
     return max(numbers, default=-1) + 1
 
 
-def _is_after(name: str) -> bool:
-    """True for a tensor that a model uses after its layers: the head, and the last norm."""
-    return is_head(name) or depths([name])[name] > 0
+def is_before(name: str) -> bool:
+    """True for a tensor that a model uses before its layers, unlike the head and the last norm."""
+    return not is_head(name) and depths([name])[name] == 0
 
 
 def _of_towers(reference: Checkpoint) -> set[str]:

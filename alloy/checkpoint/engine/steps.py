@@ -5,8 +5,8 @@ Where vocabularies differ, the rows of a step's inputs are looked up by token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -57,6 +57,8 @@ class Step:
     """For a tensor with one row per token, where the sources' vocabularies differ."""
     prefer_first: bool = False
     """The first input is the base: it stands in for inputs that lack a row."""
+    borrowed: Mapping[int, tuple[int | None, int]] = field(default_factory=dict)
+    """For rows of the output, the input and its row that stand in instead; zeros without one."""
 
     @property
     def num_elements(self) -> int:
@@ -97,8 +99,8 @@ class Shard:
 def read_mapped(step: Step, inputs: Sequence[Input], start: int, stop: int) -> np.ndarray:
     """The inputs' rows in the order of the output's vocabulary, as [inputs, bytes].
 
-    A row that an input lacks is the base's (input 0) if that has it, else the mean of those that
-    do.
+    A row that an input lacks is the one chosen for it; else the base's (input 0) if that has it,
+    else the mean of those that do.
     """
     assert step.row_maps is not None, "only vocabulary tensors are mapped"
     first = step.inputs[0]
@@ -115,6 +117,13 @@ def read_mapped(step: Step, inputs: Sequence[Input], start: int, stop: int) -> n
                 target = rows[i, run[0] : run[-1] + 1].reshape(-1)
                 source.read(int(wanted[run[0]]) * (width // ITEM_BYTES[first.dtype]), target)
     for column in np.flatnonzero(missing.any(0)):
+        if (chosen := step.borrowed.get(begin + int(column))) is not None:
+            donor, row = chosen
+            lent = np.zeros(width, np.uint8)
+            if donor is not None:
+                inputs[donor].read(row * (width // ITEM_BYTES[first.dtype]), lent)
+            rows[missing[:, column], column] = lent
+            continue
         _fill(rows[:, column], missing[:, column], step.prefer_first, KINDS[first.dtype])
     return rows.reshape(len(step.inputs), -1)
 

@@ -1,0 +1,364 @@
+"""mergekit's own configurations: what runs, equal to its output, and what is refused with what.
+
+The examples are those of its repository and documentation, with tiny models in the place of theirs.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from alloy.checkpoint import load_weights, plan_merge, run_plan
+from alloy.cli.app import app
+from alloy.errors import MergeError
+from alloy.mergekit import merge_request
+from tests import multimodal
+
+LAYERS = 40
+SIZES = {
+    "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 16,
+    "num_key_value_heads": 2, "head_dim": 4, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0, "max_position_embeddings": 32,
+}  # fmt: skip
+EQUAL = {
+    "examples/bio-merge.yml": """
+models:
+  - model: a
+    parameters: {density: 0.5, weight: 0.5}
+  - model: b
+    parameters: {density: 0.5, weight: 0.5}
+merge_method: ties
+base_model: seed
+parameters: {normalize: false, int8_mask: true}
+dtype: float32
+""",
+    "examples/gradient-slerp.yml": """
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 40]}
+      - {model: b, layer_range: [0, 40]}
+merge_method: slerp
+base_model: a
+parameters:
+  t:
+    - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+    - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+    - value: 0.5
+dtype: float32
+""",
+    "examples/linear.yml": """
+models:
+  - {model: a, parameters: {weight: 1.0}}
+  - {model: b, parameters: {weight: 0.3}}
+  - {model: c, parameters: {weight: 0.5}}
+merge_method: linear
+dtype: float32
+""",
+    "examples/orcamini-platy-44layer.yml": """
+slices:
+  - sources:
+    - {model: a, layer_range: [0, 24]}
+  - sources:
+    - {model: b, layer_range: [20, 40]}
+merge_method: passthrough
+dtype: float32
+""",
+    "examples/mega.yml, the second": """
+models:
+  - model: a
+    parameters: {density: [1, 0.7, 0.1], weight: 1.0}
+  - model: b
+    parameters:
+      density: 0.33
+      weight:
+        - {filter: mlp, value: 0.5}
+        - value: 0
+merge_method: ties
+base_model: seed
+parameters: {normalize: true, int8_mask: true}
+dtype: float32
+""",
+    "examples/vlm-ties.yml, as language models": """
+models:
+  - model: a
+    parameters: {density: [1, 0.7, 0.1], weight: 1.0}
+  - model: b
+    parameters: {density: 0.5, weight: [0, 0.3, 0.7, 1]}
+merge_method: ties
+base_model: seed
+parameters: {normalize: true, int8_mask: true}
+dtype: float32
+""",
+    "examples/arcee_fusion.yml": """
+models:
+  - model: a
+  - model: b
+merge_method: arcee_fusion
+base_model: a
+dtype: float32
+""",
+    "examples/gpt2-small.yml, of a Llama": """
+slices:
+  - sources:
+    - {model: a, layer_range: [0, 8]}
+merge_method: passthrough
+dtype: float32
+""",
+    "docs: depth up-scaling with scaled copies": """
+slices:
+  - sources:
+    - {model: a, layer_range: [0, 24]}
+  - sources:
+    - model: a
+      layer_range: [8, 40]
+      parameters:
+        scale:
+          - {filter: o_proj, value: 0.0}
+          - {filter: down_proj, value: 0.0}
+          - value: 1.0
+merge_method: passthrough
+dtype: float32
+""",
+    "docs: task arithmetic, normalised, times lambda": """
+models:
+  - {model: a, parameters: {weight: 0.8}}
+  - {model: b, parameters: {weight: [0.1, 0.9]}}
+merge_method: task_arithmetic
+base_model: seed
+parameters: {normalize: true, lambda: 1.5}
+dtype: float32
+""",
+    "docs: breadcrumbs with settings of each model": """
+models:
+  - {model: a, parameters: {weight: 0.8, density: 0.7, gamma: 0.05}}
+  - {model: b, parameters: {weight: 0.5, density: 0.4, gamma: 0.01}}
+merge_method: breadcrumbs
+base_model: seed
+dtype: float32
+""",
+    "docs: nearswap": """
+models: [{model: a}]
+merge_method: nearswap
+base_model: seed
+parameters: {t: 0.01}
+dtype: float32
+""",
+    "docs: RAM+": """
+models: [{model: a}, {model: b}]
+merge_method: ramplus_tl
+base_model: seed
+parameters: {epsilon: 1e-2, r: 0.3}
+dtype: float32
+""",
+    "docs: SCE": """
+models: [{model: a}, {model: b}]
+merge_method: sce
+base_model: seed
+parameters: {select_topk: 0.5}
+dtype: float32
+""",
+    "docs: Karcher mean": """
+models: [{model: a}, {model: b}, {model: c}]
+merge_method: karcher
+dtype: float32
+""",
+}
+"""Configurations that give mergekit's own weights."""
+
+NEARLY = {
+    "docs: nuslerp, two slices": """
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 10], parameters: {weight: [0, 1]}}
+      - {model: b, layer_range: [0, 10], parameters: {weight: [1, 0]}}
+  - sources:
+      - {model: a, layer_range: [30, 40], parameters: {weight: 0.3}}
+      - {model: b, layer_range: [30, 40], parameters: {weight: 0.7}}
+merge_method: nuslerp
+dtype: float32
+""",
+    "docs: model stock": """
+models: [{model: a}, {model: b}, {model: c}]
+merge_method: model_stock
+base_model: seed
+dtype: float32
+""",
+}
+"""Configurations whose definitions differ in cases that the word names: here equal for matrices,
+or not at all."""
+
+RUNS = {
+    "docs: DARE with TIES": ("dare_ties", "drawn otherwise"),
+    "docs: DARE": ("dare_linear", "drawn otherwise"),
+    "docs: DELLA": ("della", "drawn otherwise"),
+}
+REFUSED = {
+    "examples/ties.yml": ({"merge_method": "ranked_ties"}, "the nearest is ties"),
+    "examples/cabs.yml": ({"merge_method": "cabs"}, "the nearest is breadcrumbs_ties"),
+    "examples/zipit.yml": ({"merge_method": "zipit"}, "a recipe with `align`"),
+    "examples/whisper": ({"merge_method": "encoder_decoder_weighted"}, "coefficients by pattern"),
+    "docs/moe.md": ({"merge_method": "moe"}, "larger than its parts"),
+    "a typing error": ({"merge_method": "tise"}, "did you mean 'ties'"),
+    "no method": ({"merge_method": None}, "merge_method is missing"),
+    "modules": ({"modules": {"text": {}}, "models": None}, "--kept vision_tower"),
+    "models and slices": ({"slices": [{}]}, "exactly one of models, slices, modules"),
+    "a setting of another": ({"parameters": {"gamma": 0.1}}, "gamma: ties has none"),
+    "a setting misspelt": ({"parameters": {"desnity": 0.1}}, "did you mean 'density'"),
+    "rescaled trims": ({"parameters": {"rescale": True}}, "dare_ties comes nearest"),
+    "no weight": ({"models": [{"model": "a"}, {"model": "b"}]}, "weight is missing"),
+    "no number": ({"parameters": {"lambda": "much"}}, "lambda|scale"),
+    "a name alone": ({"models": ["a"]}, "each model is"),
+    "tokenizer of the second": ({"tokenizer_source": "b"}, "list the model first"),
+    "both tokenizers": (
+        {"tokenizer_source": "union", "tokenizer": {"source": "base"}},
+        "not both",
+    ),
+    "a template by name": ({"chat_template": "chatml"}, "is a file of mergekit's"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("mergekit")
+    result = {}
+    for seed, name in enumerate(("seed", "a", "b", "c")):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=LAYERS))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise, alpha=0.02 * (seed > 0))
+        result[name] = multimodal.saved(model, folder / name)
+    return result
+
+
+def placed(text: str, folders) -> dict:
+    """A configuration with the tiny models' folders."""
+    names = re.compile(r"(model|base_model): (seed|a|b|c)\b")
+    return yaml.safe_load(names.sub(lambda m: f"{m[1]}: {folders[m[2]]}", text))
+
+
+def theirs(config: dict, output: Path) -> dict[str, torch.Tensor]:
+    config_module = pytest.importorskip("mergekit.config")
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    run_merge(
+        config_module.MergeConfiguration.model_validate(config),
+        str(output),
+        MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True),
+    )
+    return load_weights(output)
+
+
+DEFAULT = {
+    "examples/gradient-slerp.yml", "examples/orcamini-platy-44layer.yml",
+    "examples/mega.yml, the second", "docs: task arithmetic, normalised, times lambda",
+    "docs: depth up-scaling with scaled copies",
+}  # fmt: skip
+"""Those that are not slow: half a second each, of which most is mergekit's."""
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in EQUAL]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_equal_to_mergekits_own_output(name, folders, tmp_path):
+    config = placed(EQUAL[name], folders)
+    translation = merge_request(config, tmp_path / "ours")
+    run_plan(plan_merge(translation.request))
+    ours, expected = load_weights(tmp_path / "ours"), theirs(config, tmp_path / "theirs")
+    assert ours.keys() == expected.keys()
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, expected[key], atol=3e-6, rtol=3e-6, msg=key)
+    layers = [
+        json.loads((tmp_path / n / "config.json").read_text())["num_hidden_layers"]
+        for n in ("ours", "theirs")
+    ]
+    assert layers[0] == layers[1]
+    assert any("int8_mask" in n for n in translation.notes) == ("int8_mask" in EQUAL[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEARLY)
+@pytest.mark.filterwarnings("ignore")
+def test_equal_but_for_what_is_said(name, folders, tmp_path):
+    """Parallel norms of nuslerp; opposed task vectors of model stock."""
+    config = placed(NEARLY[name], folders)
+    translation = merge_request(config, tmp_path / "ours")
+    run_plan(plan_merge(translation.request))
+    ours, expected = load_weights(tmp_path / "ours"), theirs(config, tmp_path / "theirs")
+    assert ours.keys() == expected.keys()
+    (word,) = (note for note in translation.notes if "not mergekit's numbers" in note)
+    if "nuslerp" in name:
+        assert "parallel" in word
+        matrices = [key for key in ours if ours[key].ndim == 2]
+        close = [torch.allclose(ours[k], expected[k], atol=1e-4) for k in matrices]
+        assert all(close)
+    else:
+        assert "oppose" in word
+
+
+TWO = """
+models:
+  - {model: a, parameters: {weight: 0.5, density: 0.6}}
+  - {model: b, parameters: {weight: 0.5, density: 0.4}}
+merge_method: ties
+base_model: seed
+"""
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_with_a_word_where_definitions_differ(name, folders, tmp_path):
+    method, word = RUNS[name]
+    config = placed(TWO, folders) | {"merge_method": method}
+    translation = merge_request(config, tmp_path / "out")
+    assert any(word in note for note in translation.notes)
+    plan = plan_merge(translation.request)
+    assert plan.settings.name == method
+    assert plan.settings.patterned["lm_head.weight"]["density"] == (0.6, 0.4)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_what_comes_nearest(name, folders, tmp_path):
+    changed, message = REFUSED[name]
+    config = {k: v for k, v in (placed(TWO, folders) | changed).items() if v is not None}
+    for entry in config.get("models") or []:
+        if isinstance(entry, dict) and entry["model"] in folders:
+            entry["model"] = str(folders[entry["model"]])
+    with pytest.raises(MergeError, match=message):
+        plan_merge(merge_request(config, tmp_path / "out").request)
+
+
+def test_the_command(folders, tmp_path):
+    file = tmp_path / "config.yml"
+    file.write_text(yaml.safe_dump(placed(EQUAL["examples/linear.yml"], folders)))
+    shown = CliRunner().invoke(app, ["mergekit", str(file), str(tmp_path / "out"), "--plan"])
+    assert shown.exit_code == 0, shown.output
+    assert "method   linear" in shown.output
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, ["mergekit", str(file), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("merge_method: linear\n---\nmerge_method: ties\n", "2 configurations in one file"),
+        ("models: [", "while parsing"),
+        ("", "0 configurations"),
+    ],
+)
+def test_a_file_that_is_no_configuration(text, message, tmp_path):
+    file = tmp_path / "config.yml"
+    file.write_text(text)
+    done = CliRunner().invoke(app, ["mergekit", str(file), str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert message in done.output

@@ -36,7 +36,7 @@ sweep: $(READY) ## RECIPE with many settings: ARGS='merge.result=interpolation,r
 serve: $(READY) ## a local Prefect server on which RECIPE runs every night and promotion follows
 	@python -m flows.serve '$(RECIPE)' $(ARGS)
 
-ui: $(READY) ## the pages of Prefect and MLflow side by side
+ui: $(READY) ## a page of all recipes and results, with those of Prefect and MLflow
 	@python -m flows.ui $(ARGS)
 
 docs: $(READY) ## build the site into site/; a broken link or an unexplained name stops it

@@ -1,4 +1,4 @@
-"""`make ui`: the pages of Prefect and MLflow side by side, until Ctrl-C.
+"""`make ui`: a page of all recipes, and those of Prefect and MLflow, until Ctrl-C.
 
     python -m flows.ui --prefect-port 4200 --mlflow-port 5000
 
@@ -26,6 +26,7 @@ from flows.workspace import complain, end_as_ctrl_c
 from tasks.registry.reach import uri
 from tasks.registry.secrets import without_secrets
 from tasks.registry.tracking import connect
+from tasks.reports.index import write_index
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +69,7 @@ def show(prefect_port: int, mlflow_port: int) -> None:
             without_secrets(tracking) if elsewhere else f"http://{HOST}:{mlflow_port}",
         )
         print(f"Prefect: {pages[0]}    MLflow: {pages[1]}", flush=True)
+        print(f"Recipes: {write_index(*pages)}", flush=True)
         if servers:
             print("Stop: Ctrl-C", flush=True)
             until_one_ends(*servers)

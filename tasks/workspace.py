@@ -17,6 +17,7 @@ reports/<recipe>/                   evaluate: metrics.json table.md report.html 
 ```
 """
 
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,3 +116,17 @@ class Workspace:
     def work(self, stage: str) -> Path:
         """Files that an interrupted stage resumes from; they are no output."""
         return STATE / stage / self.recipe
+
+
+def revision() -> str | None:
+    """The commit, `+changes` behind it where tracked files differ; None without git."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        changes = _git("status", "--porcelain", "--untracked-files=no").strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+changes" if changes else commit
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout

@@ -38,6 +38,7 @@ from tasks.experts.shared.alignment import aligned
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import ExpertsRecipe
 from tasks.reports import tables, writer
+from tasks.reports.origin import with_origin
 from tasks.storage import read_json, sha256
 from tasks.workers import num_cores
 from tasks.workers.together import agree, join
@@ -291,5 +292,5 @@ def main(recipe: ExpertsRecipe) -> None:
         )
     results = evaluate(recipe, processes)
     if results is not None:
-        writer.write(build(results), recipe.workspace.reports)
+        writer.write(with_origin(build(results), recipe), recipe.workspace.reports)
         tables.show(recipe.name)

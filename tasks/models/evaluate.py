@@ -53,6 +53,8 @@ from tasks.models.shared.jobs import (
 from tasks.recipe.models import ModelsRecipe
 from tasks.reports import report as reports
 from tasks.reports import tables, writer
+from tasks.reports.origin import with_origin
+from tasks.storage import read_json
 from tasks.workers.together import join
 
 NORM_EXAMPLES = 256  # of the calibration data, for batch norms along paths and on planes
@@ -72,7 +74,7 @@ def main(recipe: ModelsRecipe) -> None:
             from tasks.models.report.benchmarks import with_benchmarks
 
             report = with_benchmarks(report, recipe, measure_all(recipe))
-        writer.write(report, recipe.workspace.reports)
+        writer.write(with_origin(report, recipe), recipe.workspace.reports)
         tables.show(recipe.name)
 
 
@@ -111,7 +113,8 @@ def _evaluate_streamed(recipe: ModelsRecipe) -> reports.Report:
         prefix = f"{job.name}: " if len(planned) > 1 else ""
         for pair, of_pair in stored_distances(job):
             measured[f"{prefix}{pair}"] = of_pair
-    return build_distances(recipe.name, measured, recipe.workspace.merged)
+    choice = read_json(recipe.workspace.choice)
+    return build_distances(recipe.name, measured, recipe.workspace.merged, choice)
 
 
 def stored_distances(job: Job) -> Iterator[tuple[str, ModelDistances]]:

@@ -11,7 +11,6 @@ not registered again.
 import hashlib
 import json
 import re
-import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,7 @@ from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.section import ParamsError
 from tasks.registry import tracking
 from tasks.registry.held import KEY
-from tasks.workspace import LOCK_FILE, Workspace
+from tasks.workspace import LOCK_FILE, Workspace, revision
 
 CHALLENGER = "challenger"
 CIRCUMSTANCES = ("git", "dvc_lock")  # of the lineage: equal results may differ in them
@@ -79,7 +78,7 @@ def find_lineage(recipe: Recipe) -> dict[str, Any]:
         "data": find_data(recipe),
         "metrics": storage.sha256(workspace.metrics),
         "params": storage.sha256(workspace.params),
-        "git": git_revision(),
+        "git": revision(),
         "dvc_lock": storage.sha256(LOCK_FILE) if LOCK_FILE.is_file() else None,
     }
 
@@ -120,20 +119,6 @@ def find_parents(workspace: Workspace) -> dict[str, dict[str, str]]:
         }
         for path in sorted(workspace.checkpoints.glob("*/manifest.json"))
     }
-
-
-def git_revision() -> str | None:
-    """The commit, `+changes` behind it where tracked files differ; None without git."""
-    try:
-        commit = _git("rev-parse", "HEAD").strip()
-        changes = _git("status", "--porcelain", "--untracked-files=no").strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}+changes" if changes else commit
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -7,17 +7,34 @@ from tasks.reports.report import Grid, Part
 
 
 def parts(account: Mapping[str, Any]) -> Sequence[Part]:
-    """What a report says of the choice: a sentence, and where arms were compared a table."""
+    """What a report says of the choice: which arm to use, and where arms were compared a table."""
     sentence = f"The result is {account['arm']}: {account['reason']}."
     if "gains" not in account:
-        return [f"{sentence} It was not compared with simpler arms (merge.candidates)."]
+        return [
+            f"{sentence} It was not compared with simpler arms. Name some (merge.candidates), and "
+            "held-out data will say whether it is worth its price; or measure it on examples of "
+            "your own before you rely on it."
+        ]
     return [
-        sentence,
+        f"{sentence} {advice(account)}",
         "A more involved arm replaces a simpler one if some measure rises by more than "
         f"{account['num_errors']:g} standard errors of the paired difference, and none falls by "
         "as much; explained variance alone decides nothing.",
         grid(account),
     ]
+
+
+def advice(account: Mapping[str, Any]) -> str:
+    """Which arm to use, in plain words."""
+    arm, favoured, data = account["arm"], account["favoured"], account["data"]
+    if arm != favoured:
+        return (
+            f"On {data} {favoured} does better. Use that one (merge.result: {favoured}), unless "
+            "you know more than these data do."
+        )
+    if arm == account["candidates"][0]:
+        return f"Use it: on {data} no more involved arm is clearly better."
+    return f"Use it: on {data} it is clearly better than every simpler arm."
 
 
 def grid(account: Mapping[str, Any]) -> Grid:

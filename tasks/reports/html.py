@@ -55,6 +55,7 @@ img.map { border: 1px solid var(--frame); } img.right { border-color: #2e9e5b; }
 .fact { flex: 1 1 15rem; border-left: 4px solid var(--accent); padding: .2rem .8rem; }
 .fact b { font-size: 1.7rem; display: block; } .yes { color: var(--yes); } .no { color: var(--no); }
 code { font-size: 13px; word-break: break-all; }
+a { color: var(--accent); }
 """
 
 
@@ -100,6 +101,11 @@ def element(tag: str, *parts: str, style: str = "") -> Markup:
     """An element around text or HTML."""
     opening = f'<{tag} class="{escape(style)}">' if style else f"<{tag}>"
     return Markup(f"{opening}{''.join(map(text, parts))}</{tag}>")
+
+
+def link(address: str, words: str) -> Markup:
+    """Words that lead somewhere; nothing is loaded before somebody follows them."""
+    return Markup(f'<a href="{escape(address)}">{text(words)}</a>')
 
 
 def table(grid: Grid) -> Markup:

@@ -19,6 +19,8 @@ from tasks.reports import choice
 from tasks.reports.html import element
 from tasks.reports.report import Markup, Part, Report, Section
 
+FEWEST_SETS = 3  # of experts, for a look at whether distance and score go together
+
 
 def build(results: Results) -> Report:
     """The report of an evaluation of experts."""
@@ -100,8 +102,10 @@ def _headline(number: str, meaning: str) -> Markup:
 
 
 def distances(results: Results) -> list[Part]:
-    """Distances of the experts beside the scores of their merges."""
+    """Distances of the experts beside the scores of their merges; none of too few to compare."""
     num_sets = len({(row.checkpoint, row.aligned) for row in results.distances})
+    if num_sets < FEWEST_SETS:
+        return []
     return [
         "Distances between the matrices of the vision and the language experts that are merged, "
         f"beside the R@1 of their merge. There are only {num_sets} sets of experts here: this "

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from alloy.errors import CheckpointError
 from alloy.measures.distances import Distances, ModelDistances
 from alloy.merging.apply import layer_of
 from tasks.evaluation.loading import load_config, model_class
+from tasks.reports import choice
 from tasks.reports.charts import without_frame
 from tasks.reports.report import Chart, Grid, Report, Section
 
@@ -33,8 +35,13 @@ class LayerRow:
     tssd: float
 
 
-def build(recipe: str, distances: Mapping[str, ModelDistances], model: Path) -> Report:
-    """Distances by pair, over all weights and by layer, in the order of a model's checkpoint."""
+def build(
+    recipe: str,
+    distances: Mapping[str, ModelDistances],
+    model: Path,
+    account: Mapping[str, Any],
+) -> Report:
+    """The arm and why; distances by pair, over all weights and by layer, in a model's order."""
     over_all = Grid(
         "Distances over all weights",
         ["models", *MEASURES],
@@ -52,7 +59,8 @@ def build(recipe: str, distances: Mapping[str, ModelDistances], model: Path) -> 
         recipe=recipe,
         title=f"{recipe}: what was merged, and how far apart it was",
         sections=[
-            Section("", [over_all]),
+            Section("Why this arm", choice.parts(account)),
+            Section("How far apart everything is", [over_all]),
             Section("Layer by layer", [chart, f"The layers: {', '.join(layers)}"]),
         ],
         tables=[over_all],

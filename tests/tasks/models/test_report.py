@@ -41,10 +41,12 @@ def test_layers_of_an_unknown_architecture_are_counted(tmp_path):
 def test_distances_by_layer_are_in_the_page_and_as_rows(checkpoint):
     ones = {f"b.{i}.weight": torch.ones(2, 2) for i in (10, 2)}
     twos = {name: 2 * tensor for name, tensor in ones.items()}
-    report = distances.build("toy", {"x - y": distance(ones, twos)}, checkpoint)
+    report = distances.build(
+        "toy", {"x - y": distance(ones, twos)}, checkpoint, {"arm": "mine", "reason": "named"}
+    )
     assert report.metrics["x - y"]["l2"] == pytest.approx(8**0.5)
     assert [row.layer for row in report.rows["distances"]] == ["b.10", "b.2"]
-    assert "b.2, b.10" in report.sections[1].parts[1]
+    assert "b.2, b.10" in report.sections[2].parts[1]
     assert report.tables[0].rows[0][:2] == ["x - y", f"{8**0.5:.4f}"]
 
 

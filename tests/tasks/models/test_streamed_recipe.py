@@ -20,6 +20,7 @@ from tasks.recipe.load import load, load_models
 from tasks.recipe.section import ParamsError
 from tasks.registry import register, tracking
 from tasks.sources import fetch
+from tests.tasks.reports.pages import Page
 
 RECIPE = {
     "kind": "models",
@@ -90,6 +91,10 @@ def test_two_checkpoints_become_one_that_transformers_loads(workspace, capsys) -
     assert f"{far:.4f}" in capsys.readouterr().out
     assert far == pytest.approx(3 * near, rel=1e-3)
     assert (workspace / "reports/mine/plots/distances.png").is_file()
+    page = Page((workspace / "reports/mine/report.html").read_text())
+    assert "weighted: method linear, coefficients [0.25, 0.75]" in page.text
+    assert "given/a at revision" in page.text
+    assert "../../models/mine/merged" in page.loaded
     assert not list((workspace / "models").rglob("*.incomplete"))
     assert not (workspace / ".alloy/merge").exists() or not any(Path(".alloy/merge").iterdir())
 

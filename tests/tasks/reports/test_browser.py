@@ -1,10 +1,11 @@
 """A report in a browser: nothing sticks out, nothing fails, and dark mode is dark.
 
-Runs where there is a Chromium (Debian's package `chromium`).
+Runs where there is a Chromium (Debian's package `chromium`, or Google's Chrome).
 """
 
 import json
 import re
+import runpy
 import shutil
 import subprocess
 from html import escape, unescape
@@ -19,9 +20,12 @@ from tasks.reports.html import element, picture
 from tasks.reports.report import Chart, Grid, Markup, Report, Section
 from tasks.reports.writer import write
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 SECONDS = 60
 PHONE, DESK = 360, 1440
+REPOSITORY = Path(__file__).parents[3]
+SCREENSHOTS = REPOSITORY / ".pytest_cache" / "screenshots"
 
 pytestmark = [
     pytest.mark.slow,
@@ -110,6 +114,22 @@ def test_nothing_sticks_out_and_nothing_fails(page, tmp_path, width):
     assert measured["page"] <= measured["screen"] <= width
     if width == PHONE:
         assert measured["scrolling"] == 3
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_a_real_page_fits_and_is_kept_as_a_picture(tmp_path, width):
+    """The page of a recipe that was run; its screenshot stays in .pytest_cache/screenshots."""
+    recipe = runpy.run_path(str(REPOSITORY / "examples/recipe.py"))
+    page = recipe["main"](tmp_path / "recipe")
+    measured, console = look(page.read_text(), tmp_path, width)
+    assert console == ""
+    assert measured["broken"] == 0
+    assert measured["page"] <= measured["screen"] <= width
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    picture = SCREENSHOTS / f"report_{width}.png"
+    picture.unlink(missing_ok=True)
+    look(page.read_text(), tmp_path, width, f"--screenshot={picture}")
+    assert picture.stat().st_size > 10_000
 
 
 def test_the_reader_chooses_between_light_and_dark(page, tmp_path):

@@ -1,0 +1,68 @@
+"""The origin of a result, for its page: method, members, commit, date, and where it lies now."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from tasks.recipe.load import Recipe
+from tasks.reports.html import element, link
+from tasks.reports.report import Grid, Report, Section
+from tasks.storage import read_json
+from tasks.workspace import revision
+
+HEADING = "What the result was made from"
+MLFLOW = "http://127.0.0.1:5000"  # where `make ui` shows it
+
+
+def with_origin(report: Report, recipe: Recipe) -> Report:
+    """The report with a section on the result's origin, behind all others but warnings."""
+    origin = Section(HEADING, [Grid("", ["", ""], list(rows(recipe)), numbers=False)])
+    warnings = [section for section in report.sections if section.heading == "Warnings"]
+    others = [section for section in report.sections if section not in warnings]
+    return replace(report, sections=[*others, origin, *warnings])
+
+
+def rows(recipe: Recipe) -> Iterator[list[str]]:
+    """A line for each thing to know about the result: its name, and what it is."""
+    workspace = recipe.workspace
+    folder = workspace.result(recipe.registration.model)
+    arm = read_json(workspace.choice)["arm"]
+    yield ["model", link(f"../../{folder}", str(folder))]
+    yield ["arm", f"{arm}: {settings(recipe, arm)}"]
+    for path in sorted(workspace.checkpoints.glob("*/manifest.json")):
+        manifest = read_json(path)
+        yield [path.parent.name, f"{manifest['source']} at revision {manifest['revision']}"]
+    yield ["recipe", link(f"../../{workspace.params}", str(workspace.params))]
+    yield ["command", element("code", f"make merge RECIPE={recipe.name}")]
+    yield ["commit", revision() or "unknown: there is no git repository"]
+    yield ["date", f"{datetime.now(UTC):%Y-%m-%d}"]
+    name = recipe.registration.name
+    page = link(f"{mlflow_pages()}/#/models/{name}", f"the versions of {name} in MLflow")
+    yield ["registered as", element("span", page, "; make ui shows local ones")]
+
+
+def settings(recipe: Recipe, arm: str) -> str:
+    """What a recipe says of an arm beyond the defaults: method, base, coefficients, options."""
+    entry = recipe.merge.arms[arm]
+    given = entry.model_dump(exclude_defaults=True)
+    return ", ".join(_leaves(given))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name} {value}"
+
+
+def mlflow_pages() -> str:
+    """The address of MLflow's pages, without what may be secret in it."""
+    address = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if address.scheme not in ("http", "https") or not address.hostname:
+        return MLFLOW
+    port = f":{address.port}" if address.port else ""
+    return f"{address.scheme}://{address.hostname}{port}{address.path.rstrip('/')}"

@@ -10,7 +10,7 @@ import yaml
 
 from alloy.checkpoint import plan_merge
 from alloy.cli.merging import carry_out
-from alloy.cli.places import local
+from alloy.cli.places import local, on_hub
 from alloy.cli.wording import refusals
 from alloy.errors import MergeError
 from alloy.mergekit import merge_request
@@ -37,7 +37,7 @@ def mergekit(
     What has no counterpart here is refused by name, with what comes nearest.
     """
     with refusals("mergekit"):
-        translation = merge_request(_read(config), output, locate=local)
+        translation = merge_request(_read(config), output, locate=lambda name: local(on_hub(name)))
         planned = plan_merge(translation.request)
         for note in translation.notes:
             typer.echo(f"note: {note}")

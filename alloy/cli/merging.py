@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from alloy.checkpoint import MergePlan, MergeRequest, plan_merge, run_plan
 from alloy.checkpoint.checks.groups import GROUPS
+from alloy.cli.places import is_remote, named, placed
 from alloy.cli.wording import in_options, refusals
 from alloy.errors import MergeError
 from alloy.merging import MERGE_METHODS
@@ -56,13 +57,14 @@ Sources = Annotated[
     typer.Argument(
         metavar="[NAME=]SOURCE...",
         help="The checkpoints, in order: folders with config.json and safetensors, safetensors "
-        "files, or BASE+ADAPTER, an adapter of PEFT on its base. The first one's names, order, "
+        "files, BASE+ADAPTER, an adapter of PEFT on its base; in a checkout also hf://org/name@"
+        "revision, s3://bucket/prefix, mlflow:models/NAME@alias. The first one's names, order, "
         "sharding, config and tokenizer are the result's.",
         show_default=False,
     ),
 ]
 Base = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         help="The checkpoint that the sources were trained from, for methods with task vectors."
     ),
@@ -208,8 +210,17 @@ def merge(
             plan,
             threads=threads,
             hash_sources=hash_sources,
+            trust_manifests=all(
+                is_remote(s) for s in (*_places(sources), *([base] if base else []))
+            ),
             command=shlex.join(["alloy", *sys.argv[1:]]),
         )
+
+
+def _places(sources: Sequence[str]) -> list[str]:
+    """The sources without their names."""
+    given = named_sources(sources)
+    return list(given.values()) if isinstance(given, Mapping) else list(given)
 
 
 def carry_out(
@@ -217,6 +228,7 @@ def carry_out(
     *,
     threads: int | None = None,
     hash_sources: bool = False,
+    trust_manifests: bool = False,
     command: str | None = None,
 ) -> None:
     """Run a plan with a bar, and say what was noted and written."""
@@ -237,7 +249,12 @@ def carry_out(
 
     with bar:
         report = run_plan(
-            plan, threads=threads, hash_sources=hash_sources, command=command, on_bytes=advance
+            plan,
+            threads=threads,
+            hash_sources=hash_sources,
+            trust_manifests=trust_manifests,
+            command=command,
+            on_bytes=advance,
         )
     for note in report.notes:
         typer.echo(f"note: {in_options(note)}")
@@ -290,7 +307,7 @@ def _request(
     method: str,
     output: Path,
     sources: Sequence[str],
-    base: Path | None,
+    base: str | None,
     coefficients: Sequence[str] | None,
     options: Sequence[str] | None,
     statistics: Sequence[str] | None,
@@ -316,9 +333,9 @@ def _request(
         )
     return MergeRequest(
         method,
-        named_sources(sources),
+        _here(named(named_sources(sources))),
         output,
-        base=base,
+        base=None if base is None else placed(base),
         coefficients=rows_of(coefficients or ()),
         statistics=key_values(statistics or (), "--statistics", "NAME=FILE", Path) or None,
         dtype=dtype,
@@ -336,6 +353,13 @@ def _request(
         allow=allow or (),
         options=key_values(options or (), "--set", "OPTION=VALUE", json_value),
     )
+
+
+def _here(sources: Mapping[str, str] | Sequence[str]) -> dict[str, str] | list[str]:
+    """Sources on this disk, brought where they lie elsewhere."""
+    if isinstance(sources, Mapping):
+        return {name: placed(source) for name, source in sources.items()}
+    return [placed(source) for source in sources]
 
 
 def named_sources(given: Sequence[str]) -> list[str] | dict[str, str]:

@@ -1,8 +1,91 @@
-"""Where a source lies: a folder, or what the pipeline's fetch brings from a hub or a bucket."""
+"""Where the sources of a command lie: on this disk, or where the pipeline's fetch brings them from.
 
+The library transports nothing. In a checkout `tasks.recipe.cli` registers the fetch stage's own
+code, which brings `hf://`, `s3://` and `mlflow:` sources into a cache, verified.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from alloy.errors import MergeError
 
-def local(source: str) -> Path:
-    """The folder of a source."""
-    return Path(source)
+Bring = Callable[[str, str | None], Path]
+"""Gives the folder of a source; of an adapter, given the base that it goes on."""
+
+_REMOTE = re.compile(r"(hf|s3)://|mlflow:")
+_bring: Bring | None = None
+
+
+def bring_by(bring: Bring) -> None:
+    """Bring sources of other places by this function."""
+    global _bring
+    _bring = bring
+
+
+def is_remote(source: str) -> bool:
+    """True for a source that is brought from another place."""
+    return _REMOTE.match(source) is not None
+
+
+def local(source: str, on: str | None = None) -> Path:
+    """The folder of a source, which is brought here where it lies elsewhere.
+
+    Args:
+        source: a path, `hf://org/name@revision`, `s3://bucket/prefix` or
+            `mlflow:models/NAME@alias`.
+        on: the base of an adapter.
+
+    Raises:
+        MergeError: another place, and no fetch to bring it; CheckpointError: it cannot be brought.
+    """
+    if not is_remote(source):
+        return Path(source)
+    if _bring is None:
+        raise MergeError(
+            f"{source}: this installation of alloy brings nothing from other places; a checkout of "
+            "the project does, or download it first (`hf download`, `aws s3 sync`)"
+        )
+    return _bring(source, on)
+
+
+def on_hub(name: str) -> str:
+    """A model as mergekit names it: `org/name` is one of a hub where there is no such folder."""
+    if Path(name).exists() or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) is None:
+        return name
+    return f"hf://{name}"
+
+
+def placed(source: str) -> str:
+    """A source with all of its parts here: `base+adapter` has two."""
+    if not _REMOTE.search(source):
+        if "://" in source and not Path(source).exists():
+            raise MergeError(
+                f"{source}: write hf://org/name@revision, s3://bucket/prefix, "
+                "mlflow:models/NAME@alias or a path"
+            )
+        return source
+    base, plus, adapter = _parts(source)
+    if not plus:
+        return str(local(source))
+    return f"{local(base)}+{local(adapter, base)}"
+
+
+def _parts(source: str) -> tuple[str, str, str]:
+    """A base and an adapter; a plus that is no end of a part's name belongs to it."""
+    match = re.match(r"(.+?)\+((?:(?:hf|s3)://|mlflow:|[./]).*|[^+]+)$", source)
+    return (match[1], "+", match[2]) if match else (source, "", "")
+
+
+def named(sources: Sequence[str] | Mapping[str, str]) -> dict[str, str] | list[str]:
+    """Sources by name: those that were named, or where any is brought the last words of each."""
+    if isinstance(sources, Mapping):
+        return dict(sources)
+    if not any(_REMOTE.search(source) for source in sources):
+        return list(sources)
+    result: dict[str, str] = {}
+    for source in sources:
+        word = re.split(r"@|(?<=\w)/(?=\d+$)", source.rstrip("/"))[0].rpartition("/")[2] or source
+        same = sum(name == word or name.startswith(f"{word}#") for name in result)
+        result[f"{word}#{same + 1}" if same else word] = source
+    return result

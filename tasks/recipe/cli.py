@@ -8,15 +8,24 @@ from typing import Annotated
 
 import typer
 
+from alloy.cli import places
+
 NEW_EXAMPLE = "Example: `alloy new mine --members hf://org/a s3://bucket/b`"
 
 PUSH_EXAMPLE = "Example: `alloy push models/mine/merged hf://org/name`, then the same with `--yes`"
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add the commands that need recipes."""
+    """Add the commands that need recipes, and bring the sources of all others by fetch's code."""
+    places.bring_by(_bring)
     app.command("new", epilog=NEW_EXAMPLE, no_args_is_help=True)(new)
     app.command("push", epilog=PUSH_EXAMPLE, no_args_is_help=True)(push)
+
+
+def _bring(source: str, on: str | None) -> Path:
+    from tasks.sources.cache import cached
+
+    return cached(source, on)
 
 
 def new(

@@ -66,6 +66,27 @@ def fetch(recipe: Recipe, snapshots: Mapping[str, Snapshot]) -> None:
     print(f"fetched {len(snapshots)} checkpoints: {num_bytes:,} bytes moved into {folder}")
 
 
+def bring(source: str, folder: Path, *, on: str | None = None) -> Path:
+    """One source of no recipe, verified, in a folder; what is there and unchanged is not moved.
+
+    Args:
+        on: the base of an adapter.
+
+    Raises:
+        as `fetch` and `resolve`.
+    """
+    wanted = CheckpointParams.model_construct(source=source, base=on, revision=None, sha256={})
+    snapshot = _snapshot(wanted, folder)
+    if not _stands(folder, snapshot, wanted):
+        incoming = folder.with_name(f"{folder.name}.incoming")
+        incoming.mkdir(parents=True, exist_ok=True)
+        _bring(snapshot, incoming, wanted, None)
+        _put(incoming / "files", folder)
+        shutil.rmtree(incoming)
+        print(f"{source}: {snapshot.revision}, {sum(f.size for f in snapshot.files):,} bytes")
+    return folder
+
+
 def main(recipe: Recipe, check: bool = False) -> None:
     snapshots = resolve(recipe)
     if check:

@@ -1,7 +1,7 @@
 """Print the tables of a recipe's last evaluation.
 
-    python -m tasks.reports RECIPE             # on the terminal
-    python -m tasks.reports RECIPE --readme    # and put them into README.md, between its marks
+    python -m tasks.reports RECIPE              # on the terminal
+    python -m tasks.reports RECIPE --publish    # and put them into docs/results.md
 
 The page with charts and examples is reports/<recipe>/report.html.
 """
@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from tasks.recipe.load import read
-from tasks.reports import readme, tables
+from tasks.reports import tables
+from tasks.reports.publish import publish
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,13 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="a recipe of params/recipes.yaml")
-    parser.add_argument("--readme", action="store_true", help="also put the tables into README.md")
+    parser.add_argument("--publish", action="store_true", help="also put them into docs/results.md")
     given = parser.parse_args(arguments)
     try:
         read(given.recipe)  # refuses a recipe that does not exist
         tables.show(given.recipe)
-        if given.readme:
-            readme.write_readme(given.recipe)
+        if given.publish:
+            publish(given.recipe)
     except (ValueError, OSError) as error:
         sys.exit(f"reports: {error}")
 

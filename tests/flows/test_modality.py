@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.reports.readme import write_readme
+from tasks.reports.publish import publish
 from tests.flows.conftest import Workspace, cpu_seconds
 
 STAGES = [
@@ -130,20 +130,20 @@ def test_two_processes_share_the_stages(small_run: tuple[Workspace, str], tmp_pa
     assert len(trained) == len(set(trained)) > 0
 
 
-def test_the_readme_takes_the_results(
+def test_the_page_of_results_takes_them(
     small_run: tuple[Workspace, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`tasks.reports --readme` puts the table between its marks, twice alike, or refuses."""
+    """`tasks.reports --publish` puts the table between its marks, twice alike, or refuses."""
     workspace, _ = small_run
     monkeypatch.chdir(workspace.folder)
-    readme = tmp_path / "README.md"
-    readme.write_text(workspace.text("README.md"))
-    write_readme("modality", readme)
-    once = readme.read_text()
+    page = tmp_path / "results.md"
+    page.write_text((Path(__file__).parents[2] / "docs/results.md").read_text())
+    publish("modality", page, tmp_path)
+    once = page.read_text()
     assert workspace.text("reports/modality/table.md") in once
-    write_readme("modality", readme)
-    assert readme.read_text() == once
-    readme.write_text("nothing")
+    publish("modality", page, tmp_path)
+    assert page.read_text() == once
+    page.write_text("nothing")
     with pytest.raises(ValueError, match="expected the lines"):
-        write_readme("modality", readme)
-    assert readme.read_text() == "nothing"
+        publish("modality", page, tmp_path)
+    assert page.read_text() == "nothing"

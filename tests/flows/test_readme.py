@@ -1,19 +1,26 @@
-"""The README is true: its commands run, its links and paths exist."""
+"""README and how-to pages are true: commands run, links and paths exist, numbers have a source."""
 
+import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
+from tasks.reports.publish import END, start
 from tests.flows.conftest import REPOSITORY, Workspace, free_port
 
 README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+PAGES = ("how_to/rerun.md", "operations.md", "how_to/checkpoints.md")
+TEXT = "\n".join([README, *((REPOSITORY / "docs" / page).read_text() for page in PAGES)])
+BLOCKS = re.findall(r"^```bash\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 IDENTITY = {
     f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
 }
@@ -31,6 +38,94 @@ def test_links_and_paths_exist() -> None:
     made = {"data/", "models/", "reports/", "mlflow.db", "mlartifacts/", ".prefect/"}
     for path in [*links, *({path.strip("`") for path in paths} - made)]:
         assert (REPOSITORY / path).exists(), path
+
+
+def test_it_is_a_front_door() -> None:
+    """At most 150 lines, one command to start, and the same first lines of Python as the site."""
+    assert len(README.splitlines()) <= 150
+    block = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    (code,) = block.findall(README)
+    assert block.findall((REPOSITORY / "docs/index.md").read_text()) == [code]
+    lines = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
+    assert len(lines) <= 12
+    assert README.startswith("# Alloy: ")
+    assert "alloy-merge" in README
+
+
+def test_its_python_prints_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown = re.findall(
+        r"^```python\n(.*?)^```\n+```text\n(.*?)^```", README, re.DOTALL | re.MULTILINE
+    )[0]
+    exec(code, {})
+    assert capsys.readouterr().out == shown
+
+
+def test_its_numbers_have_a_source() -> None:
+    """Each row of the table names a command, and its numbers stand in what that command writes."""
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| `(.+?)` \|$", README, re.MULTILINE)
+    numbers = {command: (before, after) for _, before, after, command in rows}
+    tutorial = (REPOSITORY / "docs/tutorials/two_models.md").read_text()
+    before, after = numbers.pop("python examples/notebooks.py two_models")
+    assert f"barrier, as they are: {before}\nbarrier, aligned: {after}" in tutorial
+    scores = json.loads((REPOSITORY / "benchmarks/results/reports/modality.json").read_text())
+    r_at_1 = {m: f"{v['retrieval']['recall_at_1']:.1f}" for m, v in scores["test"].items()}
+    assert numbers.pop("make merge") == (r_at_1["naive"], r_at_1["gauge_naive"])
+    assert f"one model trained as a whole: {r_at_1['agnostic']}" in README
+    measured = (REPOSITORY / "benchmarks/results/merge.md").read_text()
+    seconds = dict(re.findall(r"^\| ([\w ]+) \| \d+ \| ([\d.]+) \|", measured, re.MULTILINE))
+    before, after = numbers.pop("python -m benchmarks.merge")
+    assert (f"{float(seconds['mergekit ties']):.0f}", f"{float(seconds['alloy ties']):.1f}") == (
+        before,
+        after,
+    )
+    assert numbers == {}
+
+
+def test_what_make_merge_prints_is_in_the_results() -> None:
+    """Every score of the block under `make merge` stands in a row of docs/results.md."""
+    results = (REPOSITORY / "docs/results.md").read_text()
+    block = README.partition("After fine-tuning:")[2].partition("The whole story")[0]
+    for line in re.findall(r"^(\S.*?\S)  +(\d.*)$", block, re.MULTILINE):
+        cells = " | ".join(re.split(r" {2,}", line[1].strip()))
+        assert f"| {line[0]} | {cells} |" in results
+
+
+@pytest.mark.parametrize("recipe", ["modality", "multitask"])
+def test_every_number_of_the_results_is_in_the_metrics(recipe: str) -> None:
+    """A score ± its error, rounded as the tables do, is one of the published run."""
+    page = (REPOSITORY / "docs/results.md").read_text()
+    tables = page.partition(start(recipe))[2].partition(END)[0]
+    published = json.loads((REPOSITORY / f"benchmarks/results/reports/{recipe}.json").read_text())
+    known = torch.tensor(
+        [
+            (value, values[name + error])
+            for of_model in published["test"].values()
+            for values in of_model.values()
+            for name, value in values.items()
+            for error in ("_spread", "_standard_error")
+            if name + error in values
+        ]
+    )
+    shown = set(re.findall(r"(-?[\d.]+) ± ([\d.]+)", tables))
+    assert len(shown) > 50
+    for cell in shown:
+        off = (known - torch.tensor([float(number) for number in cell])).abs().amax(1)
+        assert off.min() < 0.0501, cell
+
+
+def test_badges_say_what_pyproject_says() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert f"python-{project['requires-python'].removeprefix('>=')}%2B" in README
+    assert f"license-{project['license'].replace('-', ' ').replace(' ', '%20')}" in README
+
+
+def test_the_figure_is_what_its_script_draws(tmp_path: Path) -> None:
+    """docs/figures/merge.svg was written by docs/figures/merge.py."""
+    shutil.copy(REPOSITORY / "docs/figures/merge.py", tmp_path)
+    runpy.run_path(str(tmp_path / "merge.py"), run_name="__main__")
+    assert (tmp_path / "merge.svg").read_text() == (
+        REPOSITORY / "docs/figures/merge.svg"
+    ).read_text()
 
 
 def as_cloned(workspace: Workspace) -> Workspace:

@@ -380,9 +380,9 @@ def test_a_recipe_that_makes_no_sense_is_refused_before_the_first_stage(
         load("mine")
 
 
-def test_the_readmes_recipe_is_one(workspace) -> None:
+def test_the_recipe_of_the_documentation_is_one(workspace) -> None:
     """A newcomer copies a recipe that is accepted, to the key."""
-    text = (Path(__file__).parents[3] / "README.md").read_text()
+    text = (Path(__file__).parents[3] / "docs/how_to/checkpoints.md").read_text()
     (recipe,) = re.findall(r"```yaml\n(kind: models.*?)```", text, flags=re.DOTALL)
     Path("params/mine.yaml").write_text(recipe)
     assert load_models("mine").sets["mine"].kept == ["classifier.*"]

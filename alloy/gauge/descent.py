@@ -27,14 +27,16 @@ from alloy.symmetry.transforms import Transform, compose, rotary_matrix
 
 def turn(problem: Problem, gauge: Transformed, steps: int, *, learning_rate: float) -> Transformed:
     """Descend on J over all continuous spaces of all free models; the best iterate."""
-    layers = [transported(layer, problem.spec, gauge) for layer in problem.layers]
-    terms = [_term(layer, problem.turning, problem.ridge) for layer in layers]
+    terms = [
+        _term(transported(layer, problem.spec, gauge), problem.turning, problem.ridge)
+        for layer in problem.layers
+    ]
     skew = {
         (m, space): _no_turn(problem.spec, space)
         for m in problem.free
         for space in problem.turning
         if (m, space) not in problem.held
-        and any(m in layer.models and lies_on(space, layer) for layer in layers)
+        and any(m in layer.models and lies_on(space, layer) for layer in problem.layers)
     }
     if not skew:
         return gauge
@@ -91,14 +93,14 @@ def _turned(spec: SymmetrySpec, space: str, free: Tensor) -> Tensor:
 def _term(layer: SharedLayer, turning: Sequence[str], ridge: float) -> Callable[[Sequence], Tensor]:
     """J of one layer as a function of the models' matrices."""
     if not any(leaf.space in turning for _, leaf in leaves(layer.columns)):
-        form = quadratic_form(layer, ridge)
+        form, models, rows = quadratic_form(layer, ridge), layer.models, layer.rows
 
         def of_rows(moves: Sequence[Turns]) -> Tensor:
             total = torch.zeros((), dtype=torch.float64)
-            for i, m in enumerate(layer.models):
-                for j, n in enumerate(layer.models):
-                    left = act(form[i, :, j, :], 0, layer.rows, moves[m])
-                    total = total + act(left, 1, layer.rows, moves[n]).diagonal().sum()
+            for i, m in enumerate(models):
+                for j, n in enumerate(models):
+                    left = act(form[i, :, j, :], 0, rows, moves[m])
+                    total = total + act(left, 1, rows, moves[n]).diagonal().sum()
             return total
 
         return of_rows

@@ -137,10 +137,20 @@ NEAREST: Mapping[str, str] = {
     "zipit": "a recipe with `align`, preset zipit",
     "encoder_decoder_weighted": "linear with coefficients by pattern, '*encoder*' and '*decoder*'",
     "core_space": "`alloy adapters`",
-    "chipalign": "slerp",
+    "lrp": "ties, which keeps what is large, not what is relevant to data",
     "moe": "no method: a mixture of experts is larger than its parts",
 }
 """Methods of forks and old versions, with what comes nearest."""
+
+
+ELSEWHERE: Mapping[str, str] = {
+    "align_weights": "units are aligned by a recipe with `align`, preset zipit among others",
+    "genome": "coefficients are searched by `python -m tasks.search RECIPE ARM ...`",
+    "metric_method": "models are compared by `alloy distance`",
+    "gate_mode": "a mixture of experts is larger than its parts; no method here makes one",
+    "experts": "a mixture of experts is larger than its parts; no method here makes one",
+}
+"""Keys of configurations that are no merges, with what does that here."""
 
 
 def finished(peer: Peer, values: dict[str, Any]) -> dict[str, Any]:

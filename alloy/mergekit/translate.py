@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint import MergeRequest, open_source
-from alloy.checkpoint.checks.slices import is_before, layer_of, num_layers, stack_of
+from alloy.checkpoint.checks.slices import is_before, layer_of, stack_of
 from alloy.checkpoint.format import Checkpoint
 from alloy.errors import MergeError, nearest
-from alloy.mergekit.methods import NEAREST, PEERS, Peer, finished
+from alloy.mergekit.methods import ELSEWHERE, NEAREST, PEERS, Peer, finished
 from alloy.mergekit.settings import number, setting_of
+from alloy.merging.values import depths
 
 _TOP = (
     "merge_method", "models", "slices", "modules", "base_model", "parameters", "dtype",
@@ -84,19 +85,20 @@ def merge_request(
     """
     notes: list[str] = []
     peer = _peer(config, notes)
-    base = config.get("base_model")
+    base = None if config.get("base_model") is None else _reference(config["base_model"], notes)
+    config = {**config, **_plain(config, notes)}
     names = _models(config)
     located = {name: _located(name, locate) for name in dict.fromkeys([*names, *_some(base)])}
     checkpoints = {name: open_source(path) for name, path in located.items()}
     first = checkpoints[names[0]]
-    stack = stack_of(first, None)
-    slices = _slices(config, checkpoints, stack)
+    is_sliced = "slices" in config
+    stack = stack_of(first, None) if is_sliced else ""
+    slices = _slices(config)
     parsed = _Config(config, peer, base, slices, checkpoints, stack, notes)
     sources = _sources(parsed)
     coefficients, options = _settings(parsed, sources)
     if peer.differs:
         notes.append(f"{config['merge_method']}: not mergekit's numbers: {peer.differs}")
-    is_sliced = "slices" in config
     labels = _labels(sources)
     uses_base = base is not None and peer.base == "base"
     request = MergeRequest(
@@ -122,6 +124,9 @@ def _peer(config: Mapping[str, Any], notes: list[str]) -> Peer:
     """Our method, once the keys of the configuration are known."""
     if not isinstance(config, Mapping):
         raise MergeError(f"{config!r:.80}: a configuration is a mapping with merge_method")
+    for key, nearest_thing in ELSEWHERE.items():
+        if config.get(key):
+            raise MergeError(f"{key}: {nearest_thing}")
     method = config.get("merge_method")
     if not isinstance(method, str):
         raise MergeError("merge_method is missing: what kind of merge is it?")
@@ -143,6 +148,52 @@ def _peer(config: Mapping[str, Any], notes: list[str]) -> Peer:
             f"ignored: {', '.join(map(str, unknown))}, which mergekit does not know either"
         )
     return PEERS[method]
+
+
+_ENTRY = ("model", "parameters", "layer_range")
+
+
+def _plain(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The models and slices with every model as text."""
+
+    def entry(given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        if unknown := [key for key in given if key not in _ENTRY]:
+            raise MergeError(
+                f"{unknown[0]!r} of model {given.get('model')!r}: a model has {', '.join(_ENTRY)}; "
+                "an adapter is written MODEL+ADAPTER"
+            )
+        return {**given, "model": _reference(given.get("model"), notes)}
+
+    if isinstance(config.get("models"), list):
+        return {"models": [entry(one) for one in config["models"]]}
+    if isinstance(config.get("slices"), list):
+        return {
+            "slices": [
+                {**one, "sources": [entry(source) for source in one["sources"]]}
+                if isinstance(one, Mapping) and isinstance(one.get("sources"), list)
+                else one
+                for one in config["slices"]
+            ]
+        }
+    return {}
+
+
+def _reference(value: Any, notes: list[str]) -> Any:
+    """A model as text: a path, or a mapping with model (path and revision) and lora."""
+    if not isinstance(value, Mapping):
+        return value
+    if "override_architecture" in value:
+        notes.append("override_architecture is ignored: tensors are merged by their names")
+    parts = []
+    for part in (value.get("model"), value.get("lora")):
+        if isinstance(part, Mapping):
+            revision = part.get("revision")
+            part = f"{part.get('path')}@{revision}" if revision else part.get("path")
+        if part is not None:
+            parts.append(str(part))
+    return "+".join(parts)
 
 
 def _some(value: Any) -> list[str]:
@@ -183,15 +234,10 @@ def _located(name: str, locate: Callable[[str], Path]) -> str | Path:
     return "+".join(str(locate(part)) for part in parts)
 
 
-def _slices(
-    config: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint], stack: str
-) -> tuple[_Slice, ...]:
+def _slices(config: Mapping[str, Any]) -> tuple[_Slice, ...]:
     """The output slices; whole models are one."""
     if config.get("models"):
-        inputs = tuple(
-            _Input(_name(e), 0, num_layers(checkpoints[_name(e)], stack), _scope(e))
-            for e in config["models"]
-        )
+        inputs = tuple(_Input(_name(e), 0, 0, _scope(e)) for e in config["models"])
         return (_Slice(inputs, None),)
     result = []
     for i, one in enumerate(config["slices"]):
@@ -322,6 +368,10 @@ def _tensors(config: _Config) -> Iterable[tuple[str, _Slice, int | None, float]]
     """
     first, last = config.slices[0], config.slices[-1]
     reference = config.checkpoints[first.inputs[0].model]
+    if "slices" not in config.data:  # each stack of layers, an encoder's and a decoder's, has depth
+        for name, depth in depths(reference.entries).items():
+            yield name, first, None, depth if any(map(str.isdigit, name.split("."))) else 0.0
+        return
     for name in reference.entries:
         if layer_of(name, config.stack) is None:
             yield name, (first if is_before(name) else last), None, 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -200,9 +201,35 @@ RUNS = {
 REFUSED = {
     "examples/ties.yml": ({"merge_method": "ranked_ties"}, "the nearest is ties"),
     "examples/cabs.yml": ({"merge_method": "cabs"}, "the nearest is breadcrumbs_ties"),
-    "examples/zipit.yml": ({"merge_method": "zipit"}, "a recipe with `align`"),
-    "examples/whisper": ({"merge_method": "encoder_decoder_weighted"}, "coefficients by pattern"),
-    "docs/moe.md": ({"merge_method": "moe"}, "larger than its parts"),
+    "examples/zipit.yml": ({"align_weights": "zipit"}, "a recipe with `align`"),
+    "examples/whisper-encoder-decoder-weighted.yml, -test.yml": (
+        {"merge_method": "encoder_decoder_weighted"},
+        "coefficients by pattern",
+    ),
+    "examples/whisper-merge-multilingual.yml": (
+        {"merge_method": "slerp", "base_model": None},
+        "slerp needs base_model",
+    ),
+    "examples/whisper-lora-multilingual.yml": (
+        {"models": [{"model": "a", "lora": "b", "parameters": {"weight": 1}}]},
+        r"'lora' of model .* is written MODEL\+ADAPTER",
+    ),
+    "examples/chipalign.yml": (
+        {"merge_method": "nuslerp", "parameters": {"geodesic": True}},
+        "geodesic: nuslerp has none",
+    ),
+    "examples/core_space.yml": ({"merge_method": "core_space"}, "`alloy adapters`"),
+    "examples/lrp.yml": ({"merge_method": "lrp"}, "the nearest is ties"),
+    "examples/evo_bert_large.yml": ({"genome": {"models": []}}, "python -m tasks.search"),
+    "examples/metrics-1.yml, -small, -llama, linear_small.yml": (
+        {"metric_method": "all", "merge_method": None},
+        "`alloy distance`",
+    ),
+    "docs/moe.md": ({"experts": [], "gate_mode": "hidden"}, "larger than its parts"),
+    "docs/multimerge.md and examples/mega.yml hold several: see the file's test": (
+        {"models": None},
+        "exactly one of models",
+    ),
     "a typing error": ({"merge_method": "tise"}, "did you mean 'ties'"),
     "no method": ({"merge_method": None}, "merge_method is missing"),
     "modules": ({"modules": {"text": {}}, "models": None}, "--kept vision_tower"),
@@ -334,6 +361,49 @@ def test_refused_with_what_comes_nearest(name, folders, tmp_path):
             entry["model"] = str(folders[entry["model"]])
     with pytest.raises(MergeError, match=message):
         plan_merge(merge_request(config, tmp_path / "out").request)
+
+
+def test_a_vision_language_model_as_in_vlm_linear(tmp_path):
+    """examples/vlm-linear.yml: all of two Qwen2-VL, towers and all."""
+    models = {
+        name: multimodal.saved(multimodal.whole("Qwen2VL", seed), tmp_path / name)
+        for seed, name in enumerate("ab", 1)
+    }
+    entries = [{"model": str(path), "parameters": {"weight": 1.0}} for path in models.values()]
+    config = {"models": entries, "merge_method": "linear", "dtype": "float32"}
+    run_plan(plan_merge(merge_request(config, tmp_path / "out").request))
+    a, b, out = (load_weights(tmp_path / name) for name in ("a", "b", "out"))
+    assert all(torch.allclose(out[n], (a[n] + b[n]) / 2) for n in a)
+
+
+def test_an_adapter_on_its_base_and_references_as_mappings(folders, tmp_path):
+    """`model+lora`, and the long form of the same."""
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    name = "base_model.model.model.layers.3.self_attn.q_proj"
+    left, right = torch.randn(8, 2), torch.randn(2, 8)
+    save_file(
+        {f"{name}.lora_A.weight": right, f"{name}.lora_B.weight": left},
+        adapter / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    settings["base_model_name_or_path"] = str(folders["a"])
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    short = f"{folders['a']}+{adapter}"
+    long = {"model": {"path": str(folders["a"])}, "lora": {"path": str(adapter)}}
+    outputs = []
+    for i, model in enumerate((short, long)):
+        config = {
+            "models": [{"model": model, "parameters": {"weight": 1}}],
+            "merge_method": "task_arithmetic",
+            "base_model": str(folders["seed"]),
+        }
+        run_plan(plan_merge(merge_request(config, tmp_path / str(i)).request))
+        outputs.append(load_weights(tmp_path / str(i)))
+    key = "model.layers.3.self_attn.q_proj.weight"
+    expected = load_weights(folders["a"])[key] + 2 * left @ right
+    for output in outputs:
+        torch.testing.assert_close(output[key], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_command(folders, tmp_path):

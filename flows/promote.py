@@ -5,6 +5,7 @@
     python -m flows.promote modality --regardless "the champion was measured on retired data"
     python -m flows.promote modality --rollback
     python -m flows.promote modality --history
+    python -m flows.promote modality --to http://mlflow.production:5000
 
 Where a Prefect server is set or `make serve` runs, it is a flow of that server. Without one it is
 done here: starting a server would take longer than promoting.
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         load(options.recipe)
         if options.history:
             print(champions.history(options.recipe))
+            return 0
+        if options.to:
+            print(champions.copy(options.recipe, options.to).message)
             return 0
         if not options.rollback and options.regardless is None:
             promotion.load_gates(options.recipe)
@@ -116,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     choice.add_argument("--rollback", action="store_true", help="undo the last promotion")
     choice.add_argument("--regardless", metavar="REASON", help="promote without a comparison")
     choice.add_argument("--history", action="store_true", help="show every version in one table")
+    choice.add_argument("--to", metavar="URI", help="copy the champion to another MLflow")
     parser.add_argument("--dry-run", action="store_true", help="decide, and change nothing")
     parser.add_argument(
         "--yes", action="store_true", help="with --rollback: even if nobody was champion before"

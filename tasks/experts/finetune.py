@@ -295,7 +295,9 @@ def _open_run(name: str, job: Job) -> Generator[tracking.Log]:
     before = read_json(file) if file.exists() else {}
     resume = before.get("run_id") if before.get("identity") == digest else None
     tags = {"stage": "finetune"}
-    with tracking.run(job.recipe, f"finetune {name}", tags, resume=resume) as log:
+    with tracking.run(
+        job.recipe, f"finetune {name}", tags, resume=resume, system_metrics=True
+    ) as log:
         write_json(file, {"identity": digest, "run_id": log.run_id})
         yield log
 

@@ -317,7 +317,7 @@ def main(arms: Sequence[str]) -> None:
                 print(f"{arm}: {values[0]}", flush=True)
                 return
             if arm not in logs:
-                run = tracking.run("pretraining", arm, {"stage": "pretrain"})
+                run = tracking.run("pretraining", arm, {"stage": "pretrain"}, system_metrics=True)
                 logs[arm] = stack.enter_context(run)
             logs[arm].metrics(*values)
 

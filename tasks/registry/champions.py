@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from tasks.recipe.load import load
 from tasks.recipe.shared import Gates
-from tasks.registry import promotion, tracking
+from tasks.registry import copied, promotion, tracking
 from tasks.registry.promotion import Decision, IncomparableError
 from tasks.registry.register import CHALLENGER
+from tasks.registry.secrets import without_secrets
 from tasks.registry.tracking import NotRegisteredError, Version
 from tasks.reports import markdown
 from tasks.workspace import Workspace
@@ -90,7 +91,8 @@ def promote(
             f"dry run: {name} version {challenger.number} would be the champion: {reasons}",
             decision,
         )
-    step(move, name, champion, challenger, reasons)
+    table = promotion.table(decision) if decision.comparisons else ""
+    step(move, name, champion, challenger, reasons, table)
     return Outcome(f"{name} version {challenger.number} is the champion: {reasons}", decision)
 
 
@@ -151,7 +153,9 @@ def compare(gates: Gates, champion: Version | None, challenger: Version) -> Deci
     return replace(decision, record=promotion.compare(gates, *record))
 
 
-def move(name: str, champion: Version | None, challenger: Version, reason: str) -> None:
+def move(
+    name: str, champion: Version | None, challenger: Version, reason: str, table: str = ""
+) -> None:
     """Make a version the champion and remember the one before it."""
     so_far = promotion.promoted(
         champions(name), champion.number if champion else None, challenger.number
@@ -160,6 +164,7 @@ def move(name: str, champion: Version | None, challenger: Version, reason: str) 
     tracking.tag_model(name, {CHAMPIONS: json.dumps(so_far)})
     tracking.move_alias(name, CHAMPION, challenger.number)
     tracking.tag_version(name, challenger.number, {PROMOTED: _now(reason)})
+    tracking.describe(name, challenger.number, f"Promoted {_now(reason)}\n\n{table}")
 
 
 def move_back(
@@ -175,6 +180,21 @@ def move_back(
 def champions(name: str) -> list[str]:
     """The versions that were the champion so far, the newest last."""
     return json.loads(tracking.model_tags(name).get(CHAMPIONS, "[]"))
+
+
+def copy(recipe: str, to: str) -> Outcome:
+    """Copy the champion to the MLflow at another address, where it is the champion as well.
+
+    Raises:
+        RefusedError: there is no champion.
+    """
+    name = load(recipe).registration.name
+    champion = directly(find, name, CHAMPION)
+    if champion is None:
+        raise RefusedError(f"{name} has no {CHAMPION}: promote a version first")
+    number = copied.copy_version(name, champion.number, CHAMPION, to)
+    place = without_secrets(to)
+    return Outcome(f"{name} version {champion.number} is version {number}, {CHAMPION}, at {place}")
 
 
 def history(recipe: str) -> str:
@@ -202,7 +222,8 @@ def history(recipe: str) -> str:
 def _result(gates: Gates, version: Version, split: str | None = None) -> promotion.Result:
     run = tracking.finished_run(version.run_id)
     values = tracking.values_by_example(version.run_id, Workspace("").examples.name)
-    return promotion.read_result(version.number, gates, run.metrics, run.tags, values, split=split)
+    digests = tracking.lineage(version.run_id).get("data", {})
+    return promotion.read_result(version.number, gates, run.metrics, digests, values, split=split)
 
 
 def _now(reason: str) -> str:

@@ -20,7 +20,6 @@ from tasks.recipe.section import ParamsError
 from tasks.recipe.shared import Gates, PromoteParams
 from tasks.reports import markdown
 
-DATA_TAG = "data/"
 RECORD = "test"  # the split that is shown beside the one that decides
 MOST_REMEMBERED = 100  # champions that a rollback can go back to
 
@@ -81,7 +80,7 @@ def read_result(
     version: str,
     gates: Gates,
     metrics: Mapping[str, float],
-    tags: Mapping[str, str],
+    digests: Mapping[str, str],
     values: Values | None = None,
     *,
     split: str | None = None,
@@ -89,6 +88,7 @@ def read_result(
     """A result from what `tasks.registry.register` gave its run.
 
     Args:
+        digests: SHA-256 of the data, by `BENCHMARK/SPLIT.safetensors`.
         values: by example, as `SPLIT/MODEL/BENCHMARK/METRIC`.
         split: by default the one that the gates decide on.
 
@@ -99,9 +99,12 @@ def read_result(
     scores, data, paired = {}, {}, {}
     for benchmark, gate in gates.metrics.items():
         name = f"{split}/{gates.model}/{benchmark}/{gate.metric}"
-        tag = f"{DATA_TAG}{benchmark}/{split}.safetensors"
+        file = f"{benchmark}/{split}.safetensors"
         names = [name] if gate.error is not None else [name, f"{name}_standard_error"]
-        needed = {**{f"metric {n}": n in metrics for n in names}, f"tag {tag}": tag in tags}
+        needed = {
+            **{f"metric {n}": n in metrics for n in names},
+            f"digest of {file}": file in digests,
+        }
         missing = [what for what, there in needed.items() if not there]
         if missing:
             raise IncomparableError(
@@ -110,7 +113,7 @@ def read_result(
             )
         error = metrics[f"{name}_standard_error"] if gate.error is None else gate.error
         scores[benchmark] = Score(metrics[name], error)
-        data[benchmark] = tags[tag]
+        data[benchmark] = digests[file]
         if values is not None and name in values:
             paired[benchmark] = values[name]
     return Result(version, scores, data, paired)

@@ -1,7 +1,8 @@
 """Register the recipe's result in MLflow, with the lineage that says what it was made of.
 
-One run a result: metrics, params, the hashes of the parents, the digests of the data, the git
-revision and the DVC lock. The model becomes a new version of the registered model, alias
+One run a result: metrics, params, report and plots, and `lineage.json`: the hashes of the parents,
+the digests of the data, the git revision and the DVC lock. Below it a run for each arm, and those
+of fine-tuning. The model becomes a new version of the registered model, alias
 `challenger`; `flows.promote` compares it with `champion`. A result that is registered already is
 not registered again.
 
@@ -11,15 +12,16 @@ not registered again.
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tasks import storage
-from tasks.recipe.load import Recipe, read
+from tasks.recipe.load import PARAMS, Recipe, load_file, read
 from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.section import ParamsError
+from tasks.recipe.shared import PromoteParams, chosen_arm
 from tasks.registry import tracking
 from tasks.registry.held import KEY
 from tasks.workspace import LOCK_FILE, Workspace, revision
@@ -32,7 +34,10 @@ PACKAGES = (
     "transformers",
 )  # fmt: skip
 MODALITY = "modality"
-_LONGEST_PARAM = 6000  # MLflow's limit
+_LONGEST_PARAM = 6000  # MLflow's limits
+_LONGEST_DESCRIPTION = 5000
+SPLITS = ("validation", "test", "held_out", "calibration")
+GATES = PARAMS / "promote.yaml"
 
 
 def main(recipe: Recipe) -> None:
@@ -139,25 +144,97 @@ def _registered(name: str, key: str) -> str | None:
 
 
 def _register(recipe: Recipe, folder: Path, lineage: Mapping[str, Any], key: str) -> str:
-    tags = {KEY: key, "stage": "register", **_tags(lineage)}
     section, workspace = recipe.registration, recipe.workspace
+    scores = storage.read_json(workspace.metrics)
+    models = {"merged", section.model, *_gated(recipe)}
+    tags = {KEY: key, "stage": "register", "recipe": recipe.name, "digest": lineage["digest"]}
     with tracking.run(recipe.name, f"{recipe.name} {section.model}", tags) as log:
         log.params(_log_params(recipe))
-        scores = flatten(storage.read_json(workspace.metrics))
-        log.metrics({name: value for name, value in scores if isinstance(value, int | float)})
+        log.metrics(_numbers(_of_models(scores, models)))
+        packages = _packages(recipe)
         for path, digest in lineage["data"].items():
-            log.dataset(f"{recipe.name}/{path}", digest, Path(path).stem)
-        for file in (workspace.metrics, workspace.examples, workspace.params, LOCK_FILE):
-            if file.is_file():
-                log.file(file)
-        return _log_model(log, section.name, folder, {KEY: key, "recipe": recipe.name})
+            file = workspace.data / path
+            place = file if file.is_file() else workspace.params  # the recipe says where they lie
+            source = {"uri": str(place), "packages": packages}
+            log.dataset(f"{recipe.name}/{path}", digest, Path(path).stem, source)
+        log.values(tracking.LINEAGE, lineage)
+        for place in (
+            workspace.metrics, workspace.examples, workspace.params, LOCK_FILE,
+            workspace.page, workspace.table, workspace.plots, folder / "README.md",
+        ):  # fmt: skip
+            if place.exists():
+                log.file(place)
+        log_arms(recipe, scores, log.run_id)
+        tracking.adopt(recipe.name, log.run_id, "finetune")
+        number = _log_model(log, section.name, folder, {KEY: key, "recipe": recipe.name})
+        log.tags({"version": f"models:/{section.name}/{number}"})
+    tracking.describe(section.name, number, _description(recipe, log.run_id, lineage))
+    return number
 
 
-def _tags(lineage: Mapping[str, Any]) -> dict[str, str]:
-    """The lineage as tags: `parent/NAME/digest`, `data/FILE`, `git`, ..."""
-    short = {"parents": "parent"}
-    named = {short.get(name, name): value for name, value in lineage.items()}
-    return {name: str(value) for name, value in flatten(named) if value is not None}
+def log_arms(recipe: Recipe, scores: Mapping[str, Any], parent: str) -> None:
+    """A run for each model that was measured, below the result's: comparable in MLflow's page.
+
+    Metrics have the same names in all of them, `SPLIT/BENCHMARK/METRIC`; an arm's params are its
+    own section of the recipe.
+    """
+    arms: Mapping[str, Any] = read(recipe.name)["merge"]["arms"]
+    measured = {model for split, of in scores.items() if _is_split(split, of) for model in of}
+    for model in sorted({*measured, *arms}):
+        tags, place = {"stage": "arm", "recipe": recipe.name}, recipe.folder(model)
+        if (place / "config.json").is_file():
+            tags["digest"] = storage.folder_digest(place)
+        with tracking.run(recipe.name, model, tags, parent=parent) as log:
+            given = arms.get(model, {})
+            log.params({name.replace("/", "."): value for name, value in flatten(given)})
+            own = {
+                split: of[model]
+                for split, of in scores.items()
+                if _is_split(split, of) and model in of
+            }
+            log.metrics(_numbers(own))
+
+
+def _is_split(name: str, content: object) -> bool:
+    return name in SPLITS and isinstance(content, Mapping)
+
+
+def _of_models(scores: Mapping[str, Any], models: Collection[str]) -> dict[str, Any]:
+    """The scores of some models; distances and whatever else is no split stand as they are."""
+    return {
+        split: {model: of[model] for model in of if model in models} if _is_split(split, of) else of
+        for split, of in scores.items()
+    }
+
+
+def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in flatten(scores) if isinstance(value, int | float)}
+
+
+def _gated(recipe: Recipe) -> list[str]:
+    gates = load_file("promote", PromoteParams).gates if GATES.is_file() else {}
+    return [gates[recipe.name].model] if recipe.name in gates else []
+
+
+def _packages(recipe: Recipe) -> dict[str, str]:
+    manifest = recipe.workspace.data_manifest
+    return storage.read_json(manifest).get("packages", {}) if manifest.is_file() else {}
+
+
+def _description(recipe: Recipe, run_id: str, lineage: Mapping[str, Any]) -> str:
+    """The version's page: what it is, where it comes from and how good it is."""
+    workspace = recipe.workspace
+    parents = ", ".join(
+        f"{name} ({entry.get('source', '?')})" for name, entry in lineage["parents"].items()
+    )
+    arm = chosen_arm(recipe.named_arm, workspace)
+    lines = [
+        f"Recipe `{recipe.name}`, arm `{arm}`, commit `{lineage['git']}`.",
+        f"Made of {parents}.",
+        f"Run `{run_id}` has the report, the plots, the lineage and a run for each arm.",
+    ]
+    table = workspace.table.read_text() if workspace.table.is_file() else ""
+    return "\n\n".join([*lines, table])[:_LONGEST_DESCRIPTION]
 
 
 def _log_params(recipe: Recipe) -> dict[str, str]:

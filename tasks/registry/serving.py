@@ -93,7 +93,6 @@ class ServedModel(PythonModel):
     """A model behind MLflow's `predict`: a modality transformer, or one of another family."""
 
     def load_context(self, context) -> None:
-        # Slow to import, and registering a model of another kind needs neither.
         from transformers import AutoConfig, AutoTokenizer
 
         from alloy.modality import ModalityConfig, ModalityModel

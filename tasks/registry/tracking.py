@@ -5,18 +5,19 @@ it, it is `mlflow.db` and `mlartifacts/` in the workspace. The import costs seco
 happens on first use.
 """
 
+import json
 import os
 import socket
-import time
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import psutil
 
+from tasks.registry.log import Log, origin
 from tasks.registry.moved import follow
 from tasks.registry.reach import (
     DATABASE,
@@ -31,11 +32,10 @@ from tasks.registry.secrets import without_secrets
 
 ARTIFACTS = Path("mlartifacts")
 WRITER = "alloy.writer"  # tag of a run: the process that writes it
+PARENT = "mlflow.parentRunId"
+LINEAGE = "lineage.json"  # artifact of a run: what its result was made of
 
-_FLUSH_SECONDS = 2
 _CLOCK_SECONDS = 5  # by which a clock that is set right may change when a process began
-_MOST_POINTS_A_REQUEST = 1000  # the limits of MLflow's log-batch
-_MOST_PARAMS_A_REQUEST = 100
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
@@ -77,80 +77,27 @@ class Run(NamedTuple):
     tags: Mapping[str, str]
 
 
-class Log:
-    """One MLflow run under way. Points that cannot be delivered wait; the end delivers or fails."""
-
-    def __init__(self, client, run_id: str) -> None:
-        self.run_id = run_id
-        self._client = client
-        self._points: list = []
-        self._flushed = time.monotonic()
-
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Add one point to each named curve; a `/` in a name groups curves in MLflow's page."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._points += [Metric(name, float(value), now, step) for name, value in values.items()]
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            try:
-                self._deliver()
-            except TrackingError as error:
-                # Hours of training are worth more than a curve: keep the points, try again later.
-                print(f"curves wait: {error}")
-
-    def params(self, values: Mapping[str, object]) -> None:
-        """Record settings; MLflow refuses to change one that is already there."""
-        from mlflow.entities import Param
-
-        params = [Param(name, without_secrets(str(value))) for name, value in values.items()]
-        with reaching():
-            for start in range(0, len(params), _MOST_PARAMS_A_REQUEST):
-                batch = params[start : start + _MOST_PARAMS_A_REQUEST]
-                self._client.log_batch(self.run_id, params=batch)
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        with reaching():
-            for name, value in values.items():
-                self._client.set_tag(self.run_id, name, without_secrets(value))
-
-    def file(self, path: Path) -> None:
-        """Keep a copy of a file with the run."""
-        with reaching():
-            self._client.log_artifact(self.run_id, str(path))
-
-    def dataset(self, name: str, digest: str, context: str) -> None:
-        """Name data that the result was made or measured with; a digest keeps 36 characters."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        data = Dataset(name=name, digest=digest[:36], source_type="local", source=name)
-        tags = [InputTag("mlflow.data.context", context)]
-        with reaching():
-            self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, tags)])
-
-    def _deliver(self) -> None:
-        self._flushed = time.monotonic()
-        while self._points:
-            batch = self._points[:_MOST_POINTS_A_REQUEST]
-            with reaching():
-                self._client.log_batch(self.run_id, metrics=batch)
-            del self._points[: len(batch)]
-
-    def _end(self, status: str) -> None:
-        self._deliver()
-        with reaching():
-            self._client.set_terminated(self.run_id, status)
-
-
 @contextmanager
 def run(
-    recipe: str, name: str, tags: Mapping[str, str] | None = None, *, resume: str | None = None
+    recipe: str,
+    name: str,
+    tags: Mapping[str, str] | None = None,
+    *,
+    resume: str | None = None,
+    parent: str | None = None,
+    system_metrics: bool = False,
 ) -> Generator[Log]:
     """Open one MLflow run in the experiment that is named as the recipe.
 
-    `resume` is the `run_id` of an earlier, interrupted run: its curves go on. An exception in the
-    block marks the run as failed (an interrupt: as killed) and passes through.
-    Raises TrackingError, within seconds, when MLflow cannot be reached.
+    An exception in the block marks the run as failed (an interrupt: as killed) and passes through.
+
+    Args:
+        resume: the `run_id` of an earlier, interrupted run: its curves go on.
+        parent: the `run_id` of the run that MLflow's page shows this one under.
+        system_metrics: watch the processor, the memory and the GPUs meanwhile.
+
+    Raises:
+        TrackingError: within seconds, when MLflow cannot be reached.
     """
     client = connect()
     with reaching():
@@ -158,22 +105,50 @@ def run(
         _close_killed(client, experiment)
         run_id = resume if resume and _is_there(client, resume) else None
         if run_id is None:
-            owned = {**_masked(tags or {}), WRITER: _writer()}
+            owned = {**_masked(tags or {}), **_masked(origin()), WRITER: _writer()}
+            owned |= {PARENT: parent} if parent else {}
             run_id = client.create_run(experiment, run_name=name, tags=owned).info.run_id
         else:
             client.set_tag(run_id, WRITER, _writer())
             client.update_run(run_id, status="RUNNING")
     log = Log(client, run_id)
     try:
-        yield log
+        with _watched(run_id) if system_metrics else nullcontext():
+            yield log
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         try:
-            log._end(status)
+            log.end(status)
         except TrackingError as lost:
             print(lost)  # must not hide why the block ended
         raise
-    log._end("FINISHED")
+    log.end("FINISHED")
+
+
+@contextmanager
+def _watched(run_id: str) -> Generator[None]:
+    """Have MLflow log what a long stage takes of the machine."""
+    import mlflow
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    mlflow.set_tracking_uri(uri())
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def adopt(recipe: str, parent: str, stage: str) -> None:
+    """Show the finished runs of a stage that nobody has adopted under a run."""
+    client = connect()
+    with reaching():
+        experiment = _experiment(client, recipe)
+        wanted = f"tags.stage = '{stage}' and attributes.status = 'FINISHED'"
+        for orphan in client.search_runs([experiment], wanted):
+            if PARENT not in orphan.data.tags:
+                client.set_tag(orphan.info.run_id, PARENT, parent)
 
 
 def close_killed_runs(recipe: str) -> None:
@@ -339,6 +314,15 @@ def finished_run(run_id: str) -> Run:
     return Run(data.metrics, data.tags)
 
 
+def lineage(run_id: str) -> dict:
+    """What a run says its result was made of; empty where it keeps no such file."""
+    client = connect()
+    with reaching(), TemporaryDirectory() as folder:
+        if not any(entry.path == LINEAGE for entry in client.list_artifacts(run_id)):
+            return {}
+        return json.loads(Path(client.download_artifacts(run_id, LINEAGE, folder)).read_text())
+
+
 def values_by_example(run_id: str, file: str) -> dict:
     """The arrays that a run kept in a safetensors file; none where it kept no such file."""
     from safetensors.numpy import load_file
@@ -365,6 +349,15 @@ def tag_model(name: str, tags: Mapping[str, str]) -> None:
     with reaching():
         for key, value in tags.items():
             client.set_registered_model_tag(name, key, without_secrets(value))
+
+
+def describe(name: str, number: str, text: str) -> None:
+    """Put a text, in Markdown, below what a version's page says so far."""
+    client = connect()
+    with reaching():
+        so_far = client.get_model_version(name, number).description
+        whole = "\n\n".join(filter(None, [so_far, without_secrets(text)]))
+        client.update_model_version(name, number, whole)
 
 
 def tag_version(name: str, number: str, tags: Mapping[str, str]) -> None:

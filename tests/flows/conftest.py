@@ -193,6 +193,9 @@ def make_toy(folder: Path, url: str, recipes: Sequence[str] = ("toy",)) -> Works
         *((REPOSITORY / "params" / "modality.yaml", f"params/{name}.yaml") for name in recipes),
     ):
         shutil.copy(source, folder / target)
+    for name in recipes[1:]:
+        path = folder / "params" / f"{name}.yaml"
+        path.write_text(path.read_text().replace("name: alloy-modality", f"name: alloy-{name}"))
     (folder / "params" / "recipes.yaml").write_text(yaml.safe_dump({"recipes": list(recipes)}))
     (folder / "params" / "promote.yaml").write_text("gates: {}\n")
     (folder / ".gitignore").write_text("/out/\n/log\n/.alloy/\n/.prefect/\n")

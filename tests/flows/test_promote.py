@@ -18,7 +18,7 @@ from tasks.registry import tracking
 from tests.flows.conftest import REPOSITORY, wait_until
 
 NAME = "toy-model"
-DATA = {"data/vqa/test.safetensors": "digest"}
+DATA = {"vqa/test.safetensors": "digest"}
 
 
 @pytest.fixture
@@ -46,9 +46,10 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: st
         yield
 
 
-def register(score: float, tags: dict[str, str] = DATA) -> None:
+def register(score: float, data: dict[str, str] = DATA) -> None:
     """Leave what `tasks.registry.register` leaves, without a model."""
-    with tracking.run("toy", "result", tags) as log:
+    with tracking.run("toy", "result") as log:
+        log.values(tracking.LINEAGE, {"data": data})
         log.metrics({"test/finetuned/vqa/accuracy": score})
         log.metrics({"test/finetuned/vqa/accuracy_standard_error": 1.0})
     client = tracking.connect()

@@ -138,8 +138,7 @@ def test_every_model_is_measured_and_its_scores_reach_the_gates(llamas: Path) ->
     Path("params/promote.yaml").write_text(yaml.safe_dump({"gates": {"mine": gates}}))
     check_gates(recipe)
     numbers = {n: v for n, v in flatten(metrics) if isinstance(v, int | float)}
-    tags = {f"data/{name}": digest for name, digest in find_data(recipe).items()}
-    result = read_result("1", load_gates("mine"), numbers, tags)
+    result = read_result("1", load_gates("mine"), numbers, find_data(recipe))
     assert decide(load_gates("mine"), result, result).promote
 
 

@@ -517,8 +517,9 @@ def test_the_result_is_registered_with_what_it_was_measured_on(write, mlflow_wor
     assert version is not None
     found = tracking.finished_run(version.run_id)
     data = json.loads(Path("data/mine/manifest.json").read_text())["files"]
-    assert found.tags["data/pair/calibration.safetensors"] == data["calibration/own.safetensors"]
-    assert "parent/a/digest" in found.tags
+    lineage = tracking.lineage(version.run_id)
+    assert lineage["data"]["pair/calibration.safetensors"] == data["calibration/own.safetensors"]
+    assert "a" in lineage["parents"]
     gates = Gates(
         split="calibration",
         model="merged",
@@ -526,7 +527,7 @@ def test_the_result_is_registered_with_what_it_was_measured_on(write, mlflow_wor
         minimal_gain=0.0,
         maximal_regression=1.0,
     )
-    result = promotion.read_result("1", gates, found.metrics, found.tags)
+    result = promotion.read_result("1", gates, found.metrics, lineage["data"])
     assert result.scores["pair"].value == scores("merged")["agreement"]
 
 

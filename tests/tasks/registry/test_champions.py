@@ -12,7 +12,7 @@ from tasks.registry.champions import Outcome, RefusedError, directly, promote, r
 
 NAME = "toy-model"
 REPOSITORY = Path(__file__).parents[3]
-DATA = {f"data/vqa/{split}.safetensors": f"digest of {split}" for split in ("validation", "test")}
+DATA = {f"vqa/{split}.safetensors": f"digest of {split}" for split in ("validation", "test")}
 
 
 @pytest.fixture
@@ -38,9 +38,10 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_text(yaml.safe_dump(content))
 
 
-def register(score: float, tags: dict[str, str] = DATA, values: np.ndarray | None = None) -> None:
+def register(score: float, data: dict[str, str] = DATA, values: np.ndarray | None = None) -> None:
     """Leave what `tasks.registry.register` leaves, without a model."""
-    with tracking.run("toy", "result", tags) as log:
+    with tracking.run("toy", "result") as log:
+        log.values(tracking.LINEAGE, {"data": data})
         for split, shift in (("validation", 0.0), ("test", -1.0)):
             log.metrics({f"{split}/finetuned/vqa/accuracy": score + shift})
             log.metrics({f"{split}/finetuned/vqa/accuracy_standard_error": 1.0})
@@ -84,7 +85,7 @@ def test_a_life_of_champions(registry) -> None:
     assert [row.challenger.value for row in outcome.decision.record] == [59.0]  # of test data
     assert champion() == "3"
 
-    register(99, {**DATA, "data/vqa/validation.safetensors": "other digest"})
+    register(99, {**DATA, "vqa/validation.safetensors": "other digest"})
     with pytest.raises(RefusedError, match="measured on different data: vqa"):
         promoted()
     assert champion() == "3"

@@ -78,16 +78,16 @@ def test_a_result_is_read_from_its_run_or_what_lacks_is_named() -> None:
     for path, value in {"vqa/accuracy": 50.0, "retrieval/recall_at_1": 40.0}.items():
         metrics |= {f"test/finetuned/{path}": value}
         metrics |= {f"test/finetuned/{path}_standard_error": 1.5}
-    tags = {"data/vqa/test.safetensors": "a", "data/retrieval/test.safetensors": "b"}
+    tags = {"vqa/test.safetensors": "a", "retrieval/test.safetensors": "b"}
     found = read_result("3", GATES, metrics, tags)
     assert found.scores == {"vqa": Score(50.0, 1.5), "retrieval": Score(40.0, 1.5)}
     assert found.data == {"vqa": "a", "retrieval": "b"}
     del metrics["test/finetuned/vqa/accuracy_standard_error"]
-    del tags["data/vqa/test.safetensors"]
+    del tags["vqa/test.safetensors"]
     with pytest.raises(
         IncomparableError,
         match="version 3 has no metric test/finetuned/vqa/accuracy_standard_error "
-        "and no tag data/vqa",
+        "and no digest of vqa",
     ):
         read_result("3", GATES, metrics, tags)
 
@@ -138,7 +138,7 @@ def test_any_metric_can_be_gated() -> None:
     gates = GATES.model_copy(
         update={"benchmarks": {"text": GateMetric(metric="perplexity", better="less", error=0.5)}}
     )
-    tags = {"data/text/test.safetensors": "a"}
+    tags = {"text/test.safetensors": "a"}
     old, new = (
         read_result(version, gates, {"test/finetuned/text/perplexity": value}, tags)
         for version, value in (("1", 9.0), ("2", 7.0))

@@ -16,7 +16,8 @@ from tasks import storage
 from tasks.data.scenes.words import ANSWERS, tokenizer
 from tasks.recipe.load import Recipe
 from tasks.recipe.load import load as load_recipe
-from tasks.registry import register, tracking
+from tasks.registry import champions, register, tracking
+from tasks.registry.champions import RefusedError
 from tasks.sources.fetch import main as fetch
 from tasks.sources.resolve import resolve
 from tests import servers
@@ -105,14 +106,22 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recip
     run = tracking.finished_run(version.run_id)
     assert run.metrics["test/finetuned/vqa/accuracy"] == 50.0
     assert run.metrics["test/finetuned/retrieval/recall_at_1_standard_error"] == 2.0
-    assert run.tags["parent/specific/digest"] == "d1"
-    assert run.tags["parent/specific/revision"] == "r1"
+    lineage = tracking.lineage(version.run_id)
+    assert lineage["parents"]["specific"] == {"source": "up", "revision": "r1", "digest": "d1"}
     data = storage.read_json(Path("data/toy/manifest.json"))["files"]
-    assert run.tags["data/vqa/test.safetensors"] == data["vqa/test.safetensors"]
+    assert lineage["data"] == data
     assert run.tags["digest"] == storage.folder_digest(Path("models/toy/finetuned"))
-    assert run.tags["dvc_lock"] == storage.sha256(Path("dvc.lock"))
+    assert lineage["dvc_lock"] == storage.sha256(Path("dvc.lock"))
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    assert run.tags["git"] == head.strip()
+    assert lineage["git"] == head.strip()
+    assert run.tags["mlflow.source.git.commit"] == head.strip()
+    assert run.tags["mlflow.user"]
+    assert run.tags["version"] == "models:/toy-model/1"
+    ours = [tag for tag in run.tags if not tag.startswith("mlflow.")]
+    assert sorted(ours) == ["alloy.result", "alloy.writer", "digest", "recipe", "stage", "version"]
+    page = tracking.connect().get_model_version("toy-model", "1").description
+    assert version.run_id in page
+    assert "seed (up), specific (up)" in page
     found = tracking.connect().get_run(version.run_id)
     assert found.data.params["merge.arms.average.method"] == "linear"
     assert {entry.dataset.name for entry in found.inputs.dataset_inputs} >= {
@@ -167,6 +176,52 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recip
         assert (fetched / name).read_bytes() == (Path("models/toy/finetuned") / name).read_bytes()
     with pytest.raises(ValueError, match="has no version 'champion'"):
         resolve("mlflow:models/toy-model@champion")
+
+
+def test_arms_are_runs_below_the_results_and_so_are_those_of_finetuning(recipe) -> None:
+    """Their metrics have the same names, their params are the arm's; nothing is adopted twice."""
+    with tracking.run("toy", "finetune merged", {"stage": "finetune"}):
+        pass
+    arm = {"vqa": {"accuracy": 30.0, "accuracy_standard_error": 1.0}}
+    write_result({"test": {**SCORES["test"], "average": arm, "seed": arm}})
+    register.main(recipe)
+    version = tracking.aliased("toy-model", "challenger")
+    assert version is not None
+    client = tracking.connect()
+    experiment = client.get_experiment_by_name("toy").experiment_id
+    below = f"tags.`mlflow.parentRunId` = '{version.run_id}'"
+    found = {run.info.run_name: run for run in client.search_runs([experiment], below)}
+    assert set(found) == {"average", "seed", "finetuned", "finetune merged"}
+    assert found["average"].data.metrics["test/vqa/accuracy"] == 30.0
+    assert found["average"].data.params["method"] == "linear"
+    assert found["finetuned"].data.metrics["test/vqa/accuracy"] == 50.0
+    parent = tracking.finished_run(version.run_id).metrics
+    assert "test/finetuned/vqa/accuracy" in parent
+    assert "test/average/vqa/accuracy" not in parent
+    write_result(seed=1)
+    register.main(recipe)
+    assert len(client.search_runs([experiment], below)) == 4
+
+
+def test_a_champion_is_copied_to_another_registry_once(recipe, tmp_path) -> None:
+    """Files, page and result go along; a second copy of the same result is the same version."""
+    write_result()
+    register.main(recipe)
+    with pytest.raises(RefusedError, match="toy-model has no champion: promote a version first"):
+        champions.copy("toy", f"sqlite:///{tmp_path}/other/mlflow.db")
+    tracking.move_alias("toy-model", "champion", "1")
+    there = f"sqlite:///{tmp_path}/other/mlflow.db"
+    for _ in range(2):
+        said = champions.copy("toy", there).message
+        assert said == f"toy-model version 1 is version 1, champion, at {there}"
+    os.environ["MLFLOW_TRACKING_URI"] = there
+    try:
+        assert tracking.versions("toy-model")[0].tags["alloy.copied_from"].endswith("toy-model/1")
+        assert any("model.safetensors" in name for name in tracking.model_files("toy-model", "1"))
+    finally:
+        del os.environ["MLFLOW_TRACKING_URI"]
+    with pytest.raises(tracking.TrackingError, match="nothing answers"):
+        champions.copy("toy", "http://127.0.0.1:9")
 
 
 def test_the_same_result_is_one_version_another_is_the_next(recipe) -> None:

@@ -73,7 +73,7 @@ def test_a_run_that_is_gone_is_begun_anew() -> None:
 
 def test_points_wait_while_mlflow_is_away_and_the_end_delivers(monkeypatch, capsys) -> None:
     """A server that is restarted costs no training."""
-    monkeypatch.setattr(tracking, "_FLUSH_SECONDS", 0)
+    monkeypatch.setattr("tasks.registry.log._FLUSH_SECONDS", 0)
     with tracking.run("toy", "finetune") as log:
         log_batch = log._client.log_batch
         with monkeypatch.context() as patch:

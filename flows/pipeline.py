@@ -23,6 +23,7 @@ from prefect.states import Completed, State
 
 from flows.graph import GraphError, Stage, is_recorded, select, stale_stages
 from flows.kept import kept, recover
+from flows.progress import Progress
 from flows.server import own_server
 from flows.services import ServerError
 from flows.states import UNREACHABLE, failed, is_unreachable, log_failures_plainly
@@ -136,6 +137,7 @@ def pipeline(
 
 
 def _run_stale(recipe: str, addresses: Sequence[str], refresh: bool, lock: int) -> State:
+    log, progress = get_run_logger(), Progress(addresses)
     done, again = [], forced(recipe, refresh)
     for stage in stale_stages(addresses, again):
         if not done:
@@ -144,9 +146,11 @@ def _run_stale(recipe: str, addresses: Sequence[str], refresh: bool, lock: int) 
         run = reproduce.with_options(
             task_run_name=stage.address, retries=len(delays), retry_delay_seconds=delays
         )
+        log.info(progress.begin(stage.address))
         state = run(stage, lock, stage.address in again, return_state=True)
         if not state.is_completed():
             return failed(state.message)
+        progress.end(stage.address)
         done.append(stage.address)
     publish(recipe)
     return Completed(message=f"ran {', '.join(done)}" if done else "nothing was stale")

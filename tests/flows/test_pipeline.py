@@ -26,10 +26,15 @@ Here = Callable[..., tuple[int, str]]
 def test_a_first_run_runs_every_stage_in_order(
     first_run: tuple[Workspace, str], prefect_server: str
 ) -> None:
-    """Each stage is one task run with its output in Prefect's log; the table is an artifact."""
+    """Each stage is one task run with its output in Prefect's log; the table is an artifact.
+
+    The log says where the pipeline is, without colours where it is no terminal.
+    """
     toy, said = first_run
     assert toy.text("log").splitlines() == ran("fetch", "merge", "register")
     assert "merge@toy | merge speaks" in said
+    assert "stage 2 of 3: merge@toy" in said
+    assert "\x1b" not in said
     runs = [  # of this table: other tests' toys may have published it on the same server
         one["flow_run_id"]
         for one in ask(prefect_server, "artifacts/filter", {"limit": 200})

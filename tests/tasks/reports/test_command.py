@@ -31,6 +31,7 @@ def test_the_tables_are_printed_and_nothing_is_written(mine, capsys):
     main(["mine"])
     printed = capsys.readouterr().out
     assert "79.0 ± 1.4" in printed
+    assert "\x1b" not in printed  # no colours where it is no terminal
     assert "The whole story: reports/mine/report.html" in printed
     assert (mine / "docs/results.md").read_text() == MARKS.format("old\n")
 

@@ -178,7 +178,8 @@ class _Study:
         self.student, self.lesson, self.index, self.trace = student, lesson, index, trace
         self.streams, self.inputs = streams, inputs
         self.groups = [here for g in groups if (here := [n for n in g if n in trace.calls])]
-        self.passes = Resuming(student, trace.blocks)
+        once = [name for name in trace.order if trace.calls[name] == 1 and not trace.places]
+        self.passes = Resuming(student, trace.blocks, order=once)
         self.targets: dict[tuple[str, int], list[Tensor]] = {}
         """Of the next groups' layers, by layer and batch."""
         self.num_entries = 0

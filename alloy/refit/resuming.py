@@ -5,14 +5,16 @@ output of the last block whose layers all are fitted is kept, batch by batch, an
 on from there. A pass then costs about a block instead of half a model. No architecture is written
 down: blocks are the entries of `nn.ModuleList` and `nn.Sequential`, and of every group of layers
 the first batch is run both ways. Where the layers' inputs are not the same bits (a layer that reads
-something else of an earlier block), all passes run whole.
+something else of an earlier block), all passes run whole. Within the blocks that are run again, a
+linear layer answers from memory while nothing up to it has been fitted since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_map
 from alloy.statistics.points import first_tensor
 
 S = TypeVar("S")
+OUTPUTS_BYTES = 2**30  # of linear layers' outputs, kept while their block is run again
 
 
 @dataclass
@@ -86,6 +89,21 @@ class Resuming:
     """Outputs of finished blocks, by block and batch."""
     checked: dict[str, str] = field(default_factory=dict)
     """The last plan of a pass that was compared with a whole one."""
+    order: Sequence[str] = ()
+    """Layers that are called once, in the order of a pass."""
+    outputs: dict[tuple[str, int], tuple[frozenset[str], Tensor]] = field(default_factory=dict)
+    """Of linear layers, by layer and batch, and what was fitted when they were computed."""
+    room: int = field(default_factory=lambda: OUTPUTS_BYTES)
+
+    def __post_init__(self) -> None:
+        self.place = {name: i for i, name in enumerate(self.order)}
+        modules = dict(self.module.named_modules())
+        inside = tuple(f"{name}." for name in self.blocks)
+        self.linear = {
+            name: module
+            for name in self.order
+            if isinstance(module := modules.get(name), nn.Linear) and name.startswith(inside)
+        }
 
     def finished(self) -> list[str]:
         """Blocks that give the same in every further pass, the outermost of each place."""
@@ -123,6 +141,7 @@ class Resuming:
         self.works = same(whole, seen)
         if not self.works:
             self.kept.clear()
+            self.outputs.clear()
         return whole
 
     def _plan(self, batch: int) -> dict[str, str]:
@@ -150,7 +169,15 @@ class Resuming:
 
     @contextmanager
     def _replaying(self, batch: int, plan: Mapping[str, str]) -> Generator[None]:
+        skipped = tuple(f"{name}." for name, what in plan.items() if what != "keep")
         with ExitStack() as stack:
+            for name, layer in self.linear.items():
+                if name.startswith(skipped):
+                    _, output = self.outputs.pop((name, batch), (None, None))
+                    self.room += 0 if output is None else output.nbytes
+                else:
+                    answer = partial(self._answer, name, batch, layer.forward)
+                    stack.enter_context(_answering(layer, answer))
             for name, what in plan.items():
                 block, kept = self.module.get_submodule(name), self.kept.setdefault(name, {})
                 if what == "answer":
@@ -166,6 +193,24 @@ class Resuming:
                     )
                     stack.callback(handle.remove)
             yield
+
+    def _answer(
+        self, name: str, batch: int, compute: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        """A linear layer's output: what is remembered, if nothing up to the layer changed since."""
+        then, output = self.outputs.get((name, batch), (frozenset(), None))
+        if output is not None and all(
+            self.place.get(other, -1) > self.place[name] for other in self.fitted - then
+        ):
+            return output.clone()
+        self.room += 0 if output is None else output.nbytes
+        output = compute(x)
+        if output.nbytes <= self.room:
+            self.room -= output.nbytes
+            self.outputs[name, batch] = frozenset(self.fitted), output.detach().clone()
+        else:
+            self.outputs.pop((name, batch), None)
+        return output
 
 
 @contextmanager

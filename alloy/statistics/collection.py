@@ -19,7 +19,9 @@ Shape legend: N tokens, D units of a point.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import combinations
 from typing import Literal
 
@@ -29,9 +31,9 @@ from torch import nn
 from alloy.devices import device_of
 from alloy.errors import CollectionError
 from alloy.processes import ALONE, Processes
-from alloy.statistics.observer import Observer
+from alloy.statistics.observer import Observer, Seen
 from alloy.statistics.points import LinearImage, linear_images
-from alloy.statistics.products import Products
+from alloy.statistics.products import Mapped, Products
 from alloy.statistics.running import RunningSums, in_rounds
 from alloy.statistics.sums import Pair, Statistics
 from alloy.symmetry.parts import by_blocks
@@ -50,6 +52,7 @@ def collect(
     pairs: Sequence[Pair] | None = None,
     units: Literal["written", "read"] = "read",
     processes: Processes = ALONE,
+    threads: int = 1,
 ) -> Statistics:
     """Run calibration data through models side by side and sum up what their units compute.
 
@@ -71,9 +74,11 @@ def collect(
             (`alloy.statistics.points.linear_images`), and up to 3.6 points of joint accuracy on
             MLPs. Spaces that are no linear image are always read.
         processes: those that see the batches in turns, each given the same models and all batches.
+        threads: how many models, and products of theirs, are computed at once on the CPU.
 
     Returns:
-        The sums, as one immutable value, bit for bit the same in any number of processes.
+        The sums, as one immutable value, bit for bit the same in any number of processes and
+        threads.
 
     Raises:
         CollectionError: models whose spaces differ or that see different tokens; activations that
@@ -83,20 +88,53 @@ def collect(
     running = RunningSums(processes)
     observers = _observers(models, spec, units, grams, running)
     products = Products(_pairs(tuple(models), pairs, joint), observers, running)
-    for number, (batch, round_ends) in enumerate(in_rounds(batches, processes)):
-        if batch is not None:
-            draw = torch.random.get_rng_state()  # models that draw (masks, noise) draw the same
-            seen = {}
-            for name, observer in observers.items():
-                torch.random.set_rng_state(draw)
-                seen[name] = observer.run(batch)
-            products.add(seen, number)
-        if number == 0:
-            _share_centres(observers, processes)
-        if round_ends:
-            running.end_round()
+    with _several_at_once(threads) as mapped:
+        for number, (batch, round_ends) in enumerate(in_rounds(batches, processes)):
+            if batch is not None:
+                alone = number == 0 or not _may_run_at_once(observers)
+                seen = (
+                    _one_by_one(observers, batch) if alone else _at_once(observers, batch, mapped)
+                )
+                products.add(seen, number, mapped)
+            if number == 0:
+                _share_centres(observers, processes)
+            if round_ends:
+                running.end_round()
     products.reduce()
     return products.statistics()
+
+
+@contextmanager
+def _several_at_once(threads: int) -> Generator[Mapped]:
+    """A `map` on several threads, each computing what it would alone."""
+    if threads < 2:
+        yield map
+        return
+    given = (torch.get_num_threads(),)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=given) as pool:
+        yield pool.map
+
+
+def _one_by_one(observers: Mapping[str, Observer], batch: Batch) -> dict[str, Seen]:
+    draw = torch.random.get_rng_state()  # models that draw (masks, noise) draw the same
+    seen = {}
+    for name, observer in observers.items():
+        torch.random.set_rng_state(draw)
+        seen[name] = observer.run(batch)
+    return seen
+
+
+def _may_run_at_once(observers: Mapping[str, Observer]) -> bool:
+    """Whether threads would share no state: of random draws, of kernels, of a device."""
+    return not torch.is_autocast_enabled("cpu") and all(
+        o.draws is False and not o.operands and device_of(o.model).type == "cpu"
+        for o in observers.values()
+    )
+
+
+def _at_once(observers: Mapping[str, Observer], batch: Batch, mapped: Mapped) -> dict[str, Seen]:
+    run = torch.no_grad()(lambda observer: observer.run(batch))
+    return dict(zip(observers, mapped(run, observers.values()), strict=True))
 
 
 def planned_bytes(

@@ -32,6 +32,9 @@ from alloy.symmetry.spec import SymmetrySpec
 from alloy.symmetry.tracing.recording.kernels import plain_kernels
 from alloy.types import Batch
 
+Seen = dict[str, list[Tensor]]
+"""Units about their centres, by point, [N, D] for each call."""
+
 
 class Observer:
     """Runs one model, sums up each of its units, and hands over what must be multiplied."""
@@ -67,14 +70,18 @@ class Observer:
         self.same: dict[str, str] = {}
         self.fired: set[str] = set()
         self.mask_unused = False
+        self.draws: bool | None = None
+        """Whether its passes draw random numbers, once there was one."""
 
-    def run(self, batch: Batch) -> dict[str, list[Tensor]]:
+    def run(self, batch: Batch) -> Seen:
         """One forward pass: what its units computed about their centres, as [N, D] for each call.
 
         A tensor that several layers read appears once for each space.
         """
         draw = torch.random.get_rng_state()
         seen = self._forward(batch, self.points, self.operands or {})
+        if not self.draws:
+            self.draws = not torch.equal(draw, torch.random.get_rng_state())
         if self.operands is None:
             torch.random.set_rng_state(draw)
             self.operands = self._operands(batch)

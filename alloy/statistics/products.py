@@ -6,7 +6,8 @@ Shape legend: N tokens, D units of a point.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ from alloy.statistics.points import UnitPoint
 from alloy.statistics.running import RunningSums
 from alloy.statistics.sums import MOST_SAMPLES, Pair, Place, Statistics, Warned
 from alloy.symmetry.parts import by_blocks, owned_axes
+
+Mapped = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
+"""`map`, or one that computes several results at once, in order."""
+
+_Factors = tuple[str, int, Pair, torch.device]  # a point, a call, two models, where they multiply
 
 
 class Products:
@@ -34,7 +40,12 @@ class Products:
         """Names of the points, without numbers, at which models choose tokens of their own."""
         self.started = False
 
-    def add(self, seen: Mapping[str, Mapping[str, list[Tensor]]], number: int) -> None:
+    def add(
+        self,
+        seen: Mapping[str, Mapping[str, list[Tensor]]],
+        number: int,
+        mapped: Mapped = map,
+    ) -> None:
         """Add what the models computed of the batch of this number."""
         self.started = True
         (first, units), *others = seen.items()
@@ -42,17 +53,22 @@ class Products:
             self.routed |= {_unnumbered(key) for key in _differing(units, theirs)}
             if all(_unnumbered(key) in self.routed for key in units):
                 _refuse_other_samples(first, units, name, theirs)
+        wanted: list[_Factors] = []
         for key, calls in units.items():
             if _unnumbered(key) in self.routed:
                 continue
             if self._large(key):
                 self._keep(key, seen, number)
                 continue
-            for i, x_ND in enumerate(calls):
-                with torch.autocast(x_ND.device.type, enabled=False):
-                    for a, b in self.pairs:
-                        ours, theirs = seen[a][key][i], seen[b][key][i].to(x_ND.device)
-                        self.running.add((key, (a, b)), ours.to(x_ND.device).T @ theirs)
+            wanted += [(key, i, pair, x.device) for i, x in enumerate(calls) for pair in self.pairs]
+
+        def product(place: _Factors) -> Tensor:
+            key, i, (a, b), device = place
+            with torch.autocast(device.type, enabled=False), torch.no_grad():
+                return seen[a][key][i].to(device).T @ seen[b][key][i].to(device)
+
+        for (key, _, pair, _), value in zip(wanted, mapped(product, wanted), strict=True):
+            self.running.add((key, pair), value)
 
     def multiplied(self) -> list[str]:
         """The points, and the spaces that only a forward pass will show, with products."""

@@ -7,8 +7,8 @@ Shape legend: D units of a point, E units of the other model's point.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations_with_replacement
 from typing import NamedTuple
 from urllib.parse import quote, unquote
@@ -64,6 +64,21 @@ class Place:
                 for name, x in self.samples.items()
             },
             self.keeps_sign,
+        )
+
+    def only(self, names: Sequence[str]) -> Place:
+        """The sums of some of the models, in their order."""
+        order = {name: i for i, name in enumerate(names)}
+        return replace(
+            self,
+            sums={name: self.sums[name] for name in names},
+            squares={name: self.squares[name] for name in names},
+            products={
+                (a, b): total
+                for (a, b), total in self.products.items()
+                if order.get(a, len(order)) <= order.get(b, -1)
+            },
+            samples={name: self.samples[name] for name in names if name in self.samples},
         )
 
     def between(self, a: str, b: str) -> CrossMoments | SampledMoments:
@@ -164,6 +179,22 @@ class Statistics:
         if pairs and not pairs & {(a, b), (b, a)}:
             kind = "joint=True" if a == b else f"pairs=[({a!r}, {b!r}), ...]"
             raise CollectionError(f"no products of {a!r} and {b!r}: collect them with {kind}")
+
+    def only(self, *names: str) -> Statistics:
+        """The statistics of some of the models, as if they had been collected alone.
+
+        Raises:
+            CollectionError: a name without statistics.
+        """
+        for name in names:
+            if name not in self.names:
+                raise CollectionError(f"no statistics of {name!r}, only of {list(self.names)}")
+        places = {
+            space: tuple(place.only(names) for place in of_space)
+            for space, of_space in self.places.items()
+        }
+        grams = {name: self.grams[name] for name in names if name in self.grams}
+        return Statistics(names, places, grams, self.noticed)
 
     def __add__(self, other: Statistics) -> Statistics:
         """The statistics of both parts of the data.

@@ -2,13 +2,15 @@
 
 Each architecture's symmetries are traced on calibration examples, and checked: random transforms
 must leave the outputs as they are. Then the models of a set run side by side on all calibration
-data.
+data; sets that share members take one pass together.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -17,6 +19,7 @@ from torch import Tensor
 import alloy
 from alloy.devices import chosen_device, device_of, device_pool
 from alloy.processes import Processes
+from alloy.statistics import Statistics
 from alloy.statistics.collection import planned_bytes
 from tasks.evaluation.loading import load_any
 from tasks.models.shared.jobs import (
@@ -27,13 +30,17 @@ from tasks.models.shared.jobs import (
     batches,
     first_examples,
     jobs,
+    read_spec,
     refuse_other_architectures,
     run_jobs,
     save_tensors,
 )
 from tasks.recipe.models import ModelsRecipe
 from tasks.storage import write_json
+from tasks.workers import job_cores
 from tasks.workers.together import join, written_by_first
+
+MOST_BYTES = 2**31  # of the checkpoints that are in memory at once for several sets
 
 
 def main(recipe: ModelsRecipe) -> None:
@@ -55,12 +62,12 @@ def main(recipe: ModelsRecipe) -> None:
             }
             run_jobs("symmetries", find_spec, specs, dict.fromkeys(distinct, 2))
         processes.objects(None)  # the symmetries are there
-        named = {job.name: job for job in planned}
+        shared = {" ".join(job.name for job in group): group for group in in_groups(planned)}
         run_jobs(
             "collect",
             collect,
-            {name: (job, folder, processes) for name, job in named.items()},
-            {name: num_batches(job) for name, job in named.items()},
+            {name: (group, folder, processes) for name, group in shared.items()},
+            {name: num_batches(group[0]) for name, group in shared.items()},
             here=processes.size > 1,
             show=processes.is_first,
             devices=device_pool(),
@@ -97,30 +104,83 @@ def num_batches(job: Job) -> int:
     return math.ceil(num / job.recipe.calibrated[1].batch_size)
 
 
-def collect(job: Job, folder: Path, processes: Processes, report: Report) -> None:
-    """Run the calibration data through the members side by side and keep the sums."""
-    _, params, _ = job.recipe.calibrated
-    inputs = load_file(job.calibration)
+def in_groups(planned: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that share members, so that one pass serves them all; others alone.
+
+    A group has one architecture and calibration data, and its checkpoints together at most
+    MOST_BYTES.
+    """
+    groups: list[list[Job]] = []
+    for job in planned:
+        near = [group for group in groups if _belongs(job, group)]
+        joined = [job_of for group in near for job_of in group] + [job]
+        if near and sum(map(_num_bytes, _folders(joined).values())) <= MOST_BYTES:
+            groups = [group for group in groups if group not in near]
+            groups.append(joined)
+        else:
+            groups.append([job])
+    return groups
+
+
+def _belongs(job: Job, group: Sequence[Job]) -> bool:
+    alike = {
+        (job_of.calibration, architecture(job_of, m))
+        for job_of in (job, *group)
+        for m in job_of.members
+    }
+    return len(alike) == 1 and not _folders([job]).keys().isdisjoint(_folders(group))
+
+
+def _folders(group: Sequence[Job]) -> dict[str, Path]:
+    """The checkpoints of all members of a group, each once."""
+    return {name: folder for job in group for name, folder in job.folders.items()}
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def collect(group: Sequence[Job], folder: Path, processes: Processes, report: Report) -> None:
+    """Run the calibration data through the members of jobs side by side and keep the sums."""
+    statistics = run(group, folder, processes, report)
+    if len(group) > 1 and any(warned.name == "routed tokens" for warned in statistics.noticed):
+        # Experts were left out where any two of the members route differently.
+        for job in group:
+            collect([job], folder, processes, report)
+    elif processes.is_first:
+        for job in group:
+            write(job, statistics.only(*job.members), job.within(folder), report)
+
+
+def run(group: Sequence[Job], folder: Path, processes: Processes, report: Report) -> Statistics:
+    """The sums of all members of a group, and the products that each job needs."""
+    first, (_, params, _) = group[0], group[0].recipe.calibrated
+    inputs = load_file(first.calibration)
 
     def seen() -> Iterator[dict[str, Tensor]]:
         for batch in batches(inputs, params.batch_size):
             yield batch
             report("step")
 
-    models, specs = job.models(), job.specs(folder)
-    options = params.model_dump(include={"units", "joint", "grams"})
+    models = {name: load_any(place) for name, place in _folders(group).items()}
+    specs = {name: read_spec(folder, job, name) for job in group for name in job.members}
+    pairs = dict.fromkeys(pair for job in group for pair in combinations(job.members, 2))
+    options: dict[str, Any] = params.model_dump(include={"units", "joint", "grams"})
+    options["pairs"] = list(pairs)
     if processes.is_first:
-        size, device = (
-            planned_bytes(models, specs, **options),
-            device_of(next(iter(models.values()))),
-        )
-        report("say", f"{job.name}: at most {size / 1e6:,.0f} MB of sums on {device}")
+        size = planned_bytes(models, specs, **options) / 1e6
+        where = device_of(next(iter(models.values())))
+        names = ", ".join(job.name for job in group)
+        report("say", f"{names}: at most {size:,.0f} MB of sums on {where}")
     kind = chosen_device().type
     with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
-        statistics = alloy.collect(models, seen(), specs, **options, processes=processes)
-    if not processes.is_first:
-        return
-    place = job.within(folder)
+        return alloy.collect(
+            models, seen(), specs, **options, processes=processes, threads=job_cores()
+        )
+
+
+def write(job: Job, statistics: Statistics, place: Path, report: Report) -> None:
+    """Write a job's statistics and what is to be said about them."""
     place.mkdir(parents=True)
     save_tensors(statistics.to_tensors(), place / "statistics.safetensors")
     warnings = [warned._asdict() for warned in statistics.warnings]

@@ -32,6 +32,11 @@ def share_cores(num_jobs: int) -> None:
     os.environ[_CORES] = str(2 if idle_at_last else max(1, cores // num_jobs))
 
 
+def job_cores() -> int:
+    """The cores of this job."""
+    return int(os.environ.get(_CORES, "1"))
+
+
 def in_order(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     """Map a function over items on all cores of this job; results come in the items' order.
 
@@ -43,7 +48,7 @@ def in_order(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
 
     from alloy.devices import chosen_device
 
-    cores = min(int(os.environ.get(_CORES, "1")), len(items))
+    cores = min(job_cores(), len(items))
     if cores < 2 or chosen_device().type != "cpu":
         yield from map(function, items)
         return

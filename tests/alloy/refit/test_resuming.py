@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     BertConfig,
@@ -16,7 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from alloy.refit import Lesson, Teacher, fit_layers, least_squares
+from alloy.refit import Lesson, Teacher, fit_layers, least_squares, resuming
 from alloy.refit.resuming import Resuming
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -111,6 +112,36 @@ def test_resumed_passes_fit_the_same_bits(name, monkeypatch):
     assert any(not torch.equal(whole[key], start[key]) for key in whole)
     for key in whole:
         assert torch.equal(whole[key], resumed[key]), key
+
+
+@pytest.mark.parametrize("room", [2**30, 2000, 0])
+def test_a_linear_layer_is_computed_again_after_a_change_alone(monkeypatch, room):
+    """Of a block that is run again for each of its layers, and with the same bits."""
+    calls = []
+    linear = F.linear
+
+    class Chain(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.blocks = nn.ModuleList(
+                nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))) for _ in range(5)
+            )
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    monkeypatch.setattr(resuming, "OUTPUTS_BYTES", room)
+    monkeypatch.setattr(F, "linear", lambda *a: calls.append(1) or linear(*a))
+    fitted = _fitted(Chain, _vectors)
+    num_calls = len(calls)
+    monkeypatch.setattr(Resuming, "_answer", lambda self, name, batch, compute, x: compute(x))
+    calls.clear()
+    plain = _fitted(Chain, _vectors)
+    assert all(torch.equal(fitted[name], plain[name]) for name in plain)
+    assert num_calls < 0.87 * len(calls) if room > 2000 else num_calls <= len(calls)
 
 
 def test_a_fit_costs_a_block_a_layer_and_the_teachers_one_pass(monkeypatch):

@@ -54,6 +54,46 @@ def _bert(seed: int) -> BertForMaskedLM:
     return model
 
 
+@pytest.mark.parametrize("units", ["read", "written"])
+def test_models_at_once_and_pairs_of_many_give_the_same_bits(models, units):
+    """In threads, and in one pass that serves several sets."""
+    words = {"input_ids": torch.randint(1, SIZE, (6, SIZE))}
+    batches = [{"input_ids": part} for part in words["input_ids"].split(2)]
+    spec = alloy.find_symmetries(models["a"], words)
+    options = {"joint": True, "grams": True, "units": units}
+    pairs = [("a", "b"), ("c", "b")]
+    all_three = collect(models, batches, spec, **options, pairs=pairs, threads=3)
+    for pair in pairs:
+        alone = collect(
+            {name: models[name] for name in pair}, batches, spec, **options
+        ).to_tensors()
+        shared = all_three.only(*pair).to_tensors()
+        assert shared.keys() == alone.keys()
+        assert all(torch.equal(tensor, alone[name]) for name, tensor in shared.items())
+    with pytest.raises(CollectionError, match="no statistics of 'd'"):
+        all_three.only("d")
+
+
+def test_models_that_draw_draw_alike_in_threads(models):
+    """Threads share the generator, so such models run one after the other."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.chain = chain(0)
+
+        def forward(self, input):
+            return self.chain(input + torch.randn_like(input))
+
+    noisy = {"a": Noisy().eval(), "b": Noisy().eval()}
+    batches = [{"input": part} for part in two_processes.data().split(8)]
+    spec = alloy.find_symmetries(noisy["a"], batches[0])
+    statistics = collect(noisy, batches, spec, threads=2)
+    for places in statistics.places.values():
+        for place in places:
+            assert torch.equal(place.sums["a"], place.sums["b"])
+
+
 class _Kept(RunningSums):
     """The sums of the last pass, to look at."""
 

@@ -226,7 +226,7 @@ def _run(options: argparse.Namespace) -> int:
                 return_state=True,
             )
         if not state.is_completed():
-            complain(f"{state.message}\nMend it and run the same command: it goes on from here.")
+            complain(f"{state.message}\nFix that and run the same command: it goes on from here.")
             return 1
     table = Workspace(options.recipe).table
     if not (options.to or options.only) and table.is_file():

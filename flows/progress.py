@@ -15,7 +15,7 @@ SECONDS = STATE / "seconds.json"
 
 
 class Progress:
-    """Where a run of the pipeline is, as lines for a log."""
+    """The place of a run of the pipeline, as lines for a log."""
 
     def __init__(
         self,

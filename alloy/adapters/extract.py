@@ -171,7 +171,7 @@ def _equal(a: Entry, b: Entry) -> bool:
 
 
 def _kinds(base: Checkpoint, changed: Sequence[str], names: Mapping[str, str]) -> dict[str, str]:
-    """What becomes of each tensor: a LoRA of its layer's kind, or saved.
+    """The fate of each tensor: a LoRA of its layer's kind, or saved whole.
 
     A parameter beside other modules (the class token of a ViT) is saved with all that lies there.
 

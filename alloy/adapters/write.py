@@ -26,7 +26,7 @@ _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"
 
 @dataclass
 class NewAdapter:
-    """What an adapter will hold, gathered module by module."""
+    """The contents of an adapter, gathered module by module."""
 
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By module B [out, rank] and A [rank, in]; the scaling is 1."""

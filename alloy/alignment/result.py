@@ -115,7 +115,7 @@ class Alignment:
         }
 
     def folds(self, name: str) -> bool:
-        """Whether norms of a model are folded before it is moved."""
+        """True if norms of a model are folded before it is moved."""
         return self.spec.folded != self.specs[name].folded
 
     def apply_to(self, name: str, weights: Weights) -> dict[str, Tensor]:

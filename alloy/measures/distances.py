@@ -130,7 +130,7 @@ class Known:
     def of(
         self, name: str, first: Tensor, second: Tensor, measure: Callable[[str], _Sums]
     ) -> _Sums:
-        """What the measure gives for a name, of equal tensors once."""
+        """The measure's value for a name, computed once for equal tensors."""
         pairs = self._pairs.setdefault(name, [])
         for ours, theirs, sums in pairs:
             if torch.equal(ours, first) and torch.equal(theirs, second):

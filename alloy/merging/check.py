@@ -87,7 +87,7 @@ def validate(
 
 
 def _check_together(spec: MergeMethod, values: Mapping[str, Any]) -> None:
-    """What a method asks of its options together, for every model."""
+    """Check what a method requires of its options together, for every model."""
     if spec.check is None or any(
         isinstance(v, Mapping | Gradient | ByModel) for v in values.values()
     ):

@@ -19,7 +19,7 @@ MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
 
 @dataclass(frozen=True)
 class Masking:
-    """What hiding whole words needs to know of a tokenizer."""
+    """The facts about a tokenizer that hiding whole words needs."""
 
     mask_token_id: int
     continues_V: Tensor

@@ -212,7 +212,7 @@ def load_shared(folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
 
 
 def _is_matrix(name: str, sharing: Sharing) -> bool:
-    """Whether a tensor is one of the matrices that a sharing names."""
+    """True if a tensor is one of the matrices that a sharing names."""
     places = [*(f"{b}.{ENTRY}" for b in sharing.entries), *(f"{b}.{EXIT}" for b in sharing.exits)]
     places += [f"{gain.rpartition('.')[0]}.matrix" for gain in sharing.norms]
     return name.rpartition(".")[0] in places

@@ -159,7 +159,7 @@ def loaded(module: nn.Module, weights: Weights) -> nn.Module:
 
 
 class _Study:
-    """What the data of one lesson say, a group of layers after the other.
+    """Sums over the data of one lesson, a group of layers after the other.
 
     The teachers stay as they are, so one pass of theirs serves as many groups of layers as there is
     memory for; the student's passes go on from the last block that is fitted.
@@ -320,7 +320,7 @@ class _Study:
 
 
 def _same(whole: Mapping[str, Sequence[Seen]], resumed: Mapping[str, Sequence[Seen]]) -> bool:
-    """Whether two passes showed layers the same bits, in and out."""
+    """True if two passes showed layers the same bits, in and out."""
     ours, theirs = ([c for calls in seen.values() for c in calls] for seen in (whole, resumed))
     return all(
         torch.equal(a.input, b.input) and torch.equal(a.target, b.target)

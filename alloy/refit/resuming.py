@@ -145,7 +145,7 @@ class Resuming:
         return whole
 
     def _plan(self, batch: int) -> dict[str, str]:
-        """What finished blocks do in a pass: "answer" what is kept of them, "pass" on what they are
+        """Finished blocks' part in a pass: "answer" what is kept of them, "pass" on what they are
         given (something behind them answers), or compute and "keep" it.
         """
         finished = self.finished()

@@ -306,7 +306,7 @@ def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def _is_drawn(name: str, tensor: Tensor, buffers: Container[str]) -> bool:
-    """Whether `random_weights` draws a weight; of buffers it draws constant ones."""
+    """True if `random_weights` draws a weight; of buffers it draws constant ones."""
     if not tensor.dtype.is_floating_point:
         return False
     return name not in buffers or (

@@ -286,5 +286,5 @@ def record_calls(
 
 
 def _is_called(model: nn.Module, place: str) -> bool:
-    """Whether a module is a layer that runs, not a bearer of parameters alone."""
+    """True if a module is a layer that runs, not only a bearer of parameters."""
     return isinstance(model.get_submodule(place), (nn.Linear, nn.LayerNorm, nn.Conv2d))

@@ -200,7 +200,7 @@ class Work:
         return {name: batch[name] for name in self.masks.get(part.name, ())}
 
     def sensitivities(self, family: Family) -> dict[str, dict[str, Sensitivity]] | None:
-        """What the answers depend on, by member and layer."""
+        """Sensitivities of the answers, by member and layer."""
         if not self.weigh:
             return None
         found = {}
@@ -220,7 +220,7 @@ class Work:
 
     def grams(self, family: Family) -> dict[str, dict[str, Gram]]:
         """Second moments of what the members' layers read, weighed by the sensitivities."""
-        felt = self.sensitivities(family)
+        sensitivities = self.sensitivities(family)
         result = {}
         for part in self.plan.parts.values():
             result[part.name] = affine_grams(
@@ -229,7 +229,7 @@ class Work:
                 self.data[part.checkpoint],
                 forward=lambda f, batch, c=part.checkpoint: f.run(c, batch),
                 mask=lambda _, batch, p=part: next(iter(self.mask(p, batch).values()), None),
-                sensitivities=None if felt is None else felt[part.name],
+                sensitivities=None if sensitivities is None else sensitivities[part.name],
             )
         return result
 
@@ -300,7 +300,7 @@ class Work:
 
     def fit(self, student: Family, parents: Family, *, ridge: float, follow: bool) -> None:
         """Fit the trunk's layers, one after the other; then, in place, what reads them."""
-        felt = None if self.weigh == "gauge" else self.sensitivities(parents)
+        sensitivities = None if self.weigh == "gauge" else self.sensitivities(parents)
         lessons = []
         parts = list(self.plan.parts.values())
         fixed = set(self.plan.still()[0])
@@ -314,7 +314,7 @@ class Work:
                     self.data[part.checkpoint],
                     forward=Apart(parents, part, others, self.data[part.checkpoint]),
                     masks=lambda _, batch, p=part: self.mask(p, batch),
-                    sensitivities=None if felt is None else felt[part.name],
+                    sensitivities=None if sensitivities is None else sensitivities[part.name],
                     places=layers,
                 )
             )

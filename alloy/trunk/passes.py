@@ -35,7 +35,7 @@ class Family(nn.Module):
 
     @staticmethod
     def place(part: Part, module: str) -> str:
-        """What a module of a part's model is called here."""
+        """The name here of a module of a part's model."""
         return f"models.{part.checkpoint}.{module}"
 
     def run(self, checkpoint: str, batch: Batch) -> Any:
@@ -45,7 +45,7 @@ class Family(nn.Module):
 
 
 def answers_of(output: Any, batch: Batch) -> list[Tensor]:
-    """What the heads of a model of transformers answer.
+    """Answers of the heads of a model of transformers.
 
     Embeddings where it has some (contrastive models), else logits without their mean, which softmax
     does not see, else hidden states. Padding does not answer.
@@ -116,7 +116,7 @@ def masks_of(model: Any, parts: Sequence[Part], batch: Batch) -> dict[str, tuple
 
 
 def _entering(model: Any, parts: Sequence[Part], batch: Batch) -> dict[str, Tensor]:
-    """What enters the first block of each part."""
+    """The input of each part's first block."""
     seen: dict[str, Tensor] = {}
     handles = [
         model.get_submodule(part.blocks[0]).register_forward_pre_hook(
@@ -150,7 +150,7 @@ class Apart:
 
     @torch.no_grad()
     def _answers(self, parents: Family, batch: Batch) -> dict[str, Any]:
-        """What the last block of each other part gives."""
+        """The output of each other part's last block."""
         found: dict[str, Any] = {}
         with ExitStack() as stack:
             for other in self.others:

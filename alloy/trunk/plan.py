@@ -36,7 +36,7 @@ Example = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class TrunkPlan:
-    """What a merge of members into one trunk does; `print` shows it."""
+    """A checked merge of members into one trunk; `print` shows it."""
 
     models: Mapping[str, nn.Module]
     """By checkpoint, as they were given."""

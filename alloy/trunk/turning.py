@@ -69,7 +69,7 @@ class Turning:
         return sorted(s for s in spaces if not self.spec.spaces[s].depends_on)
 
     def turns(self, part: Part) -> bool:
-        """Whether a part has a stream, and all its streams turn."""
+        """True if a part has a stream, and all its streams turn."""
         streams = self.streams(part)
         return bool(streams) and all("orthogonal" in self.folded.spaces[s].kind for s in streams)
 

@@ -22,7 +22,7 @@ GIVEN = "the recipe names it"
 
 @dataclass(frozen=True)
 class Measured:
-    """What held-out data say of each candidate."""
+    """Values of each candidate on held-out data."""
 
     data: str  # in words, such as "validation data"
     values: Mapping[str, Mapping[str, Tensor]]  # arm -> measure -> a value for each example

@@ -214,7 +214,7 @@ class ExpertsRecipe(Section):
         return self.merge.result
 
     def folder(self, arm: str) -> Path:
-        """Where merge put an arm."""
+        """The folder in which merge put an arm."""
         return self.workspace.arms / arm
 
     @property

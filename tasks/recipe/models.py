@@ -211,7 +211,7 @@ class ModelsRecipe(Section):
         return self.named.arm
 
     def folder(self, arm: str) -> Path:
-        """Where merge put an arm of the result's set and seed."""
+        """The folder in which merge put an arm of the result's set and seed."""
         return self.workspace.arms / self.named.set / str(self.named.seed) / arm
 
     def split(self, name: str) -> str:

@@ -45,7 +45,7 @@ class TrunkSettings(Section):
 
     @property
     def turns(self) -> bool:
-        """Whether streams turn: where a gauge is searched, and may turn them."""
+        """True if streams turn: where a gauge is searched, and may turn them."""
         return self.turn and self.gauge is not False
 
 

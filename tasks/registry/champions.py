@@ -31,7 +31,7 @@ Step = Callable[..., Any]
 """Runs a function with its arguments and returns what that returns."""
 
 REFUSALS = (IncomparableError, NotRegisteredError)
-"""Errors of the steps that trying again does not mend."""
+"""Errors of the steps that trying again does not fix."""
 
 
 class RefusedError(RuntimeError):
@@ -39,7 +39,7 @@ class RefusedError(RuntimeError):
 
 
 class Outcome(NamedTuple):
-    """What was done, in one line, and the comparison behind it."""
+    """The decision in one line, and the comparison behind it."""
 
     message: str
     decision: Decision | None = None

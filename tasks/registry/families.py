@@ -21,7 +21,7 @@ SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize")  # that are served as
 
 @dataclass(frozen=True)
 class Family:
-    """How a model is served and loaded."""
+    """The way a model is served and loaded."""
 
     name: str | None  # of `tasks.registry.serving`; None: it is kept to be loaded
     task: str  # of transformers.pipeline

@@ -1,4 +1,4 @@
-"""How MLflow saves a model: its signature, an example, and the flavours that load it."""
+"""The form in which MLflow saves a model: signature, example, and the flavours that load it."""
 
 import shutil
 from collections.abc import Mapping, Sequence

@@ -207,7 +207,7 @@ def rolled_back(history: list[str], champion: str | None) -> list[str]:
 def _difference(
     gates: Gates, champion: Result, challenger: Result, name: str
 ) -> tuple[float, float]:
-    """How much better the challenger is, and the standard error of that."""
+    """The challenger's lead over the champion, and its standard error."""
     old, new = champion.scores[name], challenger.scores[name]
     sign = 1.0 if gates.metrics[name].better == "more" else -1.0
     changes_N = _paired(champion, challenger, name)

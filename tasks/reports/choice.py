@@ -7,7 +7,7 @@ from tasks.reports.report import Grid, Part
 
 
 def parts(account: Mapping[str, Any]) -> Sequence[Part]:
-    """What a report says of the choice: which arm to use, and where arms were compared a table."""
+    """The choice in a report: which arm to use, and a table where arms were compared."""
     sentence = f"The result is {account['arm']}: {account['reason']}."
     if "gains" not in account:
         return [
@@ -25,7 +25,7 @@ def parts(account: Mapping[str, Any]) -> Sequence[Part]:
 
 
 def advice(account: Mapping[str, Any]) -> str:
-    """Which arm to use, in plain words."""
+    """Advice on which arm to use, in plain words."""
     arm, favoured, data = account["arm"], account["favoured"], account["data"]
     if arm != favoured:
         return (

@@ -45,7 +45,7 @@ def rows(recipe: Recipe) -> Iterator[list[str]]:
 
 
 def settings(recipe: Recipe, arm: str) -> str:
-    """What a recipe says of an arm beyond the defaults: method, base, coefficients, options."""
+    """The settings of an arm beyond the defaults: method, base, coefficients, options."""
     entry = recipe.merge.arms[arm]
     given = entry.model_dump(exclude_defaults=True)
     return ", ".join(_leaves(given))

@@ -25,7 +25,7 @@ _FRONT = re.compile(r"\A---\s*\n.*?\n---\s*\n", re.DOTALL)
 
 @dataclass(frozen=True)
 class Push:
-    """What is sent where; `str` is what a dry run says."""
+    """The files of a push and their target; `str` is what a dry run says."""
 
     folder: Path
     name: str  # of the repository
@@ -45,7 +45,7 @@ class Push:
 
 
 def plan(folder: Path, target: str, *, licence: str | None = None, private: bool = True) -> Push:
-    """What a push would send.
+    """The files that a push would send.
 
     Args:
         licence: the card's by default; needed where the card states none.

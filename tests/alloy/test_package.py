@@ -115,3 +115,31 @@ from safetensors.torch import load_file
 loaded = load_file("model.safetensors")
 print(max(float((loaded[n] - w).abs().max()) for n, w in a.state_dict().items()))
 """
+
+TESTED = ["alignment", "gauge", "measures", "merging", "refit", "statistics", "symmetry"]
+"""Packages whose tests need no other tools than pytest and hypothesis."""
+
+
+@pytest.mark.slow
+def test_the_source_distribution_passes_the_librarys_tests(sources, tmp_path) -> None:
+    """`python -m build` gives a wheel and an sdist, which is installed where nothing else is."""
+    run(
+        sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, sources, cwd=tmp_path
+    )
+    (sdist,) = tmp_path.glob("alloy_merge-*.tar.gz")
+    assert list(tmp_path.glob("alloy_merge-*.whl"))
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", sdist, "pytest", "hypothesis", cwd=tmp_path)
+    checkout = tmp_path / "checkout"
+    shutil.copytree(REPOSITORY / "tests", checkout / "tests")
+    shutil.copytree(REPOSITORY / "docs", checkout / "docs")
+    shutil.copy(REPOSITORY / "pyproject.toml", checkout)
+    (checkout / "released").symlink_to(REPOSITORY / "released")
+    tests = [f"tests/alloy/{name}" for name in TESTED]
+    peer = "--ignore=tests/alloy/merging/test_mergekit.py"
+    said = run(python, "-m", "pytest", "-q", "-m", "not slow", peer, *tests, cwd=checkout)
+    assert " passed" in said
+    assert run(python, "-c", "import alloy; print(alloy.__file__)", cwd=checkout).startswith(
+        str(tmp_path / "venv")
+    )

@@ -240,7 +240,7 @@ def _by_score(
 
 
 def _alike(ours: Mapping[str, Transforms], theirs: Mapping[str, Transforms]) -> bool:
-    """Whether two candidates surely move all units alike."""
+    """True if two candidates surely move all units alike."""
     return all(_same(t, theirs[name][space]) for name in ours for space, t in ours[name].items())
 
 

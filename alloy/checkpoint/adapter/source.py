@@ -141,7 +141,7 @@ def _fits(base: Checkpoint, adapter: Adapter, name: str, target: str) -> bool:
 
 
 def _misfit(entry: Entry, fold: Fold) -> str | None:
-    """What keeps a fold from a tensor by its shape, or None."""
+    """The reason that a fold does not fit a tensor's shape, or None."""
     if fold.onto is not None and fold.onto.shape != entry.shape:
         resized = len(entry.shape) == 2 and fold.onto.shape[1:] == entry.shape[1:]
         return f"the adapter saves it as {list(fold.onto.shape)}" + (

@@ -147,7 +147,7 @@ def layer_of(name: str, stack: str) -> re.Match[str] | None:
 
 
 def stack_of(reference: Checkpoint, stack: str | None) -> str:
-    """What the names of the layers begin with."""
+    """The prefix of the layers' names."""
     towers = _of_towers(reference)
     stacks = dict.fromkeys(
         match["stack"] for n in reference.entries if (match := _LAYER.fullmatch(n)) is not None

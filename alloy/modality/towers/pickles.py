@@ -57,7 +57,7 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _records_of(path: Path) -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """What stands for each class of a trainer in the file."""
+    """The stand-in for each class of a trainer in the file."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (OSError, ValueError, RuntimeError) as error:

@@ -153,7 +153,7 @@ def import_release(
 
 
 def _is_absent(ours: str, theirs: str | Joined, weights: Weights) -> bool:
-    """Whether a head that not every file has is not in this one."""
+    """True if a head that not every file has is missing from this one."""
     return (
         isinstance(theirs, str)
         and (ours in _HEADS or ours in ("image_projection", "text_projection"))

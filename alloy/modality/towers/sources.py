@@ -1,4 +1,4 @@
-"""Where towers come from: models and checkpoints of transformers."""
+"""Sources of towers: models and checkpoints of transformers."""
 
 import re
 from collections.abc import Mapping, Set

@@ -67,7 +67,7 @@ class Reader(ABC):
         return [what for what, places in self.parts.items() if self._first(places) is not None]
 
     def part(self, what: str) -> Path:
-        """Where a part of the archive lies.
+        """The place of a part of the archive.
 
         Raises:
             DataError: it is not there.

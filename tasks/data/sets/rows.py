@@ -63,7 +63,7 @@ def file_image(path: Path) -> dict[str, Any]:
 
 
 def image_key(image: Mapping[str, Any]) -> str:
-    """What tells one image from another: its file's name, or a digest of its bytes."""
+    """The identity of an image: its file's name, or a digest of its bytes."""
     if image.get("bytes") is not None:
         return hashlib.sha256(image["bytes"]).hexdigest()
     return Path(image["path"]).name

@@ -13,7 +13,7 @@ SPLITS = {"validation": "validation data", "held_out": "held-out examples withou
 
 
 def measure(recipe: ModelsRecipe) -> Measured:
-    """What the yardstick of the result's set says of each candidate, by example.
+    """Values of each candidate by the yardstick of the result's set, by example.
 
     Raises:
         ValueError: a candidate that is several models, which share a part of their layers.

@@ -68,6 +68,11 @@ def plan_of(request: MergeRequest, rank: int | None) -> Plan:
             f"method {request.method!r} needs data of the layers, which cores lack; take another, "
             f"or {AS_MODELS}"
         )
+    if spec.looks_at_weights:
+        raise MergeError(
+            f"method {request.method!r} looks at whole weights, which adapters lack; take another, "
+            f"or {AS_MODELS}"
+        )
     assert isinstance(request.sources, Mapping), "a checked request names its sources"
     opened = {name: open_adapter(path) for name, path in request.sources.items()}
     base = None if request.base is None else open_source(request.base)
@@ -97,6 +102,7 @@ def plan_of(request: MergeRequest, rank: int | None) -> Plan:
         base=spec.base != "unused",
         coefficients=cast("Any", request.coefficients),  # checked
         options=dict(request.options),
+        members=list(opened),
     )
     return Plan(
         settings, opened, base, stored, layers, saved, rank, request.dtype, tuple(findings.notes)

@@ -110,7 +110,7 @@ def merge_checkpoints(
             `"force": True` for every source.
         pad_vocabulary_to: the number of rows is a multiple of this; rows that are added are zeros.
         chat_template: where the sources' chat templates differ, the source whose template is
-            taken, or a file that holds one.
+            taken, a file that holds one, the template itself, or "auto", the commonest.
         processor: the source whose files these are; by default the first.
         generation_config: the source whose settings these are; by default the first.
         names: changes of prefix that give a source the first one's names, where a language model is

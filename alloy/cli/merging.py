@@ -114,7 +114,8 @@ ChatTemplate = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|FILE",
-        help="Where chat templates differ: the source whose template is taken, or a file.",
+        help="Where chat templates differ: the source whose template is taken, a file, or auto, "
+        "the commonest.",
     ),
 ]
 Processor = Annotated[

@@ -114,7 +114,7 @@ def merge_request(
         else (),
         stack=stack if is_sliced else None,
         **_tokenizer(config, parsed, labels, uses_base),
-        chat_template=_chat_template(config, notes),
+        chat_template=_chat_template(config),
         allow=("torch_dtype",),
     )
     return Translation(request, tuple(dict.fromkeys(notes)))
@@ -493,12 +493,9 @@ def _tokens(
     return result
 
 
-def _chat_template(config: Mapping[str, Any], notes: list[str]) -> str | None:
+def _chat_template(config: Mapping[str, Any]) -> str | None:
     value = config.get("chat_template")
     if value is None:
-        return None
-    if value == "auto":
-        notes.append("chat_template auto: the one template that there is; several are refused")
         return None
     if value in _TEMPLATES:
         raise MergeError(

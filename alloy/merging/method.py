@@ -134,6 +134,8 @@ class MergeMethod:
     mixture: str | None = None
     """The module in `alloy.merge` and the name of `mix`, in place of `implementation`."""
     random: bool = False
+    looks_at_weights: bool = False
+    """What it does with task vectors depends on the weights that they belong to."""
     matrices_only: bool = False
     """Defined for matrices [d_out, d_in], and for the fused experts [E, d_out, d_in] of a mixture,
     one expert at a time. Every other tensor, one without statistics, or one that

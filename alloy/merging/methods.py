@@ -161,6 +161,7 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         implementation="arithmetic.arcee_fusion",
         coefficients=None,
         base="required",
+        looks_at_weights=True,
         max_models=1,
     ),
     "ram": MergeMethod(

@@ -8,6 +8,7 @@ refused, and of several chat templates one is chosen by name.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +19,8 @@ from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.reading import few, read_json, read_text, source_file
 from alloy.errors import CheckpointError
 
+AUTO = "auto"
+"""As a chat template: the one that most sources have."""
 _SETTINGS = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"
@@ -75,7 +78,7 @@ def common_settings(
     Args:
         speaker: the source whose tokenizer files the result has.
         models: the sources that are merged; the base counts where it speaks.
-        chat_template: the source whose template is taken, a file, or the template itself.
+        chat_template: the source whose template is taken, a file, the template itself, or `AUTO`.
         compared: whether settings that differ are refused. Where the result has one source's
             embeddings, that source's tokenizer alone counts.
     """
@@ -187,8 +190,10 @@ def _chosen(
     if wanted is not None:
         if wanted in templates:
             return templates[wanted]
+        if wanted == AUTO and templates:
+            return _commonest(findings, templates)
         if "{{" in wanted or "{%" in wanted:
-            if not tokenizers:
+            if not tokenizers and not templates:
                 findings.problem("chat_template: no source has a tokenizer to use it")
             return wanted
         path = Path(wanted)
@@ -214,6 +219,15 @@ def _chosen(
     if different and speaker not in templates:
         findings.note(f"the chat template is that of {few(list(templates))}: {speaker!r} has none")
     return different[0] if different else None
+
+
+def _commonest(findings: Findings, templates: Mapping[str, Template]) -> Template:
+    """The template that most sources have; the first of those that equally many have."""
+    counts = Counter(json.dumps(template) for template in templates.values())
+    most = max(counts.values())
+    source, chosen = next((n, t) for n, t in templates.items() if counts[json.dumps(t)] == most)
+    findings.note(f"the chat template is that of {source!r} and {most} of {len(templates)} sources")
+    return chosen
 
 
 def _with_template(folder: Path, template: Template) -> TextSettings:

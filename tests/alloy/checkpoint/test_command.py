@@ -242,3 +242,63 @@ def test_python_m_alloy_is_the_command(folders, tmp_path):
     assert done.returncode == 0, done.stderr
     account = json.loads((tmp_path / "out" / "alloy_merge.json").read_text())
     assert account["command"].startswith("alloy merge linear ")
+
+
+@pytest.fixture
+def deep(write):
+    """Three models of four layers; c has the names of a larger model's part."""
+    folders = {}
+    for i, name in enumerate(("seed", "a", "b", "c")):
+        generator = torch.Generator().manual_seed(i)
+        tensors = {
+            f"model.layers.{n}.mlp.weight": torch.randn(4, 6, generator=generator) for n in range(4)
+        } | {"model.norm.weight": torch.randn(6, generator=generator)}
+        if name == "c":
+            tensors = {f"inner.{key}": value for key, value in tensors.items()}
+            tensors["vision_tower.fc.weight"] = torch.ones(4, 6)
+        config = {"model_type": "toy", "num_hidden_layers": 4, "hidden_size": 6}
+        folders[name] = str(write(name, tensors, config=config))
+    return folders
+
+
+def test_slices_and_gradients(deep, tmp_path, load):
+    """Layers of the result by source; a coefficient that falls with depth."""
+    out = tmp_path / "out"
+    named = [f"a={deep['a']}", f"b={deep['b']}"]
+    slices = ["--slices", "a=0:1", "--slices", "a=1:4,b=0:3"]
+    status, _, said = run("merge", "linear", out, *named, *slices, "--coefficients", "1..0,0..1")
+    assert status == 0, said
+    merged, a, b = load(out), load(Path(deep["a"])), load(Path(deep["b"]))
+    key = "model.layers.{}.mlp.weight"
+    assert torch.equal(merged[key.format(0)], a[key.format(0)])
+    torch.testing.assert_close(merged[key.format(3)], b[key.format(2)])
+    mixed = (2 * a[key.format(2)] + 4 * b[key.format(1)]) / 6
+    torch.testing.assert_close(merged[key.format(2)], mixed)
+    status, _, said = run("plan", "linear", out, *named, "--slices", "a:0-1")
+    assert (status, "--slices a:0-1: write NAME=FIRST:END" in said) == (1, True)
+
+
+def test_options_by_source_and_over_depth(deep, tmp_path):
+    density = '{"a": {"from": 0.2, "to": 1}, "b": 0.5}'
+    named = [f"a={deep['a']}", f"b={deep['b']}", "--base", deep["seed"]]
+    status, shown, said = run("plan", "ties", tmp_path / "x", *named, "--set", f"density={density}")
+    assert status == 0, said
+    assert re.search(r"layers\.0\.mlp.*density=\(0\.2, 0\.5\)", shown)
+    assert re.search(r"layers\.3\.mlp.*density=\(1\.0, 0\.5\)", shown)
+
+
+def test_names_and_groups(deep, tmp_path, load):
+    """What the larger model holds beside the smaller one is kept by a group's name."""
+    out = tmp_path / "out"
+    named = [f"c={deep['c']}", f"a={deep['a']}"]
+    status, _, said = run("plan", "linear", out, *named)
+    assert status == 1
+    assert "say --kept vision_tower" in said
+    status, shown, said = run("merge", "linear", out, *named, "--kept", "vision_tower")
+    assert status == 0, said
+    assert "names of 'a' as the first source has them: 'model.' becomes 'inner.model.'" in shown
+    given = ["--names", "model.=inner.model.", "--kept", "vision_tower"]
+    status, _, said = run("merge", "linear", tmp_path / "given", *named, *given)
+    assert status == 0, said
+    first, second = load(out), load(tmp_path / "given")
+    assert all(torch.equal(first[n], second[n]) for n in first)

@@ -229,6 +229,23 @@ def test_old_and_new_names_of_one_model_merge(name, tmp_path):
         assert all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
+def test_old_configs_hold_the_language_model_at_their_top(tmp_path):
+    """Qwen2-VL's first configs: text settings beside vision_config."""
+    vlm = multimodal.saved(multimodal.whole("Qwen2VL", 1), tmp_path / "vlm")
+    llm = multimodal.saved(multimodal.language_model("Qwen2VL", 2), tmp_path / "llm")
+    config = json.loads((vlm / "config.json").read_text())
+    text = config.pop("text_config")
+    config = {**text, **config, "model_type": "qwen2_vl"}
+    (vlm / "config.json").write_text(json.dumps(config))
+    sources = {"vlm": vlm, "llm": llm}
+    plan = plan_merge(MergeRequest("linear", sources, "out", kept=kept("Qwen2VL")))
+    assert sum(t.how == "linear" for t in plan.tensors) == 20
+    config["rms_norm_eps"] = 1e-6
+    (vlm / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MergeError, match="rms_norm_eps"):
+        plan_merge(MergeRequest("linear", sources, "out", kept=kept("Qwen2VL")))
+
+
 def test_processor_and_generation_config_are_the_named_ones(llava, tmp_path):
     folders = {n: changed(folder, tmp_path / n) for n, folder in llava.items()}
     for name, folder in folders.items():

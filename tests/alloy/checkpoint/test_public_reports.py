@@ -125,6 +125,16 @@ def test_the_experts_template_stays_where_the_base_has_none(write, tmp_path):
     assert report.notes
 
 
+def test_the_commonest_template_and_one_that_is_given(write, tmp_path):
+    """mergekit's `auto`, and a template as text."""
+    folders = [write(name, {EMBED: rows(i)}, config=CONFIG) for i, name in enumerate("abc")]
+    for folder, template in zip(folders, ("{{ x }}", TEMPLATE, TEMPLATE), strict=True):
+        tokenizer(folder, "xyz", template)
+    for name, wanted in (("auto", "auto"), ("text", TEMPLATE)):
+        alloy.merge_checkpoints("linear", folders, tmp_path / name, chat_template=wanted)
+        assert (tmp_path / name / "chat_template.jinja").read_text() == TEMPLATE
+
+
 @pytest.mark.parametrize(
     ("weight", "scale"),
     [

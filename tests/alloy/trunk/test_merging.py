@@ -162,6 +162,18 @@ def test_a_merge_that_is_fitted_keeps_more(tiny, pairs):
     assert error("sequential") < 0.7 * error("average")
 
 
+@pytest.mark.parametrize("weigh", [False, "gauge"])
+def test_errors_may_count_alike(weigh, tiny, pairs):
+    """The fit needs no sensitivities, and neither does the search."""
+    model, batch = tiny("siglip"), pairs("siglip", 24)
+    plan = plan_trunk(model, towers("siglip"), batch, turn=True)
+    trunk = merge_trunk(plan, [batch], gauge=QUICK, weigh=weigh)
+    average = merge_trunk(plan, [batch], method="average")
+    ours, theirs = (answers(t.model, batch) for t in (trunk, average))
+    assert not torch.equal(ours[0], theirs[0])
+    assert all(answer.isfinite().all() for answer in ours)
+
+
 def test_the_models_given_stay_as_they_are(tiny, pairs):
     model, batch = tiny("clip"), pairs("clip")
     before = {name: t.clone() for name, t in model.state_dict().items()}

@@ -11,6 +11,7 @@ import pytest
 
 from tasks.reports.publish import publish
 from tests.flows.conftest import Workspace, cpu_seconds
+from tests.tasks.reports.browser import CHROMIUM, fits
 
 STAGES = [
     "fetch", "prepare", "collect", "align", "merge", "choose", "finetune", "evaluate", "register",
@@ -48,6 +49,13 @@ def test_one_command_makes_a_registered_model_and_its_report(
     assert str(registered["version"]) == "1"
     assert "report.html" in said.splitlines()[-1]
     assert not list(folder.rglob("*.incomplete"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+def test_the_page_of_experts_fits(small_run: tuple[Workspace, str], tmp_path: Path) -> None:
+    """The page of the run, in a browser as wide as a phone and as wide as a desk."""
+    fits(small_run[0].folder / "reports/modality/report.html", tmp_path)
 
 
 def test_the_second_command_has_nothing_to_do(small_run: tuple[Workspace, str]) -> None:

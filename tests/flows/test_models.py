@@ -10,6 +10,7 @@ import yaml
 from tests import tiny_models
 from tests.flows.conftest import Workspace, git
 from tests.flows.test_modality import STAGES
+from tests.tasks.reports.browser import CHROMIUM, fits
 
 
 @pytest.mark.slow
@@ -46,6 +47,8 @@ def test_one_file_makes_a_registered_model_of_any_two_checkpoints(
     scores = json.loads(workspace.text("reports/mine/metrics.json"))["calibration"]
     assert scores["mudsc"]["pair"]["agreement_spread"] >= 0
     assert not list(folder.rglob("*.incomplete"))
+    if CHROMIUM is not None:
+        fits(folder / "reports/mine/report.html", tmp_path)
     status, said = workspace.run("flows.pipeline", "mine")
     assert said.startswith("Nothing to do: 8 stages of mine are up to date."), said
 

@@ -3,12 +3,7 @@
 Runs where there is a Chromium (Debian's package `chromium`, or Google's Chrome).
 """
 
-import json
-import re
 import runpy
-import shutil
-import subprocess
-from html import escape, unescape
 from pathlib import Path
 
 import numpy as np
@@ -19,38 +14,14 @@ from tasks.reports import html
 from tasks.reports.html import element, picture
 from tasks.reports.report import Chart, Grid, Markup, Report, Section
 from tasks.reports.writer import write
+from tests.tasks.reports.browser import CHROMIUM, DESK, PHONE, fits, look
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-SECONDS = 60
-PHONE, DESK = 360, 1440
 REPOSITORY = Path(__file__).parents[3]
-SCREENSHOTS = REPOSITORY / ".pytest_cache" / "screenshots"
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
 ]
-
-# A frame as wide as the screen; what the page in it measures becomes the title.
-SCREEN = """<!doctype html><meta charset="utf-8"><title>not measured</title>
-<iframe style="width: {width}px; height: 800px; border: 0" srcdoc="{page}"></iframe>
-<script>
-addEventListener("load", () => {{
-  const page = document.querySelector("iframe").contentDocument;
-  const root = page.documentElement;
-  const boxes = [...page.querySelectorAll(".wide")];
-  document.title = JSON.stringify({{
-    screen: root.clientWidth,
-    page: root.scrollWidth,
-    scrolling: boxes.filter((box) => box.scrollWidth > box.clientWidth).length,
-    paper: page.defaultView.getComputedStyle(page.body).backgroundColor,
-    broken: [...page.images].filter((image) => !image.naturalWidth).length,
-  }});
-}});
-</script>
-"""
-
 
 def report() -> Report:
     """Every kind of part, each wider or longer than a phone."""
@@ -87,24 +58,6 @@ def page(tmp_path_factory) -> str:
     return (folder / "toy/report.html").read_text()
 
 
-def look(page: str, folder: Path, width: int, *options: str) -> tuple[dict, str]:
-    """What a page measures on a screen, and what the browser's console said."""
-    file = folder / "screen.html"
-    file.write_text(SCREEN.format(width=width, page=escape(page)))
-    done = subprocess.run(
-        [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            f"--user-data-dir={folder / 'profile'}", f"--window-size={DESK},900",
-            "--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", *options,
-            file.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=SECONDS, check=True,
-    )  # fmt: skip
-    (title,) = re.findall(r"<title>(.*?)</title>", done.stdout)[:1]
-    console = "\n".join(line for line in done.stderr.splitlines() if ":CONSOLE" in line)
-    return json.loads(unescape(title)), console
-
-
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_nothing_sticks_out_and_nothing_fails(page, tmp_path, width):
     """Only tables and charts are wider than a phone, and those scroll in their own boxes."""
@@ -116,20 +69,10 @@ def test_nothing_sticks_out_and_nothing_fails(page, tmp_path, width):
         assert measured["scrolling"] == 3
 
 
-@pytest.mark.parametrize("width", [PHONE, DESK])
-def test_a_real_page_fits_and_is_kept_as_a_picture(tmp_path, width):
-    """The page of a recipe that was run; its screenshot stays in .pytest_cache/screenshots."""
+def test_the_page_of_members_merged_as_they_are_fits(tmp_path):
+    """The page of a recipe from Python, on a phone and on a desk; screenshots are kept."""
     recipe = runpy.run_path(str(REPOSITORY / "examples/recipe.py"))
-    page = recipe["main"](tmp_path / "recipe")
-    measured, console = look(page.read_text(), tmp_path, width)
-    assert console == ""
-    assert measured["broken"] == 0
-    assert measured["page"] <= measured["screen"] <= width
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    picture = SCREENSHOTS / f"report_{width}.png"
-    picture.unlink(missing_ok=True)
-    look(page.read_text(), tmp_path, width, f"--screenshot={picture}")
-    assert picture.stat().st_size > 10_000
+    fits(recipe["main"](tmp_path / "recipe"), tmp_path)
 
 
 def test_the_reader_chooses_between_light_and_dark(page, tmp_path):

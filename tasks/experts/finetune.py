@@ -10,16 +10,14 @@ checkpoint.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alloy.devices import beside, chosen_device, device_pool
+from alloy.devices import beside, chosen_device
 from alloy.errors import nearest
 from alloy.modality import ModalityModel
 from alloy.modality.objectives import distillation_losses
@@ -28,16 +26,14 @@ from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, load_split,
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import ExpertsRecipe, FinetuneParams
 from tasks.recipe.section import ParamsError
-from tasks.registry import tracking
 from tasks.reports import cards
 from tasks.storage import folder_digest, read_json, write_folder, write_json
 from tasks.training.loop import check_precision, check_shares, parts_of, step_generator, train
-from tasks.workers import side_by_side
+from tasks.training.stage import RESULT, publish, run_all, say_nothing
 from tasks.workers.together import agree, join
 from tasks.workspace import STATE, Workspace
 
 WORK = STATE / "finetune"  # step checkpoints
-RESULT = "merged"
 FACTS = "finetuning.json"
 Data = Mapping[str, Mapping[str, Tensor]]
 
@@ -104,7 +100,7 @@ def finetune(job: Job, report: Callable[..., None], processes: Processes = ALONE
     facts = facts_of(job)
     agree(processes, {name: json.dumps(value) for name, value in facts.items()})
     digest = identity(job)
-    report = report if processes.is_first else _say_nothing
+    report = report if processes.is_first else say_nothing
     is_done = (done / FACTS).exists() and read_json(done / FACTS)["identity"] == digest
     if processes.from_first(is_done):
         report("say", "was fine-tuned before the interruption")
@@ -145,10 +141,6 @@ def finetune(job: Job, report: Callable[..., None], processes: Processes = ALONE
     report(
         "say", f"best at step {progress.best_step}: {progress.best_score:.2f} on validation data"
     )
-
-
-def _say_nothing(*_: object) -> None:
-    pass
 
 
 def validation(
@@ -266,51 +258,6 @@ def main(recipe: ExpertsRecipe) -> None:
     jobs = plan(recipe)
     processes = join("finetune")
     check_together(recipe, processes.size)
-    if not processes.is_first:
-        for job in jobs.values():
-            finetune(job, _say_nothing, processes)
-        return
-    with ExitStack() as stack:
-        logs = {name: stack.enter_context(_open_run(name, job)) for name, job in jobs.items()}
-
-        def receive(name: str, kind: str, *values) -> None:
-            if kind == "curves":
-                logs[name].metrics(*values)
-            else:
-                print(f"finetune: {name}: {values[0]}", flush=True)
-
-        if processes.size > 1:
-            for name, job in jobs.items():
-                finetune(job, partial(receive, name), processes)
-        else:
-            queued = {name: (job,) for name, job in jobs.items()}
-            side_by_side(finetune, queued, receive, devices=device_pool())
-    _publish(recipe.workspace, jobs)
-
-
-@contextmanager
-def _open_run(name: str, job: Job) -> Generator[tracking.Log]:
-    """The job's MLflow run: that of the interrupted training, if it is the same training."""
-    file, digest = job.work / "run.json", identity(job)
-    before = read_json(file) if file.exists() else {}
-    resume = before.get("run_id") if before.get("identity") == digest else None
-    tags = {"stage": "finetune"}
-    with tracking.run(
-        job.recipe, f"finetune {name}", tags, resume=resume, system_metrics=True
-    ) as log:
-        write_json(file, {"identity": digest, "run_id": log.run_id})
-        yield log
-
-
-def _publish(workspace: Workspace, jobs: Mapping[str, Job]) -> None:
-    """Put what the jobs made in its place, each output whole."""
-    with (
-        write_folder(workspace.finetuned_arms) as arms,
-        write_folder(workspace.finetuned) as finetuned,
-    ):
-        for name, job in jobs.items():
-            arm, *benchmark = name.split("/")
-            folder = finetuned if arm == RESULT else arms / arm
-            shutil.copytree(job.work / "done", folder.joinpath(*benchmark), dirs_exist_ok=True)
-    shutil.rmtree(workspace.work("finetune"))
-    print(f"finetune: wrote {workspace.finetuned} and {workspace.finetuned_arms}")
+    run_all(jobs, finetune, identity, processes)
+    if processes.is_first:
+        publish(recipe.workspace, jobs)

@@ -41,6 +41,7 @@ from tasks.models.report.build import build
 from tasks.models.report.distances import build as build_distances
 from tasks.models.report.results import BarrierRow, DistanceRow, PathRow, PlaneRow, ScoreRow
 from tasks.models.shared.alignment import load_alignment
+from tasks.models.shared.finetuned import finetuned_of
 from tasks.models.shared.jobs import (
     Job,
     Report,
@@ -182,6 +183,13 @@ def evaluate(job: Job, report: Report) -> None:
             for part, measure in measures.items():
                 values |= by_example(f"{part}/merged/{job.set}", measure.score(models))
         said(name)
+    if (job.set, job.seed) == (chosen.set, chosen.seed):
+        for name, folder in finetuned_of(job.recipe).items():
+            models = [load_any(folder)]
+            rows["scores"] += scores(job, name, "finetuned", measures, models)
+            if name == "finetuned":
+                for part, measure in measures.items():
+                    values |= by_example(f"{part}/{name}/{job.set}", measure.score(models))
     weights, known = job.weights(), Known()
     split = next(name for name in CURVE_SPLITS if name in measures)
     for name in job.recipe.alignments(job.set):

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from alloy.errors import nearest
 from tasks.recipe.section import Name, ParamsError, Section
+from tasks.recipe.training import Distillation, EarlyStopping, TrainingPlan
 
 Split = Literal["validation", "test"]
 
@@ -228,3 +229,51 @@ class MeasuredParams(Section):
                     raise ValueError(f"harness.{kind}.tasks: {task!r} is another benchmark's name")
                 seen.add(str(task))
         return values
+
+
+class ModelsFinetuneParams(Section):
+    """A short training of the result, and of arms to compare with, all alike.
+
+    The parents' answers need no labels; `data` adds the user's own, classes or texts.
+    """
+
+    seed: int
+    batch_size: int = Field(gt=0)
+    data: ModelsExamples | None = None  # without it the set's calibration data, without labels
+    task_weight: float = Field(default=1.0, ge=0)  # of the loss of data's labels or next tokens
+    distillation: Distillation = Distillation(weight=1.0)  # of the distance to the parents' answers
+    arms: list[str] = Field(default=[])  # beside the result
+    training: TrainingPlan
+    stopping: EarlyStopping
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> "ModelsFinetuneParams":
+        if self.data is not None and self.data.measure not in ("labels", "perplexity"):
+            raise ValueError(
+                f"data.measure: {self.data.measure!r}: a training learns `labels`, or the next "
+                "tokens of texts (`perplexity`)"
+            )
+        if not (self.distillation.weight or (self.data is not None and self.task_weight)):
+            raise ValueError(
+                "there is nothing to learn: give data with a task_weight, or distillation a weight"
+            )
+        if self.training.optimizer != "adamw":
+            raise ValueError(
+                "training.optimizer: muon knows the blocks of modality transformers alone: write "
+                "`optimizer: adamw`"
+            )
+        self.training.check_batch("batch_size", self.batch_size)
+        return self
+
+    def check(self, where: str, arms: Collection[str], result: str, *, has_data: bool) -> None:
+        """Raise ParamsError for arms that are not there, and where no data are."""
+        for name in self.arms:
+            if name not in arms:
+                raise ParamsError(f"{where}.arms: {name!r}: {nearest(name, [*arms])}")
+            if name == result:
+                raise ParamsError(f"{where}.arms: {name!r} is the result, which is trained anyway")
+        if self.data is None and not has_data:
+            raise ParamsError(
+                f"{where}.data is missing: a recipe without prepare has no calibration data to "
+                "learn the parents' answers on"
+            )

@@ -95,12 +95,12 @@ def _check_scores(recipe: ModelsRecipe, gates: Gates) -> None:
 def _models(recipe: Recipe) -> list[str]:
     """The models of `metrics.json`."""
     arms = ["merged", *recipe.merge.arms]
-    if not isinstance(recipe, ExpertsRecipe):
-        if not recipe.is_calibrated:
-            return [*arms, *recipe.measured_models]
-        arms += recipe.measured_models if recipe.evaluate.measured else []
-        members = max(len(m) for entry in recipe.sets.values() for m in entry.members.values())
-        return [*arms, "ensemble", *(f"parent_{number}" for number in range(members))]
     finetuned = [] if recipe.finetune is None else ["finetuned"]
     finetuned += [f"finetuned_{arm}" for arm in (recipe.finetune.arms if recipe.finetune else ())]
+    if not isinstance(recipe, ExpertsRecipe):
+        if not recipe.is_calibrated:
+            return [*arms, *recipe.measured_models, *finetuned]
+        arms += recipe.measured_models if recipe.evaluate.measured else []
+        members = max(len(m) for entry in recipe.sets.values() for m in entry.members.values())
+        return [*arms, *finetuned, "ensemble", *(f"parent_{number}" for number in range(members))]
     return [*arms, *recipe.evaluate.checkpoints, *recipe.evaluate.ensembles, *finetuned]

@@ -82,7 +82,10 @@ FILLS = {
         "family", "library", "data", "statistics", "transforms",
         "align", "collect", "dtype", "kept", "names", "members", "code", "searched", "trunk",
     ),
-    "finetune": ("family", "library"),
+    "finetune": (
+        "family", "library", "data", "benchmarks", "examples", "finetune_set",
+        "symmetry", "writing",
+    ),
     "evaluate": (
         "family", "library", "data", "statistics", "transforms", "finetuned", "finetuned_arms",
         "align", "collect", "finetune", "members", "code", "benchmarks",
@@ -114,9 +117,13 @@ def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
     values = {
         "family": recipe.kind,
         "code": OWN_CODE.get((stage, recipe.kind), ""),
-        "benchmarks": f"tasks/{recipe.kind}/{'benchmarks' if is_models else 'evaluate.py'}",
+        "benchmarks": f"tasks/{recipe.kind}/{'benchmarks' if is_models else f'{stage}.py'}",
+        "examples": "tasks/data" if is_models else f"tasks/{recipe.kind}/{stage}.py",
+        "symmetry": "alloy/symmetry" if is_models else "alloy/modality",
+        "writing": f"alloy/checkpoint{'' if is_models else '/licence.py'}",
+        "finetune_set": members if is_models else section,
         # of alloy, beside what both need
-        "library": "alignment" if is_models and stage != "merge" else "modality",
+        "library": "alignment" if is_models and stage not in ("merge", "finetune") else "modality",
         "trunk": "trunk" if is_models else "modality",
         "data": str(workspace.data) if prepared else path,
         "statistics": str(workspace.statistics) if calibrated else path,

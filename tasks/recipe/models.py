@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS, validate
 from tasks.recipe.arm import ModelsArm, ModelsRepair
-from tasks.recipe.benchmarks import MeasuredParams
+from tasks.recipe.benchmarks import MeasuredParams, ModelsFinetuneParams
 from tasks.recipe.calibration import ModelsPrepareParams
 from tasks.recipe.section import Name, ParamsError, Section
 from tasks.recipe.shared import (
@@ -135,6 +135,7 @@ class ModelsRecipe(Section):
     collect: ModelsCollectParams | None = None
     align: ModelsAlignParams | None = None
     merge: ModelsMergeParams
+    finetune: ModelsFinetuneParams | None = None
     evaluate: ModelsEvaluateParams
     registration: RegisterParams = Field(alias="register")
     ship: ShipParams | None = None
@@ -270,10 +271,10 @@ class ModelsRecipe(Section):
             )
         self._check_candidates()
         for key, section in (("register", self.registration), ("ship", self.ship)):
-            if section is not None and section.model != "merged":
+            if section is not None and section.model == "finetuned" and self.finetune is None:
                 raise ParamsError(
-                    f"{self.where}: {key}.model: recipes of kind models have no fine-tuned model; "
-                    "write `model: merged`"
+                    f"{self.where}: {key}.model: finetuned, yet the recipe has no section "
+                    "finetune; write `model: merged`"
                 )
         for name in self.sets if not self.is_trunk else ():
             for key, arm in self.arms(name).items():
@@ -282,6 +283,14 @@ class ModelsRecipe(Section):
         result = self.named
         members, arms = self.sets[result.set].members[result.seed], self.arms(result.set)
         self.evaluate.check_models(self.where, members, arms, self.sets)
+        if self.finetune is not None:
+            where = f"{self.where}: finetune"
+            if self.is_trunk or any(name in self.fetch.adapters for name in members):
+                raise ParamsError(
+                    f"{where}: members that are parts of models, or adapters, are not trained: "
+                    "leave it out"
+                )
+            self.finetune.check(where, arms, result.arm, has_data=self.is_calibrated)
         for key, arm in self.merge.arms.items():
             if arm.search is not None:
                 where = f"{self.where}: merge.arms.{key}.search"

@@ -145,7 +145,7 @@ def run_experts(*, compared: bool = False) -> None:
     jobs = finetune.plan(recipe)
     for job in jobs.values():
         finetune.finetune(job, lambda *_: None)
-    finetune._publish(recipe.workspace, jobs)
+    finetune.publish(recipe.workspace, jobs)
     evaluate.main(recipe)
 
 

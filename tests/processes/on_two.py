@@ -71,7 +71,7 @@ def train(recipe: ExpertsRecipe, processes: Processes = ALONE) -> None:
     for job in jobs.values():
         finetune.finetune(job, quiet, processes)
     if processes.is_first:
-        finetune._publish(recipe.workspace, jobs)
+        finetune.publish(recipe.workspace, jobs)
     processes.objects(None)
 
 

@@ -24,6 +24,7 @@ from tasks.models.benchmarks.command import run_command
 from tasks.models.benchmarks.examples import Examples, Label, read
 from tasks.models.benchmarks.harness import Answer, run_harness
 from tasks.models.benchmarks.whole import whole
+from tasks.models.shared.finetuned import finetuned_of
 from tasks.models.shared.jobs import Job
 from tasks.recipe.benchmarks import MeasuredParams, ModelsExamples
 from tasks.recipe.models import ModelsRecipe
@@ -123,7 +124,7 @@ class Measure:
                 f"{where}: {name} is a {type(model).__name__}: perplexity is of models that say "
                 "the next token of a text; take another measure"
             )
-        inputs = self._texts(where, own, self.examples[key].items, folder)
+        inputs = inputs_of(where, own, self.examples[key], folder)
         said = scores.next_tokens(model, inputs, self.batch_size)
         if name in self.members:
             self.members_said.setdefault(key, {})[name] = said
@@ -132,21 +133,10 @@ class Measure:
 
     def labels(self, name: str, key: str, model: PreTrainedModel, folder: Path) -> Scores:
         where, own = f"{self.where}.benchmarks.{key}", self.params.benchmarks[key]
-        examples = self.examples[key]
-        if examples.are_texts:
-            inputs = _one_piece(where, own, examples.items, folder)
-        else:
-            pictures = examples.pictures(_mode(folder))
-            inputs = images(where, len(examples.items), pictures, folder)
-        kind = type(model).__name__
-        if not kind.endswith(("Classification", "ClassificationWithTeacher")):
-            raise ParamsError(
-                f"{where}: {name} is a {kind}: classes are told apart by models with one logit "
-                "for each, ...ForImageClassification or ...ForSequenceClassification; of models "
-                "with a tower for pictures and one for texts take `measure: zero_shot`"
-            )
+        refuse_no_classes(where, name, model)
+        inputs = inputs_of(where, own, self.examples[key], folder)
         logits = scores.class_logits(model, inputs, self.batch_size)
-        numbers = class_numbers(where, name, examples.labels or [], model.config.id2label or {})
+        numbers = class_numbers(where, name, self.examples[key].labels or [], model.config.id2label)
         return scores.classification(logits, torch.tensor(numbers))
 
     def zero_shot(self, name: str, key: str, model: PreTrainedModel, folder: Path) -> Scores:
@@ -192,13 +182,6 @@ class Measure:
         taken = {n: t for n, t in encoded.items() if n in ("input_ids", "attention_mask")}
         return embedded, scores.embeddings(model, "text", taken, self.batch_size)
 
-    def _texts(
-        self, where: str, own: ModelsExamples, items: Sequence[str], folder: Path
-    ) -> dict[str, Tensor]:
-        most = own.examples or sys.maxsize
-        inputs = texts(where, own.tokens, most, items, folder)
-        return {name: tensor[:most] for name, tensor in inputs.items() if name != "token_type_ids"}
-
 
 MEASURES: Mapping[str, Callable[[Measure, str, str, PreTrainedModel, Path], Scores]] = {
     "perplexity": Measure.perplexity,
@@ -208,13 +191,38 @@ MEASURES: Mapping[str, Callable[[Measure, str, str, PreTrainedModel, Path], Scor
 }
 
 
+def refuse_no_classes(where: str, name: str, model: PreTrainedModel) -> None:
+    """Raise ParamsError for a model that tells no classes apart."""
+    kind = type(model).__name__
+    if not kind.endswith(("Classification", "ClassificationWithTeacher")):
+        raise ParamsError(
+            f"{where}: {name} is a {kind}: classes are told apart by models with one logit "
+            "for each, ...ForImageClassification or ...ForSequenceClassification; of models "
+            "with a tower for pictures and one for texts take `measure: zero_shot`"
+        )
+
+
+def inputs_of(
+    where: str, own: ModelsExamples, examples: Examples, folder: Path
+) -> dict[str, Tensor]:
+    """The examples as a checkpoint's model takes them: running text, texts or pictures."""
+    if own.measure == "perplexity":
+        most = own.examples or sys.maxsize
+        inputs = texts(where, own.tokens, most, examples.items, folder)
+        return {name: tensor[:most] for name, tensor in inputs.items() if name != "token_type_ids"}
+    if examples.are_texts:
+        return _one_piece(where, own, examples.items, folder)
+    return images(where, len(examples.items), examples.pictures(_mode(folder)), folder)
+
+
 def class_numbers(
-    where: str, model: str, labels: Sequence[Label], id2label: Mapping[Any, str]
+    where: str, model: str, labels: Sequence[Label], id2label: Mapping[Any, str] | None
 ) -> list[int]:
     """The place of each example's class among a model's logits.
 
     Raises ExamplesError for a class that the model's config does not name.
     """
+    id2label = id2label or {}
     known = {name: number for number, name in id2label.items()}
     numbers = []
     for label in labels:
@@ -259,7 +267,7 @@ def _mode(folder: Path) -> str:
 def measure_all(recipe: ModelsRecipe) -> Measured:
     """The scores of the members and arms of the result's set and seed, members first."""
     job = Job(recipe, recipe.named.set, recipe.named.seed)
-    arms = {name: recipe.folder(name) for name in recipe.arms(job.set)}
+    arms = {name: recipe.folder(name) for name in recipe.arms(job.set)} | finetuned_of(recipe)
     folders = {**job.folders, **arms}
     measure = Measure(
         f"{recipe.where}: evaluate",
@@ -268,7 +276,8 @@ def measure_all(recipe: ModelsRecipe) -> Measured:
         members=job.members,
     )
     found = {}
-    for name in sorted(recipe.measured_models, key=[*folders].index):
+    trained = finetuned_of(recipe)
+    for name in sorted({*recipe.measured_models, *trained}, key=[*folders].index):
         if name in arms and not (arms[name] / "config.json").is_file():
             print(f"evaluate: {name}: one model for each member: its benchmarks are left out")
             continue

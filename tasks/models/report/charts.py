@@ -14,7 +14,13 @@ from tasks.reports.means import means
 from tasks.reports.report import Chart
 
 MAIN = ("average_accuracy", "joint_accuracy", "agreement", "explained_variance")
-KIND_COLOURS = {"parent": PARENT, "ensemble": ENSEMBLE, "arm": NAIVE, "result": MERGED}
+KIND_COLOURS = {
+    "parent": PARENT,
+    "ensemble": ENSEMBLE,
+    "arm": NAIVE,
+    "result": MERGED,
+    "finetuned": MERGED,
+}
 
 
 def scores(rows: Sequence[ScoreRow], params: ModelsRecipe) -> Chart:

@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alloy.modality import ModalityConfig, ModalityModel
-from tasks.experts.finetune import Job, _open_run, finetune, losses, main, plan
+from tasks.experts.finetune import Job, finetune, identity, losses, main, plan
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import FinetuneParams
 from tasks.recipe.load import load, load_experts
 from tasks.recipe.section import ParamsError
 from tasks.registry import tracking
 from tasks.storage import read_json
+from tasks.training.stage import open_run
 
 SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_joint_layers": 1, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 24, "embedding_size": 8, "layer_scale": None, "image_size": 8}
@@ -178,10 +179,10 @@ def test_an_interrupted_training_goes_on_in_its_mlflow_run(recipe, mlflow_worksp
     job = plan_of(params())["naive"]
     ids = []
     for _ in range(2):
-        with _open_run("naive", job) as log:
+        with open_run("naive", job, identity(job)) as log:
             ids.append(log.run_id)
     write_model(job.source, 9)
-    with _open_run("naive", job) as log:
+    with open_run("naive", job, identity(job)) as log:
         ids.append(log.run_id)
     assert ids[0] == ids[1] != ids[2]
 

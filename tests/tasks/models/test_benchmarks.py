@@ -27,7 +27,7 @@ from transformers import (
 from tasks.evaluation.loading import load_any
 from tasks.models import choose, evaluate, merge, stream
 from tasks.models.benchmarks import scores
-from tasks.models.benchmarks.measure import Measure
+from tasks.models.benchmarks.measure import Measure, inputs_of
 from tasks.models.benchmarks.objective import BenchmarkObjective, layer_groups
 from tasks.models.checks import check
 from tasks.models.shared.jobs import jobs
@@ -120,8 +120,8 @@ def test_every_model_is_measured_and_its_scores_reach_the_gates(llamas: Path) ->
     assert test["average"]["own"]["size_standard_error"] == 0.5
     model, words = load_any(Path("given/a")), test["a"]["words"]
     measure = Measure("here", params(words=TEXT), 4)
-    inputs = measure._texts("here", recipe.evaluate.benchmarks["words"],
-                            measure.examples["words"].items, Path("given/a"))  # fmt: skip
+    own, examples = recipe.evaluate.benchmarks["words"], measure.examples["words"]
+    inputs = inputs_of("here", own, examples, Path("given/a"))
     with torch.no_grad():
         logits = model(**inputs).logits[:, :-1]
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, 1:].bool()

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from alloy.checkpoint import load_weights, plan_merge, run_plan
@@ -432,3 +433,76 @@ def test_a_file_that_is_no_configuration(text, message, tmp_path):
     done = CliRunner().invoke(app, ["mergekit", str(file), str(tmp_path / "out")])
     assert done.exit_code == 1
     assert message in done.output
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory) -> dict[str, Path]:
+    """Models whose vocabularies share some tokens: a has `y`, b has `z`, and their ids differ."""
+    folder, result = tmp_path_factory.mktemp("tokens"), {}
+    for seed, (name, words) in enumerate({"seed": "pqx", "a": "pqxy", "b": "pqzx"}.items()):
+        torch.manual_seed(seed)
+        sizes = {**SIZES, "vocab_size": len(words)}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
+        result[name] = multimodal.saved(model, folder / name)
+        vocab = {word: i for i, word in enumerate(words)}
+        made = Tokenizer(models.WordLevel(vocab, unk_token="p"))
+        PreTrainedTokenizerFast(tokenizer_object=made, unk_token="p").save_pretrained(folder / name)
+    return result
+
+
+VOCABULARIES = {
+    "union": "tokenizer: {source: union}",
+    "union, as a source": "tokenizer_source: union",
+    "one token of another": """
+tokenizer:
+  source: union
+  tokens:
+    y: {source: {kind: model_token, model: b, token: z}}
+""",
+    "one token of one model for all": """
+tokenizer:
+  source: union
+  tokens:
+    q: {source: a, force: true}
+""",
+    "a token of nothing": """
+tokenizer:
+  source: union
+  tokens:
+    z: {source: {kind: zero}}
+""",
+    "padded": "tokenizer: {source: union, pad_to_multiple_of: 8}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize("base", ["", "base_model: seed"])
+@pytest.mark.filterwarnings("ignore")
+def test_rows_of_tokens_are_mergekits(name, base, speaking, tmp_path):
+    """Row by row of equal tokens; ids of the union may be in another order."""
+    method = "task_arithmetic" if base else "linear"
+    text = f"""
+models:
+  - {{model: a, parameters: {{weight: 0.5}}}}
+  - {{model: b, parameters: {{weight: 0.5}}}}
+merge_method: {method}
+dtype: float32
+{base}
+{VOCABULARIES[name]}
+"""
+    config = placed(text.replace("source: a,", f"source: {speaking['a']},"), speaking)
+    run_plan(plan_merge(merge_request(config, tmp_path / "ours").request))
+    ours, expected = load_weights(tmp_path / "ours"), theirs(config, tmp_path / "theirs")
+    ids = []
+    for folder in ("ours", "theirs"):
+        data = json.loads((tmp_path / folder / "tokenizer.json").read_text())
+        added = {entry["content"]: entry["id"] for entry in data["added_tokens"]}
+        ids.append(data["model"]["vocab"] | added)
+    assert ids[0].keys() == ids[1].keys()
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert ours[key].shape == expected[key].shape
+        for token in ids[0]:
+            torch.testing.assert_close(
+                ours[key][ids[0][token]], expected[key][ids[1][token]], msg=f"{key}: {token}"
+            )

@@ -324,6 +324,16 @@ MERGE_METHODS: Mapping[str, MergeMethod] = {
         matrices_only=True,
         options={"skip": _SKIP},
     ),
+    "boosted_tsv_m": MergeMethod(
+        implementation="spectral.boosted_tsv_m",
+        coefficients="scales",
+        base="required",
+        matrices_only=True,
+        options={
+            "beta": Option(type=float, default=0.3, minimum=0, maximum=1),
+            "skip": _SKIP,
+        },
+    ),
     "iso_c": MergeMethod(
         implementation="spectral.iso_c",
         coefficients="scales",

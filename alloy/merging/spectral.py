@@ -1,4 +1,4 @@
-"""Merges in the singular spaces of task matrices: TSV-M, Iso-C, Iso-CTS.
+"""Merges in the singular spaces of task matrices: TSV-M, boosted or not, Iso-C, Iso-CTS.
 
 A task matrix is the task vector of one weight matrix, Δ_i = W_i - W_0 [d_out, d_in]; here each is
 first scaled by its coefficient. All is computed in float64.
@@ -23,14 +23,41 @@ def tsv_m(
     singular vectors of all tasks, side by side, are replaced by the nearest orthonormal ones; W =
     W_0 + U S Vᵀ.
     """
+    return boosted_tsv_m(models, base=base, coefficients=coefficients, beta=1.0, skip=skip)
+
+
+def boosted_tsv_m(
+    models: Sequence[Tensor],
+    *,
+    base: Tensor,
+    coefficients: Sequence[float],
+    beta: float,
+    skip: tuple[str, ...],
+) -> Tensor:
+    """TSV-M with small singular values raised (BoostedTSV-M, arXiv:2603.05354).
+
+    In every task matrix, values below the one at which the running sum reaches the share `beta` of
+    the whole are set to it, so that no task's lesser directions drown; the rest is `tsv_m`, which
+    beta = 1 is. The sum is of the values themselves over the full spectrum, as in Subspace Boosting
+    (arXiv:2506.16506). The authors make vectors orthonormal by five steps of Newton and Schulz,
+    here it is exact.
+    """
     del skip  # decides which matrices come here
     deltas = _task_matrices(models, base, coefficients)
     kept = max(1, min(deltas[0].shape) // len(deltas))
     triplets = [torch.linalg.svd(delta, full_matrices=False) for delta in deltas]
     left_OK = torch.cat([u[:, :kept] for u, _, _ in triplets], 1)
-    values_K = torch.cat([s[:kept] for _, s, _ in triplets])
+    values_K = torch.cat([_boosted(s, beta)[:kept] for _, s, _ in triplets])
     right_KI = torch.cat([vt[:kept] for _, _, vt in triplets])
     return _rebuilt(base, _orthogonal(left_OK), values_K, _orthogonal(right_KI))
+
+
+def _boosted(values: Tensor, beta: float) -> Tensor:
+    """Singular values, none below the one that completes the share `beta` of their sum."""
+    if beta >= 1:
+        return values
+    reached = values.cumsum(0) >= beta * values.sum()
+    return values.clamp(min=float(values[int(reached.int().argmax())]))
 
 
 def iso_c(

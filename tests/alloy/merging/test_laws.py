@@ -59,6 +59,7 @@ def test_one_expert_added_to_its_base_is_the_expert(family, method):
     options |= {"gamma": 0.0} if method == "breadcrumbs" else {}
     options |= {"epsilon": 0.0} if method == "della_linear" else {}
     options |= {"scale": 1.0} if method == "modality_arithmetic" else {}
+    options |= {"beta": 1.0} if method == "boosted_tsv_m" else {}
     assert_close(
         family.merge(method, models=family.models[:1], **options),
         family.models[0],

@@ -1,4 +1,4 @@
-"""Laws of RAM, Arcee Fusion, the geometric median and ASWUDI."""
+"""Laws of RAM, Arcee Fusion, the geometric median, ASWUDI and boosted TSV-M."""
 
 import pytest
 import torch
@@ -86,3 +86,17 @@ def test_aswudi_is_wudi_where_all_eigenvectors_count():
     models = [base + d for d in deltas]
     ours, theirs = one("aswudi", models, base), one("wudi", models, base)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_boosting_raises_what_is_below_the_share_and_nothing_else():
+    """beta 1 is TSV-M; of one task the directions stay, and no value is below the threshold."""
+    base, delta = weights(0, 9, 7), weights(1, 9, 7)
+    models = [base + delta, base + weights(2, 9, 7)]
+    plain = one("tsv_m", models, base)
+    assert torch.equal(one("boosted_tsv_m", models, base, beta=1.0), plain)
+    left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+    for beta in (0.0, 0.3, 0.6):
+        boosted = one("boosted_tsv_m", [base + delta], base, beta=beta) - base
+        place = int((values.cumsum(0) < beta * values.sum()).sum())
+        expected = (left * values.clamp(min=float(values[place]))) @ right
+        torch.testing.assert_close(boosted.double(), expected, atol=1e-5, rtol=1e-5)

@@ -126,6 +126,8 @@ def write_checkpoint(folder: Path, size: Size, *, seed: int, num_shards: int) ->
     weight_map = {}
     for i in range(num_shards):
         part = [t for t, end in zip(tensors, ends, strict=True) if bounds[i] < end <= bounds[i + 1]]
+        if not part:  # a shard's share ends within a large tensor
+            continue
         file = f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors"
         with (folder / file).open("wb") as out:
             out.write(encode_header([(name, "BF16", shape) for name, shape in part]))

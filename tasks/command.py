@@ -13,10 +13,11 @@ from types import ModuleType
 
 from tasks.locks import hold_workspace
 from tasks.recipe.load import Recipe, load, recipes
+from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.section import ParamsError
 from tasks.registry.secrets import without_secrets
 from tasks.sources.edited import refuse_edited
-from tasks.workers import together
+from tasks.workers import start_importing, together
 from tasks.workers.memory import LESS, within_memory
 
 SHARED = {
@@ -56,6 +57,17 @@ def batch_sizes(stage: str, recipe: Recipe) -> tuple[dict[str, int], str]:
     return sizes, LESS if stage == "finetune" else ""
 
 
+def is_shared_by_workers(stage: str, recipe: Recipe) -> bool:
+    """True where sets of models are worked on side by side, in processes of their own."""
+    return (
+        stage in ("align", "merge", "evaluate")
+        and isinstance(recipe, ModelsRecipe)
+        and recipe.is_calibrated
+        and len(recipe.jobs()) > 1
+        and not together.is_asked_for()
+    )
+
+
 def home(stage: str, kind: str) -> str:
     """The module whose `main(recipe)` is a stage of one kind of recipe."""
     return SHARED.get(stage, f"tasks.{kind}.{stage}")
@@ -84,6 +96,8 @@ def run_stage(description: str | None, switches: Mapping[str, str] | None = None
         with hold_workspace(f"{stage} of {recipe.name}"):
             if stage != "fetch":
                 refuse_edited(recipe.workspace.checkpoints)
+            if is_shared_by_workers(stage, recipe):
+                start_importing()
             module = _module(stage, recipe)
             if stage in TOGETHER and together.is_asked_for():
                 sys.exit(together.launch(f"tasks.{stage}", sys.argv[1:]))

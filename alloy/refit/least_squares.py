@@ -55,7 +55,7 @@ from alloy.refit.tracing import (
 from alloy.statistics.masks import Masks
 from alloy.types import Weights
 
-TARGETS_BYTES = 2**31  # of the teachers, kept for the layers that are fitted next
+TARGETS_BYTES = 3 * 2**30  # of the teachers, kept for the layers that are fitted next
 
 
 @torch.no_grad()

@@ -10,10 +10,18 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 Report = Callable[..., None]
+PRELOADED = ["tasks.training.loop", "tasks.evaluation.loading"]  # imported once for all jobs
+
+
+def start_importing() -> None:
+    """Start the process that jobs are forked from, so that it imports while this one does."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
 
 
 def side_by_side(
@@ -33,9 +41,8 @@ def side_by_side(
     others, and its exception is raised here. A worker whose parent is gone ends at its next report.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tasks.training.loop", "tasks.evaluation.loading"]
-    )  # imported once for all jobs
+    context.set_forkserver_preload(PRELOADED)
+    settings = {name: value for name, value in os.environ.items() if name.startswith("ALLOY_")}
     workers: dict[Connection, tuple[str, multiprocessing.process.BaseProcess]] = {}
     waiting, free = dict(jobs), list(devices)
     taken: dict[Connection, str] = {}
@@ -48,7 +55,7 @@ def side_by_side(
                     taken[reader] = free.pop(0)
                 process = context.Process(
                     target=_work,
-                    args=(work, waiting.pop(name), writer, taken.get(reader)),
+                    args=(work, waiting.pop(name), writer, settings, taken.get(reader)),
                     name=name,
                     daemon=True,
                 )
@@ -73,10 +80,15 @@ def side_by_side(
 
 
 def _work(
-    work: Callable[..., None], arguments: tuple, writer: Connection, device: str | None
+    work: Callable[..., None],
+    arguments: tuple,
+    writer: Connection,
+    settings: Mapping[str, str],
+    device: str | None,
 ) -> None:
     import torch
 
+    os.environ.update(settings)  # the process that this one was forked from may be older
     if device is not None:
         os.environ["ALLOY_DEVICE"] = device
 

@@ -7,7 +7,8 @@ from inspect import signature
 
 import pytest
 
-from tasks.command import home
+from tasks import command
+from tasks.command import home, is_shared_by_workers
 from tasks.recipe.load import load
 
 RECIPES = {"experts": "modality", "models": "multitask"}
@@ -27,6 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch):
         main.__signature__ = signature(module.main)
         assert next(iter(names)) == "recipe"
         monkeypatch.setattr(module, "main", main)
+        monkeypatch.setattr(command, "start_importing", lambda: None)
         monkeypatch.setattr(sys, "argv", [f"tasks.{stage}", recipe, *switches])
         runpy.run_module(f"tasks.{stage}", run_name="__main__", alter_sys=True)
         return called
@@ -48,3 +50,13 @@ def test_a_switch_reaches_the_stage_that_has_it(run):
 def test_a_switch_of_the_other_family_is_refused(run):
     with pytest.raises(SystemExit, match=r"--show: the stage prepare of recipe multitask"):
         run("prepare", "multitask", "--show")
+
+
+def test_workers_start_to_import_where_several_sets_wait_for_them():
+    """Before the stage itself is imported; one job alone, or processes together, need none."""
+    multitask = load("multitask")
+    assert is_shared_by_workers("merge", multitask)
+    assert not is_shared_by_workers("fetch", multitask)
+    assert not is_shared_by_workers("merge", load("modality"))
+    one = multitask.model_copy(update={"sets": dict(list(multitask.sets.items())[:1])})
+    assert is_shared_by_workers("merge", one) == (len(one.jobs()) > 1)

@@ -23,18 +23,13 @@ from alloy.checkpoint.checks.configs import (
 )
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.checks.groups import kept_names
+from alloy.checkpoint.checks.layers import COUNTS, count_keys, layer_lists, layered_config
 from alloy.checkpoint.checks.modules import common_modules
 from alloy.checkpoint.checks.names import common_names
 from alloy.checkpoint.checks.places import check_output, check_room
 from alloy.checkpoint.checks.rows import common_vocabulary, has_row_per_token
 from alloy.checkpoint.checks.settings import TextSettings, common_settings
-from alloy.checkpoint.checks.slices import (
-    COUNTS,
-    Sliced,
-    layer_lists,
-    layered_config,
-    sliced,
-)
+from alloy.checkpoint.checks.slices import Sliced, sliced
 from alloy.checkpoint.checks.sources import BASE, Sources, open_sources
 from alloy.checkpoint.checks.tensors import (
     PlannedTensor,
@@ -158,12 +153,16 @@ def _plan(request: MergeRequest) -> MergePlan:
     layers: Sliced | None = None
     allow = tuple(request.allow)
     if request.slices:
+        names = list(sources.checkpoints[sources.reference].entries)
         layers = findings.attempt(sliced, findings, sources, request.slices, request.stack)
         findings.stop()
         assert layers is not None, "nothing was found against it"
         sources = layers.sources
-        lists = layer_lists(sources.configs[sources.reference])
-        allow += tuple(f"*{key}" for key in (*COUNTS, *lists))
+        config = sources.configs[sources.reference]
+        counts = findings.attempt(count_keys, config, names, layers.stack) or []
+        layers = replace(layers, counts=tuple(counts))
+        keys = {*COUNTS, *(key[-1] for key in (*counts, *layer_lists(config, counts)))}
+        allow += tuple(f"*{key}" for key in sorted(keys))
     compare_configs(findings, sources.configs, allow)
     models = {n: sources.folders[n] for n in sources.models if n in sources.folders}
     files_of = _owners(request)
@@ -203,6 +202,7 @@ def _plan(request: MergeRequest) -> MergePlan:
     findings.stop()
     opened_statistics = {} if measured is None else measured.files_of
     statistics = {name: str(opened.path) for name, opened in opened_statistics.items()}
+    shapes = {t.name: t.shape for t in tensors}
     return MergePlan(
         settings=settings,
         sources=sources.checkpoints,
@@ -212,7 +212,9 @@ def _plan(request: MergeRequest) -> MergePlan:
         layout=_layout(tensors, sources, _shard_bytes(request, sources)),
         files=processors
         | modules
-        | _files(sources, speaker, files_of, vocabulary, text_settings, request.dtype, layers),
+        | _files(
+            sources, speaker, files_of, vocabulary, text_settings, request.dtype, layers, shapes
+        ),
         vocabulary=vocabulary,
         statistics=measured,
         notes=tuple(findings.notes),
@@ -439,7 +441,8 @@ def _files(
     vocabulary: Vocabulary | None,
     text_settings: TextSettings,
     dtype: str | None,
-    layers: Sliced | None = None,
+    layers: Sliced | None,
+    shapes: Mapping[str, Sequence[int]],
 ) -> dict[str, Path | bytes]:
     """Collect what the result needs besides its weights."""
     result: dict[str, Path | bytes] = {}
@@ -469,6 +472,6 @@ def _files(
         size = vocabulary.size if vocabulary is not None else None
         merged = result_config(config, dtype=dtype, vocab_size=size)
         if layers is not None:
-            merged = layered_config(merged, sources, layers.layers)
+            merged = layered_config(merged, shapes, layers)
         result["config.json"] = (json.dumps(merged, indent=2) + "\n").encode()
     return result

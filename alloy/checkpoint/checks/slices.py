@@ -7,17 +7,14 @@ sources are given the names of the result, so that all else goes as in any merge
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.checks.groups import GROUPS, named_so
 from alloy.checkpoint.checks.rows import is_head
 from alloy.checkpoint.checks.sources import BASE, Sources
-from alloy.checkpoint.config import text_key, text_part
 from alloy.checkpoint.format import Checkpoint
 from alloy.errors import MergeError, nearest
 from alloy.merging.values import depths
@@ -25,8 +22,6 @@ from alloy.merging.values import depths
 Slice = Mapping[str, tuple[int, int]]
 """By source the layers from the first number to below the second."""
 
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""Config keys that count layers."""
 _LAYER = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<number>\d+)\.(?P<rest>.+)")
 _TOWERS = ("vision_tower", "audio_tower", "projector")
 
@@ -40,6 +35,10 @@ class Sliced:
     """The sources of every tensor of the result, in the order of the result."""
     layers: tuple[tuple[str, int], ...]
     """The source and number of every layer of the result, of the first source of its slice."""
+    stack: str
+    """What the names of its layers begin with."""
+    counts: tuple[tuple[str, ...], ...] = ()
+    """The keys of the config that count its layers."""
 
 
 def parse_slices(value: object, sources: Sequence[str]) -> tuple[Slice, ...]:
@@ -93,7 +92,7 @@ def sliced(
                     f"up to {stop}"
                 )
     if findings.problems:
-        return Sliced(sources, {}, ())
+        return Sliced(sources, {}, (), found)
     layers = [(one, k) for one in slices for k in range(_length(one))]
     entries = {
         source: {n: e for n, e in c.entries.items() if layer_of(n, found) is None}
@@ -102,7 +101,7 @@ def sliced(
     first, last = tuple(slices[0]), tuple(slices[-1])
     outside = {n for of_source in entries.values() for n in of_source}
     order = [n for n in reference.entries if n in outside]
-    order += [n for n in outside if n not in reference.entries]
+    order += sorted(n for n in outside if n not in reference.entries)
     towers = _of_towers(reference)
     before = {n: first for n in order if n in towers or is_before(n)}
     owners = dict(before)
@@ -120,7 +119,7 @@ def sliced(
         source: replace(c, entries=entries[source]) for source, c in sources.checkpoints.items()
     }
     taken = tuple((_main(one), one[_main(one)][0] + offset) for one, offset in layers)
-    return Sliced(Sources(checkpoints), owners, taken)
+    return Sliced(Sources(checkpoints), owners, taken, found)
 
 
 def _main(one: Slice) -> str:
@@ -142,8 +141,21 @@ def _with_base(one: Slice, sources: Sources) -> Slice:
 
 def layer_of(name: str, stack: str) -> re.Match[str] | None:
     """The parts of the name of a layer's tensor, its `number` and `rest`; None for others."""
-    match = _LAYER.fullmatch(name)
+    match = parsed_layer(name)
     return match if match is not None and match["stack"] == stack else None
+
+
+def parsed_layer(name: str) -> re.Match[str] | None:
+    """The parts of a name with a number, `stack`, `number` and `rest`; None for others."""
+    return _LAYER.fullmatch(name)
+
+
+def depths_of(names: Iterable[str]) -> dict[str, int]:
+    """The number of layers of every stack that names speak of."""
+    result: dict[str, int] = {}
+    for match in filter(None, map(parsed_layer, names)):
+        result[match["stack"]] = max(result.get(match["stack"], 0), int(match["number"]) + 1)
+    return result
 
 
 def stack_of(reference: Checkpoint, stack: str | None) -> str:
@@ -168,8 +180,7 @@ def stack_of(reference: Checkpoint, stack: str | None) -> str:
 
 def num_layers(checkpoint: Checkpoint, stack: str) -> int:
     """The number of layers whose names begin so."""
-    numbers = [int(m["number"]) for n in checkpoint.entries if (m := layer_of(n, stack))]
-    return max(numbers, default=-1) + 1
+    return depths_of(checkpoint.entries).get(stack, 0)
 
 
 def is_before(name: str) -> bool:
@@ -181,34 +192,3 @@ def _of_towers(reference: Checkpoint) -> set[str]:
     """The tensors of encoders beside the language model, and of what joins them to it."""
     groups = (group for group in GROUPS if group in _TOWERS)
     return set().union(*(named_so(group, reference) for group in groups))
-
-
-def layered_config(
-    config: Mapping, sources: Sources, layers: Sequence[tuple[str, int]]
-) -> dict[str, Any]:
-    """A config with these layers: their number, and every list with an entry a layer."""
-    result = json.loads(json.dumps(config))
-    part = result if (text := text_key(result)) is None else result[text]
-    for key in COUNTS:
-        if key in part:
-            part[key] = len(layers)
-    for key in layer_lists(config):
-        values = []
-        for source, number in layers:
-            theirs = sources.configs[source] or {}
-            listed = (text_part(theirs) or theirs).get(key)
-            if not isinstance(listed, list) or number >= len(listed):
-                raise MergeError(
-                    f"config of {source!r}: {key} has no entry for layer {number}, as the first "
-                    "source's has"
-                )
-            values.append(listed[number])
-        part[key] = values
-    return result
-
-
-def layer_lists(config: Mapping | None) -> list[str]:
-    """The keys of a config that list something for every layer."""
-    part = text_part(config or {}) or config or {}
-    counts = {part[key] for key in COUNTS if type(part.get(key)) is int}
-    return [k for k, v in part.items() if isinstance(v, list) and len(v) in counts and len(v) > 1]

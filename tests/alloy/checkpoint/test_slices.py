@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BartConfig,
+    CLIPConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    ResNetConfig,
+    T5Config,
+)
 
 import alloy
 from alloy.checkpoint import MergeRequest, load_weights, plan_merge
@@ -193,3 +204,61 @@ def test_a_stack_must_be_one(tmp_path):
     assert {t.name for t in plan.tensors} == {
         "decoder.block.0.weight", "encoder.block.0.weight", "encoder.block.1.weight"
     }  # fmt: skip
+
+
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+TOWER |= {"num_hidden_layers": 2}
+MIXTURE = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 2}
+STACKS = {
+    "encoder.layers.": BartConfig(
+        d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=32, **ENDS,
+    ),
+    "vision_model.encoder.layers.": CLIPConfig(
+        vision_config={**TOWER, "image_size": 16, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 32, **ENDS},
+    ),
+    "decoder.block.": T5Config(
+        d_model=16, d_ff=24, d_kv=8, num_heads=2, num_layers=2, num_decoder_layers=2,
+        vocab_size=32, decoder_start_token_id=0, **ENDS,
+    ),
+    "encoder.stages.": ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]),
+    "layers.": Qwen2MoeConfig(**SIZES, **MIXTURE, num_hidden_layers=2, mlp_only_layers=[0]),
+}  # fmt: skip
+
+
+def sliced_anew(stack, folder, slices, **settings):
+    """A copy of a model with these slices of one of its stacks, loaded."""
+    saved = multimodal.saved(AutoModel.from_config(STACKS[stack]), folder / "model")
+    settings |= {"slices": [{"model": layers} for layers in slices], "stack": stack}
+    alloy.merge_checkpoints("passthrough", {"model": saved}, folder / "out", **settings)
+    return AutoModel.from_pretrained(folder / "out", output_loading_info=True)
+
+
+@pytest.mark.parametrize("stack", ["encoder.layers.", "vision_model.encoder.layers."])
+def test_the_config_counts_the_layers_of_the_stack_that_is_sliced(stack, tmp_path):
+    """Encoders, decoders and towers have counts of their own, under names of their own."""
+    _, report = sliced_anew(stack, tmp_path, [[0, 2], [1, 2]])
+    assert not any(report.values())
+
+
+@pytest.mark.parametrize(
+    ("stack", "slices", "message"),
+    [
+        ("decoder.block.", [[0, 2], [0, 1]], "no place for 'decoder.block.2.*relative_attention"),
+        ("layers.", [[1, 2], [0, 1]], "no place for 'layers.0.*drop"),
+        ("encoder.stages.", [[0, 2], [1, 2]], "no key of the config counts the 2 layers"),
+    ],
+)
+def test_layers_that_no_config_describes_are_refused(stack, slices, message, tmp_path):
+    """A first block's own table, layers named by number, stages of sizes of their own."""
+    with pytest.raises(MergeError, match=message):
+        sliced_anew(stack, tmp_path, slices)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_one_place_alone_has_may_be_left_out(tmp_path):
+    drop = ["decoder.block.2.*relative_attention_bias.weight"]
+    _, report = sliced_anew("decoder.block.", tmp_path, [[0, 2], [0, 1]], drop=drop)
+    assert not any(report.values())

@@ -153,6 +153,11 @@ ELSEWHERE: Mapping[str, str] = {
 """Keys of configurations that are no merges, with what does that here."""
 
 
+def _whole(value: float) -> int | float:
+    """A whole number as one; others stay what they are, for the method to refuse."""
+    return int(value) if value % 1 == 0 else value
+
+
 def finished(peer: Peer, values: dict[str, Any]) -> dict[str, Any]:
     """Options of one tensor in our terms, from mergekit's values under our names.
 
@@ -174,7 +179,7 @@ def finished(peer: Peer, values: dict[str, Any]) -> dict[str, Any]:
         raise MergeError(
             "normalize_weights: false: a mean on the sphere has weights that sum to 1; leave it out"
         )
-    convert: Mapping[str, Callable[[Any], Any]] = {"max_iterations": int}
+    convert: Mapping[str, Callable[[float], Any]] = {"max_iterations": _whole}
     for key, value in options.items():
         if not isinstance(value, bool) and key not in ("vectors", "t"):
             options[key] = convert.get(key, float)(number(value, key))

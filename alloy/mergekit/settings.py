@@ -54,13 +54,21 @@ def _evaluate(key: str, setting: Any, name: str, depth: float) -> Any:
 
 
 def _gradient(anchors: Sequence[Any], depth: float) -> Any:
-    """Between anchors linear; of truths and texts the one that is reached."""
+    """Between anchors linear; of truths and texts that are no numbers the one that is reached."""
+    anchors = [_as_number(anchor) for anchor in anchors]
     if any(isinstance(anchor, bool | str) for anchor in anchors):
         return anchors[int(depth * (len(anchors) - 1))]
     place = depth * (len(anchors) - 1)
     lower = int(place)
     upper = min(len(anchors) - 1, lower + 1)
     return (1 - (place - lower)) * anchors[lower] + (place - lower) * anchors[upper]
+
+
+def _as_number(anchor: Any) -> Any:
+    try:
+        return float(anchor) if isinstance(anchor, str) else anchor
+    except ValueError:
+        return anchor
 
 
 def number(value: Any, key: str) -> float:

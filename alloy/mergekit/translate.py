@@ -13,6 +13,7 @@ from alloy.checkpoint import MergeRequest, open_source
 from alloy.checkpoint.checks.slices import is_before, layer_of, stack_of
 from alloy.checkpoint.format import Checkpoint
 from alloy.errors import MergeError, nearest
+from alloy.mergekit.forms import plain, reference_of, refuse_other_forms
 from alloy.mergekit.methods import ELSEWHERE, NEAREST, PEERS, Peer, finished
 from alloy.mergekit.settings import number, setting_of
 from alloy.merging.values import depths
@@ -85,15 +86,15 @@ def merge_request(
     """
     notes: list[str] = []
     peer = _peer(config, notes)
-    base = None if config.get("base_model") is None else _reference(config["base_model"], notes)
-    config = {**config, **_plain(config, notes)}
-    names = _models(config)
+    refuse_other_forms(config, notes)
+    base = None if config.get("base_model") is None else reference_of(config["base_model"], notes)
+    config = {**config, **plain(config, notes)}
+    names, slices = _models(config), _slices(config)
     located = {name: _located(name, locate) for name in dict.fromkeys([*names, *_some(base)])}
     checkpoints = {name: open_source(path) for name, path in located.items()}
     first = checkpoints[names[0]]
     is_sliced = "slices" in config
     stack = stack_of(first, None) if is_sliced else ""
-    slices = _slices(config)
     parsed = _Config(config, peer, base, slices, checkpoints, stack, notes)
     sources = _sources(parsed)
     coefficients, options = _settings(parsed, sources)
@@ -150,52 +151,6 @@ def _peer(config: Mapping[str, Any], notes: list[str]) -> Peer:
     return PEERS[method]
 
 
-_ENTRY = ("model", "parameters", "layer_range")
-
-
-def _plain(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The models and slices with every model as text."""
-
-    def entry(given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        if unknown := [key for key in given if key not in _ENTRY]:
-            raise MergeError(
-                f"{unknown[0]!r} of model {given.get('model')!r}: a model has {', '.join(_ENTRY)}; "
-                "an adapter is written MODEL+ADAPTER"
-            )
-        return {**given, "model": _reference(given.get("model"), notes)}
-
-    if isinstance(config.get("models"), list):
-        return {"models": [entry(one) for one in config["models"]]}
-    if isinstance(config.get("slices"), list):
-        return {
-            "slices": [
-                {**one, "sources": [entry(source) for source in one["sources"]]}
-                if isinstance(one, Mapping) and isinstance(one.get("sources"), list)
-                else one
-                for one in config["slices"]
-            ]
-        }
-    return {}
-
-
-def _reference(value: Any, notes: list[str]) -> Any:
-    """A model as text: a path, or a mapping with model (path and revision) and lora."""
-    if not isinstance(value, Mapping):
-        return value
-    if "override_architecture" in value:
-        notes.append("override_architecture is ignored: tensors are merged by their names")
-    parts = []
-    for part in (value.get("model"), value.get("lora")):
-        if isinstance(part, Mapping):
-            revision = part.get("revision")
-            part = f"{part.get('path')}@{revision}" if revision else part.get("path")
-        if part is not None:
-            parts.append(str(part))
-    return "+".join(parts)
-
-
 def _some(value: Any) -> list[str]:
     return [] if value is None else [str(value)]
 
@@ -238,25 +193,32 @@ def _slices(config: Mapping[str, Any]) -> tuple[_Slice, ...]:
     """The output slices; whole models are one."""
     if config.get("models"):
         inputs = tuple(_Input(_name(e), 0, 0, _scope(e)) for e in config["models"])
+        _refuse_twice("models", inputs)
         return (_Slice(inputs, None),)
     result = []
     for i, one in enumerate(config["slices"]):
-        if one.get("base_model") or one.get("residual_weight"):
+        if one.get("base_model") is not None or one.get("residual_weight") is not None:
             raise MergeError(f"slices[{i}]: a base_model or residual_weight of a slice alone")
         inputs = []
         for source in _list(one, "sources", f"slices[{i}]"):
             layers = source.get("layer_range")
-            if not isinstance(layers, list) or len(layers) != 2:
-                raise MergeError(f"slices[{i}]: layer_range of {_name(source)!r} is [first, end]")
-            inputs.append(_Input(_name(source), *map(int, layers), _scope(source)))
+            if not isinstance(layers, list) or [type(n) for n in layers] != [int, int]:
+                raise MergeError(
+                    f"slices[{i}]: layer_range of {_name(source)!r} is [first, end], two whole "
+                    f"numbers, not {layers!r:.40}"
+                )
+            inputs.append(_Input(_name(source), *layers, _scope(source)))
         if len({one.stop - one.start for one in inputs}) > 1:
             raise MergeError(f"slices[{i}]: all sources have the same number of layers")
-        if len({one.model for one in inputs}) < len(inputs):
-            raise MergeError(
-                f"slices[{i}] has one model twice: give it under two paths (a link is one)"
-            )
+        _refuse_twice(f"slices[{i}]", inputs)
         result.append(_Slice(tuple(inputs), _scope(one)))
     return tuple(result)
+
+
+def _refuse_twice(where: str, inputs: Sequence[_Input]) -> None:
+    """Sources are told apart by their names, so a model has one weight."""
+    if len({one.model for one in inputs}) < len(inputs):
+        raise MergeError(f"{where} has one model twice: give it under two paths (a link is one)")
 
 
 def _scope(entry: Any) -> Scope:
@@ -454,6 +416,7 @@ def _tokenizer(
     source = section.get("source", "union") if section else config.get("tokenizer_source")
     if source is None:
         return {}
+    source = reference_of(source, parsed.notes)
     owner = parsed.base if uses_base else next(iter(labels))
     known = {"union": "union", "base": "base", owner: "base"}
     if source not in known:
@@ -465,7 +428,7 @@ def _tokenizer(
     if tokens := section.get("tokens"):
         settings["tokens"] = _tokens(tokens, parsed, labels, uses_base)
     if section.get("pad_to_multiple_of"):
-        settings["pad_vocabulary_to"] = int(section["pad_to_multiple_of"])
+        settings["pad_vocabulary_to"] = section["pad_to_multiple_of"]
     return settings
 
 
@@ -483,9 +446,11 @@ def _tokens(
         if kind == "zero":
             result[token] = {"zero": True, "force": force}
         elif kind == "model_token":
-            model = source["model"]
+            model = reference_of(source.get("model"), [])
             if model not in names:
-                raise MergeError(f"tokenizer.tokens.{token}: {model!r}: {nearest(model, names)}")
+                raise MergeError(
+                    f"tokenizer.tokens.{token}: {model!r}: {nearest(str(model), names)}"
+                )
             wanted = source.get("token", source.get("token_id", token))
             result[token] = {"source": names[model], "token": wanted, "force": force}
         else:

@@ -19,6 +19,7 @@ from alloy.checkpoint import load_weights, plan_merge, run_plan
 from alloy.cli.app import app
 from alloy.errors import MergeError
 from alloy.mergekit import merge_request
+from alloy.mergekit.settings import setting_of
 from tests import multimodal
 
 LAYERS = 40
@@ -199,6 +200,7 @@ RUNS = {
     "docs: DARE": ("dare_linear", "drawn otherwise"),
     "docs: DELLA": ("della", "drawn otherwise"),
 }
+BARE = [{"model": "a"}, {"model": "b"}]
 REFUSED = {
     "examples/ties.yml": ({"merge_method": "ranked_ties"}, "the nearest is ties"),
     "examples/cabs.yml": ({"merge_method": "cabs"}, "the nearest is breadcrumbs_ties"),
@@ -245,6 +247,42 @@ REFUSED = {
     "both tokenizers": (
         {"tokenizer_source": "union", "tokenizer": {"source": "base"}},
         "not both",
+    ),
+    "one model twice": (
+        {"models": [{"model": "a", "parameters": {"weight": w}} for w in (1, 3)]},
+        "one model twice",
+    ),
+    "layers in halves": (
+        {"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [0.5, 2]}]}]},
+        "two whole numbers, not .0.5, 2.",
+    ),
+    "no layers": (
+        {"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [None, 2]}]}]},
+        "two whole numbers",
+    ),
+    "slices as text": ({"models": None, "slices": "a"}, "slices: 'a': it must be a list"),
+    "parameters as a list": ({"parameters": [1]}, "parameters: .1.: it must be a mapping"),
+    "a filter by number": (
+        {"parameters": {"lambda": [{"filter": 3, "value": 1}]}},
+        "parameters.lambda.0.filter: 3: it must be a text",
+    ),
+    "tokenizer as text": ({"tokenizer": "union"}, "tokenizer: 'union': it must be a mapping"),
+    "tokens as text": (
+        {"tokenizer": {"tokens": {"<s>": "a"}}},
+        "tokenizer.tokens.<s>: 'a': it must be a mapping",
+    ),
+    "a token of no model": (
+        {"tokenizer": {"tokens": {"<s>": {"source": {"kind": "model_token"}}}}},
+        "tokens.<s>: None: choose one of",
+    ),
+    "padding in words": (
+        {"tokenizer": {"pad_to_multiple_of": "64 rows"}},
+        "pad_to_multiple_of: '64 rows': it must be a whole number",
+    ),
+    "a base as a list": ({"base_model": ["seed"]}, "base_model: .* a text or a mapping"),
+    "half an iteration": (
+        {"merge_method": "karcher", "parameters": {"max_iter": 2.5}, "models": BARE},
+        "max_iterations=2.5: it must be a whole number",
     ),
     "a template by name": ({"chat_template": "chatml"}, "is a file of mergekit's"),
 }
@@ -351,6 +389,13 @@ def test_runs_with_a_word_where_definitions_differ(name, folders, tmp_path):
     plan = plan_merge(translation.request)
     assert plan.settings.name == method
     assert plan.settings.patterned["lm_head.weight"]["density"] == (0.6, 0.4)
+
+
+def test_gradients_of_numbers_that_yaml_takes_for_texts():
+    """1e-3 is a text in YAML 1.1; mergekit reads it as a number and goes from one to the next."""
+    scopes = [{"weight": ["1e-3", "3e-3"], "kind": ["first", "last"]}]
+    assert setting_of("weight", scopes, "x", 0.5, None) == pytest.approx(2e-3)
+    assert setting_of("kind", scopes, "x", 0.5, None) == "first"
 
 
 @pytest.mark.parametrize("name", REFUSED)

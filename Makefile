@@ -2,11 +2,12 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help merge promote rollback sweep serve ui docs test check format lock
+.PHONY: help merge promote rollback sweep serve status ui docs test check format lock
 
 RECIPE ?= modality
 DEVICE ?=
 PROCESSES ?=
+ALERT ?= $(ALLOY_ALERT)
 SLOW   ?=
 ARGS   ?=
 UV_VERSION := 0.13.9
@@ -15,6 +16,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export ALLOY_DEVICE := $(DEVICE)
 export ALLOY_PROCESSES := $(PROCESSES)
+export ALLOY_ALERT := $(ALERT)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## list the commands
@@ -35,6 +37,9 @@ sweep: $(READY) ## RECIPE with many settings: ARGS='merge.result=interpolation,r
 
 serve: $(READY) ## a local Prefect server on which RECIPE runs every night and promotion follows
 	@python -m flows.serve '$(RECIPE)' $(ARGS)
+
+status: $(READY) ## the last runs of each flow, and who is champion of RECIPE
+	@python -m flows.status '$(RECIPE)' $(ARGS)
 
 ui: $(READY) ## a page of all recipes and results, with those of Prefect and MLflow
 	@python -m flows.ui $(ARGS)

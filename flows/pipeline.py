@@ -14,19 +14,28 @@ import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
-from flows.graph import GraphError, Stage, is_recorded, select, stale_stages
+from flows import graph
+from flows.alarm import raise_alarm
+from flows.graph import GraphError, is_recorded, select, stale_stages
 from flows.kept import kept, recover
 from flows.progress import Progress
 from flows.server import own_server
 from flows.services import ServerError
-from flows.states import UNREACHABLE, failed, is_unreachable, log_failures_plainly
+from flows.states import (
+    UNREACHABLE,
+    Recipe,
+    Stage,
+    failed,
+    is_unreachable,
+    log_failures_plainly,
+    named,
+)
 from flows.workspace import Say, complain, dvc, end_as_ctrl_c, only_run, run_streaming, tell
 from tasks.recipe.load import load
 from tasks.recipe.models import ModelsRecipe
@@ -57,7 +66,7 @@ _CHATTER = (
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=is_unreachable)
-def reproduce(stage: Stage, lock: int, force: bool = False) -> State:
+def reproduce(stage: graph.Stage, lock: int, force: bool = False) -> State:
     """Run one stage through DVC; unless it ends well, what it wrote before comes back."""
     log = get_run_logger()
     log_failures_plainly()
@@ -119,9 +128,18 @@ def _killed(number: int) -> str:
     return f"was killed (signal {number}{memory})"
 
 
-@flow(name="pipeline", flow_run_name="{recipe}", persist_result=False)
+@flow(
+    name="pipeline",
+    flow_run_name=named(""),
+    persist_result=False,
+    on_failure=[raise_alarm],
+    on_crashed=[raise_alarm],
+)
 def pipeline(
-    recipe: str = "modality", to: str | None = None, only: str | None = None, refresh: bool = False
+    recipe: Recipe = "modality",
+    to: Stage | None = None,
+    only: Stage | None = None,
+    refresh: bool = False,
 ) -> State:
     """Run what is stale of a recipe: all, up to a stage, or one stage; publish the results table.
 
@@ -187,10 +205,15 @@ def forced(recipe: str, refresh: bool) -> list[str]:
 
 
 def publish(recipe: str) -> None:
-    """Put the results table where Prefect shows it."""
-    table = Path("reports") / recipe / "table.md"
-    if table.is_file():
-        create_markdown_artifact(table.read_text(), key=f"{recipe}-results")
+    """Put the results table, and where the report lies, where Prefect shows them."""
+    workspace = Workspace(recipe)
+    key = recipe.lower().replace("_", "-")
+    if workspace.table.is_file():
+        create_markdown_artifact(workspace.table.read_text(), key=f"{key}-results")
+    if workspace.page.is_file():
+        create_link_artifact(
+            workspace.page.resolve().as_uri(), link_text=str(workspace.page), key=f"{key}-report"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,15 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
-from flows.states import UNREACHABLE, failed, is_unreachable, log_failures_plainly
+from flows.alarm import raise_alarm
+from flows.states import (
+    UNREACHABLE,
+    Recipe,
+    failed,
+    is_unreachable,
+    log_failures_plainly,
+    named,
+)
 from flows.workspace import only_run
 from tasks.recipe.section import ParamsError
 from tasks.registry import champions, promotion, tracking
@@ -44,9 +52,15 @@ def as_task(question: Callable[..., object], *arguments: object) -> Any:
     return state.result()
 
 
-@flow(name="promote", flow_run_name="promote {recipe}", persist_result=False)
+@flow(
+    name="promote",
+    flow_run_name=named("promote"),
+    persist_result=False,
+    on_failure=[raise_alarm],
+    on_crashed=[raise_alarm],
+)
 def promote(
-    recipe: str = "modality", regardless: str | None = None, dry_run: bool = False
+    recipe: Recipe = "modality", regardless: str | None = None, dry_run: bool = False
 ) -> State:
     """Move the alias `champion` to the challenger if the gates are met; say why not otherwise.
 
@@ -59,9 +73,9 @@ def promote(
     )
 
 
-@flow(name="rollback", flow_run_name="rollback {recipe}", persist_result=False)
+@flow(name="rollback", flow_run_name=named("roll back"), persist_result=False)
 def rollback(
-    recipe: str = "modality", reason: str = "asked for", yes: bool = False, dry_run: bool = False
+    recipe: Recipe = "modality", reason: str = "asked for", yes: bool = False, dry_run: bool = False
 ) -> State:
     """Give the alias `champion` back to the version that had it before; with `yes` to none."""
     return _state(

@@ -26,7 +26,7 @@ from alloy.errors import nearest
 from flows.graph import GraphError, select
 from flows.server import own_server
 from flows.services import ServerError
-from flows.states import failed
+from flows.states import Recipe, Stage, failed, named
 from flows.workspace import complain, dvc, end_as_ctrl_c, run_streaming
 from tasks.recipe.load import read
 from tasks.recipe.plan import check
@@ -46,8 +46,10 @@ def experiment(recipe: str, name: str, settings: Sequence[str], to: str) -> Stat
     return Completed(message=f"{name} is done")
 
 
-@flow(name="sweep", flow_run_name="sweep {recipe}", persist_result=False)
-def sweep(recipe: str, settings: list[str], to: str = "evaluate", name: str = "sweep") -> State:
+@flow(name="sweep", flow_run_name=named("sweep"), persist_result=False)
+def sweep(
+    recipe: Recipe, settings: list[str], to: Stage = "evaluate", name: str = "sweep"
+) -> State:
     """Run every combination of the settings (`section.key=value,value`) up to a stage."""
     table = combinations(recipe, settings)
     select(recipe, to=to)

@@ -94,6 +94,7 @@ def test_an_unchanged_environment_costs_nothing(tmp_path: Path) -> None:
         ("rollback", "flows.promote 'other' --rollback --more"),
         ("sweep", "flows.sweep 'other' --more"),
         ("serve", "flows.serve 'other' --more"),
+        ("status", "flows.status 'other' --more"),
         ("ui", "flows.ui --more"),
     ],
 )

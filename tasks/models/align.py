@@ -24,6 +24,7 @@ from tasks.evaluation.loading import use_device
 from tasks.models.measures.scores import merge_score
 from tasks.models.shared.jobs import (
     Job,
+    Progress,
     Report,
     first_examples,
     jobs,
@@ -34,6 +35,8 @@ from tasks.models.shared.jobs import (
 from tasks.models.shared.statistics import load_statistics
 from tasks.recipe.models import ModelsAlignment, ModelsRecipe
 from tasks.storage import write_folder, write_json
+
+Score = Callable[[Mapping[str, Mapping[str, Tensor]]], float]
 
 TOLERANCE = 1e-5  # of an output's spread, for exact alignments; Llama's float32 norms change 2e-6
 TINY = 1e-30  # the least spread of an output: a constant one may not change at all
@@ -58,7 +61,8 @@ def align_all(job: Job, folder: Path, report: Report) -> None:
     for name, params in job.recipe.alignments(job.set).items():
         settings = dict(params.settings)
         if params.score is not None:
-            settings["score"] = merge_score(job, params.score)
+            progress = Progress(f"{job.name}: {name}", report)
+            settings["score"] = _counted(merge_score(job, params.score), progress)
         try:
             alignment = alloy.align_models(
                 weights, specs, statistics, preset=params.preset, **settings
@@ -74,6 +78,17 @@ def align_all(job: Job, folder: Path, report: Report) -> None:
         report("step")
         report("say", f"{job.name}: {name}: {_summary(alignment, change)}")
     write_json(folder / "report.json", facts)
+
+
+def _counted(score: Score, progress: Progress) -> Score:
+    """A score that says how many candidates it has seen."""
+
+    def counted(aligned: Mapping[str, Mapping[str, Tensor]]) -> float:
+        value = score(aligned)
+        progress.count("candidates scored")
+        return value
+
+    return counted
 
 
 def _facts(

@@ -44,6 +44,7 @@ from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.finetuned import finetuned_of
 from tasks.models.shared.jobs import (
     Job,
+    Progress,
     Report,
     agree_on_data,
     batches,
@@ -197,7 +198,8 @@ def evaluate(job: Job, report: Report) -> None:
         aligned = alignment.apply(weights)
         rows.setdefault("distances", []).extend(distances(job, name, aligned, known))
         if name in params.curves:
-            curves = Curves(job, name, alignment, measures[split])
+            progress = Progress(f"{job.name}: alignment {name}", report)
+            curves = Curves(job, name, alignment, measures[split], progress)
             for key, value in curves.rows(parents[0], weights, aligned).items():
                 rows.setdefault(key, []).extend(value)
         said(f"alignment {name}")
@@ -277,6 +279,7 @@ class Curves:
     name: str
     alignment: Alignment
     measure: Measured
+    progress: Progress
 
     @cached_property
     def norm_batches(self) -> list[dict[str, Tensor]]:
@@ -355,4 +358,5 @@ class Curves:
             weights = repair.reestimate_norms(model, weights, self.norm_batches)
         model.load_state_dict(weights)
         by_metric = self.measure.score([model])
+        self.progress.count("points of paths and planes measured")
         return {metric: round(score.value, 6) for metric, score in by_metric.items()}

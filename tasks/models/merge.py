@@ -8,9 +8,9 @@ it is one checkpoint a member.
 
 import copy
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tasks.evaluation.loading import load_any, load_config, use_device
 from tasks.evaluation.outputs import answers
 from tasks.models import stream
 from tasks.models.shared.alignment import load_alignment
-from tasks.models.shared.jobs import Job, Report, jobs, load_weights, run_jobs
+from tasks.models.shared.jobs import Job, Progress, Report, jobs, load_weights, run_jobs
 from tasks.models.shared.kept import kept as kept_of
 from tasks.models.shared.searched import searched
 from tasks.models.shared.statistics import load_statistics
@@ -72,10 +72,9 @@ def merge_all(job: Job, folder: Path, report: Report) -> None:
     weights = job.weights()
     for name, arm in job.recipe.arms(job.set).items():
         alignment = load_alignment(job, arm.aligned_by)
+        progress = Progress(f"{job.name}: {name}", report)
         try:
-            merged, repairs = merge_arm(
-                job, arm, alignment, weights, Layers(f"{job.name}: {name}", report)
-            )
+            merged, repairs = merge_arm(job, arm, alignment, weights, partial(_fitted, progress))
         except ValueError as error:
             raise ValueError(f"set {job.set!r}: merge.arms.{name}: {error}") from error
         for member, tensors in merged.items():
@@ -86,18 +85,9 @@ def merge_all(job: Job, folder: Path, report: Report) -> None:
         report("say", f"{job.name}: {name}: {what}")
 
 
-class Layers:
-    """Says now and then which layer of an arm is being fitted."""
-
-    def __init__(self, title: str, report: Report, seconds: float = 15.0) -> None:
-        self.title, self.report, self.seconds = title, report, seconds
-        self.said = time.monotonic()
-
-    def __call__(self, fitted: int, num_layers: int) -> None:
-        now = time.monotonic()
-        if fitted < num_layers and now - self.said >= self.seconds:
-            self.said = now
-            self.report("say", f"{self.title}: {fitted} of {num_layers} layers fitted")
+def _fitted(progress: Progress, num: int, num_layers: int) -> None:
+    if num < num_layers:
+        progress(f"{num} of {num_layers} layers fitted")
 
 
 def merge_arm(

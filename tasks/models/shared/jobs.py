@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,6 +42,25 @@ EXAMPLES = 4  # calibration examples that symmetries are traced and checked with
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "label2id")
 
 Report = Callable[..., None]
+
+
+class Progress:
+    """Says how far a long piece of work has come, where nothing was said for a while."""
+
+    def __init__(self, title: str, report: Report, seconds: float = 15.0) -> None:
+        self.title, self.report, self.seconds = title, report, seconds
+        self.said, self.num = time.monotonic(), 0
+
+    def __call__(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self.said >= self.seconds:
+            self.said = now
+            self.report("say", f"{self.title}: {text}")
+
+    def count(self, what: str) -> None:
+        """One more is done, of things that are called so."""
+        self.num += 1
+        self(f"{self.num} {what}")
 
 
 @dataclass(frozen=True)
@@ -211,9 +231,10 @@ def run_jobs(
     """
     results: dict[str, Any] = {}
     share_cores(1 if here else len(arguments))
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    text = bars.TextColumn("{task.description}")
+    columns = (text, bars.BarColumn(), bars.TimeElapsedColumn())
     console = Console()
-    with Progress(
+    with bars.Progress(
         *columns, console=console, transient=True, disable=not (show and console.is_terminal)
     ) as progress:
         bar = progress.add_task(title, total=sum(steps.values()))

@@ -36,28 +36,21 @@ def _plan(model: Any, batch: dict[str, Any], layers: str) -> TrunkPlan:
 
 
 def slack() -> None:
-    """Dims that hold 90, 99 and 99.9 % of what each layer of both towers reads, weighed or not."""
+    """Dims that hold 90, 99 and 99.9 % of what layers of both towers read from their streams."""
     model = sources.whisper(DATA)
-    batches = whisper.batches(model, DATA, PARAMS["calibration"], 0)
+    batches = whisper.batches(model, DATA, PARAMS["slack"], 0)
     plan, rows = _plan(model, batches[0], "all"), []
-    for weigh in (False, True):
-        work = Work(plan, {"model": [*batches]}, weigh=weigh)
-        family = work.family({"model": work.canonical("model", fold=True)})
-        for member, grams in work.grams(family).items():
-            for name, gram in grams.items():
-                energies = torch.linalg.eigvalsh(gram.sum_DD[:-1, :-1]).flip(0).clamp(min=0)
-                share = energies.cumsum(0) / energies.sum()
-                dims = [int((share < part).sum()) + 1 for part in (0.9, 0.99, 0.999)]
-                width = len(energies)
-                rows.append(
-                    {
-                        "weighed": weigh,
-                        "member": member,
-                        "layer": name,
-                        "width": width,
-                        "dims": dims,
-                    }
-                )
+    work = Work(plan, {"model": [*batches]}, weigh=False)
+    family = work.family({"model": work.canonical("model", fold=True)})
+    for member, grams in work.grams(family).items():
+        for name, gram in grams.items():
+            width = len(gram.sum_DD) - 1
+            if width > 384 or name.endswith(("k_proj.weight", "v_proj.weight")):
+                continue  # neurons; and what queries read as well
+            energies = torch.linalg.eigvalsh(gram.sum_DD[:-1, :-1]).flip(0).clamp(min=0)
+            share = energies.cumsum(0) / energies.sum()
+            dims = [int((share < part).sum()) + 1 for part in (0.9, 0.99, 0.999)]
+            rows.append({"member": member, "layer": name, "width": width, "dims": dims})
     write("slack", rows)
 
 

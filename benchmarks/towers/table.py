@@ -52,18 +52,13 @@ def _slack() -> list[str]:
     if not path.is_file():
         return []
     lines = ["## Dims that hold 90, 99 and 99.9 % of what a layer reads, over the width", ""]
-    lines += [
-        "| layer | encoder | decoder | both, 99 % | weighed: encoder | decoder | both, 99 % |"
-    ]
-    lines += ["|---|---|---|---:|---|---|---:|"]
+    lines += ["| layer | encoder | decoder | both, 90 % | both, 99 % |", "|---|---|---|---:|---:|"]
     rows = json.loads(path.read_text())
-    found = {(r["weighed"], r["member"], r["layer"]): r for r in rows}
+    found = {(r["member"], r["layer"]): r for r in rows}
     for layer in dict.fromkeys(r["layer"] for r in rows):
-        cells = []
-        for weighed in (False, True):
-            own = [found[weighed, member, layer] for member in ("encoder", "decoder")]
-            shares = [[round(d / r["width"], 2) for d in r["dims"]] for r in own]
-            cells += [" ".join(map(str, s)) for s in shares]
-            cells.append(f"{sum(s[1] for s in shares):.2f}")
+        own = [found[member, layer] for member in ("encoder", "decoder")]
+        shares = [[d / r["width"] for d in r["dims"]] for r in own]
+        cells = [" ".join(f"{share:.2f}" for share in of) for of in shares]
+        cells += [f"{sum(of[i] for of in shares):.2f}" for i in (0, 1)]
         lines.append(f"| {layer.removesuffix('.weight')} | {' | '.join(cells)} |")
     return lines

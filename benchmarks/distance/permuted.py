@@ -26,7 +26,8 @@ from alloy.modality.observe import REFERENCE, expert_spec
 from alloy.symmetry import SymmetrySpec
 from alloy.symmetry.transforms import Transform, identity
 from benchmarks.distance.settings import PermutedSweepParams
-from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
+from tasks.experts.measures.benchmark import load_split
+from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE
 from tasks.experts.merge import merge_experts
 from tasks.experts.shared.loading import load_model
 from tasks.experts.shared.statistics import load_spec, load_statistics

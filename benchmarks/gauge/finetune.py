@@ -9,7 +9,8 @@ from benchmarks.gauge.merges import METHOD, PARENT
 from benchmarks.gauge.params import study
 from benchmarks.gauge.train import MADE, WORK
 from tasks.experts.finetune import Job, finetune
-from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, load_split
+from tasks.experts.measures.benchmark import load_split
+from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.load import load_experts
 

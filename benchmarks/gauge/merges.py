@@ -23,7 +23,9 @@ from benchmarks.gauge.params import Calibration, study
 from benchmarks.gauge.train import MADE
 from benchmarks.gauge.widen import widen
 from tasks.data.scenes.bank import load_bank
-from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
+from tasks.data.scenes.words import TOKEN
+from tasks.experts.measures.benchmark import load_split
+from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE
 from tasks.experts.prepare import calibration_examples
 from tasks.experts.shared.loading import load_model
 from tasks.experts.shared.streams import hide_words
@@ -88,12 +90,15 @@ def calibration(draw: int, settings: Calibration) -> Batches:
             "calibration_examples": settings.examples,
         }
     )
-    tensors = calibration_examples(load_bank(params.scenes), drawn)
+    tensors = calibration_examples(load_bank(params.composed), drawn)
     size = settings.batch_size
     generator = torch.Generator().manual_seed(draw)
     return [
         hide_words(
-            {k: v[i : i + size] for k, v in tensors.items()}, settings.masked_share, generator
+            {k: v[i : i + size] for k, v in tensors.items()},
+            settings.masked_share,
+            TOKEN["[MASK]"],
+            generator,
         )
         for i in range(0, settings.examples, size)
     ]

@@ -16,7 +16,7 @@ WORK = Path(".alloy/gauge")
 def train(name: str) -> None:
     """Pre-train a model into `models/gauge/<name>`, after the seed of its experts if it has one."""
     params = study()
-    bank = load_bank(load_experts(params.recipe).prepare.scenes)
+    bank = load_bank(load_experts(params.recipe).prepare.composed)
     arm, made = params.pretrain(name)
     if arm in FROM_SEED:
         pretrain("seed", made, bank, WORK / name, _say)

@@ -1,6 +1,7 @@
 """Write small data sets of our own drawings in the formats of the real ones.
 
-    python -m tasks.data.drawn data/raw/tiny           # 12 examples a split of every set
+    python -m tasks.data.drawn data/tiny               # 12 examples a split of every set
+    python -m tasks.data.drawn data/tiny --start models/tiny/beit    # and a BEiT to start from
 
 Every file lies where the authors' archive would put it and says what theirs would say, so what
 reads these reads those. Images are scenes (`tasks.data.scenes`); a set's splits show different
@@ -22,7 +23,7 @@ from tasks.data.scenes.arrangement import Scenes
 from tasks.data.scenes.bank import load_bank
 from tasks.data.scenes.drawings import CONCEPTS, SPLITS
 from tasks.data.scenes.generator import SceneGenerator
-from tasks.data.scenes.words import ANSWERS, SEGMENTATION_CLASSES
+from tasks.data.scenes.words import ANSWERS, SEGMENTATION_CLASSES, VOCABULARY
 from tasks.recipe.experts import SceneParams
 from tasks.storage import write_folder
 
@@ -65,9 +66,10 @@ class Drawn:
         ]
         return [[words(ids[i].tolist()) for ids in drawn] for i in range(len(scenes))]
 
-    def arrays(self, benchmark: str, split: str) -> dict[str, np.ndarray]:
+    def arrays(self, benchmark: str, split: str, num: int | None = None) -> dict[str, np.ndarray]:
         """Examples of one of the scenes' own benchmarks."""
-        return examples.EXAMPLES[benchmark](self.by_split[split], self.num, self.rng)
+        num = self.num if num is None else num
+        return examples.EXAMPLES[benchmark](self.by_split[split], num, self.rng)
 
 
 def write_sets(folder: Path, num: int = NUM_EXAMPLES) -> None:
@@ -150,7 +152,9 @@ def write_vqav2(root: Path, drawn: Drawn) -> None:
     """Ten people answer each question, of whom two or three are wrong; test2015 has no answers."""
     image = 0
     for folder, split in (("train2014", "train"), ("val2014", "validation"), ("test2015", "test")):
-        data, questions, annotations = drawn.arrays("vqa", split), [], []
+        data, questions, annotations = drawn.arrays("vqa", split, 3 * drawn.num), [], []
+        asks_where = np.flatnonzero(data["kinds"] == 2)[: drawn.num]  # four answers, all common
+        data = {name: array[asks_where] for name, array in data.items()}
         for i in range(drawn.num):
             image += 1
             number = 1000 * image
@@ -301,6 +305,56 @@ WRITERS = {
 }
 
 
+def write_start(folder: Path) -> None:
+    """Write a small BEiT of random weights, its image processor, and a tokenizer of BERT's kind.
+
+    The words of all texts are its vocabulary, a few of them in two pieces.
+    """
+    import torch
+    from transformers import BeitConfig, BeitModel
+
+    config = BeitConfig(
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
+        image_size=32,
+        patch_size=8,
+        use_relative_position_bias=True,
+        layer_scale_init_value=0.5,
+        initializer_range=0.2,
+        use_mean_pooling=False,
+    )
+    torch.manual_seed(0)
+    model = BeitModel(config, add_pooling_layer=False)
+    with write_folder(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer().save_pretrained(partial)
+        processor = {
+            "image_processor_type": "BeitImageProcessor",
+            "do_resize": True,
+            "size": {"height": 32, "width": 32},
+            "resample": 3,
+            "do_normalize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+        (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+def tokenizer() -> Any:
+    """A WordPiece tokenizer of the texts' words; those with a hyphen are several tokens."""
+    from transformers import BertTokenizer
+
+    parts = {part for word in VOCABULARY[4:] for part in word.lower().split("-")}
+    long = sorted(part for part in parts if len(part) > 6)
+    whole = sorted(parts - set(long))
+    pieces = sorted({p for part in long for p in (part[:4], "##" + part[4:])})
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens = list(dict.fromkeys([*special, *whole, *pieces, "-", "?", "."]))
+    return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
+
+
 def _save(pixels: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.ascontiguousarray(pixels)).save(path, quality=95)
@@ -317,8 +371,11 @@ if __name__ == "__main__":
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="data/raw/tiny is what recipe paper_tiny reads")
+    parser.add_argument("folder", type=Path, help="data/tiny is what recipe paper_tiny reads")
+    parser.add_argument("--start", type=Path, help="the folder for a small BEiT to start from")
     parser.add_argument("--num", type=int, default=NUM_EXAMPLES, help="examples a split")
     given = parser.parse_args()
     write_sets(given.folder, given.num)
+    if given.start is not None:
+        write_start(given.start)
     print(f"wrote {given.folder}: {', '.join(WRITERS)}")

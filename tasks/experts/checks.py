@@ -16,7 +16,8 @@ def check(recipe: ExpertsRecipe) -> None:
     Raises:
         ParamsError: names the key and what would be right.
     """
-    prepared = checked(recipe).benchmarks
+    prepared, sets = recipe.prepare.names, recipe.prepare.sets
+    sizes = checked(recipe).benchmarks
     if recipe.merge.candidates and not training_free(prepared):
         raise ParamsError(
             f"{recipe.where}: merge.candidates: there are no data to compare them on: "
@@ -33,8 +34,15 @@ def check(recipe: ExpertsRecipe) -> None:
                 f"{where}: prepare.benchmarks has no {name!r}, so there is nothing to learn from: "
                 f"it has {', '.join(prepared)}"
             )
-        if prepared[name].train < batch_size:
+        if name in sizes and sizes[name].train < batch_size:
             raise ParamsError(
                 f"{where}: a step of {batch_size} examples takes more than the "
-                f"{prepared[name].train} that prepare.benchmarks.{name}.train gives"
+                f"{sizes[name].train} that prepare.benchmarks.{name}.train gives"
             )
+    squares = {name: sets[name].image_size for name in recipe.finetune.batch_sizes if name in sets}
+    if recipe.finetune.joint and len({*squares.values()}) > 1:
+        raise ParamsError(
+            f"{recipe.where}: finetune.joint: one model for all benchmarks reads images of one "
+            f"size, and prepare.sets says {squares}: give them one image_size, or write "
+            "`joint: false`"
+        )

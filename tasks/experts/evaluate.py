@@ -23,23 +23,28 @@ from torch import Tensor
 from alloy.measures.distances import distance
 from alloy.modality import ModalityModel, split_experts
 from alloy.processes import ALONE, Processes
+from tasks.data.archives.vqa import UNLABELLED
+from tasks.data.sets.splits import open_split
 from tasks.evaluation.score import by_example
-from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, load_split, training_free
+from tasks.experts.measures.benchmark import load_split
+from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, training_free
+from tasks.experts.measures.sets import evalai
 from tasks.experts.report.build import build
 from tasks.experts.report.results import (
+    NUM_ANSWERS,
     DistanceRow,
     Kind,
     Results,
     ScoreRow,
     SourceRow,
-    first_answers,
 )
 from tasks.experts.shared.alignment import aligned
+from tasks.experts.shared.fitting import ready
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import ExpertsRecipe
 from tasks.reports import tables, writer
 from tasks.reports.origin import with_origin
-from tasks.storage import read_json, sha256
+from tasks.storage import read_json, sha256, write_json
 from tasks.workers import num_cores
 from tasks.workers.together import agree, join
 
@@ -74,7 +79,7 @@ def subjects(recipe: ExpertsRecipe) -> list[Subject]:
     }
 
     def unchanged(name: str, title: str, kind: Kind, *folders: Path) -> Subject:
-        free = training_free(recipe.prepare.benchmarks)
+        free = training_free(recipe.prepare.names)
         return Subject(name, title, kind, False, dict.fromkeys(free, folders))
 
     planned = [
@@ -125,7 +130,8 @@ def measure(
         benchmark = BENCHMARKS[name]
         for split in SPLITS:
             examples = data[name, split]
-            outputs = _mean([benchmark.outputs(models[f], examples, batch_size) for f in folders])
+            own = [ready(models[f], examples) for f in folders]
+            outputs = benchmark.outputs_of(own, examples, batch_size)
             scores = benchmark.score(outputs, examples)
             if subject.name in RESULTS:
                 values |= by_example(f"{split}/{subject.name}/{name}", scores)
@@ -144,7 +150,7 @@ def measure(
                     )
                 )
             if split == "test":
-                answers[name] = first_answers(name, outputs)
+                answers[name] = benchmark.first_answers(outputs, NUM_ANSWERS)
     return Measured(rows, answers, values)
 
 
@@ -164,10 +170,6 @@ def guesses(planned: list[Subject], data: Mapping[str, Mapping[str, Tensor]]) ->
             value=round(BENCHMARKS[name].guess(data[name]), 3),
             standard_error=0.0,
         )
-
-
-def _mean(outputs: list[Tensor]) -> Tensor:
-    return torch.stack(outputs).mean(dim=0) if len(outputs) > 1 else outputs[0]
 
 
 def distances(recipe: ExpertsRecipe) -> list[DistanceRow]:
@@ -280,6 +282,23 @@ def measured_by_name(
     return measured
 
 
+def write_evalai(recipe: ExpertsRecipe) -> Iterator[Path]:
+    """Write the fine-tuned models' answers to the questions whose answers EvalAI has."""
+    folder = recipe.workspace.data / "vqav2"
+    if not (folder / f"{UNLABELLED}.arrow").exists():
+        return
+    data = open_split(folder, UNLABELLED)
+    for subject in subjects(recipe):
+        if not subject.finetuned or "vqav2" not in subject.folders:
+            continue
+        (model,) = (load_model(path) for path in subject.folders["vqav2"])
+        outputs = BENCHMARKS["vqav2"].outputs(model, data, recipe.evaluate.batch_size)
+        path = recipe.workspace.reports / "evalai" / f"{subject.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, evalai(outputs, data))
+        yield path
+
+
 def main(recipe: ExpertsRecipe) -> None:
     processes = join("evaluate")
     if processes.size > 1:
@@ -293,4 +312,6 @@ def main(recipe: ExpertsRecipe) -> None:
     results = evaluate(recipe, processes)
     if results is not None:
         writer.write(with_origin(build(results), recipe), recipe.workspace.reports)
+        for path in write_evalai(recipe):
+            print(f"evaluate: wrote {path}: upload it to EvalAI for the score on test2015")
         tables.show(recipe.name)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,26 @@ from alloy.errors import nearest
 from alloy.modality import ModalityModel
 from alloy.modality.objectives import distillation_losses
 from alloy.processes import ALONE, Processes
-from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, load_split, take
+from tasks.data.sets.loader import Loader
+from tasks.data.sets.splits import StoredSplit
+from tasks.data.sets.transforms import Augmentation
+from tasks.experts.measures.benchmark import first_of, load_split, take
+from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED
+from tasks.experts.measures.sets import SETS
+from tasks.experts.shared.fitting import description_of, fitted
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import ExpertsRecipe, FinetuneParams
 from tasks.recipe.section import ParamsError
 from tasks.reports import cards
 from tasks.storage import folder_digest, read_json, write_folder, write_json
-from tasks.training.loop import check_precision, check_shares, parts_of, step_generator, train
+from tasks.training.loop import (
+    check_precision,
+    check_shares,
+    parts_of,
+    step_generator,
+    step_numbers,
+    train,
+)
 from tasks.training.stage import RESULT, publish, run_all, say_nothing
 from tasks.workers.together import agree, join
 from tasks.workspace import STATE, Workspace
@@ -49,10 +63,68 @@ class Job(NamedTuple):
     work: Path  # `steps/` to go on from, `done/` the result
 
 
+Step = Callable[[int], Mapping[str, list[dict[str, Tensor]]]]
+"""The batches of each part of a step by benchmark, this process's share of them."""
+
+
+def batches_of(train_data: Data, params: FinetuneParams, processes: Processes = ALONE) -> Step:
+    """Make the batches of a step: of tensors at once, of rows on the disk by workers."""
+
+    def places(step: int) -> dict[str, list[Tensor]]:
+        generator = step_numbers(params.seed, step)
+        drawn = {
+            name: {"places": BENCHMARKS[name].draw(data, params.batch_sizes[name], generator)}
+            for name, data in train_data.items()
+        }
+        return {
+            name: [
+                processes.share(part)["places"]
+                for part in parts_of(own, params.training.accumulation_steps)
+            ]
+            for name, own in drawn.items()
+        }
+
+    loaders = {
+        name: Loader(
+            replace(data, augmentation=augmentation_of(params, data)),
+            lambda step, name=name: places(step)[name],
+            num_steps=params.training.num_steps,
+            seed=params.seed,
+            num_workers=params.workers,
+        )
+        for name, data in train_data.items()
+        if isinstance(data, StoredSplit)
+    }
+
+    def at(step: int) -> dict[str, list[dict[str, Tensor]]]:
+        chosen = places(step)
+        return {
+            name: loaders[name].at(step)
+            if name in loaders
+            else [take(data, own) for own in chosen[name]]
+            for name, data in train_data.items()
+        }
+
+    return at
+
+
+def augmentation_of(params: FinetuneParams, data: StoredSplit) -> Augmentation | None:
+    """What training images undergo: maps go along with crops and mirrors alone."""
+    if params.augmentation is None:
+        return None
+    maps = data.description.kind == "maps"
+    return Augmentation(
+        num_operations=0 if maps else params.augmentation.num_operations,
+        magnitude=params.augmentation.magnitude,
+        smallest_crop=params.augmentation.smallest_crop,
+        mirror=maps,
+    )
+
+
 def losses(
     model: ModalityModel,
     teacher: ModalityModel | None,
-    train_data: Data,
+    batches: Step,
     params: FinetuneParams,
     step: int,
     processes: Processes = ALONE,
@@ -61,19 +133,12 @@ def losses(
 
     With several processes, this one's part of them, from its share of the examples.
     """
-    generator = step_generator(params.seed, step, processes)
-    num_parts = params.training.accumulation_steps
-    parts = {
-        name: parts_of(
-            BENCHMARKS[name].sample(data, params.batch_sizes[name], generator), num_parts
-        )
-        for name, data in train_data.items()
-    }
-    for _ in range(num_parts):
+    step_generator(params.seed, step, processes)
+    parts = batches(step)
+    for number in range(params.training.accumulation_steps):
         by_name = {}
-        for name, batches in parts.items():
-            benchmark = BENCHMARKS[name]
-            batch = beside(model, processes.share(next(batches)))
+        for name in parts:
+            benchmark, batch = BENCHMARKS[name], beside(model, parts[name][number])
             if params.task_weight:
                 own = benchmark.training_loss(model, batch, processes)
                 by_name[name] = params.task_weight * own
@@ -105,12 +170,13 @@ def finetune(job: Job, report: Callable[..., None], processes: Processes = ALONE
     if processes.from_first(is_done):
         report("say", "was fine-tuned before the interruption")
         return
-    model = load_model(job.source)
-    teacher = None if job.teacher is None else load_model(job.teacher)
+    model = fitted_model(job.source, job)
+    teacher = None if job.teacher is None else fitted_model(job.teacher, job)
     train_data = {name: load_split(job.recipe, name, "train") for name in job.benchmarks}
+    batches = batches_of(train_data, job.params, processes)
     progress = train(
         model,
-        lambda step: losses(model, teacher, train_data, job.params, step, processes),
+        lambda step: losses(model, teacher, batches, job.params, step, processes),
         job.params.training,
         folder=job.work / "steps",
         identity=digest,
@@ -143,13 +209,22 @@ def finetune(job: Job, report: Callable[..., None], processes: Processes = ALONE
     )
 
 
+def fitted_model(folder: Path, job: Job) -> ModalityModel:
+    """A checkpoint's model, with heads and image size as the job's data need them."""
+    model, data = load_model(folder), Workspace(job.recipe).data
+    for name in job.benchmarks:
+        if name in SETS and (about := description_of(data / name)) is not None:
+            model = fitted(model, about, seed=job.params.seed)
+    return model
+
+
 def validation(
     model: ModalityModel, job: Job, processes: Processes = ALONE
 ) -> Callable[[], dict[str, float]]:
     """Scores the model on the first examples of each benchmark's validation split."""
-    some = slice(job.params.stopping.validation_examples)
+    num = job.params.stopping.validation_examples
     held_out = {
-        name: take(load_split(job.recipe, name, "validation"), some) for name in job.benchmarks
+        name: first_of(load_split(job.recipe, name, "validation"), num) for name in job.benchmarks
     }
 
     def validate() -> dict[str, float]:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 
 from alloy.errors import nearest
-from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE, load_split
+from tasks.experts.measures.benchmark import load_split
+from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE
 from tasks.experts.merge import merge_arm
+from tasks.experts.shared.fitting import ready
 from tasks.recipe.experts import ArmParams, ExpertsRecipe, check_arm
 from tasks.recipe.section import ParamsError
 from tasks.search.objective import Objective, changed, known, with_defaults
@@ -53,7 +55,7 @@ class ExpertsObjective(Objective):
         scores = {}
         for name, examples in self._data.items():
             benchmark = BENCHMARKS[name]
-            outputs = benchmark.outputs(model, examples, self._batch_size)
+            outputs = benchmark.outputs(ready(model, examples), examples, self._batch_size)
             scores[name] = round(benchmark.score(outputs, examples)[benchmark.metric].value, 3)
         return scores
 

@@ -262,7 +262,7 @@ def run_chain(
     arms: Sequence[str], params: PretrainParams, report: Report, processes: Processes = ALONE
 ) -> None:
     """Pre-train and release the arms one after the other, but for those that are there already."""
-    bank = load_bank(load_experts(params.recipe).prepare.scenes)
+    bank = load_bank(load_experts(params.recipe).prepare.composed)
     agree(processes, {"params": params.model_dump_json(), "cells": bank.sha256})
     stale = [arm for arm in arms if not _is_made(RELEASED / arm / FACTS, arm, params, bank)]
     if set(stale) & set(FROM_SEED) and "seed" not in stale and not _has_state(params, bank):
@@ -306,7 +306,7 @@ def main(arms: Sequence[str]) -> None:
     where = "params/pretrain.yaml: batch_size"
     check_shares(where, params.batch_size, params.training, processes.size)
     if processes.is_first:
-        load_bank(load_experts(params.recipe).prepare.scenes)  # built once, for all
+        load_bank(load_experts(params.recipe).prepare.composed)  # built once, for all
     processes.objects(None)
     chains = [[arm for arm in chain if arm in arms] for chain in CHAINS]
     with ExitStack() as stack:

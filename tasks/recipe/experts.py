@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from alloy.errors import MergeError, nearest
 from alloy.merging import MERGE_METHODS, validate
 from tasks.recipe.section import ParamsError, Section
+from tasks.recipe.sets import RAW, SetParams
 from tasks.recipe.shared import (
     BEST,
     Candidates,
@@ -17,7 +18,7 @@ from tasks.recipe.shared import (
     ShipParams,
     chosen_arm,
 )
-from tasks.recipe.training import Distillation, EarlyStopping, FinetunePlan
+from tasks.recipe.training import AugmentationParams, Distillation, EarlyStopping, FinetunePlan
 from tasks.workspace import Workspace
 
 Modality = Literal["v", "l", "vl"]
@@ -54,12 +55,46 @@ class SplitSizes(Section):
 
 
 class PrepareParams(Section):
-    """The data of a recipe: its scenes, its calibration examples, its benchmarks' splits."""
+    """The data of a recipe: calibration examples, and benchmarks on scenes or on sets on disk."""
 
-    scenes: SceneParams
     seed: int = Field(ge=0)
     calibration_examples: int = Field(gt=0)
-    benchmarks: dict[str, SplitSizes] = Field(min_length=1)
+    scenes: SceneParams | None = None
+    benchmarks: dict[str, SplitSizes] = Field(default={})  # on scenes
+    raw: str = RAW  # the folder of the sets
+    sets: dict[str, SetParams] = Field(default={})  # benchmarks by the set that they measure on
+    processor: str | None = None  # the checkpoint whose tokenizer and image processor all use
+    calibration: str | None = None  # the set of the calibration examples; the first with captions
+
+    @model_validator(mode="after")
+    def _has_data(self) -> "PrepareParams":
+        if bool(self.scenes) == bool(self.sets) or bool(self.scenes) != bool(self.benchmarks):
+            raise ValueError(
+                "a recipe composes scenes (`scenes` and `benchmarks`) or reads data sets (`sets`): "
+                "give the one or the other"
+            )
+        if self.sets and self.processor is None:
+            raise ValueError(
+                "sets need `processor`, the name of the checkpoint in fetch whose tokenizer and "
+                "image processor read them"
+            )
+        return self
+
+    @property
+    def composed(self) -> SceneParams:
+        """The scenes of a recipe that composes them.
+
+        Raises:
+            ParamsError: it reads data sets instead.
+        """
+        if self.scenes is None:
+            raise ParamsError("prepare.scenes: this needs composed scenes, not data sets")
+        return self.scenes
+
+    @property
+    def names(self) -> list[str]:
+        """The benchmarks."""
+        return [*self.benchmarks, *self.sets]
 
 
 class CollectParams(Section):
@@ -169,6 +204,17 @@ class FinetuneParams(Section):
     distillation: Distillation
     training: FinetunePlan
     stopping: EarlyStopping
+    augmentation: AugmentationParams | None = None  # of images of data sets
+    workers: int = Field(default=0, ge=0)  # processes that decode images ahead; no result differs
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what runs from before it existed do not know, and what no result depends on."""
+        values = dump(self)
+        values.pop("workers")
+        if self.augmentation is None:
+            values.pop("augmentation")
+        return values
 
     @model_validator(mode="after")
     def _learns_from_something(self) -> "FinetuneParams":
@@ -314,6 +360,10 @@ class ExpertsRecipe(Section):
             yield f"{where}.checkpoint", arm.checkpoint, checkpoints
             if arm.base is not None:
                 yield f"{where}.base", arm.base, checkpoints
+        if self.prepare.processor is not None:
+            yield "prepare.processor", self.prepare.processor, checkpoints
+        if self.prepare.calibration is not None:
+            yield "prepare.calibration", self.prepare.calibration, list(self.prepare.sets)
         measured = self.evaluate
         yield from (("evaluate.checkpoints", n, checkpoints) for n in measured.checkpoints)
         for title, names in measured.ensembles.items():

@@ -55,7 +55,7 @@ def _names(recipe: Recipe, gates: Gates) -> Iterator[tuple[str, str, Collection[
 def _splits(recipe: Recipe) -> Mapping[str, Collection[str]]:
     """The splits on which each benchmark is measured."""
     if isinstance(recipe, ExpertsRecipe):
-        return dict.fromkeys(recipe.prepare.benchmarks, MEASURED)
+        return dict.fromkeys(recipe.prepare.names, MEASURED)
     own = {name: (split,) for name, split in recipe.evaluate.measured.items()}
     if not recipe.is_calibrated:
         return own

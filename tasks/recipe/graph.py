@@ -73,9 +73,12 @@ def _has(recipe: Recipe, stage: str) -> bool:
 OWN_SECTION = {"merge": "merge.arms", "choose": "merge.result"}
 """The section that a stage tracks in any case; by default that of its own name."""
 
+RAW_SETS = ("raw1", "raw2", "raw3", "raw4", "raw5")
+"""Places of the folders of data sets that `prepare` reads; there are five benchmarks on sets."""
+
 FILLS = {
     "choose": ("family", "library", "data", "candidates"),
-    "prepare": ("family", "members"),
+    "prepare": ("family", "members", *RAW_SETS),
     "collect": ("family", "library", "members"),
     "align": ("family", "library", "collect", "members"),
     "merge": (
@@ -95,7 +98,7 @@ FILLS = {
 """The placeholders of each stage's entry in `dvc.yaml`."""
 
 OWN_CODE = {
-    ("merge", "experts"): "tasks/data/scenes",
+    ("merge", "experts"): "alloy/modality",
     ("merge", "models"): "tasks/models/stream.py",
     ("evaluate", "experts"): "alloy/modality",
     ("evaluate", "models"): "alloy/checkpoint",
@@ -114,11 +117,13 @@ def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
     members = section
     if is_models:
         members = "members" if "members" in given else "sets"
+    raw = raw_folders(recipe)
     values = {
+        **{key: raw[i] if i < len(raw) else path for i, key in enumerate(RAW_SETS)},
         "family": recipe.kind,
         "code": OWN_CODE.get((stage, recipe.kind), ""),
         "benchmarks": f"tasks/{recipe.kind}/{'benchmarks' if is_models else f'{stage}.py'}",
-        "examples": "tasks/data" if is_models else f"tasks/{recipe.kind}/{stage}.py",
+        "examples": "tasks/data",
         "symmetry": "alloy/symmetry" if is_models else "alloy/modality",
         "writing": f"alloy/checkpoint{'' if is_models else '/licence.py'}",
         "finetune_set": members if is_models else section,
@@ -142,6 +147,14 @@ def _entry(recipe: Recipe, stage: str) -> dict[str, str]:
         "searched": "evaluate" if isinstance(recipe, ModelsRecipe) and recipe.searches else section,
     }
     return {key: values[key] for key in FILLS.get(stage, ("family",))}
+
+
+def raw_folders(recipe: Recipe) -> list[str]:
+    """The folders of the data sets that a recipe reads."""
+    if isinstance(recipe, ModelsRecipe):
+        return []
+    sets = recipe.prepare.sets
+    return [str(entry.folder(recipe.prepare.raw, name)) for name, entry in sets.items()]
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from alloy.modality.configuration import Sharing
 from tasks.recipe.section import Name, Section
-from tasks.recipe.training import Schedule, TrainingPlan
+from tasks.recipe.sets import RAW, SetParams
+from tasks.recipe.training import AugmentationParams, Schedule, TrainingPlan
 
 
 class TransformerParams(Section):
@@ -36,6 +38,60 @@ class PretrainParams(Section):
     @model_validator(mode="after")
     def _batches_can_be_split(self) -> "PretrainParams":
         self.training.check_batch("batch_size", self.batch_size)
+        return self
+
+
+class CaptionArm(Section):
+    """One of the checkpoints that pre-training on data sets makes."""
+
+    sharing: Sharing
+    after: str | None = None  # the arm whose weights and moments it goes on with; else the start
+    stop_step: int | None = Field(default=None, gt=0)  # of the schedule; by default its end
+    random: bool = False  # experts that start apart, not as copies of the start
+    frozen: list[str] = Field(default=[])  # parameters by glob pattern that do not learn
+    captions: float = Field(default=1.0, ge=0)  # weights of the objectives
+    texts: float = Field(default=0.0, ge=0)
+    images: float = Field(default=0.0, ge=0)
+
+
+class CaptionPretrainParams(Section):
+    """`params/pretrain_<name>.yaml`: pre-training on captions, texts and images of data sets."""
+
+    seed: int
+    start: str | None = None  # a folder with BEiT or another tower of images; null: random
+    tokenizer: str  # a folder that has one
+    target: str  # where each arm's checkpoint goes, in a folder of its name
+    raw: str = RAW
+    model: dict[str, Any]  # settings of ModalityConfig beside the start's
+    captions: dict[Name, SetParams] = Field(min_length=1)
+    texts: dict[Name, SetParams] = Field(default={})
+    images: dict[Name, SetParams] = Field(default={})
+    batch_size: int = Field(gt=1)
+    masked_words: float = Field(gt=0, lt=1)  # share of a text's tokens
+    masked_patches: float = Field(default=0.4, gt=0, lt=1)  # share of an image's patches
+    augmentation: AugmentationParams | None = None
+    workers: int = Field(default=0, ge=0)  # processes that decode ahead; no result differs
+    training: TrainingPlan
+    arms: dict[Name, CaptionArm] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "CaptionPretrainParams":
+        self.training.check_batch("batch_size", self.batch_size, 2)
+        sizes = {name: entry.image_size for name, entry in (self.captions | self.images).items()}
+        if len({*sizes.values()}) > 1:
+            raise ValueError(f"one model reads images of one size, and the sets say {sizes}")
+        seen: list[str] = []
+        for name, arm in self.arms.items():
+            if arm.after is not None and arm.after not in seen:
+                raise ValueError(
+                    f"arms.{name}.after: {arm.after!r} does not stand before it: {', '.join(seen)}"
+                )
+            for kind in ("texts", "images"):
+                if getattr(arm, kind) and not getattr(self, kind):
+                    raise ValueError(f"arms.{name}.{kind} has a weight, and there are no {kind}")
+            if not arm.captions + arm.texts + arm.images:
+                raise ValueError(f"arms.{name}: all objectives have weight 0")
+            seen.append(name)
         return self
 
 

@@ -92,6 +92,14 @@ class FinetunePlan(TrainingPlan):
         return self.head_learning_rate if group == "fresh heads" else super().peak(group)
 
 
+class AugmentationParams(Section):
+    """Changes of training images; maps go along with crops, and are mirrored instead."""
+
+    num_operations: int = Field(default=2, ge=0)  # of RandAugment on an image
+    magnitude: int = Field(default=7, ge=0, le=30)
+    smallest_crop: float = Field(default=1.0, gt=0, le=1)  # share of the image; 1: no crop
+
+
 class EarlyStopping(Section):
     """Validate every so many steps; stop after `patience` validations without a better score."""
 

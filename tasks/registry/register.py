@@ -12,7 +12,7 @@ not registered again.
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,13 @@ def _register(recipe: Recipe, folder: Path, lineage: Mapping[str, Any], key: str
                 log.file(place)
         log_arms(recipe, scores, log.run_id)
         tracking.adopt(recipe.name, log.run_id, "finetune")
-        number = _log_model(log, section.name, folder, {KEY: key, "recipe": recipe.name})
+        number = _log_model(
+            log,
+            section.name,
+            folder,
+            answers_of(workspace.data, folder),
+            {KEY: key, "recipe": recipe.name},
+        )
         log.tags({"version": f"models:/{section.name}/{number}"})
     tracking.describe(section.name, number, _description(recipe, log.run_id, lineage))
     return number
@@ -245,7 +251,19 @@ def _log_params(recipe: Recipe) -> dict[str, str]:
     return flat
 
 
-def _log_model(log: tracking.Log, name: str, folder: Path, tags: Mapping[str, str]) -> str:
+def answers_of(data: Path, checkpoint: Path) -> Sequence[str]:
+    """The answers of a model's head, as the data that it was made for describe them."""
+    num = storage.read_json(checkpoint / "config.json").get("num_answers")
+    for path in sorted(data.glob("*/description.json")):
+        answers = storage.read_json(path)["answers"]
+        if answers and len(answers) == num:
+            return answers
+    return ()
+
+
+def _log_model(
+    log: tracking.Log, name: str, folder: Path, answers: Sequence[str], tags: Mapping[str, str]
+) -> str:
     import alloy
     from tasks.registry import serving
 
@@ -259,18 +277,16 @@ def _log_model(log: tracking.Log, name: str, folder: Path, tags: Mapping[str, st
         requirements=[requirement(package) for package in PACKAGES],
         tags=tags,
         alias=CHALLENGER,
-        **(_as_modality(folder) if is_modality else _as_transformer(folder)),
+        **(_as_modality(folder, answers) if is_modality else _as_transformer(folder)),
     )
 
 
-def _as_modality(folder: Path) -> dict[str, Any]:
+def _as_modality(folder: Path, answers: Sequence[str]) -> dict[str, Any]:
     """The interface of a modality transformer, which transformers has no task for."""
-    from tasks.data.scenes.words import ANSWERS
     from tasks.registry import serving
     from tasks.registry.families import grey
 
     config = storage.read_json(folder / "config.json")
-    answers = ANSWERS if config.get("num_answers") == len(ANSWERS) else ()
     example = {"text": "where is cat"}
     if "image_size" in config:
         example = {"image": grey(config["image_size"]), **example}

@@ -67,9 +67,18 @@ def step_generator(seed: int, step: int, processes: Processes = ALONE) -> torch.
 
     Also sets torch's global one (dropout), to another state in each process.
     """
-    own = (_MOST_STEPS * seed + step) % 2**32  # the CPU's generator takes no more bits
+    own = _number(seed, step)
     torch.manual_seed((own + _BETWEEN_PROCESSES * processes.rank) % 2**32)
-    return torch.Generator().manual_seed(own)
+    return step_numbers(seed, step)
+
+
+def step_numbers(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step; torch's global source stays as it is."""
+    return torch.Generator().manual_seed(_number(seed, step))
+
+
+def _number(seed: int, step: int) -> int:
+    return (_MOST_STEPS * seed + step) % 2**32  # the CPU's generator takes no more bits
 
 
 def parts_of(batch: Mapping[str, Tensor], num: int) -> Iterator[dict[str, Tensor]]:

@@ -57,7 +57,7 @@ def side_by_side(
                     target=_work,
                     args=(work, waiting.pop(name), writer, settings, taken.get(reader)),
                     name=name,
-                    daemon=True,
+                    daemon=False,  # a training's loader has workers of its own
                 )
                 process.start()
                 writer.close()  # only the worker holds it: its end is the end of the stream

@@ -21,7 +21,7 @@ from tasks.data.archives.corpora import Cc3m, ImageNet, Sbu, Texts, VisualGenome
 from tasks.data.archives.nlvr2 import Nlvr2
 from tasks.data.archives.reader import Reader
 from tasks.data.archives.vqa import Vqav2
-from tasks.data.sets.rows import DataError
+from tasks.data.sets.rows import DataError, Kind
 
 FORMATS: Mapping[str, type[Reader]] = {
     "coco": Coco,
@@ -59,6 +59,6 @@ def open_set(
     return FORMATS[form](root, held_out, options or {})
 
 
-def kind_of(reader: Reader) -> str:
+def kind_of(reader: Reader) -> Kind:
     """The kind of a set's rows; a table of columns says it itself."""
     return reader.of_kind if isinstance(reader, Columns) else reader.kind

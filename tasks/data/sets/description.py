@@ -18,6 +18,15 @@ DESCRIPTION = "description.json"
 TOKENIZER = "tokenizer"
 """The folder, beside the benchmarks, of the tokenizer and image processor that all of them use."""
 
+KINDS: Mapping[str, Kind] = {
+    "vqav2": "questions",
+    "coco": "captions",
+    "flickr30k": "captions",
+    "nlvr2": "pairs",
+    "ade20k": "maps",
+}
+"""The kind of rows that each benchmark on sets measures."""
+
 _HALF = (0.5, 0.5, 0.5)
 
 
@@ -46,6 +55,7 @@ class Description:
     answers: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     segment_cells: int = 1
+    rerank: int = 0
 
     def write(self, folder: Path) -> None:
         write_json(folder / DESCRIPTION, asdict(self))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 from torch import Tensor
 
 from tasks.data.sets.description import TOKENIZER, Description, soft_targets
@@ -33,11 +34,13 @@ class StoredSplit:
     description: Description
     tokenizer_folder: Path
     first: int | None = None
+    more: tuple[Path, ...] = ()
+    """Files whose rows follow, of other sets of the same kind."""
     augmentation: Augmentation | None = None
 
     @cached_property
     def rows(self) -> Any:
-        rows = read_rows(self.path)
+        rows = concatenate_datasets([read_rows(path) for path in (self.path, *self.more)])
         return rows if self.first is None else rows.select(range(min(self.first, len(rows))))
 
     @cached_property

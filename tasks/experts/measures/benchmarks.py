@@ -18,12 +18,11 @@ of `TRAINING_FREE` need no head beyond the pre-trained ones.
 Shapes: N examples, n of a batch, T tokens, C classes, L labels a side, B resamples.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from alloy.devices import beside
@@ -31,89 +30,19 @@ from alloy.modality.modeling import ModalityModel
 from alloy.modality.objectives import contrastive_loss
 from alloy.processes import ALONE, Processes
 from tasks.evaluation.score import Score, mean_score
-from tasks.workspace import Workspace
+from tasks.experts.measures.benchmark import (
+    Benchmark,
+    Examples,
+    Split,
+    batches,
+    joint_states,
+    num_examples,
+    text_of,
+)
+from tasks.experts.measures.sets import SETS
 
-Split = Mapping[str, Tensor]
 NUM_RESAMPLES = 200
-
-
-def load_split(recipe: str, benchmark: str, split: str) -> dict[str, Tensor]:
-    """One split of a benchmark as `prepare` wrote it."""
-    return load_file(Workspace(recipe).data / benchmark / f"{split}.safetensors")
-
-
-def num_examples(data: Split) -> int:
-    return len(data["pixel_values"])
-
-
-def take(data: Split, index: Tensor | slice) -> dict[str, Tensor]:
-    return {name: tensor[index] for name, tensor in data.items()}
-
-
-def batches(data: Split, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    for start in range(0, num_examples(data), batch_size):
-        yield take(data, slice(start, start + batch_size))
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A data set, its loss and its metric; subclasses define the model's inputs."""
-
-    name: str
-    title: str
-    metric: str
-    kinds: tuple[str, ...] = ()  # the names of the kinds of examples that `data["kinds"]` numbers
-    group: int = 1  # examples that belong together: hard negatives of each other
-
-    def sample(self, data: Split, num: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """`num` random examples, with replacement between calls and without within one."""
-        return take(data, torch.randperm(num_examples(data), generator=generator)[:num])
-
-    def logits(self, model: ModalityModel, batch: Split) -> Tensor:
-        raise NotImplementedError
-
-    def loss(self, logits: Tensor, batch: Split) -> Tensor:
-        """Cross-entropy with the batch's labels."""
-        return F.cross_entropy(logits, batch["labels"].long())
-
-    def training_loss(
-        self, model: ModalityModel, batch: Split, processes: Processes = ALONE
-    ) -> Tensor:
-        """The loss of a batch, or of this process's share of it its part of the loss."""
-        return self.loss(self.logits(model, batch), batch) / processes.size
-
-    @torch.no_grad()
-    def outputs(
-        self,
-        model: ModalityModel,
-        data: Split,
-        batch_size: int = 250,
-        processes: Processes = ALONE,
-    ) -> Tensor:
-        """`logits` of every example of a split, on the CPU; processes take the batches in turns."""
-
-        def answer(batch: Split) -> Tensor:
-            return self.logits(model, beside(model, batch)).float().cpu()
-
-        return torch.cat(processes.in_turns(answer, batches(data, batch_size)))
-
-    def values(self, outputs: Tensor, data: Split) -> Tensor:
-        """The share of each example that is right, [N]: the metric is its mean, in per cent."""
-        return (outputs.argmax(dim=1) == data["labels"]).double()
-
-    def guess(self, data: Split) -> float:
-        """The metric, in per cent, of saying the commonest answer to every example of a kind."""
-        kinds = data.get("kinds", torch.zeros_like(data["labels"]))
-        commonest = sum(data["labels"][kinds == kind].bincount().max() for kind in kinds.unique())
-        return 100 * float(commonest) / num_examples(data)
-
-    def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
-        """The metrics by name; `self.metric` is the one that tables show."""
-        hits = outputs.argmax(dim=1) == data["labels"]
-        scores = {"accuracy": mean_score(hits)}
-        for kind, label in enumerate(self.kinds):
-            scores[f"accuracy_{label}"] = mean_score(hits[data["kinds"] == kind])
-        return scores
+NUM_RETRIEVED = 3
 
 
 @dataclass(frozen=True)
@@ -121,7 +50,7 @@ class VisualQuestions(Benchmark):
     """Open questions about an image: "what is left-of cat", "where is cat"."""
 
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
-        return model.answer_logits(_joint(model, batch))
+        return model.answer_logits(joint_states(model, batch))
 
 
 @dataclass(frozen=True)
@@ -129,7 +58,7 @@ class Statements(Benchmark):
     """A short text that is true of an image or not; the pre-trained statement head answers."""
 
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
-        return model.statement_logits(_joint(model, batch))
+        return model.statement_logits(joint_states(model, batch))
 
 
 @dataclass(frozen=True)
@@ -137,7 +66,7 @@ class MaskedWords(Benchmark):
     """A caption with one concept masked; `labels` is its token."""
 
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
-        states = _joint(model, batch)
+        states = joint_states(model, batch)
         hidden = states[torch.arange(len(states), device=states.device), batch["masked_token"]]
         return model.masked_word_logits(hidden)
 
@@ -147,7 +76,7 @@ class PairReasoning(Benchmark):
     """A statement about two images, "there is cat in both": is it true? Pixels [N, 2, 3, S, S]."""
 
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
-        text = _text(batch)
+        text = text_of(batch)
         left, right = (
             model.encode_joint(images, *text) for images in batch["pixel_values"].unbind(1)
         )
@@ -158,14 +87,13 @@ class PairReasoning(Benchmark):
 class Retrieval(Benchmark):
     """Find an image's caption among all captions, and a caption's image among all images.
 
-    The metric is recall at 1, the mean of both directions. `sample` keeps a `group` together.
+    The metric is recall at 1, the mean of both directions. `draw` keeps a `group` together.
     """
 
-    def sample(self, data: Split, num: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw(self, data: Examples, num: int, generator: torch.Generator) -> Tensor:
         num_groups = num_examples(data) // self.group
         chosen = torch.randperm(num_groups, generator=generator)[: max(1, num // self.group)]
-        index = chosen[:, None] * self.group + torch.arange(self.group)
-        return take(data, index.flatten())
+        return (chosen[:, None] * self.group + torch.arange(self.group)).flatten()
 
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
         image, text = _embeddings(model, batch)
@@ -188,7 +116,7 @@ class Retrieval(Benchmark):
     def outputs(
         self,
         model: ModalityModel,
-        data: Split,
+        data: Examples,
         batch_size: int = 250,
         processes: Processes = ALONE,
     ) -> Tensor:
@@ -199,14 +127,14 @@ class Retrieval(Benchmark):
         image, text = (torch.cat(side) for side in zip(*parts, strict=True))
         return image @ text.T
 
-    def guess(self, data: Split) -> float:
+    def guess(self, data: Examples) -> float:
         return 100 / num_examples(data)
 
-    def values(self, outputs: Tensor, data: Split) -> Tensor:
+    def values(self, outputs: Tensor, data: Examples) -> Tensor:
         text, image = _recalls(outputs, 1)
         return (text + image) / 2
 
-    def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
+    def score(self, outputs: Tensor, data: Examples) -> dict[str, Score]:
         """Recalls; an image's right caption must beat all others strictly, so ties do not count."""
         scores = {}
         for k in (1, 5):
@@ -216,6 +144,10 @@ class Retrieval(Benchmark):
             scores[f"image_recall_at_{k}"] = mean_score(image)
         return scores
 
+    def first_answers(self, outputs: Tensor, num: int) -> Tensor:
+        """The best images for each of the first captions, [num, NUM_RETRIEVED]."""
+        return outputs[:, :num].topk(NUM_RETRIEVED, dim=0).indices.T
+
 
 @dataclass(frozen=True)
 class Segmentation(Benchmark):
@@ -224,16 +156,16 @@ class Segmentation(Benchmark):
     def logits(self, model: ModalityModel, batch: Split) -> Tensor:
         return model.segment_logits(model.image_states(batch["pixel_values"]))
 
-    def guess(self, data: Split) -> float:
+    def guess(self, data: Examples) -> float:
         labels = data["labels"].long()
         background = F.one_hot(torch.zeros_like(labels), int(labels.max()) + 1).movedim(-1, 1)
         return self.score(background, data)[self.metric].value
 
-    def values(self, outputs: Tensor, data: Split) -> Tensor:
+    def values(self, outputs: Tensor, data: Examples) -> Tensor:
         """The share of each image's squares that are right; a mean IoU has no value by image."""
         return (outputs.argmax(dim=1) == data["labels"]).double().mean((1, 2))
 
-    def score(self, outputs: Tensor, data: Split) -> dict[str, Score]:
+    def score(self, outputs: Tensor, data: Examples) -> dict[str, Score]:
         labels, num_classes = data["labels"].long(), outputs.shape[1]
         predicted = outputs.argmax(dim=1)
         wanted, given = (F.one_hot(x.flatten(1), num_classes).double() for x in (labels, predicted))
@@ -248,18 +180,8 @@ class Segmentation(Benchmark):
         }
 
 
-def _text(batch: Split) -> tuple[Tensor, Tensor]:
-    """Ids and mask without the columns in which every text of the batch is padding."""
-    longest = int(batch["attention_mask"].sum(1).max())
-    return batch["input_ids"][:, :longest], batch["attention_mask"][:, :longest]
-
-
-def _joint(model: ModalityModel, batch: Split) -> Tensor:
-    return model.encode_joint(batch["pixel_values"], *_text(batch))
-
-
 def _embeddings(model: ModalityModel, batch: Split) -> tuple[Tensor, Tensor]:
-    return model.encode_image(batch["pixel_values"]), model.encode_text(*_text(batch))
+    return model.encode_image(batch["pixel_values"]), model.encode_text(*text_of(batch))
 
 
 def _recalls(outputs: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -295,11 +217,19 @@ BENCHMARKS: dict[str, Benchmark] = {
         Segmentation("segmentation", "Segmentation", "mean_iou"),
         MaskedWords("masked_words", "Masked words", "accuracy"),
         Statements("statements", "Statements", "accuracy", ("presence", "position")),
+        *SETS.values(),
     )
 }
-FINETUNED = ("vqa", "retrieval", "retrieval_hard", "pair_reasoning", "segmentation")
-TRAINING_FREE = ("retrieval", "retrieval_hard", "masked_words", "statements")
-METRIC_TITLES = {"accuracy": "accuracy", "recall_at_1": "R@1", "mean_iou": "mIoU"}
+FINETUNED_ON_SCENES = ("vqa", "retrieval", "retrieval_hard", "pair_reasoning", "segmentation")
+FREE_ON_SCENES = ("retrieval", "retrieval_hard", "masked_words", "statements")
+FINETUNED = (*FINETUNED_ON_SCENES, *SETS)
+TRAINING_FREE = (*FREE_ON_SCENES, "coco", "flickr30k")
+METRIC_TITLES = {
+    "accuracy": "accuracy",
+    "recall_at_1": "R@1",
+    "mean_iou": "mIoU",
+    "vqa_accuracy": "VQA accuracy",
+}
 
 
 def training_free(prepared: Collection[str]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from tasks.experts.measures.benchmarks import FINETUNED
 from tasks.experts.report import charts
-from tasks.experts.report.examples import answered, retrieved, segmented
+from tasks.experts.report.examples import answered, asked, retrieved, segmented
 from tasks.experts.report.grids import (
     distance_grid,
     gains,
@@ -14,7 +14,7 @@ from tasks.experts.report.grids import (
     source_grid,
     title,
 )
-from tasks.experts.report.results import Results, main_scores
+from tasks.experts.report.results import Results, first_retrieval, main_scores
 from tasks.reports import choice
 from tasks.reports.html import element
 from tasks.reports.report import Markup, Part, Report, Section
@@ -32,10 +32,7 @@ def build(results: Results) -> Report:
         Section("After fine-tuning", [finetuned, charts.finetuned(results)]),
         Section("What the recipe gains", [*gains_grids(results), *charts.gains(results)]),
         Section("Straight after merging", [training_free, charts.training_free(results)]),
-        Section("Which images fit a caption?", retrieved(results)),
-        Section("Questions about an image", answered(results, "vqa")),
-        Section("Is it true of the two images?", answered(results, "pair_reasoning")),
-        Section("What is where: segmentation", segmented(results)),
+        *examples(results),
         Section("How far apart the experts were", distances(results)),
         Section("Where everything came from", lineage(results)),
     ]
@@ -50,6 +47,35 @@ def build(results: Results) -> Report:
     )
 
 
+def examples(results: Results) -> list[Section]:
+    """Answers to the first test examples; of data sets the questions are, of scenes all."""
+    if "retrieval" not in results.examples:
+        return [
+            Section("Questions about an image", asked(results, "vqav2")),
+            Section("Is it true of the two images?", asked(results, "nlvr2")),
+        ]
+    return [
+        Section("Which images fit a caption?", retrieved(results)),
+        Section("Questions about an image", answered(results, "vqa")),
+        Section("Is it true of the two images?", answered(results, "pair_reasoning")),
+        Section("What is where: segmentation", segmented(results)),
+    ]
+
+
+def unseen(results: Results) -> str:
+    """What test data of scenes are made of."""
+    if "retrieval" not in results.examples:
+        return ""
+    return (
+        ": drawings and handwriting that no training example shows, in combinations that no "
+        "training example has"
+    )
+
+
+def _num_finetuned(results: Results) -> int:
+    return len({row.benchmark for row in results.scores if row.finetuned}) or len(FINETUNED)
+
+
 def story(results: Results) -> list[Part]:
     """Summary of a run: a picture of boxes, and the headline numbers."""
     arrow = element("span", "→", style="arrow")
@@ -62,7 +88,7 @@ def story(results: Results) -> list[Part]:
         arrow,
         element("span", title(results, "merged"), style="box m"),
         arrow,
-        element("span", f"fine-tuned on {len(FINETUNED)} benchmarks", style="box m"),
+        element("span", f"fine-tuned on {_num_finetuned(results)} benchmarks", style="box m"),
     )
     return [
         Markup(
@@ -76,9 +102,8 @@ def story(results: Results) -> list[Part]:
         element("div", *headlines(results), style="facts"),
         element(
             "p",
-            "All numbers are per cent on test data: drawings and handwriting that no training "
-            "example shows, in combinations that no training example has. ± is one standard "
-            "error. Choices were made on validation data.",
+            f"All numbers are per cent on test data{unseen(results)}. ± is one standard error. "
+            "Choices were made on validation data.",
             style="small",
         ),
     ]
@@ -86,15 +111,15 @@ def story(results: Results) -> list[Part]:
 
 def headlines(results: Results) -> Iterator[Markup]:
     """The headline numbers, as far as their arms were measured."""
-    scores = main_scores(results.scores)
-    if ("finetuned", "retrieval") not in scores:
+    scores, benchmark = main_scores(results.scores), str(first_retrieval(results))
+    if ("finetuned", benchmark) not in scores:
         return
-    row = scores["finetuned", "retrieval"]
+    row = scores["finetuned", benchmark]
     score = f"{row.value:.1f} ± {row.standard_error:.1f}"
     yield _headline(score, "R@1 of the fine-tuned merged model")
     for name, of_other in gains(results).items():
-        if "retrieval" in of_other:
-            yield _headline(f"{of_other['retrieval'].shown()} points", f"of R@1 against {name}")
+        if benchmark in of_other:
+            yield _headline(f"{of_other[benchmark].shown()} points", f"of R@1 against {name}")
 
 
 def _headline(number: str, meaning: str) -> Markup:
@@ -118,6 +143,8 @@ def distances(results: Results) -> list[Part]:
 def lineage(results: Results) -> list[Part]:
     """Sources, packages and licences."""
     packages = ", ".join(f"{name} {version}" for name, version in results.packages.items())
+    if "retrieval" not in results.examples:
+        return [source_grid(results), f"The data was read with {packages}."]
     return [
         source_grid(results),
         f"The data was made with {packages}.",

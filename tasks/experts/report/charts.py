@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from tasks.experts.measures.benchmarks import BENCHMARKS, METRIC_TITLES
 from tasks.experts.report import grids
-from tasks.experts.report.results import Results, ScoreRow, main_scores, shown_rows
+from tasks.experts.report.results import Results, ScoreRow, first_retrieval, main_scores, shown_rows
 from tasks.reports.charts import ENSEMBLE, MERGED, NAIVE, PARENT, without_frame
 from tasks.reports.report import Chart
 
@@ -130,7 +130,7 @@ def gains_chart(by_other: Mapping[str, Mapping[str, grids.Gain]]) -> Figure:
 
 def distances_chart(results: Results) -> Figure:
     """One panel a measure, one mark a merge, hollow if its experts were aligned first."""
-    scores = main_scores(results.scores)
+    scores, benchmark = main_scores(results.scores), first_retrieval(results)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = figure.subplots(1, len(MEASURES), sharey=True)
     handles = {}
@@ -138,7 +138,8 @@ def distances_chart(results: Results) -> Figure:
         rows = [r for r in results.distances if r.measure == measure and r.experts == "v-l"]
         markers = dict(zip(dict.fromkeys(row.model for row in rows), "osD^vPX*<>", strict=False))
         for row in rows:
-            score = scores[row.model, "retrieval"]
+            if (score := scores.get((row.model, str(benchmark)))) is None:
+                continue
             handles[score.title] = axis.errorbar(
                 row.value,
                 score.value,

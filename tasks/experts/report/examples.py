@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from tasks.data.examples import coloured, describe, words
+from tasks.data.sets.images import decoded
+from tasks.data.sets.rows import IMAGES
+from tasks.evaluation.answers import normalised
 from tasks.experts.report.grids import title
 from tasks.experts.report.results import NUM_ANSWERS, Results
 from tasks.reports.html import element, picture
@@ -71,6 +75,35 @@ def answered(results: Results, benchmark: str) -> list[Part]:
                 words(examples["input_ids"][i].tolist()),
                 describe(benchmark, label),
                 *(_marked(describe(benchmark, a), right=a == label) for a in answers),
+            ]
+        )
+    header = ["", "question", "answer", *(_name(results, model) for model in models)]
+    return [NOT_CHOSEN, Grid("", header, rows, numbers=False)]
+
+
+def asked(results: Results, benchmark: str) -> list[Part]:
+    """Questions of a set, what people answered, and the answer of each fine-tuned model."""
+    models = _finetuned_models(results, benchmark)
+    if not models:
+        return []
+    data, names = results.examples[benchmark], ("false", "true")
+    rows = []
+    for i in range(min(NUM_ANSWERS, len(data))):
+        row = data.rows[i]
+        pictures = [
+            np.array(decoded(row[c]).resize((96, 96))) for c in IMAGES[data.description.kind]
+        ]
+        if benchmark == "nlvr2":
+            right = [names[row["label"]]]
+        else:
+            names, right = data.description.answers, [normalised(a) for a in row["answers"]]
+        answers = [names[int(results.answers[model][benchmark][i])] for model in models]
+        rows.append(
+            [
+                element("div", *(picture(p, "an image", "scene") for p in pictures), style="line"),
+                row["text"],
+                max(right, key=right.count),
+                *(_marked(answer, right=answer in right) for answer in answers),
             ]
         )
     header = ["", "question", "answer", *(_name(results, model) for model in models)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED, METRIC_TITLES
-from tasks.experts.report.results import Results, ScoreRow, main_scores, shown_rows
+from tasks.experts.report.results import Results, ScoreRow, first_retrieval, main_scores, shown_rows
 from tasks.reports.html import element
 from tasks.reports.report import Grid
 
@@ -111,7 +111,7 @@ def gains_grids(results: Results) -> list[Grid]:
 
 def distance_grid(results: Results) -> Grid:
     """Distances between the vision and the language experts of each merge, beside its R@1."""
-    scores = main_scores(results.scores)
+    scores, benchmark = main_scores(results.scores), first_retrieval(results)
     measures = list(dict.fromkeys(row.measure for row in results.distances))
     values = {
         (row.model, row.measure): row.value for row in results.distances if row.experts == "v-l"
@@ -120,7 +120,7 @@ def distance_grid(results: Results) -> Grid:
         [
             title(results, model),
             *(f"{values[model, measure]:.3f}" for measure in measures),
-            _cell(scores[model, "retrieval"]),
+            _cell(scores.get((model, str(benchmark)))),
         ]
         for model in dict.fromkeys(model for model, _ in values)
     ]

@@ -9,7 +9,6 @@ from torch import Tensor
 from tasks.experts.measures.benchmarks import BENCHMARKS
 
 NUM_ANSWERS = 6  # test examples whose answers the report shows: the first ones, not chosen
-NUM_RETRIEVED = 3
 
 Kind = Literal["checkpoint", "merged", "naive", "ensemble", "guess"]
 """A model's kind: `naive` merges experts without a common seed, `guess` is the commonest answer."""
@@ -59,7 +58,7 @@ class Results:
     scores: list[ScoreRow]
     distances: list[DistanceRow]
     answers: Mapping[str, Mapping[str, Tensor]]  # by model and benchmark
-    examples: Mapping[str, Mapping[str, Tensor]]  # the test split by benchmark
+    examples: Mapping[str, Any]  # the test split by benchmark
     sources: list[SourceRow]
     by_example: Mapping[str, Tensor]  # of the results, as `tasks.reports.report.Report` has it
     packages: Mapping[str, str]  # that carried the data, with versions
@@ -85,12 +84,7 @@ def main_scores(scores: Sequence[ScoreRow]) -> dict[tuple[str, str], ScoreRow]:
     return {(row.model, row.benchmark): row for row in rows}
 
 
-def first_answers(benchmark: str, outputs: Tensor) -> Tensor:
-    """A model's answers to the first test examples.
-
-    Retrieval: the best images for each caption, [NUM_ANSWERS, NUM_RETRIEVED]; segmentation: label
-    maps [NUM_ANSWERS, L, L]; otherwise the answers' numbers [NUM_ANSWERS].
-    """
-    if benchmark.startswith("retrieval"):
-        return outputs[:, :NUM_ANSWERS].topk(NUM_RETRIEVED, dim=0).indices.T
-    return outputs[:NUM_ANSWERS].argmax(dim=1)
+def first_retrieval(results: Results) -> str | None:
+    """The benchmark of retrieval that stands for the others in charts; None if there is none."""
+    measured = {row.benchmark for row in results.scores}
+    return next((n for n in ("retrieval", "coco", "flickr30k") if n in measured), None)

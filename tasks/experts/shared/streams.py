@@ -1,10 +1,12 @@
 """Modality recipes: the experts in the gauge in which merging them costs least (`alloy.gauge`)."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alloy.errors import CheckpointError
 from alloy.gauge import Gauge
 from alloy.modality import ModalityModel
 from alloy.modality.objectives import mask_words
@@ -12,38 +14,56 @@ from alloy.modality.passes import HIDDEN, Answers
 from alloy.modality.sensitivity import Sensitivities, affine_grams, sensitivities_of
 from alloy.modality.stream_search import find_gauge, inner_alignment
 from alloy.modality.streams import in_gauge
-from tasks.data.scenes.words import TOKEN
+from tasks.evaluation.loading import load_tokenizer
 from tasks.experts.shared.statistics import CALIBRATION, batches
 from tasks.recipe.experts import ExpertsRecipe, GaugeParams
 
 MASK_PROBABILITY = 0.4  # of a word, as the released checkpoints were pre-trained
 
 
-def calibration(recipe: ExpertsRecipe, masked_share: float = 0.0) -> list[dict[str, Tensor]]:
+def calibration(
+    recipe: ExpertsRecipe, masked_share: float = 0.0, checkpoint: str = ""
+) -> list[dict[str, Tensor]]:
     """The calibration data that collect reads, in its batches.
 
-    A share of the texts get hidden words, which the masked-word head must not forget to cope with.
+    A share of the texts get hidden words, which the masked-word head must not forget to cope with:
+    behind the mask token of the checkpoint's tokenizer.
     """
     params, file = recipe.collect, recipe.workspace.data / CALIBRATION
     generator = torch.Generator().manual_seed(0)
+    mask = mask_token(recipe.workspace.checkpoints / checkpoint) if masked_share else 0
     return [
-        hide_words(batch, masked_share, generator)
+        hide_words(batch, masked_share, mask, generator)
         for batch in batches(file, params.calibration_examples, params.batch_size)
     ]
 
 
 def hide_words(
-    batch: dict[str, Tensor], share: float, generator: torch.Generator
+    batch: dict[str, Tensor], share: float, mask: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The batch with hidden words in a random share of its texts, and a mask that says where."""
     ids = batch["input_ids"]
-    mask = TOKEN["[MASK]"]
     hidden, _ = mask_words(ids, batch["attention_mask"], mask, MASK_PROBABILITY, generator)
     chosen = torch.randperm(len(ids), generator=generator)[: round(share * len(ids))]
     if share == 0:
         return batch
     made = ids.index_copy(0, chosen, hidden[chosen])
     return {**batch, "input_ids": made, HIDDEN: made == mask}
+
+
+def mask_token(checkpoint: Path) -> int:
+    """The id of the mask token of a checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: no tokenizer, or one without a mask token.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None or tokenizer.mask_token_id is None:
+        lacks = "no tokenizer" if tokenizer is None else "a tokenizer without a mask token"
+        raise CheckpointError(
+            f"{checkpoint} has {lacks}: masked_share hides words behind it; write 0, or add it"
+        )
+    return tokenizer.mask_token_id
 
 
 def answer_sensitivities(

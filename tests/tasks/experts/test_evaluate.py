@@ -11,7 +11,8 @@ from tasks.data.examples import EXAMPLES
 from tasks.data.scenes.words import ANSWERS, MAX_TOKENS, SEGMENTATION_CLASSES, VOCABULARY
 from tasks.experts import evaluate as stage
 from tasks.experts.evaluate import distances, evaluate
-from tasks.experts.measures.benchmarks import FINETUNED, TRAINING_FREE
+from tasks.experts.measures.benchmarks import FINETUNED_ON_SCENES as FINETUNED
+from tasks.experts.measures.benchmarks import FREE_ON_SCENES as TRAINING_FREE
 from tasks.experts.prepare import prepare
 from tasks.experts.report.build import build
 from tasks.recipe.experts import EvaluateParams, ExpertsRecipe

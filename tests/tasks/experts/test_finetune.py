@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alloy.modality import ModalityConfig, ModalityModel
-from tasks.experts.finetune import Job, finetune, identity, losses, main, plan
+from tasks.experts.finetune import Job, batches_of, finetune, identity, losses, main, plan
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import FinetuneParams
 from tasks.recipe.load import load, load_experts
@@ -193,7 +193,9 @@ def test_all_arms_see_the_same_batches(recipe):
     model, same = load_model(Path("models/toy/merged")), load_model(Path("models/toy/merged"))
 
     def loss(model: ModalityModel, step: int, **changes: object) -> torch.Tensor:
-        (of_step,) = losses(model, None, data, params(**changes), step)
+        (of_step,) = losses(
+            model, None, batches_of(data, params(**changes)), params(**changes), step
+        )
         return of_step["vqa"]
 
     loss(model, 0)
@@ -243,9 +245,10 @@ def test_distillation_needs_no_labels(recipe):
     assert all(torch.equal(stopped[0][name], stopped[1][name]) for name in stopped[0])
 
     data = {"vqa": load_file("data/toy/vqa/train.safetensors")}
+    batches = batches_of(data, job.params)
     teacher = load_model(Path("models/toy/checkpoints/specific"))
     before, after = (
-        next(losses(load_model(folder), teacher, data, job.params, step=0))["vqa_distillation"]
+        next(losses(load_model(folder), teacher, batches, job.params, step=0))["vqa_distillation"]
         for folder in (job.source, Path("one/done"))
     )
     assert after < before

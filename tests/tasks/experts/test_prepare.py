@@ -221,7 +221,7 @@ def test_a_benchmark_without_training_examples_has_no_training_file(recipe, writ
     section = SECTION | {"benchmarks": {"statements": sizes["statements"]}}
     write_recipe(prepare=section)
     files = {path.name for path in (prepare(load_experts(recipe)) / "statements").iterdir()}
-    assert files == {"validation.safetensors", "test.safetensors"}
+    assert files == {"description.json", "validation.safetensors", "test.safetensors"}
 
 
 def test_an_unknown_benchmark_is_refused_before_anything_is_written(recipe, write_recipe):

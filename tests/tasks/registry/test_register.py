@@ -47,6 +47,7 @@ def write_result(scores: dict = SCORES, seed: int = 0, data: str = "a") -> Modal
         for split in ("validation", "test")
     }
     storage.write_json(Path("data/toy/manifest.json"), {"files": files})
+    storage.write_json(Path("data/toy/vqa/description.json"), {"answers": list(ANSWERS)})
     storage.write_json(Path("reports/toy/metrics.json"), scores)
     return model
 

@@ -90,13 +90,17 @@ def search_gauge(
         generator: shuffles the order in which discrete spaces are visited.
 
     Raises:
-        GaugeError: no layer in common, Grams that do not fit, unknown starts or spaces, no start.
+        GaugeError: no layer in common, Grams that do not fit, unknown starts or spaces, no start,
+            a negative number.
     """
     initial = {} if initial is None else initial
     if unknown := sorted(set(starts) - set(STARTS)):
         raise GaugeError(f"starts {unknown} are unknown; choose of {list(STARTS)}")
     if unknown := sorted({*fixed, *(space for _, space in held)} - set(spec.spaces)):
         raise GaugeError(f"fixed spaces {unknown} are not in the spec")
+    for name, value in {"steps": steps, "max_rounds": max_rounds, "ridge": ridge}.items():
+        if not value >= 0:
+            raise GaugeError(f"{name}={value!r}: it must not be negative")
     _check_initial(initial, starts, spec, len(models))
     if not 0 <= reference < len(models):
         raise GaugeError(f"reference {reference} is none of {len(models)} models")

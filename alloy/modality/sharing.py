@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -49,16 +51,39 @@ class Sharing:
 
     @staticmethod
     def of(config: Any) -> Sharing | None:
-        """The sharing that a config (or its dict) has; None without one."""
+        """The sharing that a config (or its dict) has; None without one.
+
+        Raises:
+            CheckpointError: a sharing of another form than `to_config` gives.
+        """
         given = config.get(KEY) if isinstance(config, Mapping) else getattr(config, KEY, None)
         if given is None:
             return None
+        if not _is_sharing(given):
+            raise CheckpointError(
+                f"{KEY} of the config is {given!r:.80}: it says `shared` (name: name), `entries` "
+                "and `exits` (block: width) and `norms` (names); save the model again"
+            )
         return Sharing(
             given.get("shared", {}),
             given.get("entries", {}),
             given.get("exits", {}),
             tuple(given.get("norms", ())),
         )
+
+
+def _is_sharing(given: Any) -> bool:
+    if not isinstance(given, Mapping):
+        return False
+    names, norms = given.get("shared", {}), given.get("norms", [])
+    widths = [given.get(key, {}) for key in ("entries", "exits")]
+    return (
+        all(isinstance(part, Mapping) for part in (names, *widths))
+        and all(isinstance(owner, str) for owner in names.values())
+        and all(type(width) is int and width > 0 for part in widths for width in part.values())
+        and isinstance(norms, list | tuple)
+        and all(isinstance(norm, str) for norm in norms)
+    )
 
 
 def insert_matrices(model: nn.Module, sharing: Sharing) -> None:
@@ -134,10 +159,23 @@ def save_shared(model: Any, folder: str | Path, *, expanded: bool = False) -> No
         model: as `load_shared` or a merge of `alloy.trunk` gives it, or any other.
         expanded: write each tensor under all of its names, and no sharing: any tool then loads the
             model with its own `from_pretrained`.
+        folder: absent or empty; it appears whole or stays as it is.
 
     Raises:
-        CheckpointError: `expanded`, and the model has matrices that its class does not know.
+        CheckpointError: `expanded`, and the model has matrices that its class does not know; a
+            folder that is a file or holds something.
     """
+    place = Path(folder).resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise CheckpointError(f"{folder} is not an empty folder; choose another or remove it")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as unfinished:
+        made = Path(unfinished) / "model"
+        _write(model, made, expanded=expanded)
+        made.rename(place)
+
+
+def _write(model: Any, folder: Path, *, expanded: bool) -> None:
     sharing = Sharing.of(model.config)
     if sharing is None or not expanded:
         model.save_pretrained(folder)
@@ -199,6 +237,11 @@ def load_shared(folder: str | Path, *, dtype: torch.dtype | None = None) -> Any:
     except RuntimeError as error:  # of transformers, for shapes
         raise CheckpointError(f"{place} does not fit its own config.json: {error}") from error
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    places = [*sharing.entries, *sharing.exits, *(n.rpartition(".")[0] for n in sharing.norms)]
+    if unknown := sorted({*places} - {name for name, _ in model.named_modules()}):
+        raise CheckpointError(
+            f"{place}: its config has a matrix at {unknown[0]!r}, which is no part"
+        )
     insert_matrices(model, sharing)
     own = dict(model.named_parameters(remove_duplicate=False))
     lacking = sorted(name for name in own if _is_matrix(name, sharing) and name not in matrices)
@@ -237,12 +280,20 @@ def _read(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     files: Iterable[str] = ["model.safetensors"]
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            files = sorted({*json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: corrupt ({error}); fetch or save it again") from error
     tensors: dict[str, Tensor] = {}
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no file {name!r} of weights beside its config")
-        tensors |= load_file(folder / name)
+        try:
+            tensors |= load_file(folder / name)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{folder / name}: truncated or corrupt ({error}); fetch or save it again"
+            ) from error
     return tensors
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from alloy.checkpoint.names import renamed
+from alloy.checkpoint.request import patterns
 from alloy.errors import MergeError, nearest
 
 LISTS = (nn.ModuleList, nn.Sequential)
@@ -64,6 +65,10 @@ def find_parts(models: Mapping[str, nn.Module], members: Mapping[str, Member]) -
         raise MergeError(f"a trunk needs two members or more; found {sorted(members)}")
     parts = {}
     for name, member in members.items():
+        if not isinstance(member, Member):
+            raise MergeError(
+                f"member {name!r}: {member!r:.80}: give a part's name or alloy.Member(part=...)"
+            )
         checkpoint = _checkpoint_of(name, member, models)
         parts[name] = _part(name, member, checkpoint, models[checkpoint])
     _refuse_other_depths(parts)
@@ -107,6 +112,14 @@ def _part(name: str, member: Member, checkpoint: str, model: nn.Module) -> Part:
             )
         blocks = [f"{member.part}.{i}" for i in chosen]
         prefixes = [f"{i}." for i in range(len(chosen))]
+    inside = {n for block in blocks for n, _ in model.get_submodule(block).named_parameters()}
+    idle = [old for old in member.names if not any(n.startswith(old) for n in inside)]
+    if idle:
+        known = {".".join(n.split(".")[:k]) for n in inside for k in range(1, n.count(".") + 1)}
+        raise MergeError(
+            f"member {name!r}: names: nothing in a block begins with {idle[0]!r}: "
+            f"{nearest(idle[0], known)}"
+        )
     names = {}
     for block, prefix in zip(blocks, prefixes, strict=True):
         for own, _ in model.get_submodule(block).named_parameters(remove_duplicate=False):
@@ -231,7 +244,7 @@ def kept_names(parts: Mapping[str, Part], names: Sequence[str], kept: Sequence[s
         MergeError: a pattern that fits nothing.
     """
     found: set[str] = set()
-    for pattern in kept:
+    for pattern in patterns(kept, "kept"):
         fitting = {n for n in names if fnmatchcase(n, pattern)}
         inside = {n for p in parts.values() for n in p.names if fnmatchcase(n, pattern)}
         if not fitting | inside:

@@ -15,6 +15,7 @@ and the modules of all members own them together.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from alloy.devices import on_cpu
-from alloy.errors import MergeError, nearest
+from alloy.errors import GaugeError, MergeError, nearest
 from alloy.gauge import Gauge, merge_layers, search_gauge
 from alloy.modality.sharing import insert_matrices, save_shared, with_sharing
 from alloy.refit import Lesson, LinearLayer, Sensitivity, Teacher, fit_layers, sensitivities
@@ -99,11 +100,13 @@ def merge_trunk(
 
     Raises:
         MergeError: an unknown method, no data for what needs them, data that do not reach a member,
-            patterns that fit nothing.
+            patterns that fit nothing, weights that are NaN or infinite.
         GaugeError: settings that the search does not have.
     """
     if method not in METHODS:
         raise MergeError(f"method {method!r}: {nearest(method, METHODS)}")
+    _refuse_settings(gauge, weigh)
+    _refuse_not_finite(plan.models)
     data = _data_of(plan, batches)
     needed = method != "average" or gauge
     if needed and (lacking := [c for c in plan.models if not data.get(c)]):
@@ -131,6 +134,28 @@ def merge_trunk(
     for checkpoint, model in models.items():
         _say_shared(model, plan, checkpoint)
     return Trunk(models, plan, report, dict(parents.models.items()))
+
+
+def _refuse_settings(gauge: Mapping[str, Any] | bool, weigh: bool | str) -> None:
+    if weigh not in (True, False, "gauge"):
+        raise MergeError(f"weigh={weigh!r}: choose one of [True, False, 'gauge']")
+    if isinstance(gauge, bool):
+        return
+    if not isinstance(gauge, Mapping):
+        raise MergeError(f"gauge={gauge!r:.80}: give True, False or settings, {{'steps': 20}}")
+    ours = ("models", "spec", "grams", "reference", "fixed", "held")
+    known = [name for name in inspect.signature(search_gauge).parameters if name not in ours]
+    if unknown := [name for name in gauge if name not in known]:
+        raise GaugeError(f"gauge: {unknown[0]!r}: {nearest(str(unknown[0]), known)}")
+
+
+def _refuse_not_finite(models: Mapping[str, nn.Module]) -> None:
+    for checkpoint, model in models.items():
+        for name, tensor in model.named_parameters():
+            if not tensor.isfinite().all():
+                raise MergeError(
+                    f"{name} of checkpoint {checkpoint!r} is NaN or infinite somewhere"
+                )
 
 
 def _data_of(

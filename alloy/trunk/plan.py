@@ -153,6 +153,9 @@ def plan_trunk(
             nothing, streams that cannot turn.
         SymmetryError: a model that cannot be traced.
     """
+    for what, value in (("members", members), ("examples", examples)):
+        if not isinstance(value, Mapping):
+            raise MergeError(f"{what}: {type(value).__name__}: give a mapping by name")
     named = {"model": models} if isinstance(models, nn.Module) else dict(models)
     asked = {n: Member(part=m) if isinstance(m, str) else m for n, m in members.items()}
     parts = find_parts(named, asked)

@@ -95,6 +95,13 @@ BAD = {
         lambda c: c["alloy_trunk"]["exits"].update({"text_model.encoder.layers.0": 12}),
         "trunk_exit",
     ),
+    "a matrix at no part": (
+        lambda c: c["alloy_trunk"]["entries"].update({"text_model.nowhere": 12}),
+        "a matrix at 'text_model.nowhere', which is no part",
+    ),
+    "a list": (lambda c: c.update(alloy_trunk=[1]), "alloy_trunk of the config is"),
+    "pairs": (lambda c: c["alloy_trunk"].update(shared=[["a", "b"]]), "alloy_trunk of the config"),
+    "a width in words": (lambda c: c["alloy_trunk"].update(exits={"a": "12"}), "alloy_trunk of"),
     "no class": (lambda c: c.update(architectures=["Nowhere"]), "must name a class"),
 }
 
@@ -110,4 +117,35 @@ def test_bad_configs_are_refused(case, tmp_path):
 
 def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        load_shared(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["model.safetensors", "notes.txt", None])
+def test_what_lies_in_the_place_of_a_result_stays(given, tmp_path):
+    """A file, or a folder with anything in it, is refused; a failure leaves nothing behind."""
+    place = tmp_path / "given"
+    if given is None:
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        (place / given).write_text("mine")
+    with pytest.raises(CheckpointError, match="given is not an empty folder"):
+        save_shared(clip(), place)
+    assert [p.read_text() for p in tmp_path.rglob("*") if p.is_file()] == ["mine"]
+
+
+def test_a_model_that_cannot_be_written_leaves_nothing(tmp_path):
+    model = clip()
+    insert_matrices(model, sharing := Sharing(exits={"text_model.encoder.layers.0": 12}))
+    with pytest.raises(CheckpointError, match="its own class does not have"):
+        save_shared(with_sharing(model, sharing), tmp_path / "out", expanded=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 5, 2000])
+def test_weights_that_are_cut_are_refused(size, tmp_path):
+    save_shared(with_sharing(clip(), Sharing(shared={ALIAS: OWNER})), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated or corrupt"):
         load_shared(tmp_path)

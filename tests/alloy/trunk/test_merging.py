@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import alloy
-from alloy.errors import MergeError
+from alloy.errors import GaugeError, MergeError
 from alloy.modality.sharing import Sharing
 from alloy.trunk import Member, merge_trunk, plan_trunk
 from alloy.trunk.passes import answers_of, masks_of
@@ -220,6 +220,10 @@ REFUSED = {
     "no data": ({"batches": []}, "needs calibration data"),
     "take of nobody": ({"take": {"text_model.*": "three"}}, "of 'three'"),
     "take of nothing": ({"take": {"speech_model.*": "model"}}, "fits no weight"),
+    "a setting of no gauge": ({"gauge": {"stepz": 2}}, "gauge: 'stepz': did you mean 'steps'"),
+    "fewer steps than none": ({"gauge": {"steps": -2}}, "steps=-2: it must not be negative"),
+    "a gauge in words": ({"gauge": "steps"}, "give True, False or settings"),
+    "weighed by nothing": ({"weigh": "gauges"}, "choose one of .True, False, 'gauge'"),
     "gauge unfolded": ({"gauge": True, "fold": False}, "folded norms"),
 }
 
@@ -229,8 +233,20 @@ def test_bad_merges_are_refused(case, tiny, pairs):
     options, reason = REFUSED[case]
     batch = pairs("siglip")
     plan = plan_trunk(tiny("siglip"), towers("siglip"), batch)
-    with pytest.raises(MergeError, match=reason):
+    with pytest.raises((MergeError, GaugeError), match=reason):
         merge_trunk(plan, **{"batches": [batch], **options})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["vision_model.encoder.layers.0.mlp.fc1.weight", "logit_scale"])
+def test_weights_that_are_no_numbers_are_refused(name, value, tiny, pairs):
+    """Wherever they are: in the trunk or beside it."""
+    model, batch = tiny("siglip"), pairs("siglip")
+    plan = plan_trunk(model, towers("siglip"), batch)
+    with torch.no_grad():
+        model.get_parameter(name).flatten()[0] = value
+    with pytest.raises(MergeError, match=f"{name} of checkpoint 'model' is NaN or infinite"):
+        merge_trunk(plan, method="average")
 
 
 def test_padding_counts_for_the_part_that_reads_it(tiny, pairs):

@@ -104,6 +104,11 @@ BAD = {
     "another checkpoint": (
         (Member(part=LAYERS[0], checkpoint="siglib"), LAYERS[1]), {}, "part of checkpoint 'siglib'",
     ),
+    "a pattern that is no list": (LAYERS, {"kept": "*norm*"}, "kept='.norm.': give a list"),
+    "a member by number": ((3, LAYERS[1]), {}, "member 'm0': 3: give a part's name"),
+    "a prefix that nothing has": (
+        (Member(part=LAYERS[0], names={"self_atn": "attn"}), LAYERS[1]), {}, "mean 'self_attn'",
+    ),
     "no part named": (("", LAYERS[1]), {}, "has no part ''"),
 }  # fmt: skip
 

@@ -2,7 +2,10 @@
 
 import importlib
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 import alloy
+from alloy.adapters import extract_adapter
 from alloy.modality import ModalityConfig, ModalityModel
 from tests.alloy.modality.towers.reference import state_dict
 
@@ -150,6 +154,42 @@ def test_the_merges_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mon
     given = {"models": models, "folders": folders, "batches": [{"input_ids": IDS}], "spec": spec}
     exec("import alloy\n" + regmean, given)
     assert Path("merged/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every `alloy` command of the pages on merging runs, in order, but the one for LLaVA."""
+    monkeypatch.chdir(tmp_path)
+    config = llama(0).config
+    config.num_hidden_layers = 24
+    torch.manual_seed(0)
+    seed = LlamaForCausalLM(config)
+    seed.save_pretrained("models/seed")
+    for name in "ab":
+        for weight in seed.parameters():
+            if weight.dim() == 2:  # norms as they are: adapters then hold nothing whole
+                weight.data += 0.01 * torch.randn_like(weight)
+        seed.save_pretrained(f"models/{name}")
+        extract_adapter(f"models/{name}", f"adapters/{name}", base="models/seed", rank=4)
+    for step in range(100, 900, 100):
+        llama(step).save_pretrained(f"runs/base/checkpoint-{step}")
+    models = "models: [{model: models/a}, {model: models/b}]"
+    Path("config.yml").write_text(f"{models}\nmerge_method: linear\nparameters: {{weight: 0.5}}\n")
+    for page in ("methods.md", "merge_checkpoints.md"):
+        text = (REPOSITORY / "docs" / page).read_text()
+        for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                if "llava" in line:
+                    continue
+                for made in ("merged", "folded", "deeper", "averaged", "adapters/ab"):
+                    shutil.rmtree(made, ignore_errors=True)
+                if line.startswith("alloy extract"):
+                    shutil.rmtree("adapters/a")
+                arguments = shlex.split(line)[1:]
+                done = subprocess.run(
+                    [sys.executable, "-m", "alloy", *arguments], capture_output=True, text=True
+                )
+                assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
 
 
 def test_the_choice_of_the_documentation() -> None:

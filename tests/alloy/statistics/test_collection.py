@@ -54,7 +54,7 @@ def _bert(seed: int) -> BertForMaskedLM:
     return model
 
 
-@pytest.mark.parametrize("units", ["read", "written"])
+@pytest.mark.parametrize("units", ["read", pytest.param("written", marks=pytest.mark.slow)])
 def test_models_at_once_and_pairs_of_many_give_the_same_bits(models, units):
     """In threads, and in one pass that serves several sets."""
     words = {"input_ids": torch.randint(1, SIZE, (6, SIZE))}

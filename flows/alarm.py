@@ -67,7 +67,7 @@ def switch_on(address: str) -> None:
         description="Told of by `make serve ALERT=...`.",
         trigger=EventTrigger(
             expect={f"prefect.flow-run.{state}" for state in _STATES},
-            match={"prefect.resource.id": "prefect.flow-run.*"},  # ty: ignore[invalid-argument-type]
+            match={"prefect.resource.id": "prefect.flow-run.*"},
             for_each={"prefect.resource.id"},
             posture=Posture.Reactive,
             threshold=1,
@@ -80,7 +80,7 @@ def switch_on(address: str) -> None:
 def _action(address: str) -> ActionTypes:
     if urlsplit(address).scheme in ("http", "https"):
         headers = {"Content-Type": "application/json"}
-        block = Webhook(url=address, headers=headers)  # ty: ignore[invalid-argument-type]
+        block = Webhook(url=address, headers=headers)
         saved: Any = block.save(NAME, overwrite=True)
         return CallWebhook(block_document_id=saved, payload=_PAYLOAD)
     try:

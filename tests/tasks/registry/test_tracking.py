@@ -6,13 +6,17 @@ import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
 from tasks.registry import tracking
 from tasks.registry.tracking import TrackingError
+from tests import servers
 
 pytestmark = pytest.mark.usefixtures("mlflow_workspace")
 
@@ -214,3 +218,48 @@ def test_an_alias_moves_and_is_taken_away() -> None:
         tracking.version_of("toy", "champion")
     with pytest.raises(tracking.NotRegisteredError, match="no registered model 'other'"):
         tracking.version_of("other", "champion")
+
+
+def test_large_files_go_in_parts_unless_the_user_says_otherwise(monkeypatch) -> None:
+    """MLflow's own switch is off: a proxy then gets files whole, however large."""
+    name = "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD"
+    for given, expected in ((None, "true"), ("false", "false")):
+        monkeypatch.delenv(name, raising=False)
+        if given is not None:
+            monkeypatch.setenv(name, given)
+        tracking.connect()
+        assert os.environ[name] == expected
+
+
+@pytest.mark.slow
+def test_a_large_file_goes_through_a_server_in_parts(
+    mlflow_workspace, bucket, s3, monkeypatch
+) -> None:
+    """A real server in front of a real S3: three parts of one object, byte for byte."""
+    port, part = servers.free_port(), 5 * 2**20
+    destination = f"s3://{bucket.name}/kept"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
+    command += ["--port", str(port), "--backend-store-uri", "sqlite:///server.db"]
+    command += ["--artifacts-destination", destination, "--serve-artifacts"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"MLFLOW_S3_ENDPOINT_URL": s3.url, "PATH": path}
+    with (mlflow_workspace / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        servers.wait_for_port(port, process, seconds=300)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE", str(part))
+        monkeypatch.setenv("MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE", str(part))
+        content = os.urandom(2 * part + 1000)
+        (mlflow_workspace / "weights").write_bytes(content)
+        with tracking.run("toy", "large") as log:
+            log.file(mlflow_workspace / "weights")
+        (key,) = [name for name in bucket.listed() if name.endswith("weights")]
+        found = bucket.client.get_object(Bucket=bucket.name, Key=key)
+        assert found["ETag"].endswith('-3"')
+        assert found["Body"].read() == content
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)

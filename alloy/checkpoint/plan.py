@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from alloy.checkpoint.checks.configs import (
-    GENERATION,
-    PROCESSOR,
     compare_configs,
     compare_processors,
+    files_of_owners,
 )
 from alloy.checkpoint.checks.findings import Findings
-from alloy.checkpoint.checks.groups import kept_names
+from alloy.checkpoint.checks.groups import kept_names, refuse_two_wishes
 from alloy.checkpoint.checks.layers import COUNTS, count_keys, layer_lists, layered_config
 from alloy.checkpoint.checks.modules import common_modules
 from alloy.checkpoint.checks.names import common_names
@@ -142,6 +141,9 @@ def _plan(request: MergeRequest) -> MergePlan:
     spared = (*request.drop, *request.copy)
     sources = common_names(findings, sources, cast("Names", request.names), spared)
     kept = kept_names(findings, request.kept, sources.checkpoints[sources.reference])
+    refuse_two_wishes(findings, kept, request.copy, request.drop)
+    if request.stack is not None and not request.slices:
+        findings.problem(f"stack={request.stack!r} says where slices lie, and there are none")
     selection = Selection(
         request.copy,
         request.drop,
@@ -165,7 +167,9 @@ def _plan(request: MergeRequest) -> MergePlan:
         allow += tuple(f"*{key}" for key in sorted(keys))
     compare_configs(findings, sources.configs, allow)
     models = {n: sources.folders[n] for n in sources.models if n in sources.folders}
-    files_of = _owners(request)
+    files_of = files_of_owners(
+        findings, sources.folders, request.processor, request.generation_config
+    )
     processors = compare_processors(findings, models, request.allow, tuple(files_of))
     modules = common_modules(findings, sources, request.allow)
     merges_rows = any_row_merged(sources, selection)
@@ -192,6 +196,8 @@ def _plan(request: MergeRequest) -> MergePlan:
     owners = None if layers is None else layers.owners
     tensors = plan_tensors(findings, sources, vocabulary, selection, owners)
     _check_scope(findings, request.method, tensors)
+    if kept and not request.slices and all(t.how != "merge" for t in tensors):
+        findings.problem(f"kept={list(request.kept)} leaves nothing to merge")
     findings.stop()
 
     settings, measured, data = _settings(findings, request, sources, tensors)
@@ -221,13 +227,6 @@ def _plan(request: MergeRequest) -> MergePlan:
         choices=request.choices | ({"statistics": statistics} if statistics else {}),
         data=data,
     )
-
-
-def _owners(request: MergeRequest) -> dict[str, str]:
-    """The source of every file that the request names one for."""
-    processor = dict.fromkeys(PROCESSOR, request.processor)
-    owners = {**processor, GENERATION: request.generation_config}
-    return {file: owner for file, owner in owners.items() if owner is not None}
 
 
 def _paths(request: MergeRequest) -> dict[str, Path]:

@@ -47,15 +47,51 @@ def mergekit(
         carry_out(planned, threads=threads, command=shlex.join(["alloy", *sys.argv[1:]]))
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} stands twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> Any:
     """The one configuration in a file."""
     try:
-        documents = [d for d in yaml.safe_load_all(path.read_text()) if d is not None]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text()
+        _refuse_bombs(path, text)
+        documents = [d for d in yaml.load_all(text, _Loader) if d is not None]
+    except OSError as error:
+        raise MergeError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise MergeError(f"{path}: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise MergeError(f"{path}: nested too deeply to be a configuration") from None
     if len(documents) != 1:
         raise MergeError(
             f"{path}: {len(documents)} configurations in one file; write one file each, and name "
             "the output of one as a model of the next"
         )
     return documents[0]
+
+
+def _refuse_bombs(path: Path, text: str) -> None:
+    """Aliases within what an alias may repeat grow without end; a configuration needs none."""
+    inside = 0  # the depth of collections since the outermost one with an anchor
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            inside += 1 if inside or event.anchor else 0
+        elif isinstance(event, yaml.CollectionEndEvent):
+            inside -= 1 if inside else 0
+        elif isinstance(event, yaml.AliasEvent) and inside:
+            raise MergeError(
+                f"{path}: line {event.start_mark.line + 1}: an alias (*{event.anchor}) within what "
+                "has an anchor itself: write it out"
+            )

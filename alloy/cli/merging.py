@@ -381,11 +381,16 @@ def named_sources(given: Sequence[str]) -> list[str] | dict[str, str]:
 
 def slice_of(text: str) -> dict[str, list[int]]:
     """`a=0:8,b=4:12` as layers by source."""
-    layers = {}
+    layers: dict[str, list[int]] = {}
     for part in text.split(","):
         match = re.fullmatch(r"(.+)=(\d+):(\d+)", part)
         if match is None:
             raise MergeError(f"--slices {text}: write NAME=FIRST:END, as a=0:16 or a=0:8,b=0:8")
+        if match[1] in layers:
+            raise MergeError(
+                f"--slices {text}: {match[1]!r} stands twice: what is copied one after the other "
+                "takes a --slices each"
+            )
         layers[match[1]] = [int(match[2]), int(match[3])]
     return layers
 

@@ -19,7 +19,7 @@ from tasks.sources.source import MANIFEST, SourceError, UnreachableError
 CARD = "README.md"
 CONFIGS = ("config.json", "adapter_config.json")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5")
-_TARGET = re.compile(r"hf://([\w.-]+/[\w.-]+)")
+_TARGET = re.compile(r"hf://([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)", re.ASCII)
 _FRONT = re.compile(r"\A---\s*\n.*?\n---\s*\n", re.DOTALL)
 
 

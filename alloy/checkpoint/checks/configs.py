@@ -179,6 +179,28 @@ def _completed(config: Mapping) -> dict[str, Any] | None:
     return dict(flatten(known.to_dict()))
 
 
+def files_of_owners(
+    findings: Findings,
+    folders: Mapping[str, Path],
+    processor: str | None,
+    generation_config: str | None,
+) -> dict[str, str]:
+    """The source of every file that the caller names one for; a problem where it has none."""
+    wanted = {
+        "processor": (processor, PROCESSOR),
+        "generation_config": (generation_config, [GENERATION]),
+    }
+    owners: dict[str, str] = {}
+    for key, (owner, files) in wanted.items():
+        if owner is None:
+            continue
+        place = folders.get(owner)
+        if place is None or not any((place / file).is_file() for file in files):
+            findings.problem(f"{key}={owner!r}: that source has no {' or '.join(files)}")
+        owners |= dict.fromkeys(files, owner)
+    return owners
+
+
 def compare_processors(
     findings: Findings,
     folders: Mapping[str, Path],

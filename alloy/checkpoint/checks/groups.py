@@ -7,7 +7,7 @@ not, the architecture does: it is built without memory and asked.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from alloy.checkpoint.checks.findings import Findings
@@ -59,6 +59,21 @@ def kept_names(findings: Findings, kept: Sequence[str], reference: Checkpoint) -
                 )
         names |= hit
     return frozenset(names)
+
+
+def refuse_two_wishes(
+    findings: Findings, kept: Iterable[str], copied: Iterable[str], dropped: Iterable[str]
+) -> None:
+    """A tensor that stays the first source's can be neither another's nor left out."""
+    for name in sorted(kept):
+        for key, patterns in (("copy", copied), ("drop", dropped)):
+            hit = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+            if hit is not None:
+                findings.problem(
+                    f"kept and {key}={[hit]!r} both want {name!r}; give patterns that leave it to "
+                    "one of them"
+                )
+                return
 
 
 def _ties(reference: Checkpoint) -> bool:

@@ -276,6 +276,8 @@ def test_slices_and_gradients(deep, tmp_path, load):
     torch.testing.assert_close(merged[key.format(2)], mixed)
     status, _, said = run("plan", "linear", out, *named, "--slices", "a:0-1")
     assert (status, "--slices a:0-1: write NAME=FIRST:END" in said) == (1, True)
+    status, _, said = run("plan", "linear", out, *named, "--slices", "a=0:1,a=2:3")
+    assert (status, "'a' stands twice" in said) == (1, True)
 
 
 def test_options_by_source_and_over_depth(deep, tmp_path):

@@ -150,6 +150,11 @@ def changed(folder: Path, copy: Path, **config) -> Path:
         ({"names": {"model.layers.0.": "a.", "model.layers.1.": "a."}}, "gives two tensors of"),
         ({"processor": "lllm"}, "processor='lllm': did you mean 'llm'"),
         ({"generation_config": "no"}, "generation_config='no'"),
+        ({"processor": "llm"}, "processor='llm': that source has no preprocessor_config.json or"),
+        ({"kept": ["head"], "copy": {"*lm_head*": "llm"}}, "kept and copy=.* both want"),
+        ({"kept": ["head"], "drop": ["*lm_head*"]}, "kept and drop=.* both want"),
+        ({"kept": ["*"]}, "leaves nothing to merge"),
+        ({"stack": "model.layers."}, "says where slices lie, and there are none"),
     ],
 )
 def test_refused(llava, settings, message):

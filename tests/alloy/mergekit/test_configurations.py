@@ -470,6 +470,10 @@ def test_the_command(folders, tmp_path):
         ("merge_method: linear\n---\nmerge_method: ties\n", "2 configurations in one file"),
         ("models: [", "while parsing"),
         ("", "0 configurations"),
+        ("merge_method: linear\nmerge_method: ties\n", "key 'merge_method' stands twice"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "line 2: an alias (*a) within"),
+        ("a: &a [*a]\n", "line 1: an alias"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_configuration(text, message, tmp_path):

@@ -99,6 +99,8 @@ BAD = [
     (lambda f: None, "hf://name", "is no place on a hub"),
     (lambda f: None, "s3://bucket/x", "is no place on a hub"),
     (lambda f: None, "hf://o/n@main", "is no place on a hub"),
+    (lambda f: None, "hf://../n", "is no place on a hub"),
+    (lambda f: None, "hf://o/-n", "is no place on a hub"),
 ]
 
 

@@ -1,9 +1,9 @@
 """Sections of sets whose members are parts of models, and become one trunk (`alloy.trunk`)."""
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from alloy.errors import nearest
 from tasks.recipe.section import ParamsError, Section
@@ -19,8 +19,18 @@ class TrunkMember(Section):
 
     checkpoint: str
     part: str  # a list of blocks, or any other module: text_model.encoder.layers
-    layers: list[int] | None = None  # which blocks stand for the trunk's 0, 1, ...; all without
+    layers: list[Annotated[int, Field(ge=0, strict=True)]] | None = Field(
+        default=None, min_length=1
+    )
+    """Which blocks stand for the trunk's 0, 1, ...; all without."""
     names: dict[str, str] = Field(default={})  # prefix inside a block -> what others call it
+
+    @field_validator("layers")
+    @classmethod
+    def _once(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is not None and len({*layers}) < len(layers):
+            raise ValueError(f"{layers}: name each block once")
+        return layers
 
 
 class TrunkDistillation(Section):
@@ -42,6 +52,17 @@ class TrunkSettings(Section):
     take: dict[str, str] = Field(default={})  # glob pattern -> checkpoint whose weights they are
     batch_size: int = Field(default=32, gt=0)
     distil: TrunkDistillation | None = None
+
+    @field_validator("gauge")
+    @classmethod
+    def _not_negative(cls, gauge: dict[str, Any] | bool) -> dict[str, Any] | bool:
+        """Numbers of the search, refused before the first stage; `check_trunk` knows its keys."""
+        for key, value in gauge.items() if isinstance(gauge, dict) else ():
+            if key not in GAUGE_SETTINGS[1:]:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise ValueError(f"{key}: {value!r}: a number that is not negative")
+        return gauge
 
     @property
     def turns(self) -> bool:

@@ -126,6 +126,25 @@ WRONG = {
         {"merge": {"result": "a", "arms": {"a": {"method": "average", "base": "siglip"}}}},
         "arms of parts have `method` and `trunk`",
     ),
+    **{
+        f"layers {layers}": (
+            {"members": {**MEMBERS, "text": {**member("text_model.x"), "layers": layers}}},
+            "members.text.layers|parts.text.layers",
+        )
+        for layers in ([-1], [1, 1], [True, False], [])
+    },
+    **{
+        f"a gauge with {setting}": (
+            {
+                "merge": {
+                    "result": "a",
+                    "arms": {"a": {"method": "average", "trunk": {"gauge": setting}}},
+                }
+            },
+            "a number that is not negative",
+        )
+        for setting in ({"steps": -1}, {"ridge": "much"}, {"tolerance": float("nan")})
+    },
     "a setting of no gauge": (
         {
             "merge": {

@@ -51,7 +51,8 @@ def licence_of(folder: Path) -> str | None:
             return f"{OTHER}{own}" if re.fullmatch(r"[\w.-]+", own) else None
         if name is not None:
             return name if re.fullmatch(r"[\w.-]+", name) else None
-    for file in sorted(folder.glob("LICENSE*")) if folder.is_dir() else ():
+    files = sorted(folder.glob("LICENSE*")) if folder.is_dir() else []
+    for file in filter(Path.is_file, files):  # a pipe of that name would be waited for
         head = _head(file, HEAD_BYTES).strip()
         return next((name for text, name in TEXTS if re.search(text, head)), None)
     return None

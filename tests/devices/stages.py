@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alloy.modality import ModalityConfig, ModalityModel
+from tasks.data.scenes import words
 from tasks.experts import align, choose, collect, evaluate, finetune, merge
 from tasks.models import align as align_models
 from tasks.models import choose as choose_models
@@ -113,6 +114,7 @@ def write_experts() -> None:
             parameter.data = torch.randn_like(parameter) * 0.3
         folder = Path("models/experts/checkpoints") / name
         model.save_pretrained(folder)
+        words.tokenizer().save_pretrained(folder)  # hidden words are its mask token's id
         manifest = {"source": "up", "revision": "r", "digest": "d", "files": {}, "left_out": []}
         write_json(folder / "manifest.json", manifest)
     for seed, split in enumerate(("train", "validation", "test")):

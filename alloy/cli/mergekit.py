@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from yaml.constructor import ConstructorError
 
 from alloy.checkpoint import plan_merge
 from alloy.cli.merging import carry_out
@@ -55,7 +56,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
+                    raise ConstructorError(
                         None, None, f"key {key.value!r} stands twice", key.start_mark
                     )
                 seen.add(key.value)

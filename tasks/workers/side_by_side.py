@@ -7,6 +7,7 @@ job reports comes to the parent, which writes it where it belongs.
 
 import multiprocessing
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -94,20 +95,26 @@ def _work(
 
     torch.set_num_threads(1)
     try:
-        work(*arguments, lambda *values: writer.send(values))
+        work(*arguments, lambda *values: _send(writer, values))
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)  # the parent was interrupted too, or is gone: nobody listens
     except Exception as error:  # raised again in the parent
         error.add_note(traceback.format_exc())
-        writer.send(error)
+        _send(writer, error)
+
+
+def _send(writer: Connection, message: Any) -> None:
+    """Send a message whole: `Connection.send` would leave tensors with a worker that ends."""
+    writer.send_bytes(pickle.dumps(message))
 
 
 def _next(reader: Connection) -> Any:
     """Receive what a worker sent next, None when it has ended."""
     try:
-        return reader.recv()
+        message = reader.recv_bytes()
     except EOFError:
         return None
+    return pickle.loads(message)
 
 
 def _pass_on(message: Any, name: str, receive: Callable[..., None]) -> None:

@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from alloy.modality import ModalityConfig, ModalityModel, copy_to_experts
 from flows.pipeline import main
+from tasks.data.scenes import words
 from tasks.experts.pretrain import model_config
 from tasks.recipe.experts import ExpertsRecipe
 from tasks.recipe.load import load, load_file
@@ -328,6 +329,7 @@ def small_checkpoints(folder: Path) -> None:
             {k: w + noise * torch.randn(w.shape, generator=generator) for k, w in weights.items()}
         )
         model.save_pretrained(folder / name)
+        words.tokenizer().save_pretrained(folder / name)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from alloy.modality import (
 from alloy.modality.observe import collect_experts, expert_spec
 from alloy.symmetry import random_transforms
 from alloy.symmetry.spec import with_kind
+from tasks.data.scenes import words
 from tasks.experts import align, choose, collect, merge
 from tasks.experts.shared.statistics import load_statistics, save_statistics
 from tasks.recipe.experts import ArmParams
@@ -98,6 +99,7 @@ def finished(tmp_path_factory):
     recipes.write(folder, tiny=RECIPE)
     checkpoints = folder / "models/tiny/checkpoints"
     _model("none", 0).save_pretrained(checkpoints / "specific")
+    words.tokenizer().save_pretrained(checkpoints / "specific")
     _model("all", 1).save_pretrained(checkpoints / "seed")
     (folder / "data/tiny").mkdir(parents=True)
     save_file(_calibration(), folder / "data/tiny/calibration.safetensors")

@@ -403,7 +403,7 @@ def test_the_graph_has_the_stages_of_each_recipe() -> None:
     assert found["merge"]["aligned"]["transforms"] == "models/aligned/transforms"
     assert found["register"]["streamed"]["result"] == "models/streamed/merged"
     assert {entry["code"] for entry in found["merge"].values()} == {
-        "tasks/data/scenes",
+        "alloy/modality",
         "tasks/models/stream.py",
     }
 

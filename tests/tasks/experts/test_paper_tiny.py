@@ -67,7 +67,7 @@ def loss_of(model: ModalityModel) -> float:
     return losses["masked_words"].item()
 
 
-def test_a_merge_keeps_what_its_parent_learned_and_noise_does_not(workspace):
+def a_merge_keeps_what_its_parent_learned_and_noise_does_not():
     """Hidden words: the merge is as good as its parent; its own weights in another order are not,
     and words alone, without any model, are far worse."""
     parent = loss_of(load_model(Path("models/paper_tiny/checkpoints/specific")))
@@ -84,7 +84,7 @@ def test_a_merge_keeps_what_its_parent_learned_and_noise_does_not(workspace):
     assert loss_of(merged) > parent + 0.2
 
 
-def test_every_benchmark_is_measured_and_reported(workspace):
+def every_benchmark_is_measured_and_reported():
     """Five benchmarks after fine-tuning, retrieval before; the page and EvalAI's file are there."""
     metrics = read_json(Path("reports/paper_tiny/metrics.json"))["test"]
     assert set(metrics["finetuned"]) == set(SETS)
@@ -98,7 +98,7 @@ def test_every_benchmark_is_measured_and_reported(workspace):
     assert set(answers[0]) == {"question_id", "answer"}
 
 
-def test_heads_and_images_are_those_of_the_data(workspace):
+def heads_and_images_are_those_of_the_data():
     """Answers, classes and sizes come from the data; the parents had no such heads."""
     before, after = (
         load_model(Path("models/paper_tiny") / name).config for name in ("merged", "finetuned")
@@ -110,9 +110,17 @@ def test_heads_and_images_are_those_of_the_data(workspace):
     assert (after.image_size, after.num_image_types) == (48, 2)
 
 
-def test_pre_training_that_is_done_is_not_done_again(workspace, capsys):
+def pre_training_that_is_done_is_not_done_again(capsys):
     pretraining.run("paper_tiny", ["specific"])
     assert capsys.readouterr().out.count("nothing to do") == 2
+
+
+def test_the_twin_runs_from_end_to_end(workspace, capsys):
+    """One test, since test processes that share the four would each make a workspace."""
+    a_merge_keeps_what_its_parent_learned_and_noise_does_not()
+    every_benchmark_is_measured_and_reported()
+    heads_and_images_are_those_of_the_data()
+    pre_training_that_is_done_is_not_done_again(capsys)
 
 
 def test_the_paper_and_its_twin_differ_in_numbers_alone():
@@ -137,6 +145,8 @@ def load_file_of(name: str) -> CaptionPretrainParams:
     )
 
 
-def test_an_unknown_arm_is_refused(workspace):
+def test_an_unknown_arm_is_refused(tmp_path, monkeypatch):
+    shutil.copytree(PARAMS, tmp_path / "params")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ParamsError, match="'agnostik' is no arm: did you mean 'agnostic'"):
         pretraining.run("paper_tiny", ["agnostik"])

@@ -77,6 +77,7 @@ def siglip(folder: Path) -> None:
     table.save_to_disk("pairs")
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_as_it_ships(workspace):
     """Every arm is a SigLIP of one trunk; the result is measured by retrieval."""
     loaded = recipe(sections())

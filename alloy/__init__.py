@@ -4,8 +4,9 @@ Packages are nouns (`alloy.symmetry`, `alloy.merging`), functions are verbs (`al
 `alloy.align`). The names below are loaded at first use, so `import alloy` costs nothing.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from alloy.lazy import lazily
 
 if TYPE_CHECKING:
     from alloy.alignment.presets import align_models
@@ -97,13 +98,4 @@ _HOMES = {
     "validate": "alloy.symmetry",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOMES)

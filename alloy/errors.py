@@ -79,8 +79,14 @@ def system_errors() -> Generator[None]:
         raise CheckpointError(f"{place}{error.strerror or error}") from error
 
 
+MOST_NAMES = 50  # that a message lists; a checkpoint has thousands
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest right name if there is one, and all of them."""
+    """The end of an error message: the nearest right name if there is one, and what there is."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"choose one of {known}"
+    more = f" and {len(known) - MOST_NAMES:,} more" if len(known) > MOST_NAMES else ""
+    return (
+        f"did you mean {close[0]!r}? " if close else ""
+    ) + f"choose one of {known[:MOST_NAMES]}{more}"

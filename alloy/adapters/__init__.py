@@ -3,8 +3,9 @@
 What puts one on its base, `base+adapter`, is `alloy.checkpoint`.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from alloy.lazy import lazily
 
 if TYPE_CHECKING:
     from alloy.adapters.extract import ExtractReport, extract_adapter
@@ -19,13 +20,4 @@ _HOMES = {
     "merge_adapters": "alloy.adapters.merge",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -5,8 +5,9 @@
 an `Alignment` needs neither numba nor scipy's optimisers.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from alloy.lazy import lazily
 
 if TYPE_CHECKING:
     from alloy.alignment.canonical import canonical_transforms
@@ -43,13 +44,4 @@ _HOMES = {
     "align": "alloy.alignment.search",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOMES)

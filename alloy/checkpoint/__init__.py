@@ -3,8 +3,9 @@
 Names are loaded when they are first used: reading the format needs no merge engine and no torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from alloy.lazy import lazily
 
 if TYPE_CHECKING:
     from alloy.checkpoint.adapter.source import open_source
@@ -51,13 +52,4 @@ _HOMES = {
     "CheckpointError": "alloy.errors",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -3,8 +3,9 @@
 What runs a merge is loaded when it is first used: checking one needs no torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from alloy.lazy import lazily
 
 if TYPE_CHECKING:
     from alloy.errors import MergeError
@@ -40,13 +41,4 @@ _HOMES = {
     "MERGE_METHODS": "alloy.merging.methods",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _HOMES)

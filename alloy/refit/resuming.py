@@ -177,19 +177,19 @@ class Resuming:
                     self.room += 0 if output is None else output.nbytes
                 else:
                     answer = partial(self._answer, name, batch, layer.forward)
-                    stack.enter_context(_answering(layer, answer))
+                    stack.enter_context(answering(layer, answer))
             for name, what in plan.items():
                 block, kept = self.module.get_submodule(name), self.kept.setdefault(name, {})
                 if what == "answer":
                     answer = kept[batch]
-                    stack.enter_context(_answering(block, lambda *_, y=answer, **__: _copied(y)))
+                    stack.enter_context(answering(block, lambda *_, y=answer, **__: copied(y)))
                 elif what == "pass":
                     stack.enter_context(
-                        _answering(block, lambda *args, **kwargs: first_tensor(args, kwargs))
+                        answering(block, lambda *args, **kwargs: first_tensor(args, kwargs))
                     )
                 else:
                     handle = block.register_forward_hook(
-                        lambda _, __, y, kept=kept: kept.__setitem__(batch, _copied(y))
+                        lambda _, __, y, kept=kept: kept.__setitem__(batch, copied(y))
                     )
                     stack.callback(handle.remove)
             yield
@@ -214,8 +214,8 @@ class Resuming:
 
 
 @contextmanager
-def _answering(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
-    """Let a module answer without computing."""
+def answering(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
+    """Let a module answer by `forward` instead of computing; its hooks run as ever."""
     own = vars(module).get("forward")
     vars(module)["forward"] = forward
     try:
@@ -226,6 +226,6 @@ def _answering(module: nn.Module, forward: Callable[..., Any]) -> Generator[None
             vars(module)["forward"] = own
 
 
-def _copied(output: Any) -> Any:
-    """A later operation may write into what a block gave."""
+def copied(output: Any) -> Any:
+    """The same, in memory of its own: a later operation may write into what a block gave."""
     return tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, output)

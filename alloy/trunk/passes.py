@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from alloy.devices import beside
 from alloy.errors import MergeError
+from alloy.refit.resuming import answering, copied
 from alloy.statistics.points import first_tensor
 from alloy.trunk.members import Part
 from alloy.types import Batch
@@ -166,9 +166,9 @@ class Apart:
             for other in self.others:
                 *front, last = (family.get_submodule(Family.place(other, b)) for b in other.blocks)
                 for block in front:
-                    stack.enter_context(_answering(block, _passing(answers[other.name])))
+                    stack.enter_context(answering(block, _passing(answers[other.name])))
                 stack.enter_context(
-                    _answering(last, lambda *_, y=answers[other.name], **__: tree_map(_copied, y))
+                    answering(last, lambda *_, y=answers[other.name], **__: copied(y))
                 )
             return family.run(self.part.checkpoint, batch)
 
@@ -183,23 +183,6 @@ def _passing(like: Any) -> Callable[..., Any]:
     return forward
 
 
-def _copied(x: Any) -> Any:
-    return x.detach().clone() if isinstance(x, Tensor) else x
-
-
-@contextmanager
-def _answering(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
-    """Let a module answer without computing; its hooks run as ever."""
-    own = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        vars(module).pop("forward")
-        if own is not None:
-            vars(module)["forward"] = own
-
-
 @contextmanager
 def _recording(module: Any, found: dict[str, Any], name: str) -> Generator[None]:
     """Keep what a module computes, before its hooks."""
@@ -207,8 +190,8 @@ def _recording(module: Any, found: dict[str, Any], name: str) -> Generator[None]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = compute(*args, **kwargs)
-        found[name] = tree_map(_copied, output)
+        found[name] = copied(output)
         return output
 
-    with _answering(module, forward):
+    with answering(module, forward):
         yield

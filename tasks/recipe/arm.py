@@ -89,6 +89,25 @@ class ModelsArm(Section):
         return self.alignment
 
     @model_validator(mode="after")
+    def _slices_are_ranges(self) -> "ModelsArm":
+        """What sources' headers need not tell; the plan of the merge knows how many they have."""
+        for i, one in enumerate(self.slices):
+            for source, (start, stop) in one.items():
+                if not 0 <= start < stop:
+                    raise ValueError(
+                        f"slices[{i}][{source!r}]: {[start, stop]}: give the first layer and the "
+                        "one after the last, [0, 8]"
+                    )
+            lengths = {source: stop - start for source, (start, stop) in one.items()}
+            if len({*lengths.values()}) != 1:
+                raise ValueError(
+                    f"slices[{i}]: give as many layers of every source, not {lengths or 'none'}"
+                )
+        if self.stack is not None and not self.slices:
+            raise ValueError("stack says which layers slices are taken of: give slices, too")
+        return self
+
+    @model_validator(mode="after")
     def _repairs_take_the_coefficients(self) -> "ModelsArm":
         fit = self.repair.permuted_least_squares
         if self.coefficients is not None and fit is not None and fit.targets == "confidence":

@@ -1,5 +1,6 @@
 """Sections of `evaluate` that measure models on the user's own data, and the search on them."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -77,6 +78,9 @@ class ModelsExamples(Section):
                 f"command {self.command!r}: write {{model}} in the place of the model's folder, "
                 "such as 'python score.py {model}'"
             )
+        for word in re.findall(r"(?<!\S)\{\w+\}(?!\S)", self.command or ""):
+            if word != "{model}":
+                raise ValueError(f"command {self.command!r}: {word} stands for nothing: {{model}}")
         return self
 
     def _check_source(self) -> None:

@@ -301,8 +301,10 @@ class ModelsRecipe(Section):
         (_, entry), *others = self.sets.items()
         given = [name for name in ("collect", "align") if getattr(self, name) is not None]
         if others or given:
-            what = f"a section {given[0]}" if given else "more than one set"
-            raise ParamsError(f"{self.where}: members are parts of models: there is no {what} then")
+            extra = f"a section {given[0]}" if given else "more than one set"
+            raise ParamsError(
+                f"{self.where}: members are parts of models, and such a recipe cannot have {extra}"
+            )
         has_data = self.prepare is not None and entry.calibration is not None
         checkpoints = self.fetch.checkpoints
         check_trunk(self.where, entry.parts, self.merge.arms, checkpoints, has_data=has_data)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, StrictBool, field_validator
 
 from alloy.errors import nearest
 from tasks.recipe.section import ParamsError, Section
@@ -45,7 +45,7 @@ class TrunkSettings(Section):
 
     turn: bool = True  # whether streams may turn; only a gauge turns them
     norm_matrices: bool = False  # lets post-norm streams turn, for two matrices a block
-    gauge: dict[str, Any] | bool = False  # true, or settings of alloy.search_gauge
+    gauge: dict[str, Any] | StrictBool = False  # true, or settings of alloy.search_gauge
     weigh: bool | Literal["gauge"] = True  # errors by what the answers depend on, or all alike
     ridge: float = Field(default=3e-2, gt=0)  # of the sequential fit
     follow: bool = True  # fit the layers behind the trunk as well

@@ -114,7 +114,7 @@ def _next(reader: Connection) -> Any:
         message = reader.recv_bytes()
     except EOFError:
         return None
-    return pickle.loads(message)
+    return pickle.loads(message)  # of a worker that this process started, as `recv` would
 
 
 def _pass_on(message: Any, name: str, receive: Callable[..., None]) -> None:

@@ -80,6 +80,7 @@ def test_nothing_stale_nothing_runs(toy: Workspace) -> None:
     assert cpu_seconds() - before < 15
 
 
+@pytest.mark.slow
 def test_only_a_network_that_does_not_answer_is_tried_again(toy: Workspace, run_here: Here) -> None:
     """fetch reaches nothing once and is tried again; another stage or another failure ends the run.
 
@@ -128,6 +129,7 @@ def test_stages_can_be_chosen(toy: Workspace, run_here: Here) -> None:
     assert toy.log() == ran("merge")
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_half_done(toy: Workspace, run_here: Here) -> None:
     """Ctrl-C, sent to the whole foreground group, ends the stage's processes and the run.
 

@@ -67,6 +67,7 @@ def said(flow, **arguments: object) -> str:
     return flow("toy", return_state=True, **arguments).message
 
 
+@pytest.mark.slow
 def test_a_flow_promotes_and_says_in_one_line_where_there_is_nothing_to(
     registry, caplog: pytest.LogCaptureFixture
 ) -> None:

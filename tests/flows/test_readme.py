@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from alloy.merging import MERGE_METHODS
 from tasks.reports.publish import END, start
 from tests.flows.conftest import REPOSITORY, Workspace, free_port
 
@@ -111,6 +112,10 @@ def test_every_number_of_the_results_is_in_the_metrics(recipe: str) -> None:
     for cell in shown:
         off = (known - torch.tensor([float(number) for number in cell])).abs().amax(1)
         assert off.min() < 0.0501, cell
+
+
+def test_all_methods_are_counted() -> None:
+    assert f"{len(MERGE_METHODS)} methods" in README
 
 
 def test_badges_say_what_pyproject_says() -> None:

@@ -6,7 +6,7 @@ captions, counts of pixels by class. The models of an ensemble are averaged whil
 Shapes: N examples, n of a batch, I images, T captions, C classes, K candidates.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,33 +30,21 @@ from tasks.evaluation.recalls import FOLD, by_image, folds, hits, ranks
 from tasks.evaluation.score import Score, mean_score
 from tasks.experts.measures.benchmark import Benchmark, Examples, Split, joint_states, text_of
 
-Batched = Callable[[ModalityModel, Split], Tensor]
-
-
-def averaged(
-    models: Sequence[ModalityModel],
-    data: Examples,
-    batch_size: int,
-    processes: Processes,
-    output: Batched,
-    reduce: Callable[[Tensor, range], Tensor],
-) -> Tensor:
-    """Mean outputs of several models, reduced batch by batch; processes take these in turns."""
-    assert isinstance(data, StoredSplit)
-
-    def answer(numbers: range) -> Tensor:
-        batch = data.take(numbers)
-        parts = [output(model, beside(model, batch)).float().cpu() for model in models]
-        return reduce(torch.stack(parts).mean(0), numbers)
-
-    starts = range(0, len(data), batch_size)
-    some = [range(start, min(start + batch_size, len(data))) for start in starts]
-    return torch.cat(processes.in_turns(answer, some))
-
 
 @dataclass(frozen=True)
 class SetBenchmark(Benchmark):
-    """A benchmark on a prepared set; the model that answers is each of an ensemble's."""
+    """A benchmark on a prepared set, whose outputs are reduced batch by batch.
+
+    Subclasses say what of a model is averaged over an ensemble (`chances`) and what is kept of the
+    mean (`reduced`); one model is an ensemble of one.
+    """
+
+    def chances(self, model: ModalityModel, batch: Split) -> Tensor:
+        raise NotImplementedError
+
+    def reduced(self, chances: Tensor, data: StoredSplit, numbers: range) -> Tensor:
+        """The outputs of the examples with these numbers; of models' mean chances."""
+        return chances
 
     def outputs(
         self,
@@ -66,6 +54,26 @@ class SetBenchmark(Benchmark):
         processes: Processes = ALONE,
     ) -> Tensor:
         return self.outputs_of([model], data, batch_size, processes)
+
+    @torch.no_grad()
+    def outputs_of(
+        self,
+        models: Sequence[ModalityModel],
+        data: Examples,
+        batch_size: int = 250,
+        processes: Processes = ALONE,
+    ) -> Tensor:
+        """Outputs of an ensemble, on the CPU; processes take the batches in turns."""
+        assert isinstance(data, StoredSplit)
+
+        def answer(numbers: range) -> Tensor:
+            batch = data.take(numbers)
+            parts = [self.chances(model, beside(model, batch)).float().cpu() for model in models]
+            return self.reduced(torch.stack(parts).mean(0), data, numbers)
+
+        starts = range(0, len(data), batch_size)
+        some = [range(start, min(start + batch_size, len(data))) for start in starts]
+        return torch.cat(processes.in_turns(answer, some))
 
 
 @dataclass(frozen=True)
@@ -80,22 +88,11 @@ class OpenQuestions(SetBenchmark):
         each = F.binary_cross_entropy_with_logits(logits, batch["targets"])
         return each * logits.shape[1]
 
-    @torch.no_grad()
-    def outputs_of(
-        self,
-        models: Sequence[ModalityModel],
-        data: Examples,
-        batch_size: int = 250,
-        processes: Processes = ALONE,
-    ) -> Tensor:
-        return averaged(
-            models,
-            data,
-            batch_size,
-            processes,
-            lambda model, batch: self.logits(model, batch).sigmoid(),
-            lambda chance_nC, _: chance_nC.argmax(1),
-        )
+    def chances(self, model: ModalityModel, batch: Split) -> Tensor:
+        return self.logits(model, batch).sigmoid()
+
+    def reduced(self, chances: Tensor, data: StoredSplit, numbers: range) -> Tensor:
+        return chances.argmax(1)
 
     def values(self, outputs: Tensor, data: Examples) -> Tensor:
         """The official accuracy of each answer, [N]."""
@@ -136,22 +133,8 @@ class ImagePairs(SetBenchmark):
             model.encode_joint(second, *text_of(batch), image_type=last_type),
         )
 
-    @torch.no_grad()
-    def outputs_of(
-        self,
-        models: Sequence[ModalityModel],
-        data: Examples,
-        batch_size: int = 250,
-        processes: Processes = ALONE,
-    ) -> Tensor:
-        return averaged(
-            models,
-            data,
-            batch_size,
-            processes,
-            lambda model, batch: self.logits(model, batch).softmax(1),
-            lambda chance_n2, _: chance_n2,
-        )
+    def chances(self, model: ModalityModel, batch: Split) -> Tensor:
+        return self.logits(model, batch).softmax(1)
 
     def values(self, outputs: Tensor, data: Examples) -> Tensor:
         assert isinstance(data, StoredSplit)
@@ -204,7 +187,7 @@ class CaptionRetrieval(SetBenchmark):
         processes: Processes = ALONE,
     ) -> Tensor:
         assert isinstance(data, StoredSplit)
-        captions, image_of_T = captions_of(data)
+        captions, _ = captions_of(data)
         similar: Tensor | float = 0.0
         for model in models:
             image = _embedded_images(model, data, batch_size, processes)
@@ -214,7 +197,6 @@ class CaptionRetrieval(SetBenchmark):
         if not data.description.rerank:
             return similar[None]
         again = reranked(models, data, captions, similar, batch_size, processes)
-        del image_of_T
         return torch.stack([similar, *again])
 
     def guess(self, data: Examples) -> float:
@@ -299,17 +281,12 @@ def reranked(
     result = []
     for dim in (1, 0):
         best = similar_IT.topk(min(num, similar_IT.shape[dim]), dim=dim).indices
-        own = torch.arange(similar_IT.shape[1 - dim])
-        pairs = [
-            (int(i), int(j)) if dim == 1 else (int(j), int(i))
-            for i, row in zip(own, best if dim == 1 else best.T, strict=True)
-            for j in row
-        ]
+        marked = torch.zeros_like(similar_IT, dtype=torch.bool).scatter_(dim, best, True)
+        images, texts = marked.nonzero(as_tuple=True)
+        pairs = list(zip(images.tolist(), texts.tolist(), strict=True))
+        chances = _matched(models, data, captions, pairs, batch_size, processes)
         scores = similar_IT.clone()
-        for (image, text), chance in zip(
-            pairs, _matched(models, data, captions, pairs, batch_size, processes), strict=True
-        ):
-            scores[image, text] = ahead + chance
+        scores[images, texts] = ahead + torch.tensor(chances, dtype=scores.dtype)
         result.append(scores)
     return result[0], result[1]
 
@@ -351,7 +328,6 @@ class SceneParsing(SetBenchmark):
         total = F.cross_entropy(scores.float(), labels, reduction="sum")
         return total / (labels >= 0).sum().clamp(min=1)
 
-    @torch.no_grad()
     def outputs_of(
         self,
         models: Sequence[ModalityModel],
@@ -359,21 +335,18 @@ class SceneParsing(SetBenchmark):
         batch_size: int = 250,
         processes: Processes = ALONE,
     ) -> Tensor:
-        assert isinstance(data, StoredSplit)
-        num_classes = len(data.description.classes)
+        return super().outputs_of(models, data, min(batch_size, 8), processes)  # maps are large
 
-        def count(scores_nChw: Tensor, numbers: range) -> Tensor:
-            parts = []
-            for scores, number in zip(scores_nChw, numbers, strict=True):
-                labels = torch.from_numpy(label_map(data.rows[number]["map"]).astype("int64")) - 1
-                size = labels.shape[0], labels.shape[1]
-                parts.append(counts(predicted_labels(scores, size), labels, num_classes))
-            return torch.stack(parts)
+    def chances(self, model: ModalityModel, batch: Split) -> Tensor:
+        return self.logits(model, batch).softmax(1)
 
-        def chance(model: ModalityModel, batch: Split) -> Tensor:
-            return self.logits(model, batch).softmax(1)
-
-        return averaged(models, data, min(batch_size, 8), processes, chance, count)
+    def reduced(self, chances: Tensor, data: StoredSplit, numbers: range) -> Tensor:
+        num_classes, parts = len(data.description.classes), []
+        for scores_Chw, number in zip(chances, numbers, strict=True):
+            labels = torch.from_numpy(label_map(data.rows[number]["map"]).astype("int64")) - 1
+            size = labels.shape[0], labels.shape[1]
+            parts.append(counts(predicted_labels(scores_Chw, size), labels, num_classes))
+        return torch.stack(parts)
 
     def values(self, outputs: Tensor, data: Examples) -> Tensor:
         return image_scores(outputs)

@@ -385,6 +385,7 @@ def test_statistics_survive_a_file(models, ids, spec, tmp_path):
         Statistics.from_tensors({"weight": torch.ones(1)})
 
 
+@pytest.mark.slow
 def test_two_processes_sum_the_bits_of_one(tmp_path):
     """Sums, Grams and samples; five batches, the last one without a partner."""
     worker = Path(__file__).with_name("two_processes.py")

@@ -1,6 +1,7 @@
 """Laws of the field's metrics: VQA accuracy, recalls of five captions, confusion of pixels."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from tasks.evaluation.answers import accuracy, normalised
 from tasks.evaluation.confusion import counts, predicted_labels, segmentation_scores
 from tasks.evaluation.recalls import ranks
+from tasks.experts.measures import sets
 from tasks.experts.measures.sets import recall_scores, sentence_of
 
 
@@ -110,3 +112,29 @@ def test_labels_are_the_best_class_of_the_interpolated_scores():
 def test_one_sentence_of_nlvr2_is_known_by_its_identifiers():
     assert sentence_of("dev-850-0-1") == sentence_of("dev-850-3-1") == "dev-850-1"
     assert sentence_of("dev-850-0-1") != sentence_of("dev-850-0-0")
+
+
+def test_the_best_candidates_come_first_in_the_matching_heads_order(monkeypatch):
+    """Each image's two best captions, each caption's two best images; others stay as they were."""
+    similar = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.2, 0.3, 0.5, 0.4], [0.7, 0.1, 0.2, 0.6]])
+    chance = torch.tensor([[0.1, 0.9, 0.0, 0.5], [0.3, 0.7, 0.6, 0.8], [0.2, 0.4, 0.9, 0.1]])
+
+    def matched(models, data, captions, pairs, *_):
+        return [chance[i, t].item() for i, t in pairs]
+
+    monkeypatch.setattr(sets, "_matched", matched)
+    data = SimpleNamespace(description=SimpleNamespace(rerank=2))
+    to_text, to_image = sets.reranked([], data, ["a", "b", "c", "d"], similar, 8)
+    assert to_text.argsort(1, descending=True).tolist() == [
+        [1, 0, 2, 3],  # 0 and 1 were the best: 1 matches better
+        [3, 2, 1, 0],
+        [0, 3, 2, 1],
+    ]
+    assert to_image.argsort(0, descending=True).T.tolist() == [
+        [2, 0, 1],
+        [0, 1, 2],
+        [2, 1, 0],
+        [1, 2, 0],
+    ]
+    for again in (to_text, to_image):
+        assert (again == similar).sum() == similar.numel() - (again > 1).sum()

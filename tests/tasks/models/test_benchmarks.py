@@ -377,6 +377,7 @@ BAD = [
     ({"measure": "labels", "dataset": "bad.parquet", "column": "a", "labels": "b"},
      "is no parquet file"),
     ({"measure": "command", "command": "score.py"}, "write {model}"),
+    ({"measure": "command", "command": "score.py {model} {data}"}, "{data} stands for nothing"),
     ({"measure": "command", "command": "no-such-program {model}"}, "no program 'no-such-program'"),
     ({"measure": "command", "command": "'open {model}"}, "No closing quotation"),
 ]  # fmt: skip

@@ -161,3 +161,21 @@ def test_an_arm_takes_files_of_its_members_alone():
     sections["merge"]["arms"]["ties"].update(processor="vlm", slices=[{"vml": [0, 1]}])
     with pytest.raises(ParamsError, match=r"arms.ties.slices\[0\]: 'vml': did you mean 'vlm'"):
         recipe("skills", merge=sections["merge"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"slices": [{"vlm": [2, 0]}]}, r"slices\[0\]\['vlm'\]: \[2, 0\]: give the first layer"),
+        ({"slices": [{"vlm": [0, 1]}, {"vlm": [1, 1]}]}, r"slices\[1\]\['vlm'\]: \[1, 1\]"),
+        ({"slices": [{"vlm": [-1, 1]}]}, r"slices\[0\]\['vlm'\]: \[-1, 1\]"),
+        ({"slices": [{"vlm": [0, 2], "llm": [0, 1]}]}, r"as many layers of every source"),
+        ({"slices": [{}]}, r"slices\[0\]: give as many layers of every source, not none"),
+        ({"stack": "model.layers"}, "stack says which layers slices are taken of"),
+    ],
+)
+def test_slices_that_no_source_has_are_refused_with_the_recipe(given, message):
+    sections = yaml.safe_load((PARAMS / "skills.yaml").read_text())
+    sections["merge"]["arms"]["ties"].update(given)
+    with pytest.raises(ParamsError, match=message):
+        recipe("skills", merge=sections["merge"])

@@ -117,7 +117,7 @@ WRONG = {
     ),
     "alignment": (
         {"align": {"alignments": {"a": {"preset": "identity"}}}},
-        "there is no a section align",
+        "such a recipe cannot have a section align",
     ),
     "a method of whole models": (
         {"merge": {"result": "ties", "arms": {"ties": {"method": "ties"}}}},
@@ -145,6 +145,18 @@ WRONG = {
             "a number that is not negative",
         )
         for setting in ({"steps": -1}, {"ridge": "much"}, {"tolerance": float("nan")})
+    },
+    **{
+        f"{word!r} for a gauge": (
+            {
+                "merge": {
+                    "result": "a",
+                    "arms": {"a": {"method": "average", "trunk": {"gauge": word}}},
+                }
+            },
+            "trunk.gauge",
+        )
+        for word in ("yes", "true", 1)
     },
     "a setting of no gauge": (
         {

@@ -118,6 +118,7 @@ def test_what_is_not_there_is_said_at_once_without_secrets(
     assert "MLFLOW_TRACKING_URI" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_server_that_hangs_is_given_up(monkeypatch) -> None:
     """One that takes connections and says nothing costs seconds, not minutes of retries."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from itertools import pairwise
 
 import pytest
@@ -374,14 +375,10 @@ def fail(value, report):
     report(value)
     if value == 2:
         raise ValueError("two is wrong")
-    import time
-
     time.sleep(60)
 
 
 def start_and_end(value, report):
-    import time
-
     report("start")
     time.sleep(0.3)
     report("end")
@@ -402,6 +399,26 @@ def test_jobs_run_in_processes_of_one_thread():
     assert heard["a"][2] == heard["b"][2] == 1
 
 
+def report_tensors(value, report):
+    report({"ones": torch.ones(value), "more": [torch.zeros(value)]})
+
+
+def test_tensors_outlive_the_worker_that_reports_them():
+    """They come whole, however late the parent reads them; a job ends when it has reported."""
+    heard = {}
+
+    def receive(name, given):
+        time.sleep(0.2)  # the other job's process is gone before its report is read
+        heard[name] = given
+
+    side_by_side(report_tensors, {"a": (2,), "b": (3,), "c": (4,)}, receive)
+    assert {name: given["ones"].sum().item() for name, given in heard.items()} == {
+        "a": 2.0,
+        "b": 3.0,
+        "c": 4.0,
+    }
+
+
 def test_no_more_jobs_run_at_once_than_allowed():
     """The next job starts when one has ended."""
     heard = []
@@ -411,8 +428,6 @@ def test_no_more_jobs_run_at_once_than_allowed():
 
 
 def report_device(value, report):
-    import time
-
     report("start", os.environ["ALLOY_DEVICE"])
     time.sleep(0.2)
     report("end", os.environ["ALLOY_DEVICE"])

@@ -13,6 +13,7 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
+from flows.alarm import raise_alarm
 from flows.server import own_server
 from flows.services import ServerError
 from flows.states import failed
@@ -30,7 +31,12 @@ def train(arms: list[str], lock: int) -> State:
     return Completed(message=f"{', '.join(arms)}: done")
 
 
-@flow(name="pretrain", persist_result=False)
+@flow(
+    name="pretrain",
+    persist_result=False,
+    on_failure=[raise_alarm],
+    on_crashed=[raise_alarm],
+)
 def pretrain(arms: list[str] | None = None) -> State:
     """Make the released checkpoints anew where the params, the data or a digest say so."""
     with only_run("pre-training in Prefect", get_run_logger().warning) as lock:

@@ -73,7 +73,13 @@ def promote(
     )
 
 
-@flow(name="rollback", flow_run_name=named("roll back"), persist_result=False)
+@flow(
+    name="rollback",
+    flow_run_name=named("roll back"),
+    persist_result=False,
+    on_failure=[raise_alarm],
+    on_crashed=[raise_alarm],
+)
 def rollback(
     recipe: Recipe = "modality", reason: str = "asked for", yes: bool = False, dry_run: bool = False
 ) -> State:

@@ -23,6 +23,7 @@ from prefect.states import Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from alloy.errors import nearest
+from flows.alarm import raise_alarm
 from flows.graph import GraphError, select
 from flows.server import own_server
 from flows.services import ServerError
@@ -46,7 +47,13 @@ def experiment(recipe: str, name: str, settings: Sequence[str], to: str) -> Stat
     return Completed(message=f"{name} is done")
 
 
-@flow(name="sweep", flow_run_name=named("sweep"), persist_result=False)
+@flow(
+    name="sweep",
+    flow_run_name=named("sweep"),
+    persist_result=False,
+    on_failure=[raise_alarm],
+    on_crashed=[raise_alarm],
+)
 def sweep(
     recipe: Recipe, settings: list[str], to: Stage = "evaluate", name: str = "sweep"
 ) -> State:

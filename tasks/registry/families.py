@@ -5,6 +5,7 @@ Known from the class that its config names and the processors beside it; no weig
 
 import base64
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,8 +109,6 @@ def _encoder(folder: Path, name: str, components: Mapping[str, str]) -> Family |
 
 
 def _known(modules: str) -> bool:
-    import json
-
     kinds = [str(module["type"]).rpartition(".")[2] for module in json.loads(modules)]
     return {*kinds} <= {*SENTENCE_MODULES}
 

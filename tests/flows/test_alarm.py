@@ -9,12 +9,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from prefect import Flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
 
 from flows import alarm, serve, status
 from flows.pipeline import pipeline
-from flows.promotion import promote
+from flows.pretrain import pretrain
+from flows.promotion import promote, rollback
 from flows.sweep import sweep
 from tasks.recipe.graph import STAGES
 from tasks.recipe.load import recipes
@@ -63,6 +65,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefect_server: str)
         yield prefect_server
 
 
+@pytest.mark.slow
 def test_a_failed_run_tells_the_address_that_is_set(
     server, ears: Ears, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +80,7 @@ def test_a_failed_run_tells_the_address_that_is_set(
     assert "did you mean" in promote("tyo", return_state=True).message
 
 
+@pytest.mark.slow
 def test_the_server_tells_of_failed_runs_until_it_is_switched_off(server, ears: Ears) -> None:
     """`make serve ALERT=...` puts an automation on the server; another one takes its place."""
     alarm.switch_on("http://127.0.0.1:9/retired")
@@ -89,6 +93,13 @@ def test_the_server_tells_of_failed_runs_until_it_is_switched_off(server, ears: 
     assert ask(server, "automations/filter", {}) == []
     with pytest.raises(ValueError, match="neither an http address nor a block TYPE/NAME"):
         alarm.switch_on("sendgrid-email/nobody")
+
+
+@pytest.mark.parametrize("run", [pipeline, promote, rollback, sweep, pretrain])
+def test_every_flow_tells(run: Flow) -> None:
+    """Where it fails, and where its process dies."""
+    assert alarm.raise_alarm in run.on_failure_hooks
+    assert alarm.raise_alarm in run.on_crashed_hooks
 
 
 def test_parameters_are_lists_to_choose_from() -> None:

@@ -14,6 +14,7 @@ from tests.flows.conftest import Workspace, snapshot, wait_until
 from tests.flows.test_pipeline import RUN, Here, ran
 
 
+@pytest.mark.slow
 def test_a_parameter_switched_back_runs_nothing(toy: Workspace, run_here: Here) -> None:
     """One setting, another, the first again: the third result comes from DVC's run cache."""
     before = snapshot(toy.folder / "out")

@@ -21,6 +21,7 @@ def alone(toy: Workspace) -> Workspace:
     return toy
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_start_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ The models are the members and arms of the result's set and seed, under their ow
 import gc
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,8 @@ class Measure:
                 found[key] = self._taken(key, split, answer)
         return found
 
-    def _harnesses(self, folder: Path):
+    def _harnesses(self, folder: Path) -> Iterator[tuple[str, str, Answer]]:
+        """Tasks of harnesses, the split that each is of, and what came out."""
         harness = self.params.harness
         if harness is None:
             return

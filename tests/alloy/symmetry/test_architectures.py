@@ -168,6 +168,7 @@ def test_spaces_are_those_of_theory_and_random_transforms_leave_the_model_unchan
 LISTED = list(THEORY)[: list(THEORY).index("falcon_multi_query")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n in LISTED if "resnet" not in n and n not in ("mamba", "convnext")]
 )

@@ -183,6 +183,7 @@ def test_a_killed_run_is_closed_by_the_next(mlflow_workspace) -> None:
         assert status(lives.run_id) == "RUNNING"
 
 
+@pytest.mark.slow
 def test_a_database_that_is_taken_is_one_sentence(mlflow_workspace) -> None:
     """No statement of MLflow's, none of its values: where, why, and what helps."""
     with tracking.run("toy", "finetune"):

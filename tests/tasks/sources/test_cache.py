@@ -39,6 +39,7 @@ def merged(folder="out"):
     return load_file(f"{folder}/model.safetensors")["layer.weight"]
 
 
+@pytest.mark.slow
 def test_a_hub_a_bucket_and_a_folder_become_one(hub, bucket, tmp_path):
     """All at once, pinned and verified; the record has their revisions."""
     commit = hub.publish("org/a", checkpoint(1))

@@ -48,19 +48,20 @@ def test_equal_weights_are_measured_once():
 def test_a_parent_answers_each_batch_once(monkeypatch):
     """For the yardstick, its own score and the ensemble's; no more than MOST_BYTES are kept."""
     calls = []
+    one, other = as_candidate(_bert(0)), as_candidate(_bert(1))
 
     def parent(batch):
         calls.append(batch)
-        return as_candidate(_bert(0))(batch)
+        return one(batch)
 
     for most, num_calls in ((2**28, 3), (0, 12)):
         monkeypatch.setattr(yardsticks, "MOST_BYTES", most)
         calls.clear()
         remembered = Remembered(parent)
-        yardstick = Unlabelled(INPUTS, None, [remembered, as_candidate(_bert(1))], 8)
+        yardstick = Unlabelled(INPUTS, None, [remembered, other], 8)
         scores = yardstick.score([remembered]), yardstick.score([remembered, remembered])
         assert len(calls) == num_calls
-        plain = Unlabelled(INPUTS, None, [as_candidate(_bert(seed)) for seed in (0, 1)], 8)
+        plain = Unlabelled(INPUTS, None, [one, other], 8)
         assert scores == (plain.score([parent]), plain.score([parent, parent]))
 
 
@@ -82,10 +83,11 @@ def test_the_order_of_texts_and_their_padding_change_no_score(kind):
 
 def test_padding_is_not_computed():
     seen = []
+    one = as_candidate(_bert(0))
 
     def parent(batch):
         seen.append(batch["input_ids"].shape[1])
-        return as_candidate(_bert(0))(batch)
+        return one(batch)
 
     Unlabelled(INPUTS, None, [parent], 6)
     assert seen == sorted(seen)

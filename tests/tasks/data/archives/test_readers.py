@@ -165,6 +165,12 @@ def test_an_id_that_comes_twice_is_named(raw):
         ),
         (
             "vqav2",
+            "vqav2/v2_mscoco_train2014_annotations.json",
+            lambda v: v["annotations"][0].update(image_id=999),
+            " is about image ",
+        ),
+        (
+            "vqav2",
             "vqav2/v2_mscoco_val2014_annotations.json",
             lambda v: v.pop("annotations"),
             "nothing at 'annotations.item': is it another file, or another version?",
@@ -225,6 +231,21 @@ def test_addresses_where_files_should_stand_are_refused(raw):
     path = raw / "cc3m/Train_GCC-training_output.csv"
     path.write_text("a cat\thttp://example.org/cat.jpg\n")
     assert "line 1 has an address, http://example.org/cat.jpg" in faults_of(opened(raw, "cc3m"))
+
+
+def test_a_line_with_a_column_too_many_is_named(raw):
+    path = raw / "cc3m/Train_GCC-training_output.csv"
+    path.write_text("a cat\tcat.jpg\tmore\n")
+    assert "line 1: 3 columns, not caption and file" in faults_of(opened(raw, "cc3m"))
+
+
+def test_a_label_that_is_no_truth_value_is_named(raw):
+    path = raw / "nlvr2/nlvr/nlvr2/data/train.json"
+    first, *others = path.read_text().splitlines()
+    entry = {**json.loads(first), "label": "maybe"}
+    path.write_text("\n".join([json.dumps(entry), *others]))
+    message = faults_of(opened(raw, "nlvr2"))
+    assert f"{entry['identifier']}: label 'maybe' is neither True nor False" in message
 
 
 def test_more_held_out_than_there_is_is_refused(drawn_sets):

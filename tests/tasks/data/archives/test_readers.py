@@ -248,6 +248,18 @@ def test_a_label_that_is_no_truth_value_is_named(raw):
     assert f"{entry['identifier']}: label 'maybe' is neither True nor False" in message
 
 
+def test_an_entry_that_is_no_pair_is_named(raw):
+    edit(raw / "sbu/annot.json", lambda v: v[0].append("more"))
+    assert r"annot.json: entry 0 is no pair [file, caption]" in faults_of(opened(raw, "sbu"))
+
+
+def test_a_list_of_classes_without_its_header_is_named(raw):
+    path = raw / "ade20k/ADEChallengeData2016/objectInfo150.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(DataError, match=r"objectInfo150\.txt: expected a header `Idx Ratio"):
+        opened(raw, "ade20k").classes()
+
+
 def test_more_held_out_than_there_is_is_refused(drawn_sets):
     for name in ("vqav2", "ade20k", "imagenet"):
         reader = open_set(name, drawn_sets / name, held_out=6)

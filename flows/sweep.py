@@ -4,8 +4,8 @@
 
 runs the four combinations as DVC experiments (`dvc exp run --temp`): stages that a setting does not
 touch come from DVC's cache, the workspace stays as it is, and `dvc exp apply NAME` brings one back.
-The workers are threads that wait for processes; on a cluster, give the flow a Dask or Ray task
-runner (`sweep.with_options`).
+The workers are threads that wait for processes. `--workers dask:8` makes them a local Dask cluster,
+`--workers dask://host:8786` those of a running scheduler, started in this workspace (extra `dask`).
 """
 
 import argparse
@@ -20,7 +20,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from alloy.errors import nearest
 from flows.alarm import raise_alarm
@@ -112,6 +112,37 @@ def _refuse_unknown(recipe: str, key: str) -> None:
         level = level[part]
 
 
+def task_runner(workers: str) -> TaskRunner:
+    """Run experiments on N threads, on a local Dask cluster (dask:N) or on a scheduler (dask://).
+
+    Raises:
+        ParamsError: workers is none of the three, or the extra `dask` is not installed.
+    """
+    count = workers.removeprefix("dask:")
+    if count.isascii() and count.isdigit() and int(count) > 0:
+        if count == workers:
+            return ThreadPoolTaskRunner(max_workers=int(count))
+        return _dask_runner()(
+            cluster_kwargs={"n_workers": int(count), "threads_per_worker": 1, "processes": False}
+        )
+    scheduler = workers.removeprefix("dask://")
+    if scheduler != workers and scheduler:
+        return _dask_runner()(address=f"tcp://{scheduler}")
+    raise ParamsError(
+        f"--workers {workers}: expected a number from 1 on, dask:NUMBER or dask://HOST:PORT"
+    )
+
+
+def _dask_runner():
+    try:
+        from prefect_dask import DaskTaskRunner
+    except ImportError as error:
+        raise ParamsError(
+            "--workers dask needs Dask, which is not installed: pip install 'alloy-merge[dask]'"
+        ) from error
+    return DaskTaskRunner
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     end_as_ctrl_c()
@@ -120,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         combinations(options.recipe, options.settings)
         select(options.recipe, to=options.to)
         _keep_curves()
-        runner = ThreadPoolTaskRunner(max_workers=options.workers)
+        runner = task_runner(options.workers)
         with own_server():
             state = sweep.with_options(task_runner=runner)(  # ty: ignore[invalid-argument-type]
                 options.recipe,
@@ -155,7 +186,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", help="one of params/recipes.yaml")
     parser.add_argument("settings", nargs="+", metavar="section.key=value,value")
-    parser.add_argument("--workers", type=int, default=2, help="experiments at a time (2)")
+    parser.add_argument(
+        "--workers", default="2", help="experiments at a time, or dask:N, dask://HOST:PORT (2)"
+    )
     parser.add_argument(
         "--to", metavar="STAGE", default="evaluate", help="end with this stage (evaluate)"
     )

@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.sweep import combinations, main
+from flows.sweep import combinations, main, task_runner
 from tasks.recipe.section import ParamsError
 from tests.flows.conftest import Workspace, snapshot
 
@@ -74,3 +75,16 @@ def test_a_sweep_leaves_the_workspace_alone(
     )
     assert set(listed.stdout.split()) == {"sweep-1", "sweep-2", "sweep-3"}
     assert _files(here) == before
+
+
+def test_workers_are_threads_or_dask():
+    dask = pytest.importorskip("prefect_dask").DaskTaskRunner
+    assert isinstance(task_runner("3"), ThreadPoolTaskRunner)
+    assert isinstance(task_runner("dask:3"), dask)
+    assert isinstance(task_runner("dask://host:8786"), dask)
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "many", "dask", "dask:", "dask:0", "dask://"])
+def test_refuses_workers_that_are_none(workers):
+    with pytest.raises(ParamsError, match="expected a number from 1 on, dask:NUMBER or dask://"):
+        task_runner(workers)

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from alloy.checkpoint.checks.defaults import default_of
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.config import flatten, text_part
 from alloy.checkpoint.reading import read_json, source_file
@@ -147,11 +148,15 @@ def _of_language(config: Mapping) -> dict[str, Any]:
 def _equal_by_default(keys: Sequence[str], first: Mapping, other: Mapping) -> set[str]:
     """The keys whose value is the architecture's default, which one config leaves out.
 
-    transformers writes what differs from its defaults, and reads old keys as new ones. Both configs
-    are completed by it; of an architecture that it lacks no default is known.
+    transformers writes what differs from its defaults, and reads old keys as new ones. Where its
+    source does not say all of them plainly both configs are completed by it, which costs seconds;
+    of an architecture that it lacks no default is known.
     """
-    if not keys:
-        return set()
+    lacking = {k: first if k not in dict(flatten(first)) else other for k in keys}
+    holding = {k: other if lacking[k] is first else first for k in keys}
+    plain = {k for k in keys if _same(default_of(lacking[k], k), dict(flatten(holding[k])).get(k))}
+    if len(plain) == len(keys):
+        return plain
     complete = [_completed(config) for config in (first, other)]
     ours, theirs = complete
     if ours is None or theirs is None:
@@ -163,6 +168,11 @@ def _equal_by_default(keys: Sequence[str], first: Mapping, other: Mapping) -> se
         if not _NO_MATTER.search(k) and not _TRAINING_ONLY.search(k)
     ]
     return {k for k in keys if k in same or (k not in ours and k not in theirs and not differing)}
+
+
+def _same(a: object, b: object) -> bool:
+    """Equal, and both a truth or none: 1 is not True."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _completed(config: Mapping) -> dict[str, Any] | None:

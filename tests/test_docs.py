@@ -165,19 +165,25 @@ def test_the_commands_of_the_documentation(tmp_path: Path, monkeypatch: pytest.M
     torch.manual_seed(0)
     seed = LlamaForCausalLM(config)
     seed.save_pretrained("models/seed")
-    for name in "ab":
+    seed.save_pretrained("models/base")
+    for name in ("a", "b", "English", "Python"):
         for weight in seed.parameters():
             if weight.dim() == 2:  # norms as they are: adapters then hold nothing whole
                 weight.data += 0.01 * torch.randn_like(weight)
         seed.save_pretrained(f"models/{name}")
-        extract_adapter(f"models/{name}", f"adapters/{name}", base="models/seed", rank=4)
+        if name in "ab":
+            extract_adapter(f"models/{name}", f"adapters/{name}", base="models/seed", rank=4)
     for step in range(100, 900, 100):
         llama(step).save_pretrained(f"runs/base/checkpoint-{step}")
     models = "models: [{model: models/a}, {model: models/b}]"
     Path("config.yml").write_text(f"{models}\nmerge_method: linear\nparameters: {{weight: 0.5}}\n")
-    for page in ("methods.md", "merge_checkpoints.md"):
+    for page, language in (
+        ("methods.md", "bash"),
+        ("merge_checkpoints.md", "bash"),
+        ("tutorials/language_models.md", "sh"),
+    ):
         text = (REPOSITORY / "docs" / page).read_text()
-        for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             for line in block.replace("\\\n", " ").splitlines():
                 if "llava" in line:
                     continue

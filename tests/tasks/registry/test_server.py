@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -255,6 +256,15 @@ def post(client: TestClient, body: object, kind: str | None = JSON, **headers: s
     return client.post(
         "/invocations", content=content, headers=({"Content-Type": kind} if kind else {}) | headers
     )
+
+
+def test_the_request_of_the_documentation_is_answered(client: TestClient) -> None:
+    """What docs/operations.md sends with curl."""
+    page = (ROOT / "docs/operations.md").read_text()
+    (body,) = re.findall(r"^curl .*?-d '(.*?)'$", page, re.DOTALL | re.MULTILINE)
+    answer = post(client, body.encode())
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["predictions"]) == 1
 
 
 def test_rows_are_answered(client: TestClient) -> None:

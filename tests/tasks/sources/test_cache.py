@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,21 @@ def test_a_hub_a_bucket_and_a_folder_become_one(hub, bucket, tmp_path):
     assert torch.equal(merged(), torch.full((4, 6), 3.0))
     sources = json.loads((tmp_path / "out" / "alloy_merge.json").read_text())["sources"]
     assert [*sources] == ["a", "b", "c"]
+
+
+@pytest.mark.slow
+def test_the_command_of_the_documentation_runs(hub, bucket):
+    """docs/merge_checkpoints.md, on a hub and a bucket of the test."""
+    page = (Path(__file__).parents[3] / "docs/merge_checkpoints.md").read_text()
+    (block,) = re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    commit = hub.publish("org/a", checkpoint(1))
+    hub.publish("org/b", checkpoint(2))
+    hub.publish("org/seed", checkpoint(0))
+    bucket.put("runs/c", checkpoint(6))
+    command = block.replace("@v1", f"@{commit}").replace("s3://bucket", f"s3://{bucket.name}")
+    done = merge(*shlex.split(command)[2:])
+    assert done.exit_code == 0, done.output
+    assert merged("merged").shape == (4, 6)
 
 
 def test_what_is_here_is_not_moved_again(hub):

@@ -1,0 +1,118 @@
+"""Every block of code in the site's pages has a test that runs it; those of YAML run here."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks.recipe.load import load, load_experts, load_models
+from tasks.recipe.section import ParamsError
+
+REPOSITORY = Path(__file__).parents[2]
+DOCS = REPOSITORY / "docs"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+# By page and language, the test that runs the blocks. A new one fails until it has a test.
+TESTS = {
+    "alignment.md python": "tests/test_docs.py::test_the_alignment_of_the_documentation",
+    "bring_your_own.md bash": "tests/tasks/recipe/test_new.py::test_a_new_recipe_loads_and_is",
+    "bring_your_own.md yaml": "tests/tasks/models/test_models_recipe.py::test_the_recipe_of_the",
+    "gauge.md python": "tests/test_docs.py::test_the_gauge_of_the_documentation",
+    "gauge.md yaml": "tests/docs/test_blocks.py::test_the_arm_in_a_gauge_is_one",
+    "how_to/checkpoints.md bash": "tests/flows/test_readme.py::test_every_command_of_the_readme",
+    "how_to/checkpoints.md sh": "tests/tasks/recipe/test_new.py::test_a_new_recipe_loads_and_is",
+    "how_to/checkpoints.md yaml": "tests/tasks/models/test_streamed_recipe.py::test_the_recipe_of",
+    "how_to/rerun.md bash": "tests/flows/test_readme.py::test_every_command_of_the_readme",
+    "how_to/teams.md bash": "tests/flows/test_teams.py::test_a_second_clone_pulls_and_skips",
+    "index.md python": "tests/flows/test_readme.py::test_its_python_prints_what_it_shows",
+    "index.md sh": "tests/alloy/test_package.py::test_the_source_distribution",
+    "merge_checkpoints.md bash": "tests/test_docs.py::test_the_commands_of_the_documentation",
+    "merge_checkpoints.md python": "tests/test_docs.py::test_the_merges_of_the_documentation",
+    "merge_checkpoints.md sh": "tests/tasks/sources/test_cache.py::test_the_command_of_the_docum",
+    "merge_checkpoints.md yaml": "tests/docs/test_blocks.py::test_adapters_are_checkpoints",
+    "methods.md bash": "tests/test_docs.py::test_the_commands_of_the_documentation",
+    "methods.md python": "tests/test_docs.py::test_the_merges_of_the_documentation",
+    "operations.md bash": "tests/flows/test_readme.py::test_every_command_of_the_readme",
+    "operations.md sh": "tests/tasks/registry/test_server.py::test_the_request_of_the_document",
+    "symmetry.md python": "tests/test_docs.py::test_the_symmetry_of_the_documentation",
+    "towers.md python": "tests/test_docs.py::test_the_towers_of_the_documentation",
+    "towers.md yaml": "tests/docs/test_blocks.py::test_the_arms_with_a_trunk_are_a_recipe",
+    "tutorials/language_models.md bash": "tests/examples/test_examples.py::test_language_models",
+    "tutorials/language_models.md python": "tests/examples/test_examples.py::test_a_tutorial_quot",
+    "tutorials/language_models.md sh": "tests/test_docs.py::test_the_commands_of_the_document",
+    "tutorials/recipe.md bash": "tests/examples/test_examples.py::test_a_recipe_from_python_ends",
+    "tutorials/recipe.md python": "tests/examples/test_examples.py::test_a_tutorial_quotes_its",
+    "tutorials/recipe.md sh": "tests/docs/test_blocks.py::test_a_misspelt_option_is_refused_as",
+    "tutorials/symmetries.md python": "tests/examples/test_examples.py::test_a_tutorial_prints",
+    "tutorials/two_models.md python": "tests/examples/test_examples.py::test_a_tutorial_prints",
+}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [code for kind, code in BLOCK.findall((DOCS / page).read_text()) if kind == language]
+
+
+def test_every_block_has_its_test() -> None:
+    pages = {path.relative_to(DOCS).as_posix(): path.read_text() for path in DOCS.rglob("*.md")}
+    found = {
+        f"{page} {language}"
+        for page, text in pages.items()
+        for language, _ in BLOCK.findall(text)
+        if language != "text"
+    }
+    assert found == TESTS.keys()
+    for test in TESTS.values():
+        path, name = test.split("::")
+        assert f"\ndef {name}" in (REPOSITORY / path).read_text(), test
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty workspace with the shipped recipes."""
+    shutil.copytree(REPOSITORY / "params", tmp_path / "params")
+    (tmp_path / "params/recipes.yaml").write_text("recipes: [mine]\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, recipe: dict[str, object]) -> None:
+    (folder / "params/mine.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+
+
+def test_the_arms_with_a_trunk_are_a_recipe(folder: Path) -> None:
+    """Members and arms of the page in the shipped recipe for towers."""
+    (block,) = blocks("towers.md", "yaml")
+    shipped = yaml.safe_load(Path("params/towers.yaml").read_text())
+    write(folder, {**shipped, **yaml.safe_load(block)})
+    assert load_models("mine").merge.result == "distilled"
+
+
+def test_the_arm_in_a_gauge_is_one(folder: Path) -> None:
+    (block,) = blocks("gauge.md", "yaml")
+    shipped = yaml.safe_load(Path("params/modality.yaml").read_text())
+    arm = {**shipped["merge"]["arms"]["gauge_naive"], **yaml.safe_load(block)}
+    shipped["merge"]["arms"]["gauge_naive"] = arm
+    write(folder, shipped)
+    assert load_experts("mine").merge.arms["gauge_naive"].masked_share == 0.5
+
+
+def test_adapters_are_checkpoints_of_a_recipe(folder: Path) -> None:
+    (block,) = blocks("merge_checkpoints.md", "yaml")
+    arms = {"average": {"method": "linear"}}
+    more = {"merge": {"result": "average", "arms": arms}, "evaluate": {"tssd_keep": 0.2}}
+    more["register"] = {"name": "mine", "model": "merged"}
+    write(folder, {"kind": "models", **yaml.safe_load(block), **more})
+    assert load_models("mine").sets["mine"].members == {0: ["a", "b"]}
+
+
+def test_a_misspelt_option_is_refused_as_the_tutorial_shows(folder: Path) -> None:
+    (recipe,) = blocks("how_to/checkpoints.md", "yaml")
+    write(folder, yaml.safe_load(recipe.replace("density", "densty")))
+    shown = blocks("tutorials/recipe.md", "sh")[-1].splitlines()[-1]
+    start, _, end = shown.partition(" ... ")
+    with pytest.raises(ParamsError) as refused:
+        load("mine")
+    assert str(refused.value).startswith(start)
+    assert end in str(refused.value)

@@ -1,11 +1,15 @@
-"""Results travel between clones through a DVC remote, as docs/how_to/teams.md says."""
+"""Results travel between clones through a DVC remote, as docs/teams.md says."""
 
 from dataclasses import replace
 from pathlib import Path
 
+import boto3
 import pytest
 
+from tests import servers
 from tests.flows.conftest import Workspace, git
+
+SECRET = servers.SECRET_KEY
 
 
 @pytest.mark.slow
@@ -18,10 +22,7 @@ def test_a_second_clone_pulls_and_skips_everything(toy: Workspace, tmp_path: Pat
     ):
         status, said = toy.run("dvc", *command)
         assert status == 0, said
-    git(toy.folder, "add", "--all", "--force", "dvc.lock", ".dvc/config", "control", "params")
-    git(toy.folder, "commit", "--quiet", "--message", "Run toy")
-    git(toy.folder, "clone", "--quiet", str(toy.folder), str(clone))
-    second = replace(toy, folder=clone)
+    second = cloned(toy, clone)
     assert not (clone / "out" / "merge").exists()
     status, said = second.run("dvc", "pull", "register@toy", "--with-deps")
     assert status == 0, said
@@ -30,3 +31,52 @@ def test_a_second_clone_pulls_and_skips_everything(toy: Workspace, tmp_path: Pat
     assert status == 0, said
     assert "Nothing to do" in said
     assert second.log() == []
+
+
+@pytest.mark.slow
+def test_a_bucket_carries_results(toy: Workspace, tmp_path: Path) -> None:
+    """A wrong secret is refused; a push whose line is cut is repeated; a second clone pulls."""
+    before = toy.text("out/merge/first")
+    (data := tmp_path / "s3").mkdir()
+    with servers.s3_server(data) as port:
+        line = servers.Relay(port)
+        keys = {"aws_access_key_id": servers.ACCESS_KEY, "aws_secret_access_key": SECRET}
+        client = boto3.client("s3", endpoint_url=line.url, region_name="us-east-1", **keys)
+        client.create_bucket(Bucket="alloy")
+        push = ("dvc", "push", "register@toy", "--with-deps")
+        status, said = toy.run(*push)
+        assert status != 0
+        assert "no remote" in said
+        for command in (
+            ("add", "--default", "team", "s3://alloy/cache"),
+            ("modify", "team", "endpointurl", line.url),
+            ("modify", "--local", "team", "access_key_id", servers.ACCESS_KEY),
+            ("modify", "--local", "team", "secret_access_key", "wrong"),
+        ):
+            assert toy.run("dvc", "remote", *command)[0] == 0
+        status, said = toy.run(*push)
+        assert status != 0
+        assert "signature" in said.lower() or "forbidden" in said.lower(), said
+        toy.run("dvc", "remote", "modify", "--local", "team", "secret_access_key", SECRET)
+        line.cuts_left = 10_000
+        status, said = toy.run(*push)
+        assert status != 0, said
+        assert "failed" in said.lower()
+        assert toy.text("out/merge/first") == before
+        line.cuts_left = 0
+        status, said = toy.run(*push)
+        assert status == 0, said
+        second = cloned(toy, tmp_path / "clone")
+        local = (toy.folder / ".dvc/config.local").read_text()
+        (second.folder / ".dvc/config.local").write_text(local)
+        assert second.run("dvc", "pull", "register@toy", "--with-deps")[0] == 0
+        assert second.text("out/merge/first") == before
+        line.close()
+
+
+def cloned(toy: Workspace, folder: Path) -> Workspace:
+    """A clone of the workspace once its lock and its remote are committed."""
+    git(toy.folder, "add", "--all", "--force", "dvc.lock", ".dvc/config", "control", "params")
+    git(toy.folder, "commit", "--quiet", "--message", "Run toy")
+    git(toy.folder, "clone", "--quiet", str(toy.folder), str(folder))
+    return replace(toy, folder=folder)

@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -47,8 +48,12 @@ def average(
     (arXiv:2507.17634).
     """
     with refusals("average"):
-        folders = checkpoints_of(run, last)
-        coefficients = decay_coefficients(len(folders), decay)
+        if last < 1:
+            raise MergeError(f"--last {last}: average one or more")
+        coefficients = decay_coefficients(last, decay)
+        folders, incomplete = checkpoints_of(run, last)
+        if incomplete:
+            typer.echo(f"note: {left_out(incomplete)}", err=True)
         target = run.with_name(f"{run.resolve().name}-average") if output is None else output
         plan = plan_merge(
             MergeRequest("linear", folders, target, coefficients=coefficients, dtype=dtype)
@@ -58,30 +63,44 @@ def average(
         typer.echo(f"{coefficient:8.4f}  {name}")
 
 
-def checkpoints_of(run: Path, last: int) -> dict[str, Path]:
+def checkpoints_of(run: Path, last: int) -> tuple[dict[str, Path], list[str]]:
     """The last numbered checkpoints in a folder, by name, in the order of their numbers.
+
+    Returns:
+        Them, and the names of folders that would be among them if they had a config.json: the
+        checkpoint at which a run was interrupted is such a one.
 
     Raises:
         MergeError: there are fewer, or they are numbered under several words.
     """
-    if last < 1:
-        raise MergeError(f"--last {last}: average one or more")
     if not run.is_dir():
         raise MergeError(f"{run}: no such folder")
-    found = [
+    numbered = sorted(
         (int(match["step"]), match["word"], folder)
         for folder in run.iterdir()
-        if (match := _STEP.fullmatch(folder.name)) and (folder / "config.json").is_file()
-    ]
+        if (match := _STEP.fullmatch(folder.name)) and folder.is_dir()
+    )
+    found = [entry for entry in numbered if (entry[2] / "config.json").is_file()]
     words = sorted({word for _, word, _ in found})
     if len(words) > 1:
         raise MergeError(
             f"{run}: checkpoints are called {', '.join(f'{word}N' for word in words)}: which are "
             "the run's? Move the others away"
         )
+    chosen = found[-last:]
+    incomplete = [
+        folder.name
+        for step, word, folder in numbered
+        if word in words and (step, word, folder) not in found and step > chosen[0][0]
+    ]
     if len(found) < last:
         raise MergeError(
             f"{run} has {len(found)} numbered checkpoints (folders with config.json), fewer than "
-            f"--last {last}"
+            f"--last {last}{f'; {left_out(incomplete)}' if incomplete else ''}"
         )
-    return {folder.name: folder for _, _, folder in sorted(found)[-last:]}
+    return {folder.name: folder for _, _, folder in chosen}, incomplete
+
+
+def left_out(incomplete: Sequence[str]) -> str:
+    """The words that say which numbered folders are no part of the mean, and why."""
+    return f"left out, without config.json (interrupted?): {', '.join(incomplete)}"

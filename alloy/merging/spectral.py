@@ -38,9 +38,10 @@ def boosted_tsv_m(
 
     In every task matrix, values below the one at which the running sum reaches the share `beta` of
     the whole are set to it, so that no task's lesser directions drown; the rest is `tsv_m`, which
-    beta = 1 is. The sum is of the values themselves over the full spectrum, as in Subspace Boosting
-    (arXiv:2506.16506). The authors make vectors orthonormal by five steps of Newton and Schulz,
-    here it is exact.
+    beta = 1 is. This follows summaries of the paper, whose text was out of reach: that the sum is
+    of the values themselves over the full spectrum is taken from Subspace Boosting
+    (arXiv:2506.16506), on which it builds. The authors are said to make vectors orthonormal by
+    five steps of Newton and Schulz; here it is exact.
     """
     del skip  # decides which matrices come here
     deltas = _task_matrices(models, base, coefficients)

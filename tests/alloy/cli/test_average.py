@@ -53,3 +53,21 @@ def test_two_kinds_of_numbers_are_asked_about(run):
     (run / "checkpoint-2").rename(run / "epoch-2")
     done = call(run, "--last", 2)
     assert "checkpoints are called checkpoint-N, epoch-N" in done.output
+
+
+def test_an_interrupted_checkpoint_is_left_out_and_named(run):
+    """On stderr, in one line; one that is older than those averaged changes nothing."""
+    for name in ("checkpoint-1", "checkpoint-200", "events-300"):
+        (run / name).mkdir()
+    done = call(run, "--last", 2)
+    assert done.exit_code == 0, done.output
+    note = "note: left out, without config.json (interrupted?): checkpoint-200\n"
+    assert done.stderr.count(note) == 1
+    assert "events" not in done.output
+    assert "checkpoint-1\n" not in done.output
+    done = call(run, "--last", 5)
+    assert "fewer than --last 5; left out, without config.json" in " ".join(done.output.split())
+
+
+def test_a_wrong_decay_is_told_before_a_wrong_folder(tmp_path):
+    assert "did you mean 'linear'" in call(tmp_path / "none", "--decay", "linaer").output

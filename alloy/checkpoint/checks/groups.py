@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from alloy.checkpoint.checks.findings import Findings
@@ -42,7 +43,8 @@ def kept_names(findings: Findings, kept: Sequence[str], reference: Checkpoint) -
             if not hit:
                 findings.problem(
                     f"kept={wanted!r} matches no tensor of the first source: "
-                    f"{nearest(wanted, [*GROUPS, *reference.entries])}"
+                    f"{nearest(wanted, [*GROUPS, *_like(wanted, reference.entries)])} "
+                    "or a pattern of names"
                 )
         else:
             hit = named_so(wanted, reference)
@@ -59,6 +61,11 @@ def kept_names(findings: Findings, kept: Sequence[str], reference: Checkpoint) -
                 )
         names |= hit
     return frozenset(names)
+
+
+def _like(pattern: str, names: Iterable[str]) -> list[str]:
+    """The few names that look most like a pattern that matches none."""
+    return get_close_matches(pattern, list(names), n=3, cutoff=0.4)
 
 
 def refuse_two_wishes(

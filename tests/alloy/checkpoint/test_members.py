@@ -141,6 +141,7 @@ def changed(folder: Path, copy: Path, **config) -> Path:
     ("settings", "message"),
     [
         ({"kept": ["vision"]}, r"kept='vision' matches no tensor.*did you mean 'vision_tower'"),
+        ({"kept": ["*model.layer.0.mlp.*"]}, r"of \[('[^']+',? ?){7,9}\] or a pattern of names"),
         ({"kept": ["audio_tower"]}, "kept='audio_tower': the first source has no such tensors"),
         ({"kept": "vision_tower"}, r"kept='vision_tower': give a list"),
         ({"names": {"modle.": "x."}}, r"no tensor begins with 'modle.': did you mean 'model.'"),

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from yaml.constructor import ConstructorError
 
 from alloy.checkpoint import plan_merge
 from alloy.cli.merging import carry_out
@@ -15,6 +14,7 @@ from alloy.cli.places import local, on_hub
 from alloy.cli.wording import refusals
 from alloy.errors import MergeError
 from alloy.mergekit import merge_request
+from alloy.yaml_keys import UniqueKeysLoader
 
 EXAMPLE = """**Example**: the file that `mergekit-yaml config.yml merged` takes
 
@@ -48,30 +48,15 @@ def mergekit(
         carry_out(planned, threads=threads, command=shlex.join(["alloy", *sys.argv[1:]]))
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which refuses a key that stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise ConstructorError(
-                        None, None, f"key {key.value!r} stands twice", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> Any:
     """The one configuration in a file."""
     try:
         text = path.read_text()
         _refuse_bombs(path, text)
-        documents = [d for d in yaml.load_all(text, _Loader) if d is not None]
+        documents = [d for d in yaml.load_all(text, UniqueKeysLoader) if d is not None]
     except OSError as error:
         raise MergeError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise MergeError(f"{path}: {' '.join(str(error).split())}") from error
     except RecursionError:
         raise MergeError(f"{path}: nested too deeply to be a configuration") from None
@@ -86,7 +71,7 @@ def _read(path: Path) -> Any:
 def _refuse_bombs(path: Path, text: str) -> None:
     """Aliases within what an alias may repeat grow without end; a configuration needs none."""
     inside = 0  # the depth of collections since the outermost one with an anchor
-    for event in yaml.parse(text, _Loader):
+    for event in yaml.parse(text, UniqueKeysLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             inside += 1 if inside or event.anchor else 0
         elif isinstance(event, yaml.CollectionEndEvent):

@@ -7,16 +7,16 @@ import yaml
 from yaml.constructor import ConstructorError
 from yaml.reader import ReaderError
 
+from alloy.yaml_keys import UniqueKeysLoader
 from tasks.recipe.section import ParamsError
 
 LARGEST_FILE = 2**20  # bytes; a recipe has some thousand
 DEEPEST = 50  # levels of nesting; a recipe has some six
 MOST_NODES = 100_000  # after aliases are resolved; a YAML bomb has billions
-MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses a key that stands twice or has lost its value."""
+class _Loader(UniqueKeysLoader):
+    """A loader that also refuses what is no key, a key that has lost its value, deep nesting."""
 
     depth = 0
 
@@ -32,14 +32,11 @@ class _Loader(yaml.SafeLoader):
             self.depth -= 1
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
         for key, value in node.value:
-            name = "<<" if key.tag == MERGE else self.construct_object(key, deep=True)
+            name = self.key_of(key)
             if not isinstance(name, str | int | float | bool):
                 what = "an empty word" if name is None else f"a {type(name).__name__}"
                 raise ConstructorError(None, None, f"{what} is no key", key.start_mark)
-            if name in seen:
-                raise ConstructorError(None, None, f"key {name!r} stands twice", key.start_mark)
             if node.flow_style and ":" in str(name) and value.value == "" and not value.style:
                 raise ConstructorError(
                     None,
@@ -47,7 +44,6 @@ class _Loader(yaml.SafeLoader):
                     f"{name!r} has no value: leave a space behind the colon of a key",
                     key.start_mark,
                 )
-            seen.add(name)
         return super().construct_mapping(node, deep)
 
 

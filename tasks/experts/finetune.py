@@ -300,7 +300,7 @@ def plan(recipe: ExpertsRecipe) -> dict[str, Job]:
                 source,
                 teacher if params.distillation.weight else None,
                 benchmarks,
-                params,
+                params if params.joint else params.of(benchmarks[0]),
                 recipe.workspace.work("finetune") / name,
             )
     return jobs

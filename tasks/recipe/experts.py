@@ -18,7 +18,7 @@ from tasks.recipe.shared import (
     ShipParams,
     chosen_arm,
 )
-from tasks.recipe.training import AugmentationParams, Distillation, EarlyStopping, FinetunePlan
+from tasks.recipe.training import AugmentationParams, BenchmarkPlan, Distillation, EarlyStopping
 from tasks.workspace import Workspace
 
 Modality = Literal["v", "l", "vl"]
@@ -202,7 +202,7 @@ class FinetuneParams(Section):
     seed: int
     task_weight: float = Field(ge=0)
     distillation: Distillation
-    training: FinetunePlan
+    training: BenchmarkPlan
     stopping: EarlyStopping
     augmentation: AugmentationParams | None = None  # of images of data sets
     workers: int = Field(default=0, ge=0)  # processes that decode images ahead; no result differs
@@ -229,6 +229,17 @@ class FinetuneParams(Section):
         for name, batch_size in self.batch_sizes.items():
             self.training.check_batch(f"batch_sizes.{name}", batch_size)
         return self
+
+    @model_validator(mode="after")
+    def _rates_are_of_the_benchmarks(self) -> "FinetuneParams":
+        self.training.check_maps(self.batch_sizes, joint=self.joint)
+        return self
+
+    def of(self, benchmark: str) -> "FinetuneParams":
+        """The params of one benchmark's own training: its rates are numbers."""
+        if not self.training.maps:
+            return self
+        return self.model_copy(update={"training": self.training.of(benchmark)})
 
 
 class ExpertsRecipe(Section):

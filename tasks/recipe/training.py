@@ -1,10 +1,27 @@
 """Sections of training: schedules, early stopping, distillation."""
 
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
+from alloy.errors import nearest
 from tasks.recipe.section import Section
+
+RATES = ("learning_rate", "head_learning_rate", "matrix_learning_rate")
+
+Rate = Annotated[float, Field(gt=0)]
+Rates = Annotated[
+    Annotated[Rate, Tag("number")] | Annotated[dict[str, Rate], Tag("map")],
+    Discriminator(lambda rate: "map" if isinstance(rate, dict) else "number"),
+]
 
 
 class Schedule(Section):
@@ -86,10 +103,48 @@ class TrainingPlan(Schedule):
 class FinetunePlan(TrainingPlan):
     """A training in which the heads that start fresh learn at a rate of their own."""
 
-    head_learning_rate: float = Field(gt=0)
+    head_learning_rate: Rate
 
     def peak(self, group: str) -> float:
         return self.head_learning_rate if group == "fresh heads" else super().peak(group)
+
+
+class BenchmarkPlan(FinetunePlan):
+    """A fine-tuning whose rates are numbers, or maps from each benchmark to its number.
+
+    Only what `of` gives is trained with: there every rate is a number.
+    """
+
+    learning_rate: Rates  # ty: ignore[incompatible-attribute-override]
+    head_learning_rate: Rates  # ty: ignore[incompatible-attribute-override]
+    matrix_learning_rate: Rates | None = None  # ty: ignore[incompatible-attribute-override]
+
+    @property
+    def maps(self) -> dict[str, Mapping[str, float]]:
+        """The rates that differ by benchmark."""
+        rates = {name: getattr(self, name) for name in RATES}
+        return {name: rate for name, rate in rates.items() if isinstance(rate, dict)}
+
+    def of(self, benchmark: str) -> "BenchmarkPlan":
+        """The plan of one benchmark."""
+        return self.model_copy(update={name: by[benchmark] for name, by in self.maps.items()})
+
+    def check_maps(self, benchmarks: Collection[str], *, joint: bool) -> None:
+        """Raise ValueError for maps in a joint training, or that name other benchmarks."""
+        for rate, numbers in self.maps.items():
+            if joint:
+                raise ValueError(
+                    f"training.{rate} is a number for each benchmark, and joint trains one model "
+                    "on all of them: write one number, or `joint: false`"
+                )
+            for name in numbers:
+                if name not in benchmarks:
+                    raise ValueError(f"training.{rate}: {name!r}: {nearest(name, benchmarks)}")
+            if missing := [name for name in benchmarks if name not in numbers]:
+                raise ValueError(
+                    f"training.{rate} has no number for {', '.join(missing)}: give each benchmark "
+                    "of batch_sizes one"
+                )
 
 
 class AugmentationParams(Section):

@@ -10,12 +10,14 @@ from safetensors.torch import load_file, save_file
 from alloy.modality import ModalityConfig, ModalityModel
 from tasks.experts.finetune import Job, batches_of, finetune, identity, losses, main, plan
 from tasks.experts.shared.loading import load_model
-from tasks.recipe.experts import FinetuneParams
-from tasks.recipe.load import load, load_experts
+from tasks.recipe.experts import ExpertsRecipe, FinetuneParams
+from tasks.recipe.load import load, load_experts, parse
 from tasks.recipe.section import ParamsError
+from tasks.recipe.training import FinetunePlan
 from tasks.registry import tracking
 from tasks.storage import read_json
 from tasks.training.stage import open_run
+from tests.recipes import experts
 
 SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_joint_layers": 1, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 24, "embedding_size": 8, "layer_scale": None, "image_size": 8}
@@ -287,6 +289,28 @@ def test_one_model_for_each_benchmark(recipe, mlflow_workspace, write_recipe):
     assert not torch.equal(head, weights(finetuned / "vqa")["answer_head.out.weight"])
 
 
+def test_each_benchmark_learns_at_its_own_rates():
+    """A map gives each benchmark its numbers; one number dumps as it did, so runs stay known."""
+    rates = {"learning_rate": {"vqa": 0.01, "retrieval": 0.002}, "head_learning_rate": 0.03}
+    section = {
+        **FINETUNE,
+        "joint": False,
+        "arms": [],
+        "batch_sizes": {"vqa": 4, "retrieval": 4},
+        "training": {**FINETUNE["training"], **rates},
+    }
+    toy = parse("toy", experts(finetune=section))
+    assert isinstance(toy, ExpertsRecipe)
+    jobs = plan(toy)
+    groups = ("other", "fresh heads")
+    peaks = {
+        name: [job.params.training.peak(group) for group in groups] for name, job in jobs.items()
+    }
+    assert peaks == {"merged/vqa": [0.01, 0.03], "merged/retrieval": [0.002, 0.03]}
+    plain = FinetunePlan.model_validate(FINETUNE["training"])
+    assert plain.model_dump() == params().of("vqa").training.model_dump()
+
+
 def test_the_best_validated_weights_are_published(recipe):
     """What is written scores what its facts say, at the step they say."""
     job = plan_of(params())["merged"]
@@ -317,6 +341,32 @@ def test_the_best_validated_weights_are_published(recipe):
         (
             {"task_weight": 0.0},
             "params/toy.yaml: finetune: task_weight and distillation.weight are both 0",
+        ),
+        (
+            {
+                "joint": False,
+                "batch_sizes": {"vqa": 4},
+                "training": {**FINETUNE["training"], "learning_rate": {"vqq": 0.1}},
+            },
+            "params/toy.yaml: finetune: training.learning_rate: 'vqq': did you mean 'vqa'?",
+        ),
+        (
+            {
+                "joint": False,
+                "batch_sizes": {"vqa": 4, "retrieval": 4},
+                "training": {**FINETUNE["training"], "head_learning_rate": {"vqa": 0.1}},
+            },
+            "params/toy.yaml: finetune: training.head_learning_rate has no number for retrieval: "
+            "give each benchmark of batch_sizes one",
+        ),
+        (
+            {
+                "joint": True,
+                "batch_sizes": {"vqa": 4},
+                "training": {**FINETUNE["training"], "learning_rate": {"vqa": 0.1}},
+            },
+            "params/toy.yaml: finetune: training.learning_rate is a number for each benchmark, "
+            "and joint trains one model on all of them: write one number, or `joint: false`",
         ),
         (
             {"training": {**FINETUNE["training"], "accumulation_steps": 3}},

@@ -34,7 +34,7 @@ from alloy.refit.linear_layer import fittable_layers
 from alloy.statistics.moments import Gram
 from alloy.symmetry import Transform, fold_norms, identity, transport
 from alloy.trunk.members import Part
-from alloy.trunk.passes import Answers, Apart, Family, answers_of, masks_of
+from alloy.trunk.passes import Answers, Apart, Family, answers_of, masks_of, refuse_no_rows
 from alloy.trunk.plan import TrunkPlan
 from alloy.types import Batch, Weights
 
@@ -99,8 +99,8 @@ def merge_trunk(
             embeddings of a member that came from there.
 
     Raises:
-        MergeError: an unknown method, no data for what needs them, data that do not reach a member,
-            patterns that fit nothing, weights that are NaN or infinite.
+        MergeError: an unknown method, no data for what needs them, batches without rows, data that
+            do not reach a member, patterns that fit nothing, weights that are NaN or infinite.
         GaugeError: settings that the search does not have.
     """
     if method not in METHODS:
@@ -182,6 +182,7 @@ class Work:
         for checkpoint, model in plan.models.items():
             parts = [p for p in plan.parts.values() if p.checkpoint == checkpoint]
             if data.get(checkpoint):
+                refuse_no_rows(checkpoint, data[checkpoint])
                 self.masks |= masks_of(model, parts, data[checkpoint][0])
 
     def canonical(self, checkpoint: str, *, fold: bool) -> dict[str, Tensor]:

@@ -76,6 +76,17 @@ def _kept(name: str, answer: Tensor, batch: Batch) -> Tensor:
     return answer
 
 
+def refuse_no_rows(checkpoint: str, batches: Sequence[Batch]) -> None:
+    """Raise MergeError for the first batch of a checkpoint that has a tensor without rows."""
+    for i, batch in enumerate(batches):
+        for name, tensor in batch.items():
+            if isinstance(tensor, Tensor) and tensor.ndim and not len(tensor):
+                raise MergeError(
+                    f"batch {i} of checkpoint {checkpoint!r}: {name} has no rows (shape "
+                    f"{list(tensor.shape)}): give batches of at least one row"
+                )
+
+
 @torch.no_grad()
 def masks_of(model: Any, parts: Sequence[Part], batch: Batch) -> dict[str, tuple[str, ...]]:
     """The names of a batch's masks that are of the tokens each part reads.
@@ -83,10 +94,17 @@ def masks_of(model: Any, parts: Sequence[Part], batch: Batch) -> dict[str, tuple
     A mask counts for a part if a tensor of its shape reaches the part's first block.
 
     Raises:
-        MergeError: data that reach no block of a part.
+        MergeError: a batch with masks that reaches no block of a part.
     """
     batch = beside(model, {n: t[:2] if isinstance(t, Tensor) else t for n, t in batch.items()})
     before = _entering(model, parts, batch)
+    masks = {name for name in batch if name.endswith(MASK)}
+    missed = [part.name for part in parts if part.name not in before]
+    if masks and missed:
+        raise MergeError(
+            f"a batch of {', '.join(sorted(batch))} reaches no block of {', '.join(missed)}: "
+            "give batches with the inputs of every part"
+        )
     reaching: dict[str, set[str]] = {part.name: set() for part in parts}
     for name, tensor in batch.items():
         if not isinstance(tensor, Tensor) or tensor.dtype == torch.bool or name.endswith(MASK):
@@ -101,7 +119,6 @@ def masks_of(model: Any, parts: Sequence[Part], batch: Batch) -> dict[str, tuple
         for part, x in _entering(model, parts, {**batch, name: changed}).items():
             if x.shape != before[part].shape or not torch.equal(x, before[part]):
                 reaching[part].add(name)
-    masks = {name for name in batch if name.endswith(MASK)}
     return {
         part.name: tuple(
             sorted(

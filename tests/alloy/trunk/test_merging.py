@@ -19,7 +19,8 @@ import alloy
 from alloy.errors import GaugeError, MergeError
 from alloy.modality.sharing import Sharing
 from alloy.trunk import Member, merge_trunk, plan_trunk
-from alloy.trunk.passes import answers_of, masks_of
+from alloy.trunk.members import Part
+from alloy.trunk.passes import answers_of, masks_of, refuse_no_rows
 
 LAYERS = ("vision_model.encoder.layers", "text_model.encoder.layers")
 TOWERS = {
@@ -258,6 +259,26 @@ def test_padding_counts_for_the_part_that_reads_it(tiny, pairs):
     assert masks_of(model, list(plan.parts.values()), batch) == {
         "image": (), "text": ("attention_mask",),
     }  # fmt: skip
+
+
+def test_batches_without_rows_are_refused(tiny, pairs):
+    """Of whichever batch; a tensor that is empty otherwise has rows."""
+    model, batch = tiny("clip"), pairs("clip")
+    plan = plan_trunk(model, towers("clip"), batch)
+    empty = {name: tensor[:0] for name, tensor in batch.items()}
+    message = "batch {} of checkpoint 'model': .* has no rows .*at least one row"
+    for i, batches in enumerate(([empty, batch], [batch, empty])):
+        with pytest.raises(MergeError, match=message.format(i)):
+            merge_trunk(plan, batches, method="average")
+    refuse_no_rows("model", [{"x": torch.zeros(2, 0), "scale": torch.tensor(1.0)}])
+
+
+def test_a_batch_with_masks_that_reaches_no_block_of_a_part_is_refused():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("image", "text")})
+    parts = [Part(name, "model", (name,), {}) for name in model]
+    model.forward = lambda x, attention_mask: model["text"](x)
+    with pytest.raises(MergeError, match="attention_mask, x reaches no block of image: give"):
+        masks_of(model, parts, {"x": torch.ones(1, 3, 2), "attention_mask": torch.ones(1, 3)})
 
 
 def test_a_saved_trunk_is_stored_once_and_stays_one(tmp_path, tiny, pairs):

@@ -211,7 +211,7 @@ def release(
             "scenes": bank.params.model_dump(),
         }
         write_json(partial / FACTS, facts)
-        (partial / "README.md").write_text(card(facts))
+        (partial / "README.md").write_text(card(facts, model.config))
 
 
 LICENCES = (
@@ -226,9 +226,10 @@ DESCRIPTIONS = {
 }
 
 
-def card(facts: Mapping) -> str:
+def card(facts: Mapping, config: ModalityConfig) -> str:
     """README.md of a released checkpoint: what it is, how it was made, what it was made from."""
     training, batch_size = facts["params"]["training"], facts["params"]["batch_size"]
+    size = config.image_size
     losses = [[name, f"{value:.4f}"] for name, value in facts["losses"].items()]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return cards.render(
@@ -236,8 +237,8 @@ def card(facts: Mapping) -> str:
             title=f"modality/{facts['arm']}",
             description=f"{DESCRIPTIONS[facts['arm']]}\n"
             "A modality transformer (arXiv:2304.14933 in miniature) with "
-            f"{facts['parameters']:,} parameters for scenes of 48x48 pixels and texts of at most "
-            "nine words. Not a model for the real world.",
+            f"{facts['parameters']:,} parameters for scenes of {size}x{size} pixels and texts of "
+            f"at most {config.max_position_embeddings} words. Not a model for the real world.",
             architecture=cards.MODALITY,
             command=facts["command"],
             settings={

@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib import import_module
 from inspect import signature
 from types import ModuleType
@@ -17,6 +18,7 @@ from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.section import ParamsError
 from tasks.registry.secrets import without_secrets
 from tasks.sources.edited import refuse_edited
+from tasks.usage import measured
 from tasks.workers import start_importing, together
 from tasks.workers.memory import LESS, within_memory
 
@@ -93,7 +95,10 @@ def run_stage(description: str | None, switches: Mapping[str, str] | None = None
     options = vars(parser.parse_args())
     try:
         recipe = load(options.pop("recipe"))
-        with hold_workspace(f"{stage} of {recipe.name}"):
+        # A switch only shows; processes that share a stage are measured by what started them.
+        is_measured = not (any(options.values()) or together.is_started_with_others())
+        usage = measured(recipe.name, stage) if is_measured else nullcontext()
+        with hold_workspace(f"{stage} of {recipe.name}"), usage:
             if stage != "fetch":
                 refuse_edited(recipe.workspace.checkpoints)
             if is_shared_by_workers(stage, recipe):

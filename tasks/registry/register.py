@@ -24,6 +24,7 @@ from tasks.recipe.section import ParamsError
 from tasks.recipe.shared import PromoteParams, chosen_arm
 from tasks.registry import tracking
 from tasks.registry.held import KEY
+from tasks.usage import last_runs
 from tasks.workspace import LOCK_FILE, Workspace, revision
 
 CHALLENGER = "challenger"
@@ -151,6 +152,8 @@ def _register(recipe: Recipe, folder: Path, lineage: Mapping[str, Any], key: str
     with tracking.run(recipe.name, f"{recipe.name} {section.model}", tags) as log:
         log.params(_log_params(recipe))
         log.metrics(_numbers(_of_models(scores, models)))
+        for usage in last_runs(recipe.name, failed=False).values():
+            log.metrics(usage.metrics())
         packages = _packages(recipe)
         for path, digest in lineage["data"].items():
             file = workspace.data / path

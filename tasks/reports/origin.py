@@ -1,4 +1,7 @@
-"""The origin of a result, for its page: method, members, commit, date, and where it lies now."""
+"""The origin of a result, for its page: method, members, commit, date, and where it lies now.
+
+And what the stages before its report took of this machine.
+"""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +14,7 @@ from tasks.recipe.load import Recipe
 from tasks.reports.html import element, link
 from tasks.reports.report import Grid, Report, Section
 from tasks.storage import read_json
+from tasks.usage import last_runs
 from tasks.workspace import revision
 
 HEADING = "What the result was made from"
@@ -18,11 +22,11 @@ MLFLOW = "http://127.0.0.1:5000"  # where `make ui` shows it
 
 
 def with_origin(report: Report, recipe: Recipe) -> Report:
-    """The report with a section on the result's origin, behind all others but warnings."""
+    """The report with the result's origin and its runs, behind all other sections but warnings."""
     origin = Section(HEADING, [Grid("", ["", ""], list(rows(recipe)), numbers=False)])
     warnings = [section for section in report.sections if section.heading == "Warnings"]
     others = [section for section in report.sections if section not in warnings]
-    return replace(report, sections=[*others, origin, *warnings])
+    return replace(report, sections=[*others, origin, runs(recipe.name), *warnings])
 
 
 def rows(recipe: Recipe) -> Iterator[list[str]]:
@@ -42,6 +46,32 @@ def rows(recipe: Recipe) -> Iterator[list[str]]:
     name = recipe.registration.name
     page = link(f"{mlflow_pages()}/#/models/{name}", f"the versions of {name} in MLflow")
     yield ["registered as", element("span", page, "; make ui shows local ones")]
+
+
+def runs(recipe: str) -> Section:
+    """The stages that ran in this workspace, each with its last run; no parts where none did."""
+    header = ["stage", "when (UTC)", "seconds", "CPU seconds", "peak memory", "read", "written"]
+    shown = [
+        [
+            f"{stage} (failed)" if usage.failed else stage,
+            usage.began[:16].replace("T", " "),
+            f"{usage.seconds:.1f}",
+            f"{usage.cpu_seconds:.1f}",
+            _size(usage.peak_memory),
+            _size(usage.bytes_read),
+            _size(usage.bytes_written),
+        ]
+        for stage, usage in last_runs(recipe).items()
+    ]
+    caption = (
+        "The last run of each stage in this workspace, before this page was written, with all its "
+        "processes. MLflow has those of the whole pipeline."
+    )
+    return Section("Runs", [Grid(caption, header, shown)] if shown else [])
+
+
+def _size(num_bytes: int | None) -> str:
+    return "not counted" if num_bytes is None else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def settings(recipe: Recipe, arm: str) -> str:

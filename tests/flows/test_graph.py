@@ -21,10 +21,11 @@ from tasks.recipe.section import ParamsError
 REPOSITORY = Path(__file__).parents[2]
 
 # Modules whose change never changes what a stage writes: settings are tracked as params, the others
-# parse the command line and report to MLflow.
+# parse the command line, measure and report to MLflow.
 # `alloy.lazy` decides when names load, as the `__init__` of `alloy` does, not what they are.
 WITHOUT_EFFECT = {
     "alloy.lazy", "tasks.command", "tasks.registry.secrets", "tasks.registry.tracking",
+    "tasks.usage",
 }  # fmt: skip
 
 

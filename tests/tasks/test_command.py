@@ -4,10 +4,11 @@ import runpy
 import sys
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
 
 import pytest
 
-from tasks import command
+from tasks import command, usage
 from tasks.command import home, is_shared_by_workers
 from tasks.recipe.load import load
 
@@ -15,7 +16,7 @@ RECIPES = {"experts": "modality", "models": "multitask"}
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch):
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Runs a stage's command with a stage that does nothing, and says how it was called."""
 
     def run(stage: str, recipe: str, *switches: str) -> dict:
@@ -28,6 +29,7 @@ def run(monkeypatch: pytest.MonkeyPatch):
         main.__signature__ = signature(module.main)
         assert next(iter(names)) == "recipe"
         monkeypatch.setattr(module, "main", main)
+        monkeypatch.setattr(usage, "RUNS", tmp_path)
         monkeypatch.setattr(command, "start_importing", lambda: None)
         monkeypatch.setattr(sys, "argv", [f"tasks.{stage}", recipe, *switches])
         runpy.run_module(f"tasks.{stage}", run_name="__main__", alter_sys=True)
@@ -45,6 +47,13 @@ def test_every_stage_of_both_families_is_called_with_its_recipe(run, stage: str,
 
 def test_a_switch_reaches_the_stage_that_has_it(run):
     assert run("prepare", "modality", "--show") == {"recipe": "modality", "show": True}
+
+
+def test_a_stage_is_measured_and_a_look_is_not(run, tmp_path: Path):
+    run("prepare", "modality", "--show")
+    assert not list(tmp_path.iterdir())
+    run("prepare", "modality")
+    assert list(usage.last_runs("modality")) == ["prepare"]
 
 
 def test_a_switch_of_the_other_family_is_refused(run):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alloy.modality import ModalityModel
-from tasks import storage
+from tasks import storage, usage
 from tasks.data.scenes.words import ANSWERS, tokenizer
 from tasks.recipe.load import Recipe
 from tasks.recipe.load import load as load_recipe
@@ -98,6 +98,8 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recip
     subprocess.run(commit, check=True)
     Path("dvc.lock").write_text("schema: '2.0'\n")
     model = write_result()
+    with usage.measured("toy", "merge"):
+        pass
     register.main(recipe)
 
     version = tracking.aliased("toy-model", "challenger")
@@ -106,6 +108,7 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recip
     assert storage.read_json(Path("models/toy/registered.json"))["version"] == "1"
     run = tracking.finished_run(version.run_id)
     assert run.metrics["test/finetuned/vqa/accuracy"] == 50.0
+    assert run.metrics["stage/merge/peak_memory"] > 0
     assert run.metrics["test/finetuned/retrieval/recall_at_1_standard_error"] == 2.0
     lineage = tracking.lineage(version.run_id)
     assert lineage["parents"]["specific"] == {"source": "up", "revision": "r1", "digest": "d1"}

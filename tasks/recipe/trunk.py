@@ -1,6 +1,7 @@
 """Sections of sets whose members are parts of models, and become one trunk (`alloy.trunk`)."""
 
 from collections.abc import Collection, Iterator, Mapping
+from itertools import combinations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, field_validator
@@ -12,6 +13,8 @@ TRUNK_METHODS = ("average", "regmean", "sequential")
 """As `alloy.trunk.METHODS`, which takes a second to load."""
 GAUGE_SETTINGS = ("starts", "ridge", "max_rounds", "steps", "learning_rate", "tolerance")
 """Of `alloy.search_gauge`."""
+GAUGE_STARTS = ("identity", "shared axes", "opposed axes")
+"""As `alloy.gauge.STARTS`."""
 
 
 class TrunkMember(Section):
@@ -87,7 +90,13 @@ def check_trunk(
         raise ParamsError(f"{where}: members: a trunk has two members or more: {sorted(parts)}")
     for key, name, known in _names(parts, arms, checkpoints):
         if name not in known:
-            raise ParamsError(f"{where}: {key}: {name!r}: {nearest(name, known)}")
+            raise ParamsError(f"{where}: {key}: {name!r}: {nearest(str(name), known)}")
+    for (first, one), (second, other) in combinations(parts.items(), 2):
+        if _overlap(one, other) or _overlap(other, one):
+            raise ParamsError(
+                f"{where}: members.{second}.part: {other.part!r} and {one.part!r} of member "
+                f"{first!r} overlap in {one.checkpoint!r}: give each member blocks of its own"
+            )
     for name, arm in arms.items():
         settings = arm.trunk or TrunkSettings()
         needs = settings.gauge is not False or arm.method != "average" or settings.distil
@@ -103,6 +112,19 @@ def check_trunk(
             )
 
 
+def _overlap(outer: TrunkMember, inner: TrunkMember) -> bool:
+    """True if the names alone say that weights of one part are of the other, too."""
+    if outer.checkpoint != inner.checkpoint:
+        return False
+    if outer.part == inner.part:
+        both = outer.layers is not None and inner.layers is not None
+        return not both or bool({*(outer.layers or ())} & {*(inner.layers or ())})
+    if not inner.part.startswith(f"{outer.part}."):
+        return False
+    block = inner.part.removeprefix(f"{outer.part}.").partition(".")[0]
+    return outer.layers is None or block in map(str, outer.layers)
+
+
 def _names(
     parts: Mapping[str, TrunkMember], arms: Mapping[str, Any], checkpoints: Collection[str]
 ) -> Iterator[tuple[str, str, Collection[str]]]:
@@ -114,5 +136,8 @@ def _names(
         yield f"{key}.method", arm.method, TRUNK_METHODS
         for setting in settings.gauge if isinstance(settings.gauge, dict) else ():
             yield f"{key}.trunk.gauge", setting, GAUGE_SETTINGS
+        starts = settings.gauge.get("starts") if isinstance(settings.gauge, dict) else None
+        for start in starts if isinstance(starts, list) else ():
+            yield f"{key}.trunk.gauge.starts", start, GAUGE_STARTS
         for source in settings.take.values():
             yield f"{key}.trunk.take", source, {p.checkpoint for p in parts.values()}

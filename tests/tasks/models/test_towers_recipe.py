@@ -14,11 +14,13 @@ from transformers import CLIPImageProcessor, SiglipConfig, SiglipModel
 
 import alloy
 from alloy.errors import MergeError
+from alloy.gauge import STARTS
 from tasks.evaluation.loading import load_any
 from tasks.models import choose, evaluate, merge, prepare
 from tasks.models.shared.jobs import jobs
 from tasks.recipe.load import load_models
 from tasks.recipe.section import ParamsError
+from tasks.recipe.trunk import GAUGE_STARTS
 from tasks.storage import read_json
 from tests import tiny_models, two_towers
 
@@ -158,6 +160,22 @@ WRONG = {
         )
         for word in ("yes", "true", 1)
     },
+    **{
+        f"overlap of {part} {more}": (
+            {"members": {"image": member("a.layers", **more), "text": member(part, **more)}},
+            "members.text.part: .* overlap in 'siglip'",
+        )
+        for part, more in (("a.layers", {}), ("a.layers", {"layers": [1]}), ("a.layers.1", {}))
+    },
+    "a start of no gauge": (
+        {
+            "merge": {
+                "result": "a",
+                "arms": {"a": {"method": "average", "trunk": {"gauge": {"starts": ["identiy"]}}}},
+            }
+        },
+        "trunk.gauge.starts: 'identiy': did you mean 'identity'",
+    ),
     "a setting of no gauge": (
         {
             "merge": {
@@ -175,6 +193,16 @@ def test_wrong_sections_are_refused(case):
     changed, message = WRONG[case]
     with pytest.raises(ParamsError, match=message):
         recipe(sections(**changed))
+
+
+def test_starts_are_those_of_the_search():
+    assert GAUGE_STARTS == STARTS
+
+
+def test_blocks_of_one_list_may_be_two_members():
+    """Neighbouring layers of one tower do not overlap."""
+    halves = {f"m{i}": member("vision_model.encoder.layers", layers=[i]) for i in (0, 1)}
+    assert recipe(sections(members=halves)).is_trunk
 
 
 def test_data_are_needed_where_anything_is_fitted():
@@ -221,7 +249,6 @@ REASONS = {
     "blip": "have no weight of one name",
     "chinese_clip": "have no weight of one name",
     "clap": "has shape|have no weight of one name",
-    "vilt": "overlap",
 }
 
 
@@ -239,6 +266,10 @@ def test_other_models_run_by_their_members_or_are_refused(kind):
         merge={"result": "turned", "arms": arms},
     )
     del given["evaluate"]["benchmarks"]
+    if kind == "vilt":  # whose modalities share one stack already
+        with pytest.raises(ParamsError, match="overlap"):
+            recipe(given)
+        return
     loaded = recipe(given)
     two_towers.model(kind).save_pretrained(loaded.workspace.checkpoints / "siglip")
     (job,) = jobs(loaded)

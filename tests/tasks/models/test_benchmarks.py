@@ -283,6 +283,7 @@ def tuned(recipe: dict, **changes: object) -> None:
     recipe["merge"]["result"] = "tuned"
 
 
+@pytest.mark.slow
 def test_an_arms_settings_are_searched_by_groups_of_layers(llamas: Path, monkeypatch) -> None:
     """One line of a recipe: the best trial on validation data is the arm; a search that was
     interrupted goes on to the same trials."""

@@ -7,7 +7,7 @@ import pytest
 import transformers
 import yaml
 
-from alloy.modality import ModalityModel
+from alloy.modality import ModalityConfig, ModalityModel
 from tasks.experts import finetune
 from tasks.experts import pretrain as pretrain_experts
 from tasks.models import pretrain as pretrain_models
@@ -98,7 +98,10 @@ def test_plain_text_is_no_html():
 
 def test_cards_of_stages_load_what_they_describe():
     """From the facts that lie beside the released models, and those of a fine-tuned one."""
-    seed = pretrain_experts.card(read_json(RELEASED / "modality/seed/pretraining.json"))
+    folder = RELEASED / "modality/seed"
+    config = ModalityConfig.from_pretrained(folder)
+    seed = pretrain_experts.card(read_json(folder / "pretraining.json"), config)
+    assert "scenes of 48x48 pixels and texts of at most 9 words" in seed
     assert "import alloy.modality" in seed
     assert 'from_pretrained("released/modality/seed")' in seed
     facts = read_json(RELEASED / "multitask/mnist_vit_a0/pretraining.json")

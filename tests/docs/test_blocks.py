@@ -1,4 +1,4 @@
-"""Every block of code in the site's pages has a test that runs it; those of YAML run here."""
+"""Every block of code in the site's pages has a test; those of YAML are loaded here."""
 
 import re
 import shutil
@@ -14,7 +14,8 @@ REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
-# By page and language, the test that runs the blocks. A new one fails until it has a test.
+# By page and language, the test of the blocks. It runs them, or where they need a team, an editor
+# or a registry, does what they do. A new one fails until it has a test.
 TESTS = {
     "alignment.md python": "tests/test_docs.py::test_the_alignment_of_the_documentation",
     "bring_your_own.md bash": "tests/tasks/recipe/test_new.py::test_a_new_recipe_loads_and_is",

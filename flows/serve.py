@@ -8,14 +8,13 @@ server.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.request import Request, urlopen
 
+from flows.api import ask
 from flows.services import (
     HOST,
     ServerError,
@@ -62,7 +61,7 @@ def serve(recipe: str, port: int) -> None:
     alert = environment[ALERT]
     with prefect_server(port, environment) as server:
         before = _deployments(url)
-        if POOL not in {pool["name"] for pool in _ask(url, "work_pools/filter", {})}:
+        if POOL not in {pool["name"] for pool in ask(url, "work_pools/filter", {})}:
             _configure(["prefect", "--no-prompt", "work-pool", "create", POOL, "--type", "process"],
                        environment)  # fmt: skip
         _configure(["prefect", "--no-prompt", "deploy", "--all"], environment)
@@ -92,7 +91,7 @@ def _configure(command: list[str], environment: dict[str, str]) -> None:
 
 def _deployments(url: str) -> dict[str, dict]:
     """What the server knows of our deployments, by name."""
-    return {found["name"]: found for found in _ask(url, "deployments/filter", {})}
+    return {found["name"]: found for found in ask(url, "deployments/filter", {})}
 
 
 def _restore(url: str, before: Mapping[str, dict]) -> None:
@@ -106,26 +105,18 @@ def _restore(url: str, before: Mapping[str, dict]) -> None:
         old = before[name]
         kept = {key: old[key] for key in ("paused", "work_pool_name") if now[key] != old[key]}
         if kept:
-            _ask(url, f"deployments/{now['id']}", kept, "PATCH")
+            ask(url, f"deployments/{now['id']}", kept, "PATCH")
         were_active = {_times(entry): entry["active"] for entry in old["schedules"]}
         for entry in now["schedules"]:
             # A schedule whose times were changed is as active as those that it replaces.
             active = were_active.get(_times(entry), any(were_active.values() or [True]))
             if entry["active"] != active:
                 place = f"deployments/{now['id']}/schedules/{entry['id']}"
-                _ask(url, place, {"active": active}, "PATCH")
+                ask(url, place, {"active": active}, "PATCH")
 
 
 def _times(entry: Mapping[str, dict]) -> str:
     return f"{entry['schedule'].get('cron')} {entry['schedule'].get('timezone')}"
-
-
-def _ask(url: str, place: str, body: Mapping[str, object], method: str = "POST") -> list[dict]:
-    content = json.dumps(dict(body)).encode()
-    headers = {"Content-Type": "application/json"}
-    request = Request(f"{url}/{place}", content, headers, method=method)
-    with urlopen(request, timeout=30) as answer:
-        return json.loads(answer.read() or b"[]")
 
 
 def _parser() -> argparse.ArgumentParser:

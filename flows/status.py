@@ -7,7 +7,6 @@ there is none; it starts nothing.
 """
 
 import argparse
-import json
 import os
 import sqlite3
 import sys
@@ -15,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
-from urllib.request import Request, urlopen
 
+from flows.api import ask
 from flows.workspace import complain
 from tasks.recipe.load import load
 from tasks.recipe.section import ParamsError
@@ -25,7 +24,6 @@ from tasks.registry.register import CHALLENGER
 from tasks.registry.secrets import without_secrets
 from tasks.reports import markdown
 
-_SECONDS = 10
 _SELECT = """
 select flow.name, flow_run.name, flow_run.state_name, flow_run.start_time, flow_run.end_time,
        flow_run_state.message
@@ -58,26 +56,19 @@ def runs(num: int) -> list[Run]:
 
 
 def _of_server(url: str, num: int) -> Iterator[tuple]:
-    names = {flow["id"]: flow["name"] for flow in _ask(url, "flows/filter", {})}
+    names = {flow["id"]: flow["name"] for flow in ask(url, "flows/filter", {})}
     body = {
         "sort": "START_TIME_DESC",
         "limit": num,
         "flow_runs": {"start_time": {"is_null_": False}},
     }
-    for run in _ask(url, "flow_runs/filter", body):
+    for run in ask(url, "flow_runs/filter", body):
         state = run["state"] or {}
         times = (run["start_time"], run["end_time"])
         yield (
             names.get(run["flow_id"], ""), run["name"], run["state_name"], *times,
             state.get("message"),
         )  # fmt: skip
-
-
-def _ask(url: str, place: str, body: dict) -> list[dict]:
-    content = json.dumps(body).encode()
-    request = Request(f"{url}/{place}", content, {"Content-Type": "application/json"})
-    with urlopen(request, timeout=_SECONDS) as answer:
-        return json.load(answer)
 
 
 def _of_database(num: int) -> list[tuple]:

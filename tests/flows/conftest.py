@@ -1,6 +1,5 @@
 """Workspaces with a toy graph, real DVC in them and one real Prefect server for the session."""
 
-import json
 import os
 import resource
 import shutil
@@ -72,14 +71,6 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not {".git", ".prefect", "tmp"} & set(path.relative_to(folder).parts)
     }
-
-
-def ask(api: str, path: str, body: dict) -> list[dict]:
-    request = urllib.request.Request(
-        f"{api}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
 
 
 @pytest.fixture(scope="session")

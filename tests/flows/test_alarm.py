@@ -14,13 +14,14 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
 
 from flows import alarm, serve, status
+from flows.api import ask
 from flows.pipeline import pipeline
 from flows.pretrain import pretrain
 from flows.promotion import promote, rollback
 from flows.sweep import sweep
 from tasks.recipe.graph import STAGES
 from tasks.recipe.load import recipes
-from tests.flows.conftest import ask, wait_until
+from tests.flows.conftest import wait_until
 from tests.recipes import experts, write
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from flows.api import ask
 from flows.workspace import only_run
-from tests.flows.conftest import Workspace, ask, cpu_seconds, snapshot, wait_until
+from tests.flows.conftest import Workspace, cpu_seconds, snapshot, wait_until
 
 RUN = ("flows.pipeline", "toy")
 

@@ -9,9 +9,10 @@ import subprocess
 import pytest
 import yaml
 
+from flows.api import ask
 from flows.serve import serve
 from flows.services import ServerError
-from tests.flows.conftest import REPOSITORY, Workspace, ask, free_port, wait_until
+from tests.flows.conftest import REPOSITORY, Workspace, free_port, wait_until
 
 
 def test_the_pipeline_and_promotion_have_a_cron_schedule() -> None:

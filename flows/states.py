@@ -1,4 +1,4 @@
-"""What Prefect shows of our flows: parameters to choose, names of runs, states that say why."""
+"""Prefect's view of our flows: parameters to choose from, run names, states that say why."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Where the sources of a command lie: on this disk, or where the pipeline's fetch brings them from.
+"""Places of a command's sources: this disk, or wherever the pipeline's fetch brings them from.
 
 The library transports nothing. In a checkout `tasks.recipe.cli` registers the fetch stage's own
 code, which brings `hf://`, `s3://` and `mlflow:` sources into a cache, verified.

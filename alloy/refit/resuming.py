@@ -121,7 +121,7 @@ class Resuming:
         forward: Callable[[], object],
         same: Callable[[S, S], bool],
     ) -> S:
-        """What `watch` sees of a pass over a batch, from what is kept of it on.
+        """Return what `watch` sees of a pass over a batch, resumed from what is kept of it.
 
         The pass keeps what is finished since. Once for every newly finished block `watch` sees the
         whole pass, too, and `same` tells whether there is a difference.

@@ -125,7 +125,7 @@ def _one_by_one(observers: Mapping[str, Observer], batch: Batch) -> dict[str, Se
 
 
 def _may_run_at_once(observers: Mapping[str, Observer]) -> bool:
-    """Whether threads would share no state: of random draws, of kernels, of a device."""
+    """Return True if threads would share no state: no random draws, no operands, no device."""
     return not torch.is_autocast_enabled("cpu") and all(
         o.draws is False and not o.operands and device_of(o.model).type == "cpu"
         for o in observers.values()

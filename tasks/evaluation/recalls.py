@@ -12,7 +12,7 @@ FOLD = 1000
 
 
 def ranks(similar_IT: Tensor, image_of_T: Tensor) -> tuple[Tensor, Tensor]:
-    """How many wrong candidates are ahead of the best right one.
+    """Count the wrong candidates ahead of the best right one.
 
     Those that tie are ahead, so that equal embeddings find nothing.
 
@@ -44,7 +44,7 @@ def folds(num_images: int) -> list[slice]:
 
 
 def hits(rank_N: Tensor, k: int) -> Tensor:
-    """Whether the right one is among the first k, [N]."""
+    """Return 1 where the right one is among the first k and 0 elsewhere, [N]."""
     return (rank_N < k).double()
 
 

@@ -109,7 +109,7 @@ def batches_of(train_data: Data, params: FinetuneParams, processes: Processes = 
 
 
 def augmentation_of(params: FinetuneParams, data: StoredSplit) -> Augmentation | None:
-    """What training images undergo: maps go along with crops and mirrors alone."""
+    """Return how training images are augmented; label maps follow crops and mirrors alone."""
     if params.augmentation is None:
         return None
     maps = data.description.kind == "maps"

@@ -1,4 +1,4 @@
-"""What pre-training and recipes on real data start from: towers of images, released checkpoints.
+"""Starts of pre-training and of recipes on real data: image towers and released checkpoints.
 
     python -m tasks.experts.start models/raw/vlm.ckpt models/raw/vlm --tokenizer models/raw/bert
 

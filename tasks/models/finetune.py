@@ -133,7 +133,7 @@ class Training:
 
     @cached_property
     def lessons(self) -> tuple[Lesson, Lesson]:
-        """What is learned, and the examples held out that say when to stop."""
+        """Return the training lesson, and the held-out one that decides when to stop."""
         classes = None
         if (folder := self.job.benchmark) is not None:
             classes = load_file(folder / "classes.safetensors")

@@ -90,7 +90,7 @@ class ModelsArm(Section):
 
     @model_validator(mode="after")
     def _slices_are_ranges(self) -> "ModelsArm":
-        """What sources' headers need not tell; the plan of the merge knows how many they have."""
+        """Refuse what is no range of layers; the merge's plan knows how many layers each source has."""
         for i, one in enumerate(self.slices):
             for source, (start, stop) in one.items():
                 if not 0 <= start < stop:

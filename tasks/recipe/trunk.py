@@ -44,7 +44,7 @@ class TrunkDistillation(Section):
 
 
 class TrunkSettings(Section):
-    """How an arm makes one trunk of its members (`alloy.merge_trunk`)."""
+    """Settings by which an arm makes one trunk of its members (`alloy.merge_trunk`)."""
 
     turn: bool = True  # whether streams may turn; only a gauge turns them
     norm_matrices: bool = False  # lets post-norm streams turn, for two matrices a block

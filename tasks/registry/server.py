@@ -84,7 +84,7 @@ def read(body: bytes | bytearray) -> tuple["DataFrame", object]:
 
 
 def holds_few_values(body: bytes | bytearray) -> bool:
-    """Whether JSON text has at most MOST_VALUES commas, brackets and strings, seen without parsing.
+    """Return True if JSON text has at most MOST_VALUES commas, brackets and strings, unparsed.
 
     The empty list of a million is 2 bytes of text and 64 of memory.
     """

@@ -315,7 +315,7 @@ def finished_run(run_id: str) -> Run:
 
 
 def lineage(run_id: str) -> dict:
-    """What a run says its result was made of; empty where it keeps no such file."""
+    """Return what a run's result was made of; empty where the run keeps no such file."""
     client = connect()
     with reaching(), TemporaryDirectory() as folder:
         if not any(entry.path == LINEAGE for entry in client.list_artifacts(run_id)):

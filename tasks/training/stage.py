@@ -32,7 +32,7 @@ class Training(Protocol):
 
 
 def say_nothing(*_: object) -> None:
-    """What a process reports that is not the first."""
+    """Report nothing: for every process but the first."""
 
 
 def run_all(

@@ -132,7 +132,7 @@ def _refuse_other_kinds(
 
 
 def _own_stack(config: Mapping, names: Sequence[str], stack: str) -> str | None:
-    """What the model itself calls a stack of the file."""
+    """Return the model's own name for a stack of the file."""
     first = next(name for name in names if layer_of(name, stack))
     match = parsed_layer(model_names(config, [first]).get(first, ""))
     return None if match is None else match["stack"]

@@ -175,7 +175,7 @@ def _expanded(
 
 
 def _place(sources: tuple[str, ...], found: list[Tensor | None], here: Tensor, dim: int) -> Place:
-    """Where the tensors stand; what is absent has an equal share of the rest."""
+    """Return where the tensors stand; absent ones share the rest equally."""
     absent = found.count(None)
     rest = here.shape[dim] - sum(t.shape[dim] for t in found if t is not None) if absent else 0
     share = [rest // absent if d == dim else n for d, n in enumerate(here.shape)] if absent else []

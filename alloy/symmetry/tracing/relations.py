@@ -1,4 +1,4 @@
-"""What links say of the places of spaces, one pair of places at a time.
+"""Relations between the places of spaces, read from links one pair of places at a time.
 
 A reader of links (`kinds.py`, `scales.py`) has variables for places and two verbs: `_same` says
 that what happens to one variable happens to the other, `_forbid` that nothing may happen to some.
@@ -24,11 +24,11 @@ class Relations(ABC):
 
     @abstractmethod
     def _same(self, x: Variable, y: Variable, opposite: int = 0) -> None:
-        """What is done to one is done to the other, or the inverse of it."""
+        """Tie two variables: both are transformed alike, or the second by the inverse."""
 
     @abstractmethod
     def _forbid(self, variables: Sequence[Variable]) -> None:
-        """Nothing may be done to these."""
+        """Forbid any transform of these."""
 
     def _for_each_unit(self, relate: Callable[..., None], *slots: Slot) -> None:
         columns = [self.variables(slot) for slot in slots]

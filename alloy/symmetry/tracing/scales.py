@@ -145,7 +145,7 @@ class Scales(Relations):
     def _norm(
         self, source: Slot | None, target: Slot, gain: Slot | None, bias: Slot | None
     ) -> None:
-        """What goes in has a scale of its own, what comes out has that of the gain."""
+        """Give the norm's input a scale of its own and its output that of the gain."""
         if source is not None:
             self._forbid(self.variables(source))
         if gain is None:

@@ -1,4 +1,4 @@
-"""What pre-training reads beside COCO: Visual Genome, SBU, CC3M, texts; and ImageNet."""
+"""Readers of pre-training's sets beside COCO: Visual Genome, SBU, CC3M, texts; and ImageNet."""
 
 import json
 from collections.abc import Iterator

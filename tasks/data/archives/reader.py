@@ -1,4 +1,4 @@
-"""What a reader of a data set is: files that must be there, and rows by split."""
+"""Readers of data sets: the files that must be there, and the rows of each split."""
 
 import csv
 from abc import ABC, abstractmethod

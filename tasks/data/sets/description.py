@@ -1,4 +1,4 @@
-"""What a prepared set says of itself: sizes, answers, classes, how its images and texts are read.
+"""A prepared set's description: sizes, answers, classes, and how images and texts are read.
 
 `prepare` writes it beside the rows. Heads of models, metrics and reports take their sizes and names
 from it and from nowhere else.
@@ -32,7 +32,7 @@ _HALF = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Look:
-    """How the checkpoint's image processor wants images: normalised so, resized so."""
+    """The normalisation and resizing that the checkpoint's image processor asks for."""
 
     mean: tuple[float, ...] = _HALF
     std: tuple[float, ...] = _HALF

@@ -27,7 +27,7 @@ _EVERY = 0.2  # seconds between two looks of the progress bar
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a prepared set holds: the number of rows of each split."""
+    """A prepared set, by the number of rows of each split."""
 
     name: str
     rows: dict[str, int]

@@ -1,4 +1,4 @@
-"""What a benchmark is: inputs, loss, metric with standard error; and the splits it reads.
+"""A benchmark: inputs, loss, metric with its standard error, and the splits that it reads.
 
 A split is either tensors by name, whole in memory (composed scenes), or rows on the disk
 (`tasks.data.sets`). Shapes: N examples, n of a batch, T tokens.

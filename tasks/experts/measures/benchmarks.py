@@ -185,7 +185,7 @@ def _embeddings(model: ModalityModel, batch: Split) -> tuple[Tensor, Tensor]:
 
 
 def _recalls(outputs: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Whether each image finds its caption among the first k, and each caption its image."""
+    """Return 1 where an image finds its caption among the first k, and the same for captions."""
     right = outputs.diagonal()
     captions_ahead = (outputs >= right[:, None]).sum(1) - 1
     images_ahead = (outputs >= right[None, :]).sum(0) - 1

@@ -156,7 +156,7 @@ class ImagePairs(SetBenchmark):
 
 
 def sentence_of(identifier: str) -> str:
-    """What NLVR2's identifiers of one sentence share: all but the number of the pair."""
+    """Return the part of NLVR2's identifier that names the sentence: all but the pair's number."""
     parts = identifier.split("-")
     return "-".join([*parts[:-2], parts[-1]])
 

@@ -63,7 +63,7 @@ def examples(results: Results) -> list[Section]:
 
 
 def unseen(results: Results) -> str:
-    """What test data of scenes are made of."""
+    """Say how test scenes differ from training scenes."""
     if "retrieval" not in results.examples:
         return ""
     return (

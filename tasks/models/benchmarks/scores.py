@@ -25,7 +25,7 @@ CAUSAL = (
 
 
 class NextTokens(NamedTuple):
-    """What a language model says of a text's next tokens: likelihoods and first choices."""
+    """A language model's predictions of a text's next tokens: likelihoods and first choices."""
 
     losses_N: Tensor  # summed over an example's tokens, in nats
     counts_N: Tensor  # tokens that were to be said

@@ -55,7 +55,7 @@ class Yardstick(Protocol):
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]: ...
 
     def by_example(self, candidate: Candidate) -> dict[str, Tensor]:
-        """What arms are compared by: of each example a value by measure, more for better."""
+        """Return each example's value by measure, more for better: arms are compared by these."""
         ...
 
 

@@ -90,7 +90,7 @@ class ModelsArm(Section):
 
     @model_validator(mode="after")
     def _slices_are_ranges(self) -> "ModelsArm":
-        """Refuse what is no range of layers; the merge's plan knows how many layers each source has."""
+        """Refuse what is no range of layers; the plan knows how many layers each source has."""
         for i, one in enumerate(self.slices):
             for source, (start, stop) in one.items():
                 if not 0 <= start < stop:

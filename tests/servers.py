@@ -81,6 +81,8 @@ class Relay:
         return f"http://127.0.0.1:{self.port}"
 
     def close(self) -> None:
+        with suppress(OSError):  # closing alone does not end an accept that waits
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:

@@ -50,7 +50,10 @@ def rows(recipe: Recipe) -> Iterator[list[str]]:
 
 def runs(recipe: str) -> Section:
     """The stages that ran in this workspace, each with its last run; no parts where none did."""
-    header = ["stage", "when (UTC)", "seconds", "CPU seconds", "peak memory", "read", "written"]
+    header = [
+        "stage", "when (UTC)", "seconds", "CPU seconds", "peak memory", "read", "written",
+        "GPU memory",
+    ]  # fmt: skip
     shown = [
         [
             f"{stage} (failed)" if usage.failed else stage,
@@ -60,6 +63,7 @@ def runs(recipe: str) -> Section:
             _size(usage.peak_memory),
             _size(usage.bytes_read),
             _size(usage.bytes_written),
+            "no GPU" if usage.gpu_memory is None else _size(usage.gpu_memory),
         ]
         for stage, usage in last_runs(recipe).items()
     ]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tasks.reports.report import Report
 from tasks.usage import Usage, last_runs, measured
 
 MIB = 2**20
+REPOSITORY = Path(__file__).parents[2]
 CHILD = "import sys, os; d = bytearray(os.urandom(8 * 2**20)) * 8; open(sys.argv[1], 'wb').write(d)"
 ONE = Usage("merge", "2026-11-27T10:00:00+00:00", False, 2.0, 3.5, 5 * MIB, 7 * MIB, None)
 
@@ -51,6 +53,44 @@ def test_a_stage_that_fails_is_recorded_as_failed(ended: BaseException, failed: 
     assert bool(last_runs("mine", failed=False)) is not failed
 
 
+def test_a_killed_stage_is_a_failed_run(folder: Path):
+    """Signal 9 leaves what the stage took so far; that of a living run is nobody's yet."""
+    code = (
+        "import os, pathlib, sys; from tasks import usage; usage.RUNS = pathlib.Path(sys.argv[1])\n"
+        "with usage.measured('mine', 'merge'): sys.stdin.read(1); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", code, str(folder / "runs")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=REPOSITORY) as stage:
+        while (
+            not (noted := list((folder / "runs").glob("*.running"))) or not noted[0].stat().st_size
+        ):
+            time.sleep(0.02)
+        assert last_runs("mine") == {}
+        stage.communicate(b"x")
+    taken = last_runs("mine")["merge"]
+    assert taken.failed
+    assert taken.peak_memory > MIB
+    assert list((folder / "runs").iterdir()) == [folder / "runs/mine.jsonl"]
+    assert last_runs("mine", failed=False) == {}
+
+
+def test_the_memory_of_gpus_is_what_came_on_top(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """As NVIDIA's tool says it, for all GPUs together."""
+    monkeypatch.setattr(usage, "SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr(usage, "RARELY_SECONDS", 0.1)
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncat {folder}/used\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+    (folder / "used").write_text("100\n7\n")
+    with measured("mine", "merge"):
+        (folder / "used").write_text("150\n17\n")
+        time.sleep(1.0)
+    taken = last_runs("mine")["merge"]
+    assert taken.gpu_memory == 60 * MIB
+    assert taken.metrics()["stage/merge/gpu_memory"] == 60 * MIB
+
+
 def test_the_last_run_of_each_stage_counts_and_damage_does_not(folder: Path):
     assert last_runs("mine") == {}
     file = folder / "runs/mine.jsonl"
@@ -84,7 +124,8 @@ def test_the_page_has_the_runs_where_there_are_any(folder: Path):
     assert runs("mine").parts == []
     usage._add(replace(ONE, failed=True), folder / "runs/mine.jsonl")
     (grid,) = runs("mine").parts
-    row = ["merge (failed)", "2026-11-27 10:00", "2.0", "3.5", "5.0 MiB", "7.0 MiB", "not counted"]
+    row = ["merge (failed)", "2026-11-27 10:00", "2.0", "3.5", "5.0 MiB", "7.0 MiB", "not counted",
+           "no GPU"]  # fmt: skip
     assert list(grid.rows) == [row]
     report = Report(
         recipe="mine", title="t", sections=[runs("mine")], tables=[], metrics={}, rows={}

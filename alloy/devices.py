@@ -45,6 +45,19 @@ def supports_bfloat16(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type)
 
 
+_FAST_IN_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # P100, V100, A100, H100, B200
+
+
+def is_slow_in_float64(device: torch.device) -> bool:
+    """True where float64 costs far more than twice float32: on all GPUs but those of data centres.
+
+    Linear systems are solved in float32 there and refined (`alloy.linear_systems`).
+    """
+    return (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) not in _FAST_IN_FLOAT64
+    )
+
+
 def device_pool() -> list[str]:
     """The devices for which jobs queue: all GPUs, or the one that was asked for; none on the CPU.
 

@@ -14,20 +14,19 @@ outputs of a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alloy.errors import MergeError
+from alloy.refit.conjugate import conjugate_gradients, factored
 from alloy.refit.lessons import Sensitivity
 from alloy.refit.linear_layer import LinearLayer
 from alloy.statistics.masks import Masks
 from alloy.statistics.moments import second_moment
 
-ACCURACY, MAX_STEPS = 1e-6, 1000  # of conjugate gradients
 ROUNDING = 1e-6  # of a layer's largest weight: a smaller change is none
 
 
@@ -140,7 +139,7 @@ class NormalEquations:
         floor_GI = ridge * _scale(covariance_GII)[:, None].expand(-1, num_inputs)
         if self.layer.has_bias:
             floor_GI = F.pad(floor_GI, (0, 1))
-        change = _conjugate_gradients(terms, floor_GI, name)
+        change = conjugate_gradients(terms, floor_GI, name)
         if not self.layer.has_bias:
             return change, change.new_zeros(change.shape[:2])
         return change[..., :-1], change[..., -1]
@@ -168,71 +167,8 @@ def _scale(xx_GII: Tensor) -> Tensor:
     return torch.where(scale_G > 0, scale_G, 1.0)
 
 
-def _factor(matrix_GII: Tensor, name: str) -> Tensor:
-    factor_GII, failed = torch.linalg.cholesky_ex(matrix_GII)
-    if failed.any():
-        raise MergeError(f"the inputs of {name} do not determine it: set a ridge above 0")
-    return factor_GII
-
-
 def _solved(xx_GII: Tensor, rx_GOI: Tensor, ridge: float, name: str) -> Tensor:
     """rx (xx + ridge s 1)⁻¹ for each group; 0 for a group whose inputs never vary."""
     eye_II = torch.eye(xx_GII.shape[-1], dtype=xx_GII.dtype, device=xx_GII.device)
-    factor_GII = _factor(xx_GII + ridge * _scale(xx_GII)[:, None, None] * eye_II, name)
-    return torch.cholesky_solve(rx_GOI.mT, factor_GII).mT
-
-
-def _conjugate_gradients(
-    terms: Sequence[tuple[Tensor, Tensor, Tensor]], floor_GI: Tensor, name: str
-) -> Tensor:
-    """X with sum H X A + X diag(floor) = sum H R over terms (H, A, R), preconditioned by one H and
-    one A.
-    """
-    units = [h_GOO for h_GOO, _, _ in terms]
-    curvatures = [a_GII for _, a_GII, _ in terms]
-    wanted_GOI = torch.stack([h_GOO @ r_GOI for h_GOO, _, r_GOI in terms]).sum(0)
-    sizes_MG11 = torch.stack([a.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for a in curvatures])
-    tiny = torch.finfo(torch.float64).tiny
-    mean_GOO = (torch.stack(units) * (sizes_MG11 + tiny)).sum(0) / (sizes_MG11 + tiny).sum(0)
-    whole_GII = torch.stack(curvatures).sum(0) + torch.diag_embed(floor_GI)
-    rows, columns = _factor(mean_GOO, name), _factor(whole_GII, name)
-
-    def applied(x_GOI: Tensor) -> Tensor:
-        moved = [h_GOO @ x_GOI @ a_GII for h_GOO, a_GII, _ in terms]
-        return torch.stack(moved).sum(0) + x_GOI * floor_GI[:, None, :]
-
-    def preconditioned(x_GOI: Tensor) -> Tensor:
-        return torch.cholesky_solve(torch.cholesky_solve(x_GOI, rows).mT, columns).mT
-
-    solution = _conjugated(applied, preconditioned, wanted_GOI)
-    if solution is None:
-        raise MergeError(f"{name} was not solved in {MAX_STEPS} steps: set a larger ridge")
-    return solution
-
-
-def _conjugated(
-    applied: Callable[[Tensor], Tensor], preconditioned: Callable[[Tensor], Tensor], wanted: Tensor
-) -> Tensor | None:
-    """Preconditioned conjugate gradients from 0, where `wanted` lies; None if they do not end."""
-    goal = ACCURACY * _dot(wanted, wanted) ** 0.5
-    solution, residual = torch.zeros_like(wanted), wanted.clone()
-    direction, before = torch.zeros_like(wanted), 1.0
-    for _ in range(MAX_STEPS):
-        if _dot(residual, residual) ** 0.5 <= goal:
-            return solution
-        step = preconditioned(residual)
-        height = _dot(residual, step)
-        direction.mul_(height / before).add_(step)
-        change = applied(direction)
-        length = height / _dot(direction, change)
-        solution.add_(length * direction)
-        residual.sub_(length * change)
-        before = height
-    return None
-
-
-def _dot(x: Tensor, y: Tensor) -> float:
-    """The inner product; on the CPU by NumPy's BLAS, whose sums are the released model's."""
-    if x.device.type == "cpu":
-        return float(np.dot(x.contiguous().numpy().ravel(), y.contiguous().numpy().ravel()))
-    return float((x * y).sum())
+    system = factored(xx_GII + ridge * _scale(xx_GII)[:, None, None] * eye_II, name)
+    return system.solve(rx_GOI.mT).mT

@@ -4,9 +4,11 @@ Each error is a `ValueError` as well. Its message says what was given, what was 
 be right; what only a fault of ours can cause is an `AssertionError`.
 """
 
+import re
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
+from heapq import nlargest
 
 
 class AlloyError(ValueError):
@@ -90,3 +92,31 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return (
         f"did you mean {close[0]!r}? " if close else ""
     ) + f"choose one of {known[:MOST_NAMES]}{more}"
+
+
+def most_alike(pattern: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """The names that look most like a pattern that matches none, one of every kind of layer.
+
+    The pattern's own letters are compared with the name and with each run of its parts.
+    """
+    kinds: dict[str, str] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "0", name), name)
+    wanted = re.sub(r"\d+", "0", re.sub(r"[*?\[\]!]+", "", pattern)).strip(".").lower()
+    length = wanted.count(".") + 1
+
+    def likeness(kind: str) -> float:
+        parts = kind.lower().split(".")
+        runs = {".".join(parts[i : i + length]) for i in range(len(parts))} | {kind.lower()}
+        return max(SequenceMatcher(None, run, wanted).ratio() for run in runs)
+
+    return [kinds[kind] for kind in nlargest(most, kinds, key=likeness)]
+
+
+def nearest_tensors(pattern: str, names: Iterable[str]) -> str:
+    """The end of an error message about a pattern that matches no tensor: the nearest that are."""
+    known = list(names)
+    alike = most_alike(pattern, known)
+    if len(known) <= len(alike):
+        return f"the tensors are {sorted(known)}"
+    return f"of {len(known):,} the nearest are {alike}"

@@ -16,7 +16,7 @@ from alloy.checkpoint.format import DTYPE_NAMES, MERGEABLE, Checkpoint, Entry
 from alloy.checkpoint.licence import front_matter, licence_of, strictest
 from alloy.checkpoint.reading import few
 from alloy.checkpoint.tensors import TORCH_DTYPES, load_tensor
-from alloy.errors import MergeError, nearest, system_errors
+from alloy.errors import MergeError, nearest, nearest_tensors, system_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,7 +142,8 @@ def _changed(
     for pattern in drop:
         if not any(fnmatchcase(name, pattern) for name in base.entries):
             raise MergeError(
-                f"drop pattern {pattern!r} matches no tensor: {nearest(pattern, base.entries)}"
+                f"drop pattern {pattern!r} matches no tensor: "
+                f"{nearest_tensors(pattern, base.entries)}"
             )
     for name, entry in base.entries.items():
         if entry.shape != tuned.entries[name].shape:

@@ -192,6 +192,7 @@ def _plan(request: MergeRequest) -> MergePlan:
         None if request.chat_template is None else str(request.chat_template),
         request.allow,
         compared=merges_rows,
+        vocabulary=vocabulary,
     )
     owners = None if layers is None else layers.owners
     tensors = plan_tensors(findings, sources, vocabulary, selection, owners)

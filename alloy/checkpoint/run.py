@@ -252,7 +252,9 @@ def _shards(plan: MergePlan, compiled: bool) -> list[Shard]:
 
 
 def _about(tensor: PlannedTensor) -> Tensors:
-    return Tensors(tensor.name, tensor.inputs, tensor.sources, tensor.dtype, tensor.shape)
+    return Tensors(
+        tensor.name, tensor.inputs, tensor.sources, tensor.dtype, tensor.shape, tensor.mapped
+    )
 
 
 def _step(

@@ -153,6 +153,10 @@ class Vocabulary:
     """The result's vocabulary and where its rows come from."""
 
     size: int
+    tokens: Mapping[str, int]
+    """Token to id."""
+    added: frozenset[str]
+    """Tokens that the reference lacks."""
     row_maps: Mapping[str, np.ndarray]
     """By source: for each row of the result the source's row, or -1."""
     files: Mapping[str, bytes]
@@ -223,10 +227,11 @@ def combine_vocabularies(
         borrowed |= dict.fromkeys(range(size, padded), (None, 0))
         size = padded
     if not new:
-        return Vocabulary(size, maps, {}, borrowed=borrowed)
+        return Vocabulary(size, ids, frozenset(), maps, {}, borrowed=borrowed)
     data = _extended(base, tokenizers, ids, new)
     text = json.dumps(data, ensure_ascii=False, indent=2).encode()
-    return Vocabulary(size, maps, {"tokenizer.json": text}, _LEGACY, borrowed)
+    files = {"tokenizer.json": text}
+    return Vocabulary(size, ids, frozenset(new), maps, files, _LEGACY, borrowed)
 
 
 def _borrowed(

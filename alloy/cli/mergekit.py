@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 import yaml
 
 from alloy.checkpoint import plan_merge
-from alloy.cli.merging import carry_out
+from alloy.cli.merging import Allow, Copy, Drop, Kept, carry_out, key_values
 from alloy.cli.places import local, on_hub
 from alloy.cli.wording import refusals
 from alloy.errors import MergeError
@@ -19,6 +20,13 @@ from alloy.yaml_keys import UniqueKeysLoader
 EXAMPLE = """**Example**: the file that `mergekit-yaml config.yml merged` takes
 
     alloy mergekit config.yml merged"""
+FILE = {
+    "base": "base_model",
+    "chat_template": "chat_template",
+    "dtype": "dtype",
+    "tokenizer": "tokenizer_source",
+}
+"""Arguments that are keys of the file."""
 
 
 def mergekit(
@@ -28,6 +36,10 @@ def mergekit(
     output: Annotated[
         Path, typer.Argument(help="A folder that does not exist or is empty.", show_default=False)
     ],
+    kept: Kept = None,
+    copy: Copy = None,
+    drop: Drop = None,
+    allow: Allow = None,
     threads: Annotated[int | None, typer.Option(help="Workers; by default all cores.")] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show what the merge would do, and write nothing.")
@@ -35,11 +47,19 @@ def mergekit(
 ) -> None:
     """Merge as a configuration of mergekit says: its methods, slices, filters and gradients.
 
-    What has no counterpart here is refused by name, with what comes nearest.
+    What has no counterpart here is refused by name, with what comes nearest. What its files cannot
+    say, and `alloy merge` asks, is said by --kept, --copy, --drop and --allow.
     """
-    with refusals("mergekit"):
+    with refusals("mergekit", FILE):
         translation = merge_request(_read(config), output, locate=lambda name: local(on_hub(name)))
-        planned = plan_merge(translation.request)
+        request = replace(
+            translation.request,
+            kept=kept or (),
+            copy=key_values(copy or (), "--copy", "PATTERN=NAME", str),
+            drop=drop or (),
+            allow=(*translation.request.allow, *(allow or ())),
+        )
+        planned = plan_merge(request)
         for note in translation.notes:
             typer.echo(f"note: {note}")
         if plan:

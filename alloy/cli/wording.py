@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,13 +49,20 @@ _ARGUMENT = re.compile(
 _METHOD_OPTION = re.compile(rf"\boption (?P<name>\w+)(?: of '[^']*')?=(?P<value>{_VALUE})")
 
 
-def in_options(message: str) -> str:
-    """A message of the library, its Python arguments written as options."""
+def in_options(message: str, keys: Mapping[str, str] | None = None) -> str:
+    """A message of the library, its Python arguments written as options.
+
+    Args:
+        keys: arguments that the command reads in a file instead, with their keys there.
+    """
     message = _METHOD_OPTION.sub(lambda m: f"--set {m['name']}={_plain(m['value'])}", message)
-    return _ARGUMENT.sub(_option, message)
+    return _ARGUMENT.sub(lambda match: _option(match, keys or {}), message)
 
 
-def _option(match: re.Match[str]) -> str:
+def _option(match: re.Match[str], keys: Mapping[str, str]) -> str:
+    if (key := keys.get(match["name"])) is not None:
+        value = f": {_literal(match['value'])}" if match["value"] else ""
+        return key + value + match["others"].replace("'", "")
     option = _OPTIONS[match["name"]]
     others = match["others"].replace("'", "")
     if not match["value"]:
@@ -89,7 +96,7 @@ def _literal(text: str) -> Any:
 
 
 @contextmanager
-def refusals(command: str) -> Generator[None]:
+def refusals(command: str, keys: Mapping[str, str] | None = None) -> Generator[None]:
     """End with one message and a status where the block refuses, fails or is interrupted.
 
     1 is for what the library refuses and the system cannot do, 2 (Typer's) for what is no command,
@@ -98,7 +105,7 @@ def refusals(command: str) -> Generator[None]:
     try:
         yield
     except (AlloyError, OSError) as error:
-        typer.echo(f"alloy {command}: {in_options(str(error))}", err=True)
+        typer.echo(f"alloy {command}: {in_options(str(error), keys)}", err=True)
         raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
         typer.echo(f"alloy {command}: interrupted", err=True)

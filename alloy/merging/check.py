@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from alloy.errors import MergeError, nearest
+from alloy.errors import MergeError, nearest, nearest_tensors
 from alloy.merging.method import Coefficients, MergeMethod, MergeSettings, Option
 from alloy.merging.methods import MERGE_METHODS
 from alloy.merging.values import ByModel, Gradient, depths, resolved
@@ -334,7 +334,7 @@ def _where(pattern: str, row: Sequence[Any]) -> str:
 
 def _require_match(what: str, pattern: str, names: Sequence[str]) -> None:
     if not any(fnmatchcase(name, pattern) for name in names):
-        raise MergeError(f"{what} matches no tensor: {nearest(pattern, names)}")
+        raise MergeError(f"{what} matches no tensor: {nearest_tensors(pattern, names)}")
 
 
 def few(names: Sequence[str], most: int = 5) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 import alloy
-from alloy.errors import MergeError, nearest
+from alloy.errors import MergeError, nearest_tensors
 from alloy.merging import MERGE_METHODS
 from alloy.modality import ModalityModel, agnostic_config, shared_weights, split_experts
 from alloy.modality.observe import REFERENCE
@@ -76,7 +76,7 @@ def _by_name(
     """
     decides = {name: next((p for p in given if fnmatchcase(name, p)), None) for name in every}
     if idle := [pattern for pattern in given if pattern not in decides.values()]:
-        raise MergeError(f"patterns {idle} decide nothing: {nearest(idle[0], list(every))}")
+        raise MergeError(f"patterns {idle} decide nothing: {nearest_tensors(idle[0], every)}")
     return {name: given[p] for name in names if (p := decides[name]) is not None}
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.checks.rows import has_row_per_token, is_embedding, is_head
 from alloy.checkpoint.config import parts_of_model, text_part
 from alloy.checkpoint.format import Checkpoint
-from alloy.errors import nearest
+from alloy.errors import most_alike, nearest
 
 GROUPS = ("vision_tower", "audio_tower", "projector", "embeddings", "head", "norms")
 
@@ -43,7 +42,7 @@ def kept_names(findings: Findings, kept: Sequence[str], reference: Checkpoint) -
             if not hit:
                 findings.problem(
                     f"kept={wanted!r} matches no tensor of the first source: "
-                    f"{nearest(wanted, [*GROUPS, *_like(wanted, reference.entries)])} "
+                    f"{nearest(wanted, [*GROUPS, *most_alike(wanted, reference.entries)])} "
                     "or a pattern of names"
                 )
         else:
@@ -61,11 +60,6 @@ def kept_names(findings: Findings, kept: Sequence[str], reference: Checkpoint) -
                 )
         names |= hit
     return frozenset(names)
-
-
-def _like(pattern: str, names: Iterable[str]) -> list[str]:
-    """The few names that look most like a pattern that matches none."""
-    return get_close_matches(pattern, list(names), n=3, cutoff=0.4)
 
 
 def refuse_two_wishes(

@@ -17,6 +17,7 @@ from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.reading import few, read_json, read_text, source_file
+from alloy.checkpoint.tokenizer import Vocabulary
 from alloy.errors import CheckpointError
 
 AUTO = "auto"
@@ -72,6 +73,7 @@ def common_settings(
     allow: Sequence[str],
     *,
     compared: bool = True,
+    vocabulary: Vocabulary | None = None,
 ) -> TextSettings:
     """Compare how the tokenizers are used, and choose the chat template.
 
@@ -81,19 +83,25 @@ def common_settings(
         chat_template: the source whose template is taken, a file, the template itself, or `AUTO`.
         compared: whether settings that differ are refused. Where the result has one source's
             embeddings, that source's tokenizer alone counts.
+        vocabulary: of the result, where the sources' differ. Special tokens that it adds stay
+            special; those that it lacks are nobody's loss.
     """
     read = {name: findings.attempt(_read, folder) for name, folder in folders.items()}
     settings = {name: value for name, value in read.items() if value is not None}
-    if speaker in settings and compared:
-        for name in models:
-            if name != speaker and name in settings:
-                _compare(findings, speaker, settings[speaker], name, settings[name], allow)
+    special: dict[str, None] = {}
+    for name in models if compared else ():
+        if name != speaker and name in settings:
+            theirs, added = _of_speaker(settings[name], vocabulary)
+            special |= dict.fromkeys(added)
+            if speaker in settings:
+                _compare(findings, speaker, settings[speaker], name, theirs, allow)
     templates = {name: findings.attempt(_template, folder) for name, folder in folders.items()}
     known = {name: template for name, template in templates.items() if template}
     chosen = _chosen(findings, known, speaker, chat_template, bool(settings))
-    if chosen is None or chosen == known.get(speaker) or speaker not in folders:
+    new = None if chosen == known.get(speaker) else chosen
+    if speaker not in folders or (new is None and not special):
         return TextSettings({})
-    return _with_template(folders[speaker], chosen)
+    return _changed(folders[speaker], new, list(special))
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -127,6 +135,21 @@ def _without_ids(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_ids(item) for item in value if type(item) is not int]
     return value
+
+
+def _of_speaker(
+    theirs: Mapping[str, Any], vocabulary: Vocabulary | None
+) -> tuple[Mapping[str, Any], list[str]]:
+    """Another source's settings about tokens that the speaker has too; its special tokens that the
+    result's vocabulary adds to these.
+    """
+    listed = theirs.get(_OLD_NAME)
+    if vocabulary is None or not isinstance(listed, list):
+        return theirs, []
+    shared = [t for t in listed if t in vocabulary.tokens and t not in vocabulary.added]
+    others = {key: value for key, value in theirs.items() if key != _OLD_NAME}
+    added = [token for token in listed if token in vocabulary.added]
+    return (others | {_OLD_NAME: shared} if shared else others), added
 
 
 def _compare(
@@ -230,16 +253,20 @@ def _commonest(findings: Findings, templates: Mapping[str, Template]) -> Templat
     return chosen
 
 
-def _with_template(folder: Path, template: Template) -> TextSettings:
-    """The files that give a folder's tokenizer this template and no other."""
+def _changed(folder: Path, template: Template | None, special: Sequence[str]) -> TextSettings:
+    """The files that give a folder's tokenizer this template and no other, and special tokens."""
     files: dict[str, bytes] = {}
     path = source_file(folder, _SETTINGS)
     settings = {} if path is None else read_json(path)
+    if special:
+        key = _NEW_NAME if isinstance(settings.get(_NEW_NAME), list) else _OLD_NAME
+        settings[key] = [*(settings.get(key) or []), *special]
     if isinstance(template, str):
         settings.pop("chat_template", None)
         files[_TEMPLATE] = template.encode()
-    else:
+    elif template is not None:
         settings["chat_template"] = template
-    if path is not None or not isinstance(template, str):
+    if path is not None or special or isinstance(template, list):
         files[_SETTINGS] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
-    return TextSettings(files, (_TEMPLATE, _TEMPLATE_JSON))
+    left_out = () if template is None else (_TEMPLATE, _TEMPLATE_JSON)
+    return TextSettings(files, left_out)

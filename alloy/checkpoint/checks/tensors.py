@@ -19,7 +19,7 @@ from alloy.checkpoint.config import vocabulary_size
 from alloy.checkpoint.format import DTYPE_NAMES, ITEM_BYTES, MERGEABLE, Entry
 from alloy.checkpoint.reading import few
 from alloy.checkpoint.tokenizer import Vocabulary
-from alloy.errors import nearest
+from alloy.errors import nearest, nearest_tensors
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,8 @@ def _check_selection(
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 findings.problem(
-                    f"{what} pattern {pattern!r} matches no tensor: {nearest(pattern, names)}"
+                    f"{what} pattern {pattern!r} matches no tensor: "
+                    f"{nearest_tensors(pattern, names)}"
                 )
     for pattern, source in selection.copy.items():
         if source not in sources.checkpoints:
@@ -337,10 +338,10 @@ def _merged(
             "dequantise them first"
         )
         return None
-    if mapped and (len(set(dtypes.values())) > 1 or first.dtype not in ("BF16", "F16", "F32")):
+    if mapped and not mergeable:
         findings.problem(
-            f"{name!r} is {sorted(set(dtypes.values()))}: vocabularies are matched in one dtype of "
-            "BF16, F16, F32"
+            f"{name!r} is {first.dtype} with a row for each token: vocabularies are matched in one "
+            f"of {', '.join(MERGEABLE)}"
         )
         return None
     return PlannedTensor(

@@ -96,17 +96,38 @@ class Shard:
         return len(self.header) + sum(step.num_bytes for step in self.steps)
 
 
+def as_float(row: np.ndarray, dtype: str) -> np.ndarray:
+    """The values of a row of bytes; none of a dtype that holds no real numbers."""
+    if dtype == "BF16":
+        return (row.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    numpy_dtypes = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+    return row.view(numpy_dtypes[dtype]) if dtype in numpy_dtypes else np.zeros(0)
+
+
+def mapped_dtype(inputs: Sequence[Entry]) -> str:
+    """The dtype of rows that are looked up by token: the inputs' own, or one that holds them all.
+
+    Rows that stand in for others are then exact, so that a source which lacks a token of the base
+    changes nothing in it.
+    """
+    dtypes = {entry.dtype for entry in inputs}
+    if len(dtypes) == 1:
+        return inputs[0].dtype
+    return "F64" if "F64" in dtypes else "F32"
+
+
 def read_mapped(step: Step, inputs: Sequence[Input], start: int, stop: int) -> np.ndarray:
-    """The inputs' rows in the order of the output's vocabulary, as [inputs, bytes].
+    """The inputs' rows in the order of the output's vocabulary, as [inputs, bytes], all of
+    `mapped_dtype`.
 
     A row that an input lacks is the one chosen for it; else the base's (input 0) if that has it,
     else the mean of those that do.
     """
     assert step.row_maps is not None, "only vocabulary tensors are mapped"
-    first = step.inputs[0]
-    width = first.num_elements // first.shape[0] * ITEM_BYTES[first.dtype]
-    begin, end = (i * ITEM_BYTES[first.dtype] // width for i in (start, stop))
-    rows = np.empty((len(step.inputs), end - begin, width), np.uint8)
+    first, dtype = step.inputs[0], mapped_dtype(step.inputs)
+    columns = first.num_elements // first.shape[0]
+    begin, end = start // columns, stop // columns
+    rows = np.empty((len(step.inputs), end - begin, columns * ITEM_BYTES[dtype]), np.uint8)
     missing = np.zeros((len(step.inputs), end - begin), bool)
     for i, (source, row_map) in enumerate(zip(inputs, step.row_maps, strict=True)):
         wanted = row_map[begin:end]
@@ -115,25 +136,41 @@ def read_mapped(step: Step, inputs: Sequence[Input], start: int, stop: int) -> n
         for run in np.split(np.arange(end - begin), breaks):
             if wanted[run[0]] >= 0:
                 target = rows[i, run[0] : run[-1] + 1].reshape(-1)
-                source.read(int(wanted[run[0]]) * (width // ITEM_BYTES[first.dtype]), target)
+                _read_as(dtype, source, int(wanted[run[0]]) * columns, target)
     for column in np.flatnonzero(missing.any(0)):
         if (chosen := step.borrowed.get(begin + int(column))) is not None:
             donor, row = chosen
-            lent = np.zeros(width, np.uint8)
+            lent = np.zeros(rows.shape[2], np.uint8)
             if donor is not None:
-                inputs[donor].read(row * (width // ITEM_BYTES[first.dtype]), lent)
+                _read_as(dtype, inputs[donor], row * columns, lent)
             rows[missing[:, column], column] = lent
             continue
-        _fill(rows[:, column], missing[:, column], step.prefer_first, KINDS[first.dtype])
+        _fill(rows[:, column], missing[:, column], step.prefer_first, dtype)
     return rows.reshape(len(step.inputs), -1)
 
 
-def _fill(rows: np.ndarray, missing: np.ndarray, prefer_first: bool, kind: int) -> None:
+def _read_as(dtype: str, source: Input, first: int, row: np.ndarray) -> None:
+    """Fill a row of bytes with a source's elements from `first` on, in a dtype that holds them."""
+    own = source.entry.dtype
+    if own == dtype:
+        source.read(first, row)
+        return
+    stored = np.empty(len(row) // ITEM_BYTES[dtype] * ITEM_BYTES[own], np.uint8)
+    source.read(first, stored)
+    wide = as_float(row, dtype)
+    wide[:] = as_float(stored, own)
+
+
+def _fill(rows: np.ndarray, missing: np.ndarray, prefer_first: bool, dtype: str) -> None:
     """Give the inputs that lack a row the first input's, or the mean of those that have it."""
     donors = np.flatnonzero(~missing)
     if prefer_first and not missing[0]:
         donors = donors[:1]
-    share = np.full(len(donors), 1 / len(donors), np.float32)
-    filled = np.empty(rows.shape[1], np.uint8)
-    mix(np.ascontiguousarray(rows[donors]), kind, share, False, filled, kind)
+    having = np.ascontiguousarray(rows[donors])
+    if dtype in KINDS:
+        share = np.full(len(donors), 1 / len(donors), np.float32)
+        filled, kind = np.empty(rows.shape[1], np.uint8), KINDS[dtype]
+        mix(having, kind, share, False, filled, kind)
+    else:
+        filled = as_float(having, dtype).mean(0).view(np.uint8)
     rows[missing] = filled

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import alloy.checkpoint.engine.kernels as kernels
-from alloy.checkpoint.engine.steps import Rows
+from alloy.checkpoint.engine.steps import Rows, as_float, mapped_dtype
 from alloy.checkpoint.format import ITEM_BYTES, Entry
 from alloy.checkpoint.tensors import TORCH_DTYPES, load_tensor
 from alloy.errors import MergeError
@@ -39,6 +39,15 @@ class Tensors:
     """Of the output."""
     shape: tuple[int, ...]
     """Of the output; the inputs' may have other numbers of rows where vocabularies differ."""
+    mapped: bool = False
+    """Rows are looked up by token."""
+
+    @property
+    def row_dtypes(self) -> list[str]:
+        """Of the inputs as they are read."""
+        if self.mapped:
+            return [mapped_dtype(self.inputs)] * len(self.inputs)
+        return [entry.dtype for entry in self.inputs]
 
     @property
     def num_elements(self) -> int:
@@ -60,8 +69,9 @@ class Tensors:
 
     def blame(self, rows: Rows, start: int) -> MergeError:
         """The error for a chunk whose result is not finite."""
-        for row, entry, source in zip(rows, self.inputs, self.sources, strict=True):
-            values = _as_float(row, entry.dtype)
+        read = zip(rows, self.row_dtypes, self.inputs, self.sources, strict=True)
+        for row, dtype, entry, source in read:
+            values = as_float(row, dtype)
             if not np.isfinite(values).all():
                 index = start + int(np.flatnonzero(~np.isfinite(values))[0])
                 return MergeError(
@@ -286,7 +296,7 @@ class Function(_Work):
         from alloy.merging import merge_tensor
 
         tensors = self.tensors
-        dtypes = [getattr(torch, TORCH_DTYPES[entry.dtype]) for entry in tensors.inputs]
+        dtypes = [getattr(torch, TORCH_DTYPES[dtype]) for dtype in tensors.row_dtypes]
         values = [
             torch.from_numpy(row).view(dtype) for row, dtype in zip(rows, dtypes, strict=True)
         ]
@@ -400,14 +410,6 @@ def _kth_largest(counts: np.ndarray, k: int) -> tuple[int, int]:
     position = int(np.searchsorted(above, k))
     before = int(above[position - 1]) if position else 0
     return len(counts) - 1 - position, k - before
-
-
-def _as_float(row: np.ndarray, dtype: str) -> np.ndarray:
-    """The values of a row of bytes, for messages about them."""
-    if dtype == "BF16":
-        return (row.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    numpy_dtypes = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
-    return row.view(numpy_dtypes[dtype]) if dtype in numpy_dtypes else np.zeros(0)
 
 
 def _convert(tensors: Tensors, rows: Rows, start: int, out: np.ndarray) -> None:

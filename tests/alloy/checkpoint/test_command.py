@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import alloy
 from alloy.cli.app import app
+from alloy.cli.mergekit import FILE
 from alloy.cli.wording import in_options
 
 
@@ -160,6 +161,18 @@ def test_a_path_may_hold_an_equals_sign(tmp_path, write, weights):
 )
 def test_python_arguments_become_options(python, options):
     assert in_options(python) == options
+
+
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        ("tokenizer='base' or 'union' (every", "tokenizer_source: base or union (every"),
+        ("needs base=, the weights", "needs base_model, the weights"),
+        ("or say allow=['rope_theta'] to", "or say --allow rope_theta to"),
+    ],
+)
+def test_python_arguments_become_keys_of_mergekits_files(python, said):
+    assert in_options(python, FILE) == said
 
 
 def test_no_refusal_speaks_of_python_arguments():

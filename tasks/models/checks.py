@@ -8,12 +8,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from alloy.alignment import MATCHING_METHODS
 from alloy.alignment.presets import PRESETS, Preset, Zip
+from alloy.checkpoint.config import skeleton
 from alloy.errors import MergeError, nearest
+from alloy.trunk.plan import kept_names
 from tasks.models.benchmarks.checks import check_benchmarks
 from tasks.models.prepare import refuse_options
+from tasks.models.shared.parts import matching
+from tasks.recipe.calibration import ModelsCalibration
 from tasks.recipe.models import ModelsAlignment, ModelsRecipe
 from tasks.recipe.section import ParamsError
 from tasks.search.command import parse
+from tasks.sources.glance import Glance, glance
 
 
 def check(recipe: ModelsRecipe) -> None:
@@ -24,6 +29,7 @@ def check(recipe: ModelsRecipe) -> None:
     """
     check_benchmarks(f"{recipe.where}: evaluate", recipe.evaluate)
     check_searches(recipe)
+    check_checkpoints(recipe)
     if not recipe.is_calibrated:
         return
     prepare, collect, align = recipe.calibrated
@@ -42,6 +48,66 @@ def check(recipe: ModelsRecipe) -> None:
     for name, benchmark in prepare.benchmarks.items():
         where = f"{recipe.where}: prepare.benchmarks.{name}"
         refuse_options(where, benchmark.writer, "benchmark", benchmark.options)
+
+
+def check_checkpoints(recipe: ModelsRecipe) -> None:
+    """Refuse what the configs and files of the checkpoints do not have, before they are fetched.
+
+    A checkpoint that cannot be looked at (nothing answers) is checked once it is here.
+
+    Raises:
+        ParamsError: parts that are not there, overlap or are not alike; processors that are
+            missing.
+    """
+    calibrations = recipe.prepare.calibration if recipe.prepare is not None else {}
+    needed = {
+        member: needs
+        for entry in recipe.sets.values()
+        if entry.calibration in calibrations
+        and (needs := processors_for(calibrations[entry.calibration]))
+        for members in entry.members.values()
+        for member in members
+    }
+    parts = [part for entry in recipe.sets.values() for part in entry.parts.values()]
+    glances: dict[str, Glance] = {}
+    for name in {**needed, **dict.fromkeys(part.checkpoint for part in parts)}:
+        source, folder = recipe.fetch.checkpoints[name].source, recipe.workspace.checkpoints / name
+        if name not in recipe.fetch.adapters and (seen := glance(source, folder)) is not None:
+            glances[name] = seen
+    for name in needed.keys() & glances.keys():
+        for what in needed[name]:
+            if not {*PROCESSORS[what]} & {*glances[name].files}:
+                raise ParamsError(
+                    f"{recipe.where}: fetch.checkpoints.{name}: it has no {what} "
+                    f"({PROCESSORS[what][0]}), which prepare.calibration takes; save the one it "
+                    "was trained with beside its weights"
+                )
+    models = {
+        part.checkpoint: skeleton(glances[part.checkpoint].config)
+        for part in parts
+        if part.checkpoint in glances
+    }
+    for entry in recipe.sets.values():
+        if entry.parts and all(models.get(part.checkpoint) for part in entry.parts.values()):
+            try:
+                found, names = matching(entry, models)
+                kept_names(found, names, entry.kept)
+            except MergeError as error:
+                raise ParamsError(f"{recipe.where}: {error}") from error
+
+
+PROCESSORS = {
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+    "tokenizer": ("tokenizer_config.json",),
+}
+"""What makes inputs of pictures and of texts, and the files that it is saved in."""
+
+
+def processors_for(params: ModelsCalibration) -> list[str]:
+    """The processors that calibration data certainly need."""
+    pictures = params.images is not None or params.captions is not None
+    texts = params.texts is not None or params.captions is not None
+    return ["image processor"] * pictures + ["tokenizer"] * texts
 
 
 @dataclass

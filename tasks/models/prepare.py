@@ -33,6 +33,7 @@ from tasks.data.inputs import (
     texts,
 )
 from tasks.evaluation.loading import image_processor, load_config, load_tokenizer
+from tasks.models.shared.parts import FetchedParts
 from tasks.recipe.calibration import ModelsCalibration, ModelsPrepareParams
 from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.section import ParamsError
@@ -44,6 +45,7 @@ def prepare(recipe: ModelsRecipe) -> Path:
     assert recipe.prepare is not None
     section = recipe.prepare
     where, checkpoints = f"{recipe.where}: prepare", recipe.workspace.checkpoints
+    trunk = FetchedParts(recipe) if recipe.is_trunk else None
     with write_folder(recipe.workspace.data) as folder:
         for part in ("calibration", "benchmarks"):
             (folder / part).mkdir()
@@ -51,6 +53,8 @@ def prepare(recipe: ModelsRecipe) -> Path:
             models = [checkpoints / member for member in _readers(recipe, "calibration", name)]
             refuse_other_processors(models)
             inputs = calibration(f"{where}.calibration.{name}", params, models[0], section.seed)
+            if trunk is not None:
+                trunk.refuse_other_inputs(f"{where}.calibration.{name}", inputs)
             for part, tensors in _parts(inputs, params).items():
                 (folder / part).mkdir(exist_ok=True)
                 save_file(tensors, folder / part / f"{name}.safetensors")

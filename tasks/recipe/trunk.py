@@ -11,8 +11,15 @@ from tasks.recipe.section import ParamsError, Section
 
 TRUNK_METHODS = ("average", "regmean", "sequential")
 """As `alloy.trunk.METHODS`, which takes a second to load."""
-GAUGE_SETTINGS = ("starts", "ridge", "max_rounds", "steps", "learning_rate", "tolerance")
-"""Of `alloy.search_gauge`."""
+GAUGE_NUMBERS = {
+    "ridge": int | float,
+    "max_rounds": int,
+    "steps": int,
+    "learning_rate": int | float,
+    "tolerance": int | float,
+}
+"""Settings of `alloy.search_gauge` that are numbers, and of which kind."""
+GAUGE_SETTINGS = ("starts", *GAUGE_NUMBERS)
 GAUGE_STARTS = ("identity", "shared axes", "opposed axes")
 """As `alloy.gauge.STARTS`."""
 
@@ -58,13 +65,16 @@ class TrunkSettings(Section):
 
     @field_validator("gauge")
     @classmethod
-    def _not_negative(cls, gauge: dict[str, Any] | bool) -> dict[str, Any] | bool:
-        """Numbers of the search, refused before the first stage; `check_trunk` knows its keys."""
+    def _of_the_right_kind(cls, gauge: dict[str, Any] | bool) -> dict[str, Any] | bool:
+        """Values of the search, refused before the first stage; `check_trunk` knows its keys."""
         for key, value in gauge.items() if isinstance(gauge, dict) else ():
-            if key not in GAUGE_SETTINGS[1:]:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise ValueError(f"{key}: {value!r}: a number that is not negative")
+            if key == "starts" and not (isinstance(value, list) and value):
+                raise ValueError(f"starts: {value!r}: a list of starts, such as [identity]")
+            if key in GAUGE_NUMBERS:
+                kinds = GAUGE_NUMBERS[key]
+                if isinstance(value, bool) or not isinstance(value, kinds) or not value >= 0:
+                    what = "a whole number" if kinds is int else "a number"
+                    raise ValueError(f"{key}: {value!r}: {what} that is not negative")
         return gauge
 
     @property
@@ -137,7 +147,7 @@ def _names(
         for setting in settings.gauge if isinstance(settings.gauge, dict) else ():
             yield f"{key}.trunk.gauge", setting, GAUGE_SETTINGS
         starts = settings.gauge.get("starts") if isinstance(settings.gauge, dict) else None
-        for start in starts if isinstance(starts, list) else ():
+        for start in starts or ():
             yield f"{key}.trunk.gauge.starts", start, GAUGE_STARTS
         for source in settings.take.values():
             yield f"{key}.trunk.take", source, {p.checkpoint for p in parts.values()}

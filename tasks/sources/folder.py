@@ -12,13 +12,13 @@ class Folder:
     """A folder on this machine."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def refuse_missing(self) -> None:
         """Raise SourceError where the folder is not there."""
-        if not self._path.is_dir():
+        if not self.path.is_dir():
             raise SourceError(
-                f"{without_secrets(str(self._path))}: no such folder; "
+                f"{without_secrets(str(self.path))}: no such folder; "
                 "give one in the Hugging Face layout"
             )
 
@@ -26,20 +26,20 @@ class Folder:
         self.refuse_missing()
         files = [
             RemoteFile(
-                path=path.relative_to(self._path).as_posix(),
+                path=path.relative_to(self.path).as_posix(),
                 size=path.stat().st_size,
                 sha256=sha256(path),
             )
-            for path in sorted(self._path.rglob("*"))
+            for path in sorted(self.path.rglob("*"))
             if path.is_file()
         ]
         return digest(f"{file.path} {file.sha256}" for file in files), files
 
     def read(self, snapshot: Snapshot, file: RemoteFile, start: int, stop: int) -> Iterator[bytes]:
-        with (self._path / file.path).open("rb") as content:
+        with (self.path / file.path).open("rb") as content:
             content.seek(start)
             while start < stop and (piece := content.read(min(PIECE_BYTES, stop - start))):
                 start += len(piece)
                 yield piece
         if start < stop:
-            raise SourceError(f"{self._path / file.path} changed while it was read; run it again")
+            raise SourceError(f"{self.path / file.path} changed while it was read; run it again")

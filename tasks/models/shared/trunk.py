@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from alloy.errors import MergeError
 from alloy.modality.sharing import save_shared
-from alloy.trunk import Member, TrunkPlan, distil, merge_trunk, plan_trunk
+from alloy.trunk import TrunkPlan, distil, merge_trunk, plan_trunk
 from tasks.evaluation.loading import load_any, use_device
 from tasks.models.shared.jobs import EXAMPLES, Job, batches, jobs
+from tasks.models.shared.parts import members_of
 from tasks.recipe.arm import ModelsArm
 from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.trunk import TrunkSettings
@@ -48,17 +49,11 @@ def main(recipe: ModelsRecipe) -> None:
 
 def plan(job: Job, settings: TrunkSettings, models: dict[str, Any], inputs: Any) -> TrunkPlan:
     """The checked plan of one arm."""
-    members = {
-        name: Member(
-            part=part.part, checkpoint=part.checkpoint, layers=part.layers, names=part.names
-        )
-        for name, part in job.entry.parts.items()
-    }
     if not inputs:
         raise MergeError("a trunk is planned on examples of what its members read: give prepare")
     return plan_trunk(
         models,
-        members,
+        members_of(job.entry),
         {name: tensor[:EXAMPLES] for name, tensor in inputs.items()},
         kept=job.entry.kept,
         turn=settings.turns,

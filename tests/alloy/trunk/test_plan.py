@@ -123,7 +123,10 @@ def test_bad_members_are_refused(case, tiny, pairs):
 
 OTHER_TOWERS = {
     "width": ({"hidden_size": 32}, "has shape .* in image and .* in text"),
-    "heads": ({"num_attention_heads": 2}, "other heads, or layers of another kind"),
+    "heads": (
+        {"num_attention_heads": 2},
+        "0.self_attn.[a-z_]*: the number of heads is 4 in image and 2 in text",
+    ),
     "feed-forward width": ({"intermediate_size": 48}, "mlp.fc1.weight has shape"),
     "activation": ({"hidden_act": "relu"}, "block 0 computes .* in image and .*ReLU.* in text"),
 }

@@ -17,6 +17,7 @@ from alloy.errors import MergeError
 from alloy.gauge import STARTS
 from tasks.evaluation.loading import load_any
 from tasks.models import choose, evaluate, merge, prepare
+from tasks.models.checks import check
 from tasks.models.shared.jobs import jobs
 from tasks.recipe.load import load_models
 from tasks.recipe.section import ParamsError
@@ -52,10 +53,10 @@ def recipe(given):
     return load_models("towers")
 
 
-def siglip(folder: Path) -> None:
+def siglip(folder: Path, **of_text: int) -> None:
     """What fetch would have brought, and pairs."""
     torch.manual_seed(0)
-    text = {**SIZES, "vocab_size": tiny_models.SIZE, "max_position_embeddings": 8}
+    text = {**SIZES, "vocab_size": tiny_models.SIZE, "max_position_embeddings": 8, **of_text}
     config = SiglipConfig(
         text_config={**text, "projection_size": 12},
         vision_config={**SIZES, "image_size": 8, "patch_size": 4},
@@ -144,7 +145,7 @@ WRONG = {
                     "arms": {"a": {"method": "average", "trunk": {"gauge": setting}}},
                 }
             },
-            "a number that is not negative",
+            "number that is not negative",
         )
         for setting in ({"steps": -1}, {"ridge": "much"}, {"tolerance": float("nan")})
     },
@@ -175,6 +176,27 @@ WRONG = {
             }
         },
         "trunk.gauge.starts: 'identiy': did you mean 'identity'",
+    ),
+    **{
+        f"starts {starts} for a gauge": (
+            {
+                "merge": {
+                    "result": "a",
+                    "arms": {"a": {"method": "average", "trunk": {"gauge": {"starts": starts}}}},
+                }
+            },
+            r"trunk.gauge: .*starts: .*a list of starts, such as \[identity\]",
+        )
+        for starts in ("identity", [], 1)
+    },
+    "half a step of a gauge": (
+        {
+            "merge": {
+                "result": "a",
+                "arms": {"a": {"method": "average", "trunk": {"gauge": {"steps": 1.5}}}},
+            }
+        },
+        "steps: 1.5: a whole number that is not negative",
     ),
     "a setting of no gauge": (
         {
@@ -210,6 +232,63 @@ def test_data_are_needed_where_anything_is_fitted():
     del given["prepare"]
     with pytest.raises(ParamsError, match="of parts needs calibration data: give prepare"):
         recipe(given)
+
+
+TOWERS = dict(zip(("image", "text"), map(member, two_towers.TOWERS["siglip"]), strict=True))
+EARLY = {
+    "no such part": (MEMBERS, {}, {}, "members: .* has no part 'text_model.x': "),
+    "a part in a part": (
+        {
+            "image": member("vision_model.encoder.layers.0"),
+            "text": member("vision_model.encoder", layers=[0]),
+        },
+        {}, {}, "overlap|leave it out",
+    ),
+    "another width": (TOWERS, {"hidden_size": 8, "projection_size": 12}, {}, "a trunk has one wid"),
+    "other heads": (TOWERS, {"num_attention_heads": 3}, {}, "number of heads is 2 in image and 3"),
+    "other depths": (TOWERS, {"num_hidden_layers": 3}, {}, "say which goes with which"),
+    "kept what is not there": (TOWERS, {}, {"kept": ["*norm9*"]}, "kept: no weight of the tr"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_parts_are_refused_before_the_first_stage(case, workspace):
+    """The config of a checkpoint that is not fetched yet says enough."""
+    members, of_text, changed, message = EARLY[case]
+    siglip(workspace / "source", **of_text)
+    fetch = {"checkpoints": {"siglip": "source"}}
+    with pytest.raises(ParamsError, match=rf"params/towers\.yaml: .*({message})"):
+        check(recipe(sections(members=members, fetch=fetch, **changed)))
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [("preprocessor_config.json", "image processor"), ("tokenizer_config.json", "tokenizer")],
+)
+def test_a_missing_processor_is_refused_before_the_first_stage(file, what, workspace):
+    siglip(workspace / "source")
+    loaded = recipe(sections(fetch={"checkpoints": {"siglip": "source"}}))
+    check(loaded)
+    (workspace / "source" / file).unlink()
+    with pytest.raises(ParamsError, match=f"fetch.checkpoints.siglip: it has no {what} "):
+        check(loaded)
+
+
+def test_what_prepare_finds_is_said_before_it_writes():
+    """A part that the fetched model lacks, and data without one of the modalities."""
+    loaded = recipe(sections(members=MEMBERS))
+    siglip(loaded.workspace.checkpoints / "siglip")
+    with pytest.raises(MergeError, match=r"members: member 'text': .* no part 'text_model.x'"):
+        prepare.main(loaded)
+    given = sections()
+    given["prepare"]["calibration"]["pairs"] = {"images": "pictures", "examples": 2}
+    Path("pictures").mkdir()
+    for i in range(2):
+        Image.new("RGB", (9, 9), (i, 40, 80)).save(f"pictures/{i}.png")
+    loaded = recipe(given)
+    with pytest.raises(MergeError, match=r"calibration.pairs: SiglipModel does not run on .'pixel"):
+        prepare.main(loaded)
+    assert not loaded.workspace.data.exists()
 
 
 REFUSED = {

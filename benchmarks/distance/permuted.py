@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -27,7 +28,7 @@ from alloy.symmetry import SymmetrySpec
 from alloy.symmetry.transforms import Transform, identity
 from benchmarks.distance.settings import PermutedSweepParams
 from tasks.experts.measures.benchmark import load_split
-from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE
+from tasks.experts.measures.benchmarks import BENCHMARKS, FREE_ON_SCENES
 from tasks.experts.merge import merge_experts
 from tasks.experts.shared.loading import load_model
 from tasks.experts.shared.statistics import load_spec, load_statistics
@@ -43,7 +44,7 @@ def permuted_merges(
 ) -> Iterator[tuple[str, str, dict[str, float], dict[str, float]]]:
     """Make the merges: yields name, arm, mean distances of the experts' pairs, scores in %."""
     arms = load_experts(params.recipe).merge.arms
-    data = {name: load_split(params.recipe, name, "validation") for name in TRAINING_FREE}
+    data = {name: load_split(params.recipe, name, "validation") for name in FREE_ON_SCENES}
     for name in params.arms:
         if name not in arms:
             raise ParamsError(f"arms: {name!r}: {nearest(name, list(arms))}")
@@ -75,9 +76,12 @@ def permuted_merges(
                 model.load_state_dict({**shared_weights(weights, source.config), **merged})
                 scores = {
                     f"{b} {BENCHMARKS[b].metric}": _score(b, model.eval(), data[b])
-                    for b in TRAINING_FREE
+                    for b in FREE_ON_SCENES
                 }
-                yield f"{name} {share:.2f}", name, _apart(moved, params), scores
+                apart = mean_distances(
+                    moved, keep=params.keep, zeros=params.zeros, truncation=params.truncation
+                )
+                yield f"{name} {share:.2f}", name, apart, scores
                 bar.update()
 
 
@@ -98,18 +102,14 @@ def _score(benchmark: str, model: ModalityModel, examples: Mapping[str, Tensor])
     return judge.score(judge.outputs(model, examples), examples)[judge.metric].value
 
 
-def _apart(experts: Experts, params: PermutedSweepParams) -> dict[str, float]:
+def mean_distances(experts: Experts, **settings: Any) -> dict[str, float]:
     """Average each distance over the pairs of experts, of the matrices that both have."""
     values_of: dict[str, list[float]] = {}
     for one, other in combinations((m for m in experts if experts[m]), 2):
         a, b = experts[one], experts[other]
         names = [n for n in a if n in b and a[n].dim() == 2]
         apart = distance(
-            {n: a[n].float() for n in names},
-            {n: b[n].float() for n in names},
-            keep=params.keep,
-            zeros=params.zeros,
-            truncation=params.truncation,
+            {n: a[n].float() for n in names}, {n: b[n].float() for n in names}, **settings
         )
         for measure, value in vars(apart.overall).items():
             values_of.setdefault(measure, []).append(value)

@@ -10,7 +10,7 @@ from benchmarks.gauge.params import study
 from benchmarks.gauge.train import MADE, WORK
 from tasks.experts.finetune import Job, finetune
 from tasks.experts.measures.benchmark import load_split
-from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED
+from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED_ON_SCENES
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.load import load_experts
 
@@ -30,7 +30,9 @@ def measure(name: str, runs: int) -> Iterator[dict[str, Any]]:
             source = MADE / "finetune" / slug
             model.save_pretrained(source)
             drawn = params.model_copy(update={"seed": params.seed + run})
-            job = Job(study().recipe, source, None, FINETUNED, drawn, WORK / "finetune" / slug)
+            job = Job(
+                study().recipe, source, None, FINETUNED_ON_SCENES, drawn, WORK / "finetune" / slug
+            )
             finetune(job, lambda kind, *values: kind == "say" and print(*values, flush=True))
             tuned = load_model(job.work / "done")
             for split in SPLITS:
@@ -52,7 +54,7 @@ def _arms(name: str, run: int) -> Iterator[tuple[str, ModalityModel]]:
 
 def _scores(model: ModalityModel, split: str) -> dict[str, float]:
     scores = {}
-    for name in FINETUNED:
+    for name in FINETUNED_ON_SCENES:
         benchmark, data = BENCHMARKS[name], load_split(study().recipe, name, split)
         score = benchmark.score(benchmark.outputs(model, data), data)[benchmark.metric]
         scores[name] = round(score.value, 2)

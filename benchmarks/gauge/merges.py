@@ -25,7 +25,7 @@ from benchmarks.gauge.widen import widen
 from tasks.data.scenes.bank import load_bank
 from tasks.data.scenes.words import TOKEN
 from tasks.experts.measures.benchmark import load_split
-from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE
+from tasks.experts.measures.benchmarks import BENCHMARKS, FREE_ON_SCENES
 from tasks.experts.prepare import calibration_examples
 from tasks.experts.shared.loading import load_model
 from tasks.experts.shared.streams import hide_words
@@ -139,7 +139,7 @@ def average(start: Start) -> ModalityModel:
 def scores(model: ModalityModel) -> dict[str, float]:
     """Score a model on the validation split of the benchmarks that need no fine-tuning."""
     result = {}
-    for name in TRAINING_FREE:
+    for name in FREE_ON_SCENES:
         benchmark, data = BENCHMARKS[name], load_split(study().recipe, name, "validation")
         score = benchmark.score(benchmark.outputs(model, data), data)[benchmark.metric]
         result[name] = round(score.value, 2)

@@ -9,7 +9,7 @@ from benchmarks.gauge import merges
 from benchmarks.gauge.figures import points
 from benchmarks.gauge.merges import METHOD, NO_GAUGE, PARENT, PLAIN, UNWEIGHED
 from benchmarks.gauge.params import study
-from tasks.experts.measures.benchmarks import FINETUNED, TRAINING_FREE
+from tasks.experts.measures.benchmarks import FINETUNED_ON_SCENES, FREE_ON_SCENES
 from tasks.storage import write_file
 
 TABLE = Path("benchmarks/results/gauge.md")
@@ -54,7 +54,7 @@ def _merges() -> Iterable[str]:
         yield "share of the parent's score."
         yield ""
         yield from _markdown(
-            ["arm", *TRAINING_FREE, "kept: R@1, words, statements", "CPU s of the merge"],
+            ["arm", *FREE_ON_SCENES, "kept: R@1, words, statements", "CPU s of the merge"],
             (
                 [arm, *_over_seeds(own, arm), _kept(own, arm), _seconds(own, arm)]
                 for arm, _ in _by(own, "arm")
@@ -64,7 +64,7 @@ def _merges() -> Iterable[str]:
             here = [row for row in own if row["parent"] == seed]
             yield from ("", f"### {seed}")
             yield from _markdown(
-                ["arm", "draws", *TRAINING_FREE],
+                ["arm", "draws", *FREE_ON_SCENES],
                 ([arm, len(same), *_scores(same)] for arm, same in _by(here, "arm")),
             )
             for arm in (METHOD, UNWEIGHED):
@@ -89,7 +89,7 @@ def _means(rows: Rows, arm: str, metric: str) -> dict[str, float]:
 
 
 def _over_seeds(rows: Rows, arm: str) -> list[str]:
-    return [_spread(list(_means(rows, arm, metric).values())) for metric in TRAINING_FREE]
+    return [_spread(list(_means(rows, arm, metric).values())) for metric in FREE_ON_SCENES]
 
 
 def _kept(rows: Rows, arm: str) -> str:
@@ -162,7 +162,7 @@ def _ablations() -> Iterable[str]:
     if rows:
         yield from ("", f"## {rows[0]['parent']}: {METHOD}, changed in one thing")
         yield from _markdown(
-            ["changed", "draws", *TRAINING_FREE, "J"],
+            ["changed", "draws", *FREE_ON_SCENES, "J"],
             (
                 [
                     arm,
@@ -194,9 +194,13 @@ def _finetuning() -> Iterable[str]:
     if rows:
         yield from ("", f"## {rows[0]['parent']} after the recipe's fine-tuning, test split")
         yield from _markdown(
-            ["arm", "runs", *FINETUNED],
+            ["arm", "runs", *FINETUNED_ON_SCENES],
             (
-                [arm, len(same), *(_spread([r["scores"][n] for r in same]) for n in FINETUNED)]
+                [
+                    arm,
+                    len(same),
+                    *(_spread([r["scores"][n] for r in same]) for n in FINETUNED_ON_SCENES),
+                ]
                 for arm, same in _by(rows, "arm")
             ),
         )
@@ -233,7 +237,7 @@ def _by(rows: Rows, key: str) -> list[tuple[str, Rows]]:
 
 
 def _scores(rows: Rows) -> list[str]:
-    return [_spread([row["scores"][name] for row in rows]) for name in TRAINING_FREE]
+    return [_spread([row["scores"][name] for row in rows]) for name in FREE_ON_SCENES]
 
 
 def _spread(values: Sequence[float]) -> str:

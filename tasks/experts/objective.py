@@ -7,7 +7,7 @@ import torch
 
 from alloy.errors import nearest
 from tasks.experts.measures.benchmark import load_split
-from tasks.experts.measures.benchmarks import BENCHMARKS, TRAINING_FREE
+from tasks.experts.measures.benchmarks import BENCHMARKS, training_free
 from tasks.experts.merge import merge_arm
 from tasks.experts.shared.fitting import ready
 from tasks.recipe.experts import ArmParams, ExpertsRecipe, check_arm
@@ -24,10 +24,11 @@ class ExpertsObjective(Objective):
         self._recipe, workspace = recipe, recipe.workspace
         self._arm: ArmParams = known(self.where, arm, recipe.merge.arms)
         self.method, self.experts = self._arm.method, ("v", "l", "vl")
-        names = list(benchmarks or TRAINING_FREE)
+        prepared = training_free(recipe.prepare.names)
+        names = list(benchmarks or prepared)
         for name in names:
-            if name not in TRAINING_FREE:
-                raise ParamsError(f"--benchmarks {name!r}: {nearest(name, list(TRAINING_FREE))}")
+            if name not in prepared:
+                raise ParamsError(f"--benchmarks {name!r}: {nearest(name, prepared)}")
         self._data = {name: load_split(recipe.name, name, "validation") for name in names}
         self._batch_size = recipe.evaluate.batch_size
         checkpoints = [self._arm.checkpoint, *([self._arm.base] if self._arm.base else [])]

@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -102,21 +102,24 @@ def model_config(params: TransformerParams, scene: SceneParams, sharing: Sharing
 def initial_state(arm: str, config: ModalityConfig, seed: int, seed_folder: Path) -> State:
     """The start of a run: fresh weights, or the seed's weights and moments, copied to experts."""
     if arm not in FROM_SEED:
-        return State(_fresh_weights(config, seed), {})
-    state = load_state(seed_folder)
-    moments = _by_moment(state.moments)
+        return State(fresh_weights(config, seed), {})
+    return with_experts(load_state(seed_folder), config)
+
+
+def with_experts(state: State, config: ModalityConfig) -> State:
+    """An agnostic run's weights and moments, copied to every expert; the run goes on from there."""
     return State(
         copy_to_experts(state.weights, config),
         {
             f"{moment}/{name}": tensor
-            for moment, tensors in moments.items()
+            for moment, tensors in _by_moment(state.moments).items()
             for name, tensor in copy_to_experts(tensors, config).items()
         },
         Progress(next_step=state.progress.next_step),
     )
 
 
-def _fresh_weights(config: ModalityConfig, seed: int) -> dict[str, Tensor]:
+def fresh_weights(config: ModalityConfig, seed: int) -> dict[str, Tensor]:
     """Random weights; the heads that only fine-tuning trains are the same in every run."""
     torch.manual_seed(seed)
     weights = dict(ModalityModel(config).state_dict())
@@ -154,6 +157,36 @@ def pretrain(
     """
     config = model_config(params.model, bank.params, SHARING[arm])
     model = ModalityModel(config).to(chosen_device())
+    progress = fit(
+        model,
+        params,
+        bank,
+        folder=work / arm,
+        identity=identity(arm, params, bank),
+        report=partial(report, arm),
+        start=initial_state(arm, config, params.seed, work / "seed"),
+        stop_step=params.seed_steps if arm == "seed" else None,
+        processes=processes,
+    )
+    return model, progress
+
+
+def fit(
+    model: ModalityModel,
+    params: PretrainParams,
+    bank: Bank,
+    *,
+    folder: Path,
+    identity: str,
+    report: Callable[..., None],
+    start: State,
+    stop_step: int | None = None,
+    processes: Processes = ALONE,
+) -> Progress:
+    """Train a model from a start on scenes, reporting ("say", line) and ("curves", values, step).
+
+    Its step checkpoints are in `folder`.
+    """
     generator = SceneGenerator(bank, "train", params.seed)
 
     def losses_at(step: int) -> Iterator[dict[str, Tensor]]:
@@ -169,19 +202,18 @@ def pretrain(
                 processes=processes,
             )
 
-    progress = train(
+    return train(
         model,
         losses_at,
         params.training,
-        folder=work / arm,
-        identity=identity(arm, params, bank),
-        curves=lambda values, step: report(arm, "curves", dict(values), step),
-        say=lambda line: report(arm, "say", line),
-        start=initial_state(arm, config, params.seed, work / "seed"),
-        stop_step=params.seed_steps if arm == "seed" else None,
+        folder=folder,
+        identity=identity,
+        curves=lambda values, step: report("curves", dict(values), step),
+        say=lambda line: report("say", line),
+        start=start,
+        stop_step=stop_step,
         processes=processes,
     )
-    return model, progress
 
 
 def release(

@@ -1,0 +1,1 @@
+"""Initialisation, mechanism and architecture of modality merging, over seeds (docs/log.md)."""

@@ -1,0 +1,117 @@
+"""The study of the paper's factors: params that refuse, runs and rows that go on."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from benchmarks.study import train as runs
+from benchmarks.study.measure import Rows
+from benchmarks.study.params import StudyParams
+from tasks.data.scenes.bank import Bank, load_bank
+from tasks.recipe.experts import SceneParams
+from tasks.recipe.section import ParamsError, validated
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = {"hidden_size": 12, "num_hidden_layers": 2, "num_joint_layers": 1, "embedding_size": 8}
+MODEL |= {"num_attention_heads": 2, "intermediate_size": 20, "patch_size": 8}
+MODEL |= {"layer_scale": None, "initializer_range": 0.1}
+
+
+@pytest.fixture
+def values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
+    """The params of the study; the model, the bank and the steps are tiny."""
+    made = yaml.safe_load((REPOSITORY / "params/study.yaml").read_text())
+    made["pretraining"]["batch_size"] = 4
+    made["pretraining"]["training"] |= {"num_steps": 20, "warmup_steps": 2, "save_every": 3}
+    pretrain = yaml.safe_load((REPOSITORY / "params/pretrain.yaml").read_text()) | {"model": MODEL}
+    monkeypatch.chdir(tmp_path)
+    Path("params").mkdir()
+    Path("params/pretrain.yaml").write_text(yaml.safe_dump(pretrain))
+    return made
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    scenes = {"seed": 0, "cell_pixels": 8, "label_pixels": 4, "train_cells": 6, "cells": 6}
+    scenes |= {"duplicates": 0.2, "drop": 0.3, "noise": 4}
+    return load_bank(SceneParams.model_validate(scenes), tmp_path_factory.mktemp("cells"))
+
+
+@pytest.mark.slow
+def test_all_arms_have_equal_budgets_and_go_on_from_states_of_one_run(
+    values: dict, bank: Bank
+) -> None:
+    """A seed is a state of the agnostic run, which nothing interrupts; what is made stays."""
+    params = StudyParams.model_validate(values)
+    for name in ("agnostic", "share50", "averaged70"):
+        runs.Run(params, 0, name, bank).make()
+    trunk = runs.Run(params, 0, "agnostic", bank)
+    assert trunk.stops == [5, 10, 14, 20]
+    weights = load_file(runs.parents_of(0) / "share50" / "seed.safetensors")
+    kept = load_file(trunk.state(10) / "model.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in kept.items())
+
+    alone = copy.deepcopy(values)
+    alone["parents"] = {"agnostic": {"sharing": "all"}}
+    alone["arms"] = {"agnostic": {"parent": "agnostic"}}
+    whole = runs.Run(StudyParams.model_validate(alone), 0, "agnostic", bank)
+    made = load_file(whole.target / "model.safetensors")
+    whole.work = Path("whole")
+    whole.make()
+    again = load_file(whole.target / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in made.items())
+
+    averaged = runs.Run(params, 0, "averaged70", bank)
+    assert averaged.stops == [16, 17, 18, 19, 20]
+    first = params.pretrain(0).training
+    assert averaged.params.training.rate(19) == 1.0
+    assert averaged.params.training.learning_rate == first.rate(14) * first.learning_rate
+    states = [load_file(averaged.state(step) / "model.safetensors") for step in averaged.stops]
+    target = load_file(averaged.target / "model.safetensors")
+    name = "blocks.0.ffn.v.fc1.weight"
+    assert torch.allclose(target[name], sum(s[name] for s in states) / 5)
+    before = (averaged.target / "model.safetensors").stat().st_mtime_ns
+    averaged.make()
+    assert (averaged.target / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_rows_that_are_there_are_not_measured_again(tmp_path: Path) -> None:
+    """An interrupted stage goes on with its next row; rows that nothing names any more go."""
+    path = tmp_path / "rows.json"
+    rows = Rows(path, 3)
+    for name in ("a", "b"):
+        rows.add({"arm": name}, name, lambda name=name: {"score": name})
+
+    def never() -> dict:
+        raise AssertionError("measured again")
+
+    rows = Rows(path, 3)
+    rows.add({"arm": "b"}, "b", never)
+    rows.add({"arm": "c"}, "c", lambda: {"score": "c"})
+    assert {*Rows(path, 3).old} == {"a", "b", "c"}
+    rows.close()
+    assert {*Rows(path, 3).old} == {"b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parents": {"random": {"sharing": "none", "random": True, "share": 0.5}}}, "no common"),
+        ({"parents": {"averaged70": {"sharing": "none", "averaged": 5}}}, "need a share"),
+        ({"parents": {"agnostic": {"sharing": "none"}}}, "sharing all"),
+        ({"arms": {"copied": {"parent": "copid"}}}, "copied"),
+        ({"arms": {"x": {"parent": "copied", "method": "modality_arithmetic"}}}, "no seed"),
+        ({"arms": {"x": {"parent": "copied", "method": "interpolate"}}}, "interpolation"),
+    ],
+)
+def test_params_that_no_run_can_follow_are_refused(
+    values: dict, change: dict, message: str
+) -> None:
+    for section, entries in change.items():
+        values[section] |= entries
+    with pytest.raises(ParamsError, match=message):
+        validated("params/study.yaml", StudyParams, values)

@@ -23,6 +23,7 @@ from alloy.checkpoint.licence import (
     unclear,
 )
 from alloy.checkpoint.plan import MergePlan
+from alloy.checkpoint.ranges.files import size_of
 from alloy.merging.values import plain
 
 Origins = Mapping[str, Sequence[tuple[Path, Origin]]]
@@ -182,7 +183,7 @@ def _sources(plan: MergePlan, origins: Origins, hash_all: bool) -> dict[str, dic
             )
             or None,
             "files": {
-                _within(place, file): known[file] or file.stat().st_size
+                _within(place, file): known[file] or size_of(file)
                 for place, _ in origins[name]
                 for file in _files_in(place, source)
             },

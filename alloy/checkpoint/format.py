@@ -7,7 +7,6 @@ without gaps. Everything a header claims is checked against the file before anyt
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from alloy.checkpoint.ranges.files import size_of
 from alloy.checkpoint.reading import (
     few,
     parse_json,
@@ -164,7 +164,7 @@ def read_header(path: Path) -> list[Entry]:
         CheckpointError: the file is truncated or corrupt, with what was expected and found.
     """
     require_regular(path)
-    size = path.stat().st_size
+    size = size_of(path)
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
@@ -210,17 +210,6 @@ def encode_header(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> bytes:
     header = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)  # the format aligns the first tensor to 8 bytes
     return len(header).to_bytes(8, "little") + header
-
-
-def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
-    """Fill the buffer from a file, from any thread; CheckpointError where the file ends early."""
-    while buffer:
-        count = os.preadv(descriptor, [buffer], offset)
-        if count == 0:
-            raise CheckpointError(
-                f"{path}: ended at byte {offset} while it was read; it changed under us"
-            )
-        buffer, offset = buffer[count:], offset + count
 
 
 def natural_order(name: str) -> list:

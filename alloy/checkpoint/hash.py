@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alloy.checkpoint.ranges.files import elsewhere, size_of
 from alloy.checkpoint.reading import read_json, source_file
 from alloy.errors import CheckpointError
 
@@ -47,7 +48,10 @@ def origin_of(path: Path, files: list[Path], *, trust_manifest: bool) -> Origin:
 
 
 def _from_manifest(folder: Path) -> Origin | None:
-    """The origin that our own fetch recorded; None for any other file of that name."""
+    """The origin that our own fetch recorded; None for any other file of that name.
+
+    It has no hash of a file that is read by ranges.
+    """
     try:
         path = source_file(folder, "manifest.json")
         data: dict[str, Any] = {} if path is None else read_json(path)
@@ -62,9 +66,11 @@ def _from_manifest(folder: Path) -> Origin | None:
     for name, entry in files.items():
         file = folder / name
         digest = entry.get("sha256") if isinstance(entry, dict) else None
+        if isinstance(entry, dict) and digest is None and elsewhere(file) is not None:
+            continue
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             return None
-        if file.is_file() and file.stat().st_size == entry.get("size"):
+        if file.is_file() and size_of(file) == entry.get("size"):
             hashes[name] = digest
     return Origin(source, revision, hashes)
 

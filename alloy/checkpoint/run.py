@@ -31,6 +31,8 @@ from alloy.checkpoint.journal import (
     write_through,
 )
 from alloy.checkpoint.plan import MergePlan, plan_merge
+from alloy.checkpoint.ranges.files import elsewhere
+from alloy.checkpoint.reading import few
 from alloy.checkpoint.request import Coefficients, MergeRequest, Paths, num_threads
 from alloy.errors import CheckpointError, MergeError, system_errors
 
@@ -187,6 +189,8 @@ def run_plan(
     if not callable(on_bytes):
         raise MergeError(f"on_bytes={on_bytes!r}: give a function of the number of bytes")
     threads = num_threads(threads) or _num_cores()
+    if hash_sources:
+        _refuse_ranges(plan)
     folder = plan.output.with_name(plan.output.name + INCOMPLETE)
     underflows = Underflows()
     with system_errors(), locked(folder):
@@ -227,6 +231,16 @@ def run_plan(
         journal.resumed,
         notes,
     )
+
+
+def _refuse_ranges(plan: MergePlan) -> None:
+    """A file that is read by ranges is never here as a whole, to be hashed."""
+    files = [f for s in plan.sources.values() for f in s.files if elsewhere(f) is not None]
+    if files:
+        raise MergeError(
+            f"hash_sources=True: {few([str(file) for file in files], 2)} are read by ranges and "
+            "never here as a whole; bring the sources first"
+        )
 
 
 def _num_cores() -> int:

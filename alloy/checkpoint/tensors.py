@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from alloy.checkpoint.adapter.source import open_source
 from alloy.checkpoint.format import Entry
-from alloy.errors import CheckpointError
+from alloy.checkpoint.ranges.files import open_file
 
 if TYPE_CHECKING:
     import torch
@@ -38,12 +38,11 @@ def load_tensor(entry: Entry) -> torch.Tensor:
     if entry.fold is not None:
         _read_folded(entry, data)
     else:
-        with entry.file.open("rb") as file:
-            file.seek(entry.start)
-            if file.readinto(data) != entry.num_bytes:
-                raise CheckpointError(
-                    f"{entry.file}: ended while {entry.name} was read; it changed"
-                )
+        file = open_file(entry.file)
+        try:
+            file.read_into(memoryview(data), entry.start)
+        finally:
+            file.close()
     dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
     if not data:
         return torch.empty(entry.shape, dtype=dtype)

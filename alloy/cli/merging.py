@@ -194,6 +194,14 @@ def merge(
     hash_sources: Annotated[
         bool, typer.Option("--hash-sources", help="Record the SHA-256 of every source file.")
     ] = False,
+    download: Annotated[
+        bool,
+        typer.Option(
+            "--download",
+            help="Bring sources of other places into a cache first, verified, for other merges "
+            "too; else their ranges are read while merging, and no copy is made.",
+        ),
+    ] = False,
 ) -> None:
     """Merge checkpoints on disk, larger than memory, into one that loads.
 
@@ -204,7 +212,7 @@ def merge(
             _request(
                 method, output, sources, base, coefficients, options, statistics, dtype,
                 shard_bytes, tokenizer, chat_template, processor, generation_config, names, kept,
-                slices, stack, copy, drop, allow,
+                slices, stack, copy, drop, allow, by_ranges=not (download or hash_sources),
             )
         )  # fmt: skip
         carry_out(
@@ -325,6 +333,8 @@ def _request(
     copy: Sequence[str] | None,
     drop: Sequence[str] | None,
     allow: Sequence[str] | None,
+    *,
+    by_ranges: bool = True,
 ) -> MergeRequest:
     """The settings of a merge as the library takes them."""
     if method in MERGE_METHODS and method not in _STREAMED:
@@ -334,9 +344,9 @@ def _request(
         )
     return MergeRequest(
         method,
-        _here(named(named_sources(sources))),
+        _here(named(named_sources(sources)), by_ranges=by_ranges),
         output,
-        base=None if base is None else placed(base),
+        base=None if base is None else placed(base, by_ranges=by_ranges),
         coefficients=rows_of(coefficients or ()),
         statistics=key_values(statistics or (), "--statistics", "NAME=FILE", Path) or None,
         dtype=dtype,
@@ -356,11 +366,13 @@ def _request(
     )
 
 
-def _here(sources: Mapping[str, str] | Sequence[str]) -> dict[str, str] | list[str]:
+def _here(
+    sources: Mapping[str, str] | Sequence[str], *, by_ranges: bool
+) -> dict[str, str] | list[str]:
     """Sources on this disk, brought where they lie elsewhere."""
     if isinstance(sources, Mapping):
-        return {name: placed(source) for name, source in sources.items()}
-    return [placed(source) for source in sources]
+        return {name: placed(s, by_ranges=by_ranges) for name, s in sources.items()}
+    return [placed(source, by_ranges=by_ranges) for source in sources]
 
 
 def named_sources(given: Sequence[str]) -> list[str] | dict[str, str]:

@@ -1,7 +1,8 @@
 """Places of a command's sources: this disk, or wherever the pipeline's fetch brings them from.
 
 The library transports nothing. In a checkout `tasks.recipe.cli` registers the fetch stage's own
-code, which brings `hf://`, `s3://` and `mlflow:` sources into a cache, verified.
+code, which brings `hf://`, `s3://` and `mlflow:` sources into a cache, verified, or has a merge
+read them by ranges, without a copy.
 """
 
 import re
@@ -12,15 +13,18 @@ from alloy.errors import MergeError
 
 Bring = Callable[[str, str | None], Path]
 """Gives the folder of a source; of an adapter, given the base that it goes on."""
+Stream = Callable[[str], Path]
+"""Gives a folder that stands for a source, whose weights are read by ranges."""
 
 _REMOTE = re.compile(r"(hf|s3)://|mlflow:")
 _bring: Bring | None = None
+_stream: Stream | None = None
 
 
-def bring_by(bring: Bring) -> None:
-    """Bring sources of other places by this function."""
-    global _bring
-    _bring = bring
+def bring_by(bring: Bring, stream: Stream) -> None:
+    """Bring sources of other places by these functions: whole, or by the ranges that are read."""
+    global _bring, _stream
+    _bring, _stream = bring, stream
 
 
 def is_remote(source: str) -> bool:
@@ -28,25 +32,26 @@ def is_remote(source: str) -> bool:
     return _REMOTE.match(source) is not None
 
 
-def local(source: str, on: str | None = None) -> Path:
+def local(source: str, on: str | None = None, *, by_ranges: bool = False) -> Path:
     """The folder of a source, which is brought here where it lies elsewhere.
 
     Args:
         source: a path, `hf://org/name@revision`, `s3://bucket/prefix` or
             `mlflow:models/NAME@alias`.
         on: the base of an adapter.
+        by_ranges: the folder may stand for weights that are brought when they are read.
 
     Raises:
         MergeError: another place, and no fetch to bring it; CheckpointError: it cannot be brought.
     """
     if not is_remote(source):
         return Path(source)
-    if _bring is None:
+    if _bring is None or _stream is None:
         raise MergeError(
             f"{source}: this installation of alloy brings nothing from other places; a checkout of "
             "the project does, or download it first (`hf download`, `aws s3 sync`)"
         )
-    return _bring(source, on)
+    return _stream(source) if by_ranges else _bring(source, on)
 
 
 def on_hub(name: str) -> str:
@@ -56,8 +61,12 @@ def on_hub(name: str) -> str:
     return f"hf://{name}"
 
 
-def placed(source: str) -> str:
-    """A source with all of its parts here: `base+adapter` has two."""
+def placed(source: str, *, by_ranges: bool = False) -> str:
+    """A source with all of its parts here: `base+adapter` has two.
+
+    Args:
+        by_ranges: of a checkpoint, or a base, as in `local`.
+    """
     if not _REMOTE.search(source):
         if "://" in source and not Path(source).exists():
             raise MergeError(
@@ -67,8 +76,8 @@ def placed(source: str) -> str:
         return source
     base, plus, adapter = _parts(source)
     if not plus:
-        return str(local(source))
-    return f"{local(base)}+{local(adapter, base)}"
+        return str(local(source, by_ranges=by_ranges))
+    return f"{local(base, by_ranges=by_ranges)}+{local(adapter, base)}"
 
 
 def _parts(source: str) -> tuple[str, str, str]:

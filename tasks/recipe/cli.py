@@ -17,7 +17,7 @@ PUSH_EXAMPLE = "Example: `alloy push models/mine/merged hf://org/name`, then the
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands that need recipes, and bring the sources of all others by fetch's code."""
-    places.bring_by(_bring)
+    places.bring_by(_bring, _stream)
     app.command("new", epilog=NEW_EXAMPLE, no_args_is_help=True)(new)
     app.command("push", epilog=PUSH_EXAMPLE, no_args_is_help=True)(push)
 
@@ -26,6 +26,12 @@ def _bring(source: str, on: str | None) -> Path:
     from tasks.sources.cache import cached
 
     return cached(source, on)
+
+
+def _stream(source: str) -> Path:
+    from tasks.sources.streamed import streamed
+
+    return streamed(source)
 
 
 def new(

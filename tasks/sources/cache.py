@@ -23,14 +23,16 @@ def cached(source: str, on: str | None = None) -> Path:
     """
     from tasks.sources import fetch
 
-    word = re.sub(r"[^\w.-]+", "-", source.split("://")[-1])[-60:].strip("-")
-    key = hashlib.sha256(f"{source}\n{on or ''}".encode()).hexdigest()[:10]
     try:
-        return fetch.bring(source, _folder() / f"{word}-{key}", on=on)
+        return fetch.bring(source, folder_of(source, on or ""), on=on)
     except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from error
 
 
-def _folder() -> Path:
+def folder_of(source: str, state: str = "", within: str = "sources") -> Path:
+    """The folder in the cache for a source, in a state of it."""
+    word = re.sub(r"[^\w.-]+", "-", source.split("://")[-1])[-60:].strip("-")
+    key = hashlib.sha256(f"{source}\n{state}".encode()).hexdigest()[:10]
     given = os.environ.get("ALLOY_CACHE")
-    return (Path(given) if given else Path.home() / ".cache" / "alloy") / "sources"
+    cache = Path(given) if given else Path.home() / ".cache" / "alloy"
+    return cache / within / f"{word}-{key}"

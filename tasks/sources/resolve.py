@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from pydantic import ValidationError
 
+from tasks.sources.bucket import Bucket
 from tasks.sources.place import place
 from tasks.sources.registry import Registry
 from tasks.sources.source import MANIFEST, RemoteFile, Snapshot, SourceError
@@ -59,6 +60,14 @@ def files_to_bring(snapshot: Snapshot) -> list[File]:
 
     in_ranges = not isinstance(origin, Registry)
     return [File(file.path, file.size, reader(file), in_ranges) for file in snapshot.files]
+
+
+def pinned(snapshot: Snapshot) -> Snapshot:
+    """The snapshot with a pin for every file, so that ranges of it are of one state."""
+    origin = place(snapshot.source)
+    if not isinstance(origin, Bucket):  # a commit and a version are pins
+        return snapshot
+    return snapshot.model_copy(update={"files": tuple(map(origin.pinned, snapshot.files))})
 
 
 def _choose(

@@ -60,7 +60,7 @@ def bring(files: Iterable[File], folder: Path, *, title: str) -> None:
                 with lock:
                     bar.update(num_bytes)
 
-            _write_range(folder / file.path, _persist(file, start, stop), start, stop, moved)
+            _write_range(folder / file.path, persist(file, start, stop), start, stop, moved)
             with lock, _journal(folder / file.path).open("a") as journal:
                 journal.write(f"{start} {stop}\n")
 
@@ -130,7 +130,7 @@ def _write_range(
         os.fdatasync(target.fileno())
 
 
-def _persist(file: File, start: int, stop: int) -> Iterator[bytes]:
+def persist(file: File, start: int, stop: int) -> Iterator[bytes]:
     """All bytes of a range, over as many connections as it takes while each brings something."""
     failures = 0
     while start < stop:

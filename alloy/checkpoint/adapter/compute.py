@@ -6,14 +6,15 @@ equal elements have equal bits wherever a tensor is cut.
 
 from __future__ import annotations
 
-import os
 import threading
 from math import prod
 
 import numpy as np
 from numba import njit
 
-from alloy.checkpoint.format import ITEM_BYTES, Entry, read_into
+from alloy.checkpoint.format import ITEM_BYTES, Entry
+from alloy.checkpoint.ranges.blocks import Blocks, Span
+from alloy.checkpoint.ranges.files import File, open_file
 
 _BLOCK = 2048
 """Elements of a row that are summed together in the cache."""
@@ -26,9 +27,9 @@ _NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 class Input:
     """A stored tensor, open: its elements from any place, from several threads, folded if it is."""
 
-    def __init__(self, entry: Entry):
-        self.entry = entry
-        self.descriptor = os.open(entry.file, os.O_RDONLY)
+    def __init__(self, entry: Entry, blocks: Blocks | None = None):
+        self.entry, self._blocks = entry, blocks
+        self.file = open_file(entry.file, blocks)
         self._lock = threading.Lock()
         self._folding: _Folding | None = None
 
@@ -37,24 +38,27 @@ class Input:
         entry = self.entry
         start = entry.start + first * ITEM_BYTES[entry.dtype]
         if entry.fold is None:
-            read_into(self.descriptor, row.data, start, entry.file)
+            self.file.read_into(row.data, start)
             return
         with self._lock:
             if self._folding is None:
-                self._folding = _Folding(entry, self.descriptor)
+                self._folding = _Folding(entry, self.file)
         self._folding.read(first, row)
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        self.file.close()
+        if self._blocks is not None:
+            entry = self.entry
+            self._blocks.drop(Span(entry.file, entry.start, entry.start + entry.num_bytes))
 
 
 class _Folding:
     """The factors of one tensor, in memory."""
 
-    def __init__(self, entry: Entry, descriptor: int):
+    def __init__(self, entry: Entry, file: File):
         fold = entry.fold
         assert fold is not None, "an entry with a fold"
-        self._entry, self._fold, self._descriptor = entry, fold, descriptor
+        self._entry, self._fold, self._file = entry, fold, file
         self._wide = np.float64 if entry.dtype == "F64" else np.float32
         self._width = _width(entry)
         self._left = self._right = None
@@ -84,10 +88,10 @@ class _Folding:
 
     def _elements(self, first: int, count: int, *, scaled: bool) -> np.ndarray:
         """The sum, without DoRA's factors unless `scaled`."""
-        source, descriptor = self._entry, self._descriptor
+        source, file = self._entry, self._file
         if self._fold.onto is not None:
-            source, descriptor = self._fold.onto, None
-        values = _read(source, first, count, descriptor).astype(self._wide, copy=False)
+            source, file = self._fold.onto, None
+        values = _read(source, first, count, file).astype(self._wide, copy=False)
         if self._left is not None and self._right is not None:
             factors = self._factors if scaled else self._factors[:0]
             _add(
@@ -159,16 +163,16 @@ def _values(entry: Entry, dtype: type) -> np.ndarray:
     return _read(entry, 0, entry.num_elements).astype(dtype).reshape(entry.shape)
 
 
-def _read(entry: Entry, first: int, count: int, descriptor: int | None = None) -> np.ndarray:
+def _read(entry: Entry, first: int, count: int, file: File | None = None) -> np.ndarray:
     """Elements of a tensor as they are stored, bfloat16 as float32."""
     size = ITEM_BYTES[entry.dtype]
     raw = np.empty(count * size, np.uint8)
-    opened = os.open(entry.file, os.O_RDONLY) if descriptor is None else descriptor
+    opened = open_file(entry.file) if file is None else file
     try:
-        read_into(opened, raw.data, entry.start + first * size, entry.file)
+        opened.read_into(raw.data, entry.start + first * size)
     finally:
-        if descriptor is None:
-            os.close(opened)
+        if file is None:
+            opened.close()
     if entry.dtype == "BF16":
         return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return raw.view(_NUMPY[entry.dtype])

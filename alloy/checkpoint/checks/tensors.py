@@ -17,6 +17,8 @@ from alloy.checkpoint.checks.rows import has_row_per_token, is_embedding, is_hea
 from alloy.checkpoint.checks.sources import Sources
 from alloy.checkpoint.config import vocabulary_size
 from alloy.checkpoint.format import DTYPE_NAMES, ITEM_BYTES, MERGEABLE, Entry
+from alloy.checkpoint.ranges.blocks import BLOCK_BYTES
+from alloy.checkpoint.ranges.files import open_file
 from alloy.checkpoint.reading import few
 from alloy.checkpoint.tokenizer import Vocabulary
 from alloy.errors import nearest, nearest_tensors
@@ -171,15 +173,18 @@ def without_tied_copies(findings: Findings, sources: Sources) -> Sources:
 
 
 def _same_bytes(a: Entry, b: Entry) -> bool:
-    with a.file.open("rb") as left, b.file.open("rb") as right:
-        left.seek(a.start)
-        right.seek(b.start)
-        remaining = a.num_bytes
-        while remaining:
-            size = min(remaining, 1 << 20)
-            if left.read(size) != right.read(size):
+    files = [open_file(entry.file) for entry in (a, b)]
+    pieces = [bytearray(min(a.num_bytes, BLOCK_BYTES)) for _ in files]
+    try:
+        for offset in range(0, a.num_bytes, BLOCK_BYTES):
+            views = [memoryview(piece)[: a.num_bytes - offset] for piece in pieces]
+            for file, entry, view in zip(files, (a, b), views, strict=True):
+                file.read_into(view, entry.start + offset)
+            if views[0] != views[1]:
                 return False
-            remaining -= size
+    finally:
+        for file in files:
+            file.close()
     return True
 
 

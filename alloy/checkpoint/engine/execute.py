@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,9 @@ import numpy as np
 from alloy.checkpoint.adapter.compute import Input
 from alloy.checkpoint.engine.steps import Rows, Shard, Step, Work, read_mapped
 from alloy.checkpoint.engine.writing import BLOCK_BYTES, GrowingFile
-from alloy.checkpoint.format import ITEM_BYTES, Entry
+from alloy.checkpoint.format import ITEM_BYTES
+from alloy.checkpoint.ranges.blocks import AHEAD_BYTES, Ahead, Blocks, Span
+from alloy.checkpoint.ranges.files import elsewhere
 
 _CHUNK_BYTES = 1 << 20
 _SMALLEST_CHUNK_BYTES = 1 << 16
@@ -103,13 +104,14 @@ class _Task:
     """Rounds of measuring that are complete."""
     remaining: int = 0
     """Pieces of this round that are not done."""
+    blocks: Blocks | None = None
     inputs: list[Input] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.remaining = len(self.spans)
 
     def open(self) -> None:
-        self.inputs = [Input(entry) for entry in self.step.inputs]
+        self.inputs = [Input(entry, self.blocks) for entry in self.step.inputs]
 
     def close(self) -> None:
         while self.inputs:
@@ -218,6 +220,7 @@ class _Schedule:
         share = _STAGES_BYTES // (2 * len(self._lanes)) // BLOCK_BYTES * BLOCK_BYTES
         self._stage_bytes = max(BLOCK_BYTES, min(_STAGE_BYTES, share))
         self._flushes: list[Future] = []
+        self._blocks = Blocks() if _reads_elsewhere(shards) else None
 
     def run(self, worker: int) -> None:
         """The life of one worker."""
@@ -238,6 +241,8 @@ class _Schedule:
             self._stopped = True
             self._condition.notify_all()
         self._tokens.release(self._threads)
+        if self._blocks is not None:
+            self._blocks.close()
 
     def close(self) -> None:
         """Wait for the flushes; raise what went wrong."""
@@ -252,7 +257,8 @@ class _Schedule:
 
     def _fail(self, error: BaseException) -> None:
         with self._condition:
-            self._error = self._error or error
+            if not self._stopped:  # later ones follow from the stop
+                self._error, self._stopped = error, True
         self.stop()
 
     def _next_piece(self, worker: int) -> _Piece | None:
@@ -287,11 +293,13 @@ class _Schedule:
     def _pieces(self, shard: Shard) -> Iterator[_Piece]:
         output = _Output(shard, self._folder, self._stage_bytes, self._writer)
         self._outputs.append(output)
+        if self._blocks is not None:
+            Ahead(self._blocks, _inputs_of(shard), AHEAD_BYTES // len(self._lanes))
         for step in shard.steps:
             if not step.num_elements:
                 continue
             work = step.work()
-            task = _Task(step, output, work, list(self._spans(step, work)))
+            task = _Task(step, output, work, list(self._spans(step, work)), blocks=self._blocks)
             task.open()
             self._tasks.append(task)
             if len(task.spans) > 1:
@@ -374,7 +382,7 @@ class _Schedule:
             rows = np.split(space[: sum(widths)], np.cumsum(widths)[:-1])
         for source, row in zip(task.inputs, rows, strict=True):
             start = piece.start * ITEM_BYTES[source.entry.dtype]
-            _prefetch(source.descriptor, source.entry, start, len(row))
+            _prefetch(source, start, len(row))
             source.read(piece.start, row)
         return buffer, rows
 
@@ -408,9 +416,21 @@ def _chunk_elements(step: Step, work: Work, chunk_bytes: int) -> int:
     return max(alignment, size // alignment * alignment)
 
 
-def _prefetch(descriptor: int, entry: Entry, start: int, num_bytes: int) -> None:
+def _inputs_of(shard: Shard) -> Iterator[list[Span]]:
+    """The bytes that each step of a file of the result reads, in their order."""
+    for step in shard.steps:
+        yield [Span(e.file, e.start, e.start + e.num_bytes) for e in step.inputs]
+
+
+def _reads_elsewhere(shards: Sequence[Shard]) -> bool:
+    files = {entry.file for shard in shards for step in shard.steps for entry in step.inputs}
+    return any(elsewhere(file) is not None for file in files)
+
+
+def _prefetch(source: Input, start: int, num_bytes: int) -> None:
     """Let the kernel read the next chunks while this one is computed."""
+    entry = source.entry
     first = start if start == 0 else start + _PREFETCH_CHUNKS * num_bytes
     stop = min(start + (1 + _PREFETCH_CHUNKS) * num_bytes, entry.num_bytes)
-    if first < stop and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, entry.start + first, stop - first, os.POSIX_FADV_WILLNEED)
+    if first < stop:
+        source.file.will_need(entry.start + first, entry.start + stop)

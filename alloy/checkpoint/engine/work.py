@@ -19,6 +19,7 @@ import numpy as np
 import alloy.checkpoint.engine.kernels as kernels
 from alloy.checkpoint.engine.steps import Rows, as_float, mapped_dtype
 from alloy.checkpoint.format import ITEM_BYTES, Entry
+from alloy.checkpoint.ranges.files import elsewhere
 from alloy.checkpoint.tensors import TORCH_DTYPES, load_tensor
 from alloy.errors import MergeError
 from alloy.merging import MergeMethod, MergeSettings
@@ -344,11 +345,11 @@ def merged_whole(
 def _mapped(entry: Entry) -> Any:
     """A tensor whose memory is its file: read when used, given back when memory is short.
 
-    One that an adapter changes is held in memory.
+    One that an adapter changes, or that lies elsewhere, is held in memory.
     """
     import torch
 
-    if entry.fold is not None:
+    if entry.fold is not None or elsewhere(entry.file) is not None:
         return load_tensor(entry)
     if not entry.num_bytes:
         return torch.empty(entry.shape, dtype=getattr(torch, TORCH_DTYPES[entry.dtype]))

@@ -71,9 +71,10 @@ def test_the_command_of_the_documentation_runs(hub, bucket):
 
 
 def test_what_is_here_is_not_moved_again(hub):
+    """What one merge brought with --download, the next one finds, with or without."""
     hub.publish("org/a", checkpoint(1))
     hub.publish("org/b", checkpoint(3))
-    assert merge("linear", "out", "hf://org/a", "hf://org/b").exit_code == 0
+    assert merge("linear", "out", "hf://org/a", "hf://org/b", "--download").exit_code == 0
     sent = len(hub.sent)
     done = merge("task_arithmetic", "again", "x=hf://org/b", "--base", "hf://org/a")
     assert done.exit_code == 0, done.output

@@ -64,7 +64,7 @@ def measure(sets: Sequence[str]) -> Iterator[dict[str, Any]]:
         for seed, members in recipe.sets[name].members.items():
             pair = load_pair(recipe, name, members)
             yardstick = _yardstick(recipe, name)
-            for arm, weights, facts in _arms(pair):
+            for arm, weights, facts in merges(pair):
                 score = _score(pair.model, weights, yardstick)
                 yield {"set": name, "seed": seed, "arm": arm, "joint": score, **facts}
             parents = [as_candidate(load_any(RELEASED / member)) for member in members]
@@ -92,9 +92,15 @@ def load_pair(recipe: ModelsRecipe, name: str, members: Sequence[str]) -> Pair:
     size = recipe.calibrated[1].batch_size
     num = len(next(iter(inputs.values())))
     batches = [{k: v[i : i + size] for k, v in inputs.items()} for i in range(0, num, size)]
-    models = {member: load_any(RELEASED / member) for member in members}
+    classes = load_file(DATA / "benchmarks" / str(chosen.benchmark) / "classes.safetensors")
+    return make_pair({member: load_any(RELEASED / member) for member in members}, batches, classes)
+
+
+def make_pair(models: Mapping[str, Any], batches: Batches, classes: Mapping[str, Tensor]) -> Pair:
+    """Parents by name, what they see of the calibration data, and the classes they know."""
+    members = list(models)
     model = models[members[0]]
-    spec = alloy.find_symmetries(model, {k: v[:4] for k, v in inputs.items()})
+    spec = alloy.find_symmetries(model, {k: v[:4] for k, v in batches[0].items()})
     raw = {
         member: {name: tensor.clone() for name, tensor in parent.state_dict().items()}
         for member, parent in models.items()
@@ -106,7 +112,6 @@ def load_pair(recipe: ModelsRecipe, name: str, members: Sequence[str]) -> Pair:
         folded = folds[members[0]][1]
     except SymmetryError as error:
         kept = str(error)
-    classes = load_file(DATA / "benchmarks" / str(chosen.benchmark) / "classes.safetensors")
     logits = [
         accuracy.logits(torch.cat([answers(m, batch).rows for batch in batches]), classes)
         for m in models.values()
@@ -115,14 +120,15 @@ def load_pair(recipe: ModelsRecipe, name: str, members: Sequence[str]) -> Pair:
     return Pair(model, raw, weights, spec, folded, kept, batches, shares_PN)
 
 
-def _arms(pair: Pair) -> Iterator[tuple[str, Weights, dict[str, Any]]]:
+def merges(pair: Pair) -> Iterator[tuple[str, Weights, dict[str, Any]]]:
+    """Every arm's name, weights and facts."""
     names = list(pair.raw)
-    aligned = _aligned(pair, "mudsc", weight_share=0.5)
+    aligned = aligned_by(pair, "mudsc", weight_share=0.5)
     similar = aligned.apply(pair.raw)
     yield "average", _mean(pair.raw), {}
     yield "mudsc", _mean(similar), {}
-    yield "least squares", _fitted(pair, _mean(pair.raw), pair.raw), {}
-    yield "mudsc + least squares", _fitted(pair, _mean(similar), similar), {}
+    yield "least squares", fitted(pair, _mean(pair.raw), pair.raw), {}
+    yield "mudsc + least squares", fitted(pair, _mean(similar), similar), {}
     grams = [observed(pair, member, own) for member, own in enumerate(pair.weights.values())]
     still = [identity(pair.folded) for _ in names]
     yield "closed form", _closed_form(pair, pair.weights, grams, still), {}
@@ -139,10 +145,11 @@ def _arms(pair: Pair) -> Iterator[tuple[str, Weights, dict[str, Any]]]:
     }
     merged = _closed_form(pair, moved, grams, gauge.transforms)
     yield "gauge + closed form", merged, facts
-    yield "gauge + least squares", _fitted(pair, merged, moved), facts
+    yield "gauge + least squares", fitted(pair, merged, moved), facts
 
 
-def _aligned(pair: Pair, preset: str, **settings: Any):
+def aligned_by(pair: Pair, preset: str, **settings: Any):
+    """Align the pair by a preset of `alloy.align_models`."""
     models = {}
     for name, weights in pair.raw.items():
         models[name] = type(pair.model)(pair.model.config).eval()
@@ -156,7 +163,7 @@ def _search(pair: Pair, grams: Sequence[Mapping[str, Gram]], aligned) -> Gauge:
     other = list(pair.raw)[1]
     initial = {"mudsc": [identity(pair.folded), aligned.transforms[other]]}
     if not pair.kept:
-        turned = _aligned(pair, "orthogonal").transforms[other]
+        turned = aligned_by(pair, "orthogonal").transforms[other]
         initial["orthogonal"] = [identity(pair.folded), turned]
     models = list(pair.weights.values())
     return search_gauge(models, pair.folded, grams, initial=initial, steps=STEPS, max_rounds=1)
@@ -188,7 +195,8 @@ def _mean(models: Mapping[str, Weights]) -> Weights:
     }
 
 
-def _fitted(pair: Pair, merged: Weights, parents: Mapping[str, Weights]) -> Weights:
+def fitted(pair: Pair, merged: Weights, parents: Mapping[str, Weights]) -> Weights:
+    """Refit every layer of a merge by least squares, each example as its surer parent has it."""
     return repair.fit_layers(
         pair.model, merged, parents, pair.batches, example_weights=pair.shares_PN, ridge=RIDGE
     )

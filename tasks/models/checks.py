@@ -14,6 +14,7 @@ from alloy.trunk.plan import kept_names
 from tasks.models.benchmarks.checks import check_benchmarks
 from tasks.models.prepare import refuse_options
 from tasks.models.shared.parts import matching
+from tasks.recipe.benchmarks import ModelsExamples
 from tasks.recipe.calibration import ModelsCalibration
 from tasks.recipe.models import ModelsAlignment, ModelsRecipe
 from tasks.recipe.section import ParamsError
@@ -50,6 +51,13 @@ def check(recipe: ModelsRecipe) -> None:
         refuse_options(where, benchmark.writer, "benchmark", benchmark.options)
 
 
+PROCESSORS = {
+    "image processor": ("preprocessor_config.json", "processor_config.json"),
+    "tokenizer": ("tokenizer_config.json",),
+}
+"""What makes inputs of pictures and of texts, and the files that it is saved in."""
+
+
 def check_checkpoints(recipe: ModelsRecipe) -> None:
     """Refuse what the configs and files of the checkpoints do not have, before they are fetched.
 
@@ -59,29 +67,20 @@ def check_checkpoints(recipe: ModelsRecipe) -> None:
         ParamsError: parts that are not there, overlap or are not alike; processors that are
             missing.
     """
-    calibrations = recipe.prepare.calibration if recipe.prepare is not None else {}
-    needed = {
-        member: needs
-        for entry in recipe.sets.values()
-        if entry.calibration in calibrations
-        and (needs := processors_for(calibrations[entry.calibration]))
-        for members in entry.members.values()
-        for member in members
-    }
+    needed = processors_of(recipe)
     parts = [part for entry in recipe.sets.values() for part in entry.parts.values()]
     glances: dict[str, Glance] = {}
-    for name in {**needed, **dict.fromkeys(part.checkpoint for part in parts)}:
+    for name in dict.fromkeys([*(n for n, _ in needed), *(part.checkpoint for part in parts)]):
         source, folder = recipe.fetch.checkpoints[name].source, recipe.workspace.checkpoints / name
         if name not in recipe.fetch.adapters and (seen := glance(source, folder)) is not None:
             glances[name] = seen
-    for name in needed.keys() & glances.keys():
-        for what in needed[name]:
-            if not {*PROCESSORS[what]} & {*glances[name].files}:
-                raise ParamsError(
-                    f"{recipe.where}: fetch.checkpoints.{name}: it has no {what} "
-                    f"({PROCESSORS[what][0]}), which prepare.calibration takes; save the one it "
-                    "was trained with beside its weights"
-                )
+    for (name, what), key in needed.items():
+        if name in glances and not {*PROCESSORS[what]} & {*glances[name].files}:
+            raise ParamsError(
+                f"{recipe.where}: fetch.checkpoints.{name}: it has no {what} "
+                f"({PROCESSORS[what][0]}), which {key} takes; save the one it was trained with "
+                "beside its weights"
+            )
     models = {
         part.checkpoint: skeleton(glances[part.checkpoint].config)
         for part in parts
@@ -96,18 +95,28 @@ def check_checkpoints(recipe: ModelsRecipe) -> None:
                 raise ParamsError(f"{recipe.where}: {error}") from error
 
 
-PROCESSORS = {
-    "image processor": ("preprocessor_config.json", "processor_config.json"),
-    "tokenizer": ("tokenizer_config.json",),
-}
-"""What makes inputs of pictures and of texts, and the files that it is saved in."""
-
-
-def processors_for(params: ModelsCalibration) -> list[str]:
-    """The processors that calibration data certainly need."""
-    pictures = params.images is not None or params.captions is not None
-    texts = params.texts is not None or params.captions is not None
-    return ["image processor"] * pictures + ["tokenizer"] * texts
+def processors_of(recipe: ModelsRecipe) -> dict[tuple[str, str], str]:
+    """The processors that data certainly need: checkpoint and key of PROCESSORS -> the data."""
+    data: list[tuple[str, ModelsCalibration | ModelsExamples, list[str]]] = []
+    for entry in recipe.sets.values():
+        members = [name for names in entry.members.values() for name in names]
+        for name, source in (recipe.prepare.calibration if recipe.prepare else {}).items():
+            if name == entry.calibration:
+                data.append((f"prepare.calibration.{name}", source, members))
+    result = recipe.named
+    for name, source in recipe.evaluate.benchmarks.items():
+        first = recipe.sets[result.set].members[result.seed][:1]  # whose processors arms take
+        data.append((f"evaluate.benchmarks.{name}", source, first))
+    return {
+        (member, what): key
+        for key, source, members in reversed(data)
+        for what, is_needed in (
+            ("image processor", source.images or source.captions),
+            ("tokenizer", source.texts or source.captions or getattr(source, "prompt", None)),
+        )
+        if is_needed
+        for member in members
+    }
 
 
 @dataclass

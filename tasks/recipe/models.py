@@ -305,6 +305,12 @@ class ModelsRecipe(Section):
             raise ParamsError(
                 f"{self.where}: members are parts of models, and such a recipe cannot have {extra}"
             )
+        if self.fetch.adapters:
+            raise ParamsError(
+                f"{self.where}: fetch.checkpoints: {', '.join(self.fetch.adapters)}: members are "
+                "parts of whole checkpoints; fold an adapter first (`alloy merge linear OUT "
+                "BASE+ADAPTER` writes one)"
+            )
         has_data = self.prepare is not None and entry.calibration is not None
         checkpoints = self.fetch.checkpoints
         check_trunk(self.where, entry.parts, self.merge.arms, checkpoints, has_data=has_data)

@@ -114,6 +114,10 @@ WRONG = {
         {"members": {**MEMBERS, "text": {"checkpoint": "siglib", "part": "x"}}},
         "did you mean 'siglip'",
     ),
+    "an adapter": (
+        {"fetch": {"checkpoints": {"siglip": "a", "lora": {"adapter": "b", "base": "siglip"}}}},
+        "lora: members are parts of whole checkpoints",
+    ),
     "no part": (
         {"members": {**MEMBERS, "text": {"checkpoint": "siglip"}}},
         "part: this is missing",
@@ -270,8 +274,12 @@ def test_a_missing_processor_is_refused_before_the_first_stage(file, what, works
     loaded = recipe(sections(fetch={"checkpoints": {"siglip": "source"}}))
     check(loaded)
     (workspace / "source" / file).unlink()
-    with pytest.raises(ParamsError, match=f"fetch.checkpoints.siglip: it has no {what} "):
+    with pytest.raises(ParamsError, match=f"siglip: it has no {what} .*prepare.calibration.pairs"):
         check(loaded)
+    given = sections(fetch={"checkpoints": {"siglip": "source"}})
+    given["prepare"]["calibration"]["pairs"] = {"dataset": "inputs", "examples": 4}
+    with pytest.raises(ParamsError, match=f"no {what} .*evaluate.benchmarks.retrieval takes"):
+        check(recipe(given))
 
 
 def test_what_prepare_finds_is_said_before_it_writes():

@@ -62,6 +62,7 @@ _PACKED_TENSOR = re.compile(
     r"\.(qweight|qzeros|g_idx|absmax|quant_map|nested_absmax|weight_packed|weight_scale|weight_scale_inv"
     r"|weight_zero_point|weight_shape)$|\.quant_state\.|_proj_(blocks|scales)$"
 )
+_MASK = re.compile(r"(^|[._])(bias|mask)$")  # causal masks, as GPT-2 stores them
 _NATIVE = "consolidated"  # opens the names of files as Mistral and Meta publish them
 _UNREADABLE = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -318,7 +319,7 @@ def _refuse_parts(entries: list[Entry]) -> list[Entry]:
 
     Those are an adapter's low-rank factors, and the codes and scales of packed quantised weights.
     """
-    packed = [e.name for e in entries if _PACKED_TENSOR.search(e.name)]
+    packed = [e.name for e in entries if _PACKED_TENSOR.search(e.name) or _holds_codes(e)]
     if packed:
         raise CheckpointError(
             f"{entries[0].file}: {few(packed, 2)} hold codes and scales of quantised weights, "
@@ -330,6 +331,14 @@ def _refuse_parts(entries: list[Entry]) -> list[Entry]:
             f"{entries[0].file}: an adapter ({few(factors, 2)}), no whole weights; {ON_ITS_BASE}"
         )
     return entries
+
+
+def _holds_codes(entry: Entry) -> bool:
+    """True for matrices of 8-bit integers, which are codes of weights unless they mask something:
+    their scales have other names in every library.
+    """
+    is_matrix = entry.dtype in ("I8", "U8") and len(entry.shape) > 1
+    return is_matrix and not _MASK.search(entry.name)
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from alloy.checkpoint.checks.findings import Findings
-from alloy.checkpoint.checks.rows import has_row_per_token, is_embedding, is_head
-from alloy.checkpoint.config import parts_of_model, text_part
+from alloy.checkpoint.checks.rows import has_row_per_token, is_embedding, is_head, ties_embeddings
+from alloy.checkpoint.config import parts_of_model
 from alloy.checkpoint.format import Checkpoint
 from alloy.errors import most_alike, nearest
 
@@ -78,13 +78,8 @@ def refuse_two_wishes(
 
 
 def _ties(reference: Checkpoint) -> bool:
-    """True if a model's head is its embeddings, as its config or that of its language model says.
-
-    transformers ties where neither says anything, in models whose head is not stored.
-    """
-    config = reference.config or {}
-    said = [part.get("tie_word_embeddings") for part in (config, text_part(config) or {})]
-    return any(said) or not any(is_head(name) for name in reference.entries)
+    """True if a model's head is its embeddings: it says so, or stores no head."""
+    return ties_embeddings(reference.config) or not any(map(is_head, reference.entries))
 
 
 def named_so(group: str, reference: Checkpoint) -> set[str]:

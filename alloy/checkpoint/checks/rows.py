@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from alloy.checkpoint.checks.defaults import default_of
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.checks.sources import BASE, Sources
-from alloy.checkpoint.config import flatten, vocabulary_size
+from alloy.checkpoint.config import flatten, text_part, vocabulary_size
 from alloy.checkpoint.format import Entry
 from alloy.checkpoint.reading import few
 from alloy.checkpoint.tokenizer import (
@@ -90,6 +91,17 @@ def is_embedding(name: str) -> bool:
 
 def is_head(name: str) -> bool:
     return any(word in name for word in ("head", "predictions", "embed_out"))
+
+
+def ties_embeddings(config: Mapping | None) -> bool:
+    """True if a model's head is its embeddings: as its config says, that of its language model, or
+    where both are silent the default of its architecture.
+    """
+    parts = [part for part in (config, text_part(config or {})) if part]
+    said = [part.get("tie_word_embeddings") for part in parts]
+    if any(word is not None for word in said):
+        return any(said)
+    return any(default_of(part, "tie_word_embeddings") is True for part in parts)
 
 
 def has_row_per_token(

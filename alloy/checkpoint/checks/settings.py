@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
+from alloy.checkpoint.config import files_like
 from alloy.checkpoint.reading import few, read_json, read_text, source_file
 from alloy.checkpoint.tokenizer import Vocabulary
 from alloy.errors import CheckpointError
@@ -26,6 +27,7 @@ _SETTINGS = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"
 _TEMPLATE_JSON = "chat_template.json"
+_MORE_TEMPLATES = "additional_chat_templates"
 _SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
     "additional_special_tokens", "extra_special_tokens",
@@ -98,8 +100,10 @@ def common_settings(
     templates = {name: findings.attempt(_template, folder) for name, folder in folders.items()}
     known = {name: template for name, template in templates.items() if template}
     chosen = _chosen(findings, known, speaker, chat_template, bool(settings))
-    new = None if chosen == known.get(speaker) else chosen
-    if speaker not in folders or (new is None and not special):
+    if speaker not in folders:
+        return TextSettings({})
+    is_there = chosen == known.get(speaker) and not _more_templates(folders[speaker])
+    if (new := None if is_there else chosen) is None and not special:
         return TextSettings({})
     return _changed(folders[speaker], new, list(special))
 
@@ -189,8 +193,14 @@ def _short(value: Any) -> str:
 
 
 def _template(folder: Path) -> Template | None:
-    """The chat template of a folder: a file of its own, or a key of the settings."""
-    if (path := source_file(folder, _TEMPLATE)) is not None:
+    """The chat template of a folder: a file of its own, or a key of the settings; or several by
+    name, one of which may be in a file of its own.
+    """
+    path = source_file(folder, _TEMPLATE)
+    if more := _more_templates(folder):
+        named = more if path is None else {"default": read_text(path), **more}
+        return [{"name": name, "template": template} for name, template in named.items()]
+    if path is not None:
         return read_text(path)
     for name in (_TEMPLATE_JSON, _SETTINGS):
         if (path := source_file(folder, name)) is not None:
@@ -200,6 +210,14 @@ def _template(folder: Path) -> Template | None:
             if template:
                 raise CheckpointError(f"{path}: chat_template is {template!r:.60}; it must be text")
     return None
+
+
+def _more_templates(folder: Path) -> dict[str, str]:
+    """The templates by name that lie in a folder of their own."""
+    inner = folder / _MORE_TEMPLATES
+    is_own = inner.is_dir() and not inner.is_symlink()
+    files = files_like(inner, ("*.jinja",)) if is_own else []
+    return {file.stem: read_text(file) for file in files}
 
 
 def _chosen(

@@ -13,7 +13,12 @@ from typing import Any
 
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.checks.groups import covering
-from alloy.checkpoint.checks.rows import has_row_per_token, is_embedding, is_head
+from alloy.checkpoint.checks.rows import (
+    has_row_per_token,
+    is_embedding,
+    is_head,
+    ties_embeddings,
+)
 from alloy.checkpoint.checks.sources import Sources
 from alloy.checkpoint.config import vocabulary_size
 from alloy.checkpoint.format import DTYPE_NAMES, ITEM_BYTES, MERGEABLE, Entry
@@ -144,32 +149,40 @@ def plan_tensors(
 def without_tied_copies(findings: Findings, sources: Sources) -> Sources:
     """Every source with its tensors, tied ones once.
 
-    A head that its config ties to the embeddings is no tensor of its own.
+    A head that its config ties to the embeddings is no tensor of its own, and neither are the
+    embeddings of an encoder beside those that it shares with its decoder.
     """
     result = {}
     for source, checkpoint in sources.checkpoints.items():
         entries = dict(checkpoint.entries)
         result[source] = replace(checkpoint, entries=entries)
         size = vocabulary_size(checkpoint.config)
-        if not (checkpoint.config and checkpoint.config.get("tie_word_embeddings") and size):
+        if not (size and ties_embeddings(checkpoint.config)):
             continue
         rows = [e for e in entries.values() if len(e.shape) == 2 and e.shape[0] == size]
         embeddings = [e for e in rows if is_embedding(e.name)]
-        for head in (e for e in rows if is_head(e.name)):
-            alike = [e for e in embeddings if (e.shape, e.dtype) == (head.shape, head.dtype)]
+        for head in (e for e in rows if is_head(e.name) or _is_shared(e.name, entries)):
+            others = [e for e in embeddings if e is not head]
+            alike = [e for e in others if (e.shape, e.dtype) == (head.shape, head.dtype)]
             tied = next((e for e in alike if _same_bytes(head, e)), None)
             if tied is not None:
                 del entries[head.name]
                 findings.note(
                     f"{source!r} stores {head.name} beside {tied.name}, tied: stored once"
                 )
-            elif embeddings:
+            elif others:
                 findings.problem(
                     f"tied weights untied: config.json of {source!r} ties its embeddings, but "
-                    f"{head.name} and {embeddings[0].name} differ; save it with "
+                    f"{head.name} and {others[0].name} differ; save it with "
                     "tie_word_embeddings=false or tie them"
                 )
     return Sources(result)
+
+
+def _is_shared(name: str, entries: Mapping[str, Entry]) -> bool:
+    """True for embeddings of an encoder or decoder beside `shared` ones."""
+    prefix, _, rest = name.rpartition("coder.embed_tokens.")
+    return bool(prefix) and f"{prefix.rpartition('.')[0]}.shared.{rest}".lstrip(".") in entries
 
 
 def _same_bytes(a: Entry, b: Entry) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 import alloy
 from alloy.checkpoint import MergeRequest, plan_merge
@@ -68,6 +69,33 @@ def test_tied_in_the_config_and_untied_in_the_file(write):
         plan_merge(MergeRequest("linear", [b, c], "out"))
 
 
+SILENT = {"vocab_size": 8, "n_embd": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({**SILENT, "model_type": "gpt2"}, ("transformer.wte.weight", HEAD)),
+        ({"model_type": "llava", "text_config": {**SILENT, "tie_word_embeddings": True}},
+         (f"language_model.{EMBED}", f"language_model.{HEAD}")),
+        ({**CONFIG, "model_type": "t5", "tie_word_embeddings": True},
+         ("shared.weight", "encoder.embed_tokens.weight")),
+    ],
+)  # fmt: skip
+def test_tied_by_an_architectures_default_or_a_part(write, config, names):
+    """As above, where the config leaves it to its class or its language model; copies are one."""
+    weights = {
+        "a": {names[0]: rows(0), names[1]: rows(9)},
+        "b": {name: rows(1) for name in names},
+        "c": {name: rows(2) for name in names},
+    }
+    apart, *alike = (write(name, of, config=config) for name, of in weights.items())
+    with pytest.raises(MergeError, match=r"tied weights untied: config.json of 'a'"):
+        plan_merge(MergeRequest("linear", [apart, alike[0]], "out"))
+    plan = plan_merge(MergeRequest("linear", alike, "out"))
+    assert [t.name for t in plan.tensors] == [names[0]]
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -93,6 +121,22 @@ def test_index_and_shards_that_disagree(write, spoil, message):
         save_file(good, b / "model.safetensors")
     with pytest.raises(MergeError, match=message):
         plan_merge(MergeRequest("linear", [a, b], "out"))
+
+
+@pytest.mark.parametrize("policy", ["base", "union"])
+def test_one_vocabulary_with_two_paddings(write, tmp_path, policy):
+    """Qwen2.5's sizes differ in padding alone: the first one's rows, shared padding averaged."""
+    folders = [
+        write(name, {EMBED: rows(i, num)}, config={**CONFIG, "vocab_size": num})
+        for i, (name, num) in enumerate({"a": 8, "b": 12}.items())
+    ]
+    for folder in folders:
+        tokenizer(folder, "xyz")
+    with pytest.raises(MergeError, match="vocab_size differs"):
+        plan_merge(MergeRequest("linear", folders, "out"))
+    alloy.merge_checkpoints("linear", folders, tmp_path / "out", tokenizer=policy)
+    merged = load_file(tmp_path / "out" / "model.safetensors")[EMBED]
+    torch.testing.assert_close(merged, (rows(0) + rows(1, 12)[:8]) / 2)
 
 
 @pytest.mark.parametrize("policy", ["base", "union"])
@@ -125,6 +169,21 @@ def test_the_experts_template_stays_where_the_base_has_none(write, tmp_path):
     assert report.notes
 
 
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_templates_in_a_folder_of_their_own_stay(write, tmp_path, order):
+    """transformers saves named templates so; here the first source's, or those of another."""
+    folders = {name: write(name, {EMBED: rows(i)}, config=CONFIG) for i, name in enumerate(order)}
+    for folder in folders.values():
+        tokenizer(folder, "xyz")
+    (folders["b"] / "chat_template.jinja").write_text(TEMPLATE)
+    more = folders["b"] / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("{{ tools }}")
+    alloy.merge_checkpoints("linear", list(folders.values()), tmp_path / "out")
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert loaded.chat_template == {"default": TEMPLATE, "tool_use": "{{ tools }}"}
+
+
 def test_the_commonest_template_and_one_that_is_given(write, tmp_path):
     """mergekit's `auto`, and a template as text."""
     folders = [write(name, {EMBED: rows(i)}, config=CONFIG) for i, name in enumerate("abc")]
@@ -140,6 +199,9 @@ def test_the_commonest_template_and_one_that_is_given(write, tmp_path):
     [
         (torch.zeros(8, 4).to(torch.float8_e4m3fn), "q.weight_scale_inv"),
         (torch.zeros(8, 4, dtype=torch.uint8), "q.weight_scale"),
+        (torch.zeros(8, 4, dtype=torch.int8), "q.SCB"),  # bitsandbytes
+        (torch.zeros(8, 4, dtype=torch.int8), "q.weight_scales"),  # EETQ
+        (torch.zeros(4, 4, dtype=torch.uint8), "q.scale"),  # HQQ
     ],
 )
 def test_quantised_weights_are_refused_by_name(write, weight, scale):
@@ -148,6 +210,13 @@ def test_quantised_weights_are_refused_by_name(write, weight, scale):
     b = write("b", {"q.weight": rows(0)}, config=CONFIG)
     with pytest.raises(MergeError, match="dequantise"):
         plan_merge(MergeRequest("linear", [a, b], "out"))
+
+
+def test_masks_of_bytes_are_no_codes(write):
+    """Old GPT-2 files hold causal masks as 8-bit integers."""
+    mask = {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8).tril()}
+    a, b = (write(n, {EMBED: rows(i), **mask}, config=CONFIG) for i, n in enumerate("ab"))
+    assert len(plan_merge(MergeRequest("linear", [a, b], "out")).tensors) == 2
 
 
 def test_counters_that_differ_are_asked_about(write, tmp_path):

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from benchmarks.gauge.params import study
-from tasks.data.scenes.bank import load_bank
-from tasks.experts.pretrain import FROM_SEED, pretrain
-from tasks.recipe.load import load_experts
+from tasks.experts.pretrain import FROM_SEED, load_corpus, pretrain
 from tasks.storage import write_folder, write_json
 
 MADE = Path("models/gauge")
@@ -16,11 +14,11 @@ WORK = Path(".alloy/gauge")
 def train(name: str) -> None:
     """Pre-train a model into `models/gauge/<name>`, after the seed of its experts if it has one."""
     params = study()
-    bank = load_bank(load_experts(params.recipe).prepare.composed)
     arm, made = params.pretrain(name)
+    corpus = load_corpus(made)
     if arm in FROM_SEED:
-        pretrain("seed", made, bank, WORK / name, _say)
-    model, progress = pretrain(arm, made, bank, WORK / name, _say)
+        pretrain("seed", made, corpus, WORK / name, _say)
+    model, progress = pretrain(arm, made, corpus, WORK / name, _say)
     with write_folder(MADE / name) as folder:
         model.save_pretrained(folder)
         facts = {"arm": arm, "params": made.model_dump(), "losses": progress.losses}

@@ -18,9 +18,8 @@ from torch import Tensor
 from alloy.devices import chosen_device
 from alloy.modality import ModalityModel
 from benchmarks.study.params import Parent, StudyParams, study
-from tasks.data.scenes.bank import Bank, load_bank
-from tasks.experts.pretrain import fit, fresh_weights, model_config, with_experts
-from tasks.recipe.load import load_experts
+from tasks.data.scenes.description import SceneCorpus
+from tasks.experts.pretrain import config_for, fit, fresh_weights, load_corpus, with_experts
 from tasks.recipe.pretraining import PretrainParams
 from tasks.storage import read_json, sha256, write_folder, write_json
 from tasks.training.loop import State, load_state
@@ -40,10 +39,10 @@ def parents_of(seed: int) -> Path:
 def train(seed: int) -> None:
     """Pre-train every parent of one seed into `models/study/<seed>`, those that are not there."""
     params = study()
-    bank = load_bank(load_experts(params.recipe).prepare.composed)
+    corpus = load_corpus(params.pretrain(seed))
     names = [TRUNK, *(name for name in params.parents if name != TRUNK)]
     for number, name in enumerate(names, start=1):
-        run = Run(params, seed, name, bank)
+        run = Run(params, seed, name, corpus)
         print(f"study: seed {seed}: pre-training {number} of {len(names)}: {name}", flush=True)
         run.make()
 
@@ -51,20 +50,20 @@ def train(seed: int) -> None:
 class Run:
     """One parent of one seed."""
 
-    def __init__(self, params: StudyParams, seed: int, name: str, bank: Bank) -> None:
-        self.study, self.name, self.bank = params, name, bank
+    def __init__(self, params: StudyParams, seed: int, name: str, corpus: SceneCorpus) -> None:
+        self.study, self.name, self.corpus = params, name, corpus
         self.parent: Parent = params.parents[name]
         self.params = _constant(params.pretrain(seed), self.parent)
         self.work, self.target = WORK / str(seed) / name, parents_of(seed) / name
         self.trunk = WORK / str(seed) / TRUNK
-        self.config = model_config(self.params.model, bank.params, self.parent.sharing)
+        self.config = config_for(self.params.model, corpus, self.parent.sharing)
 
     @property
     def identity(self) -> str:
         """A digest of all that determines the weights, the code apart; not of averages of them."""
         own = self.parent.model_dump(exclude={"averaged"})
         shares = self.stops if self.name == TRUNK else [self.first]
-        parts = [self.name, own, shares, self.params.model_dump(), self.bank.sha256]
+        parts = [self.name, own, shares, self.params.model_dump(), self.corpus.sha256]
         text = json.dumps([*parts, torch.__version__], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -123,14 +122,14 @@ class Run:
             return with_experts(load_state(self.trunk / f"at_{self.first}"), self.config)
         if self.parent.random or self.name == TRUNK:
             return State(fresh_weights(self.config, self.params.seed), {})
-        shared = model_config(self.params.model, self.bank.params, "all")
+        shared = config_for(self.params.model, self.corpus, "all")
         return with_experts(State(fresh_weights(shared, self.params.seed), {}), self.config)
 
     def _fit(self, model: ModalityModel, start: State, stop_step: int) -> None:
         fit(
             model,
             self.params,
-            self.bank,
+            self.corpus,
             folder=self.work / "steps",
             identity=self.identity,
             report=partial(_say, self.name),

@@ -5,6 +5,7 @@ python -m tasks.prepare --show RECIPE     # a sheet of examples instead: reports
 python -m tasks.prepare --check RECIPE    # of each data set what is there, and who has the rest
 """
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
@@ -22,7 +23,6 @@ from tasks.data.scenes.description import scenes_description
 from tasks.data.scenes.drawings import SPLITS
 from tasks.data.scenes.generator import SceneGenerator
 from tasks.data.scenes.packages import source_versions
-from tasks.data.scenes.words import SEGMENTATION_CLASSES
 from tasks.data.sets.description import KINDS, TOKENIZER, look_of
 from tasks.data.sets.prepare import account, calibration_of, prepare_set, reader_of
 from tasks.data.sets.rows import DataError
@@ -176,7 +176,7 @@ def draw_examples(recipe: ExpertsRecipe) -> Path:
     params = checked(recipe)
     if params.scenes is None:
         raise ParamsError(f"{recipe.where}: --show draws scenes, and this recipe reads data sets")
-    bank = load_bank(params.scenes)
+    bank, about = load_bank(params.scenes), scenes_description(params.scenes)
     rows = list(params.benchmarks)
     figure = Figure(figsize=(17, 2.6 * len(rows)), layout="tight")
     axes = figure.subplots(len(rows), EXAMPLES_SHOWN, squeeze=False)
@@ -185,7 +185,8 @@ def draw_examples(recipe: ExpertsRecipe) -> Path:
         for column, axis in enumerate(axes[row]):
             axis.axis("off")
             if column < len(examples["pixel_values"]):
-                pixels, text = _picture(benchmark, {k: v[column] for k, v in examples.items()})
+                example = {k: v[column] for k, v in examples.items()}
+                pixels, text = _picture(benchmark, example, about.classes)
                 axis.imshow(pixels)
                 axis.set_title(fill(text, 30), fontsize=8)
         label = {"rotation": 90, "ha": "right", "va": "center"}
@@ -196,7 +197,9 @@ def draw_examples(recipe: ExpertsRecipe) -> Path:
     return sheet
 
 
-def _picture(benchmark: str, example: dict[str, Tensor]) -> tuple[np.ndarray, str]:
+def _picture(
+    benchmark: str, example: dict[str, Tensor], classes: Sequence[str]
+) -> tuple[np.ndarray, str]:
     """Pixels [h, w, 3] and the words of one example."""
     pixels = example["pixel_values"]
     side_by_side = torch.cat(list(pixels), dim=2) if pixels.dim() == 4 else pixels
@@ -205,7 +208,7 @@ def _picture(benchmark: str, example: dict[str, Tensor]) -> tuple[np.ndarray, st
         labels = example["labels"].numpy()
         block = image.shape[0] // len(labels)
         colours = coloured(labels).repeat(block, axis=0).repeat(block, axis=1)
-        shown = ", ".join(SEGMENTATION_CLASSES[c] for c in np.unique(labels))
+        shown = ", ".join(classes[c] for c in np.unique(labels))
         return np.concatenate([image, colours], axis=1), shown
     text = words(example["input_ids"].tolist())
     if "labels" not in example:

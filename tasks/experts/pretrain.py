@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from alloy.devices import beside, chosen_device, device_pool
 from alloy.errors import nearest
@@ -36,19 +37,9 @@ from alloy.modality import (
 from alloy.modality.configuration import Sharing
 from alloy.modality.objectives import pretraining_losses
 from alloy.processes import ALONE, Processes
-from tasks.data.scenes.bank import Bank, load_bank
-from tasks.data.scenes.generator import SceneGenerator
-from tasks.data.scenes.packages import source_versions
-from tasks.data.scenes.words import (
-    ANSWERS,
-    MAX_TOKENS,
-    PAD,
-    SEGMENTATION_CLASSES,
-    TOKEN,
-    VOCABULARY,
-    tokenizer,
-)
-from tasks.recipe.experts import SceneParams
+from tasks.data.scenes.bank import load_bank
+from tasks.data.scenes.description import SceneCorpus
+from tasks.data.sets.description import Description
 from tasks.recipe.load import load_experts, load_file
 from tasks.recipe.pretraining import PretrainParams, TransformerParams
 from tasks.recipe.section import ParamsError
@@ -83,20 +74,31 @@ FROM_SEED = ("agnostic", "specific")
 CHAINS = (("seed", *FROM_SEED), ("specific_unseeded",))  # each one after the other
 
 
-def model_config(params: TransformerParams, scene: SceneParams, sharing: Sharing) -> ModalityConfig:
-    """The model for these scenes, their words, answers and classes."""
+def model_config(
+    params: TransformerParams,
+    about: Description,
+    tokenizer: PreTrainedTokenizerBase,
+    sharing: Sharing,
+) -> ModalityConfig:
+    """The model for these data: their sizes, words, answers and classes."""
     return ModalityConfig(
         sharing=sharing,
         **params.model_dump(),
-        image_size=2 * scene.cell_pixels,
-        vocab_size=len(VOCABULARY),
-        max_position_embeddings=MAX_TOKENS,
-        pad_token_id=PAD,
-        num_answers=len(ANSWERS),
-        num_segment_classes=len(SEGMENTATION_CLASSES),
-        segment_cells=params.patch_size // scene.label_pixels,
+        image_size=about.image_size,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=about.text_length,
+        pad_token_id=tokenizer.pad_token_id,
+        num_answers=len(about.answers),
+        num_segment_classes=len(about.classes),
+        segment_cells=about.segment_cells,
         attn_implementation="eager",  # faster than sdpa on a CPU for sequences this short
     )
+
+
+def config_for(params: TransformerParams, corpus: SceneCorpus, sharing: Sharing) -> ModalityConfig:
+    """The model for a corpus."""
+    about = corpus.description(params.patch_size)
+    return model_config(params, about, corpus.tokenizer(), sharing)
 
 
 def initial_state(arm: str, config: ModalityConfig, seed: int, seed_folder: Path) -> State:
@@ -136,16 +138,16 @@ def _by_moment(moments: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return grouped
 
 
-def identity(arm: str, params: PretrainParams, bank: Bank) -> str:
+def identity(arm: str, params: PretrainParams, corpus: SceneCorpus) -> str:
     """A digest of all that determines an arm's weights, the code apart."""
-    parts = [arm, params.model_dump(), bank.sha256, torch.__version__]
+    parts = [arm, params.model_dump(), corpus.sha256, torch.__version__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def pretrain(
     arm: str,
     params: PretrainParams,
-    bank: Bank,
+    corpus: SceneCorpus,
     work: Path,
     report: Report,
     processes: Processes = ALONE,
@@ -155,14 +157,14 @@ def pretrain(
     Its step checkpoints, and the seed's, are in `work`. Processes that share the training all call
     this, and end with the same model.
     """
-    config = model_config(params.model, bank.params, SHARING[arm])
+    config = config_for(params.model, corpus, SHARING[arm])
     model = ModalityModel(config).to(chosen_device())
     progress = fit(
         model,
         params,
-        bank,
+        corpus,
         folder=work / arm,
-        identity=identity(arm, params, bank),
+        identity=identity(arm, params, corpus),
         report=partial(report, arm),
         start=initial_state(arm, config, params.seed, work / "seed"),
         stop_step=params.seed_steps if arm == "seed" else None,
@@ -174,7 +176,7 @@ def pretrain(
 def fit(
     model: ModalityModel,
     params: PretrainParams,
-    bank: Bank,
+    corpus: SceneCorpus,
     *,
     folder: Path,
     identity: str,
@@ -183,20 +185,20 @@ def fit(
     stop_step: int | None = None,
     processes: Processes = ALONE,
 ) -> Progress:
-    """Train a model from a start on scenes, reporting ("say", line) and ("curves", values, step).
+    """Train a model from a start on a corpus, reporting ("say", line) and ("curves", values, step).
 
     Its step checkpoints are in `folder`.
     """
-    generator = SceneGenerator(bank, "train", params.seed)
+    mask_token_id = corpus.tokenizer().mask_token_id
 
     def losses_at(step: int) -> Iterator[dict[str, Tensor]]:
         of_step = step_generator(params.seed, step, processes)
-        batch = generator.batch(params.batch_size, step)
+        batch = corpus.batch(params.batch_size, step)
         for part in parts_of(batch, params.training.accumulation_steps):
             yield pretraining_losses(
                 model,
                 beside(model, part),
-                mask_token_id=TOKEN["[MASK]"],
+                mask_token_id=mask_token_id,
                 mask_probability=params.mask_probability,
                 generator=of_step,
                 processes=processes,
@@ -221,35 +223,30 @@ def release(
     model: ModalityModel,
     progress: Progress,
     params: PretrainParams,
-    bank: Bank,
+    corpus: SceneCorpus,
     target: Path,
 ) -> None:
     """Write the checkpoint, its tokenizer, how it was made, and its card."""
     with write_folder(target) as partial:
         model.cpu().save_pretrained(partial)
-        tokenizer().save_pretrained(partial)
+        corpus.tokenizer().save_pretrained(partial)
         facts = {
             "arm": arm,
-            "identity": identity(arm, params, bank),
+            "identity": identity(arm, params, corpus),
             "command": f"python -m tasks.experts.pretrain {arm}",
             "first_step": params.seed_steps if arm in FROM_SEED else 0,
             "last_step": progress.next_step,
             "losses": progress.losses,
             "parameters": sum(p.numel() for p in model.parameters()),
             "model_sha256": sha256(partial / "model.safetensors"),
-            "cells_sha256": bank.sha256,
-            "versions": {**source_versions(), "torch": torch.__version__},
             "params": params.model_dump(),
-            "scenes": bank.params.model_dump(),
+            **corpus.facts,
         }
+        facts["versions"] = {**facts["versions"], "torch": torch.__version__}
         write_json(partial / FACTS, facts)
-        (partial / "README.md").write_text(card(facts, model.config))
+        (partial / "README.md").write_text(card(facts, model.config, corpus))
 
 
-LICENCES = (
-    "Licences of the data: drawings OpenMoji, CC BY-SA 4.0; digits MNIST, CC BY-SA 3.0. The NOTICE "
-    "file names them."
-)
 DESCRIPTIONS = {
     "seed": "The common seed: modality-agnostic, the first part of the schedule.",
     "agnostic": "The baseline: the seed's run, continued modality-agnostic to the schedule's end.",
@@ -258,7 +255,7 @@ DESCRIPTIONS = {
 }
 
 
-def card(facts: Mapping, config: ModalityConfig) -> str:
+def card(facts: Mapping, config: ModalityConfig, corpus: SceneCorpus) -> str:
     """README.md of a released checkpoint: what it is, how it was made, what it was made from."""
     training, batch_size = facts["params"]["training"], facts["params"]["batch_size"]
     size = config.image_size
@@ -278,12 +275,12 @@ def card(facts: Mapping, config: ModalityConfig) -> str:
                 "steps": f"{facts['first_step']} to {facts['last_step']} of a schedule of "
                 f"{training['num_steps']}, {batch_size} scenes a step",
                 "objectives": "image-text contrast, masked words and statements",
-                "data": "scenes composed on the fly from the train cells of tasks/data/scenes",
+                "data": corpus.summary,
                 "SHA-256 of model.safetensors": facts["model_sha256"],
                 "SHA-256 of the cells": facts["cells_sha256"],
                 "versions": versions,
             },
-            notes=markdown.table(["loss in the last batch", ""], losses) + "\n\n" + LICENCES,
+            notes=markdown.table(["loss in the last batch", ""], losses) + "\n\n" + corpus.licences,
             folder=f"{RELEASED}/{facts['arm']}",
             tags=("model-merging", "multimodal"),
             licences=cards.own_licence(),
@@ -291,14 +288,19 @@ def card(facts: Mapping, config: ModalityConfig) -> str:
     )
 
 
+def load_corpus(params: PretrainParams) -> SceneCorpus:
+    """The corpus of the recipe that the params name."""
+    return SceneCorpus(load_bank(load_experts(params.recipe).prepare.composed), params.seed)
+
+
 def run_chain(
     arms: Sequence[str], params: PretrainParams, report: Report, processes: Processes = ALONE
 ) -> None:
     """Pre-train and release the arms one after the other, but for those that are there already."""
-    bank = load_bank(load_experts(params.recipe).prepare.composed)
-    agree(processes, {"params": params.model_dump_json(), "cells": bank.sha256})
-    stale = [arm for arm in arms if not _is_made(RELEASED / arm / FACTS, arm, params, bank)]
-    if set(stale) & set(FROM_SEED) and "seed" not in stale and not _has_state(params, bank):
+    corpus = load_corpus(params)
+    agree(processes, {"params": params.model_dump_json(), "cells": corpus.sha256})
+    stale = [arm for arm in arms if not _is_made(RELEASED / arm / FACTS, arm, params, corpus)]
+    if set(stale) & set(FROM_SEED) and "seed" not in stale and not _has_state(params, corpus):
         stale = ["seed", *stale]
     stale = processes.from_first(stale)
     report = report if processes.is_first else _say_nothing
@@ -306,10 +308,10 @@ def run_chain(
         if arm not in stale:
             report(arm, "say", f"{RELEASED / arm} is what these params give: nothing to do")
     for arm in stale:
-        model, progress = pretrain(arm, params, bank, WORK, report, processes)
+        model, progress = pretrain(arm, params, corpus, WORK, report, processes)
         if not processes.is_first:
             continue
-        release(arm, model, progress, params, bank, RELEASED / arm)
+        release(arm, model, progress, params, corpus, RELEASED / arm)
         size = sum(path.stat().st_size for path in (RELEASED / arm).iterdir())
         report(arm, "say", f"wrote {RELEASED / arm}, {size / 1e6:.1f} MB")
 
@@ -318,14 +320,14 @@ def _say_nothing(*_: object) -> None:
     pass
 
 
-def _is_made(facts: Path, arm: str, params: PretrainParams, bank: Bank) -> bool:
-    return facts.exists() and read_json(facts)["identity"] == identity(arm, params, bank)
+def _is_made(facts: Path, arm: str, params: PretrainParams, corpus: SceneCorpus) -> bool:
+    return facts.exists() and read_json(facts)["identity"] == identity(arm, params, corpus)
 
 
-def _has_state(params: PretrainParams, bank: Bank) -> bool:
+def _has_state(params: PretrainParams, corpus: SceneCorpus) -> bool:
     """True if the seed's optimizer moments, which are not released, are still here."""
     facts = WORK / "seed" / PROGRESS
-    made = _is_made(facts, "seed", params, bank)
+    made = _is_made(facts, "seed", params, corpus)
     return made and read_json(facts)["next_step"] == params.seed_steps
 
 
@@ -339,7 +341,7 @@ def main(arms: Sequence[str]) -> None:
     where = "params/pretrain.yaml: batch_size"
     check_shares(where, params.batch_size, params.training, processes.size)
     if processes.is_first:
-        load_bank(load_experts(params.recipe).prepare.composed)  # built once, for all
+        load_corpus(params)  # built once, for all
     processes.objects(None)
     chains = [[arm for arm in chain if arm in arms] for chain in CHAINS]
     with ExitStack() as stack:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from benchmarks.study import train as runs
 from benchmarks.study.measure import Rows
 from benchmarks.study.params import StudyParams
-from tasks.data.scenes.bank import Bank, load_bank
+from tasks.data.scenes.bank import load_bank
+from tasks.data.scenes.description import SceneCorpus
 from tasks.recipe.experts import SceneParams
 from tasks.recipe.section import ParamsError, validated
 
@@ -35,21 +36,22 @@ def values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> SceneCorpus:
     scenes = {"seed": 0, "cell_pixels": 8, "label_pixels": 4, "train_cells": 6, "cells": 6}
     scenes |= {"duplicates": 0.2, "drop": 0.3, "noise": 4}
-    return load_bank(SceneParams.model_validate(scenes), tmp_path_factory.mktemp("cells"))
+    bank = load_bank(SceneParams.model_validate(scenes), tmp_path_factory.mktemp("cells"))
+    return SceneCorpus(bank, seed=0)
 
 
 @pytest.mark.slow
 def test_all_arms_have_equal_budgets_and_go_on_from_states_of_one_run(
-    values: dict, bank: Bank
+    values: dict, corpus: SceneCorpus
 ) -> None:
     """A seed is a state of the agnostic run, which nothing interrupts; what is made stays."""
     params = StudyParams.model_validate(values)
     for name in ("agnostic", "share50", "averaged70"):
-        runs.Run(params, 0, name, bank).make()
-    trunk = runs.Run(params, 0, "agnostic", bank)
+        runs.Run(params, 0, name, corpus).make()
+    trunk = runs.Run(params, 0, "agnostic", corpus)
     assert trunk.stops == [5, 10, 14, 20]
     weights = load_file(runs.parents_of(0) / "share50" / "seed.safetensors")
     kept = load_file(trunk.state(10) / "model.safetensors")
@@ -58,14 +60,14 @@ def test_all_arms_have_equal_budgets_and_go_on_from_states_of_one_run(
     alone = copy.deepcopy(values)
     alone["parents"] = {"agnostic": {"sharing": "all"}}
     alone["arms"] = {"agnostic": {"parent": "agnostic"}}
-    whole = runs.Run(StudyParams.model_validate(alone), 0, "agnostic", bank)
+    whole = runs.Run(StudyParams.model_validate(alone), 0, "agnostic", corpus)
     made = load_file(whole.target / "model.safetensors")
     whole.work = Path("whole")
     whole.make()
     again = load_file(whole.target / "model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in made.items())
 
-    averaged = runs.Run(params, 0, "averaged70", bank)
+    averaged = runs.Run(params, 0, "averaged70", corpus)
     assert averaged.stops == [16, 17, 18, 19, 20]
     first = params.pretrain(0).training
     assert averaged.params.training.rate(19) == 1.0

@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from alloy.modality import ModalityConfig, ModalityModel, copy_to_experts
 from flows.pipeline import main
 from tasks.data.scenes import words
+from tasks.data.scenes.description import scenes_description
 from tasks.experts.pretrain import model_config
 from tasks.recipe.experts import ExpertsRecipe
 from tasks.recipe.load import load, load_file
@@ -306,8 +307,9 @@ def small_checkpoints(folder: Path) -> None:
         torch.manual_seed(seed)
         return ModalityModel(config).state_dict()
 
-    shared = model_config(shape, scene, "all")
-    experts = model_config(shape, scene, "none")
+    about = scenes_description(scene, shape.patch_size)
+    shared = model_config(shape, about, words.tokenizer(), "all")
+    experts = model_config(shape, about, words.tokenizer(), "none")
     seed = fresh(shared, 0)
     for name, config, weights, noise in (
         ("seed", shared, seed, 0.0),

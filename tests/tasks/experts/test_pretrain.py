@@ -9,7 +9,15 @@ from safetensors.torch import load_file
 from alloy.modality import FRESH_HEADS, ModalityModel, copy_to_experts, split_experts
 from tasks.data.scenes.bank import load_bank
 from tasks.experts import pretrain as stage
-from tasks.experts.pretrain import RELEASED, SHARING, WORK, initial_state, model_config, run_chain
+from tasks.experts.pretrain import (
+    RELEASED,
+    SHARING,
+    WORK,
+    config_for,
+    initial_state,
+    load_corpus,
+    run_chain,
+)
 from tasks.recipe.experts import PrepareParams
 from tasks.recipe.load import load_file as load_params
 from tasks.recipe.pretraining import PretrainParams
@@ -100,8 +108,8 @@ def test_the_baseline_is_one_uninterrupted_run(params):
 def test_experts_start_as_copies_of_the_seed(params):
     """Before its first step the specific arm has the seed's weights and moments in every expert."""
     run_chain(["seed"], params, quiet)
-    bank = load_bank(PrepareParams.model_validate(PREPARE).scenes)
-    config = model_config(params.model, bank.params, "none")
+    corpus = load_corpus(params)
+    config = config_for(params.model, corpus, "none")
     seed = load_state(WORK / "seed")
     start = initial_state("specific", config, params.seed, WORK / "seed")
     assert start.progress.next_step == 4
@@ -115,8 +123,8 @@ def test_experts_start_as_copies_of_the_seed(params):
 
 def test_experts_without_a_seed_start_apart(params):
     """No two experts are alike; heads that only fine-tuning trains equal those of other arms."""
-    bank = load_bank(PrepareParams.model_validate(PREPARE).scenes)
-    config = model_config(params.model, bank.params, "none")
+    corpus = load_corpus(params)
+    config = config_for(params.model, corpus, "none")
     apart = initial_state("specific_unseeded", config, params.seed, WORK / "seed").weights
     experts = split_experts(apart, config)
     for name, tensor in experts["vl"].items():
@@ -124,7 +132,7 @@ def test_experts_without_a_seed_start_apart(params):
             assert not torch.equal(tensor, experts["v"][name])
             assert not torch.equal(tensor, experts["l"][name])
             assert not torch.equal(experts["v"][name], experts["l"][name])
-    seed = initial_state("seed", model_config(params.model, bank.params, "all"), 0, WORK).weights
+    seed = initial_state("seed", config_for(params.model, corpus, "all"), 0, WORK).weights
     heads = [name for name in seed if name.startswith(FRESH_HEADS)]
     assert heads
     assert all(torch.equal(apart[name], seed[name]) for name in heads)
@@ -170,6 +178,21 @@ def test_the_arms_differ_in_their_experts_alone(params):
     run_chain(["seed", "agnostic", "specific"], params, hear)
     assert heard["agnostic"]["loss/contrastive"] == heard["specific"]["loss/contrastive"]
     assert heard["agnostic"]["loss/masked_words"] == heard["specific"]["loss/masked_words"]
+
+
+def test_sizes_and_words_come_from_what_the_corpus_says(params):
+    """Every size of the model is the data's own, and the hidden words' token the tokenizer's."""
+    corpus = load_corpus(params)
+    config, about = config_for(params.model, corpus, "all"), corpus.description(8)
+    assert (config.image_size, config.max_position_embeddings) == (16, about.text_length)
+    assert (config.num_answers, config.num_segment_classes) == (44, 41)
+    assert (config.vocab_size, config.pad_token_id, config.segment_cells) == (60, 0, 2)
+    released = ModalityModel.config_class.from_pretrained(
+        Path(__file__).parents[3] / RELEASED / "seed"
+    )
+    sizes = ("vocab_size", "num_answers", "num_segment_classes", "max_position_embeddings")
+    assert all(getattr(released, name) == getattr(config, name) for name in sizes)
+    assert corpus.tokenizer().mask_token_id == 2
 
 
 def test_an_unknown_arm_is_refused(params):

@@ -84,11 +84,13 @@ def batches_of(train_data: Data, params: FinetuneParams, processes: Processes = 
             for name, own in drawn.items()
         }
 
+    num_steps = params.training.num_steps
+    assert isinstance(num_steps, int), "a map is for recipes; a job has its benchmark's number"
     loaders = {
         name: Loader(
             replace(data, augmentation=augmentation_of(params, data)),
             lambda step, name=name: places(step)[name],
-            num_steps=params.training.num_steps,
+            num_steps=num_steps,
             seed=params.seed,
             num_workers=params.workers,
         )

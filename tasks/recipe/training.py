@@ -15,12 +15,28 @@ from pydantic import (
 from alloy.errors import nearest
 from tasks.recipe.section import Section
 
-RATES = ("learning_rate", "head_learning_rate", "matrix_learning_rate")
+BY_BENCHMARK = (
+    "learning_rate",
+    "head_learning_rate",
+    "matrix_learning_rate",
+    "num_steps",
+    "warmup_steps",
+)
+"""Settings of a fine-tuning that may differ by benchmark."""
 
+_NUMBER_OR_MAP = Discriminator(lambda value: "map" if isinstance(value, dict) else "number")
 Rate = Annotated[float, Field(gt=0)]
 Rates = Annotated[
-    Annotated[Rate, Tag("number")] | Annotated[dict[str, Rate], Tag("map")],
-    Discriminator(lambda rate: "map" if isinstance(rate, dict) else "number"),
+    Annotated[Rate, Tag("number")] | Annotated[dict[str, Rate], Tag("map")], _NUMBER_OR_MAP
+]
+NumSteps = Annotated[int, Field(gt=0)]
+Steps = Annotated[
+    Annotated[NumSteps, Tag("number")] | Annotated[dict[str, NumSteps], Tag("map")], _NUMBER_OR_MAP
+]
+NumWarmup = Annotated[int, Field(ge=0)]
+Warmup = Annotated[
+    Annotated[NumWarmup, Tag("number")] | Annotated[dict[str, NumWarmup], Tag("map")],
+    _NUMBER_OR_MAP,
 ]
 
 
@@ -110,20 +126,22 @@ class FinetunePlan(TrainingPlan):
 
 
 class BenchmarkPlan(FinetunePlan):
-    """A fine-tuning whose rates are numbers, or maps from each benchmark to its number.
+    """A fine-tuning whose rates and steps are numbers, or maps from each benchmark to its number.
 
-    Only what `of` gives is trained with: there every rate is a number.
+    Only what `of` gives is trained with: there all of them are numbers.
     """
 
+    num_steps: Steps  # ty: ignore[incompatible-attribute-override]
+    warmup_steps: Warmup  # ty: ignore[incompatible-attribute-override]
     learning_rate: Rates  # ty: ignore[incompatible-attribute-override]
     head_learning_rate: Rates  # ty: ignore[incompatible-attribute-override]
     matrix_learning_rate: Rates | None = None  # ty: ignore[incompatible-attribute-override]
 
     @property
     def maps(self) -> dict[str, Mapping[str, float]]:
-        """The rates that differ by benchmark."""
-        rates = {name: getattr(self, name) for name in RATES}
-        return {name: rate for name, rate in rates.items() if isinstance(rate, dict)}
+        """The settings that differ by benchmark."""
+        values = {name: getattr(self, name) for name in BY_BENCHMARK}
+        return {name: value for name, value in values.items() if isinstance(value, dict)}
 
     def of(self, benchmark: str) -> "BenchmarkPlan":
         """The plan of one benchmark."""
@@ -131,19 +149,19 @@ class BenchmarkPlan(FinetunePlan):
 
     def check_maps(self, benchmarks: Collection[str], *, joint: bool) -> None:
         """Raise ValueError for maps in a joint training, or that name other benchmarks."""
-        for rate, numbers in self.maps.items():
+        for setting, numbers in self.maps.items():
             if joint:
                 raise ValueError(
-                    f"training.{rate} is a number for each benchmark, and joint trains one model "
-                    "on all of them: write one number, or `joint: false`"
+                    f"training.{setting} is a number for each benchmark, and joint trains one "
+                    "model on all of them: write one number, or `joint: false`"
                 )
             for name in numbers:
                 if name not in benchmarks:
-                    raise ValueError(f"training.{rate}: {name!r}: {nearest(name, benchmarks)}")
+                    raise ValueError(f"training.{setting}: {name!r}: {nearest(name, benchmarks)}")
             if missing := [name for name in benchmarks if name not in numbers]:
                 raise ValueError(
-                    f"training.{rate} has no number for {', '.join(missing)}: give each benchmark "
-                    "of batch_sizes one"
+                    f"training.{setting} has no number for {', '.join(missing)}: give each "
+                    "benchmark of batch_sizes one"
                 )
 
 

@@ -289,9 +289,10 @@ def test_one_model_for_each_benchmark(recipe, mlflow_workspace, write_recipe):
     assert not torch.equal(head, weights(finetuned / "vqa")["answer_head.out.weight"])
 
 
-def test_each_benchmark_learns_at_its_own_rates():
+def test_each_benchmark_learns_at_its_own_rates_for_its_own_steps():
     """A map gives each benchmark its numbers; one number dumps as it did, so runs stay known."""
     rates = {"learning_rate": {"vqa": 0.01, "retrieval": 0.002}, "head_learning_rate": 0.03}
+    rates |= {"num_steps": {"vqa": 9, "retrieval": 4}, "warmup_steps": {"vqa": 2, "retrieval": 0}}
     section = {
         **FINETUNE,
         "joint": False,
@@ -307,6 +308,11 @@ def test_each_benchmark_learns_at_its_own_rates():
         name: [job.params.training.peak(group) for group in groups] for name, job in jobs.items()
     }
     assert peaks == {"merged/vqa": [0.01, 0.03], "merged/retrieval": [0.002, 0.03]}
+    plans = {name: job.params.training for name, job in jobs.items()}
+    steps = {name: (own.num_steps, own.warmup_steps) for name, own in plans.items()}
+    assert steps == {"merged/vqa": (9, 2), "merged/retrieval": (4, 0)}
+    assert plans["merged/vqa"].rate(0) == 0.5
+    assert plans["merged/retrieval"].rate(0) == 1.0
     plain = FinetunePlan.model_validate(FINETUNE["training"])
     assert plain.model_dump() == params().of("vqa").training.model_dump()
 
@@ -367,6 +373,15 @@ def test_the_best_validated_weights_are_published(recipe):
             },
             "params/toy.yaml: finetune: training.learning_rate is a number for each benchmark, "
             "and joint trains one model on all of them: write one number, or `joint: false`",
+        ),
+        (
+            {
+                "joint": False,
+                "batch_sizes": {"vqa": 4, "retrieval": 4},
+                "training": {**FINETUNE["training"], "num_steps": {"vqa": 9}},
+            },
+            "params/toy.yaml: finetune: training.num_steps has no number for retrieval: "
+            "give each benchmark of batch_sizes one",
         ),
         (
             {"training": {**FINETUNE["training"], "accumulation_steps": 3}},

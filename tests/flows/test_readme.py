@@ -116,6 +116,7 @@ def test_every_number_of_the_results_is_in_the_metrics(recipe: str) -> None:
 
 def test_all_methods_are_counted() -> None:
     assert f"{len(MERGE_METHODS)} methods" in README
+    assert f"Alloy has {len(MERGE_METHODS)};" in (REPOSITORY / "docs/methods.md").read_text()
 
 
 def test_badges_say_what_pyproject_says() -> None:

@@ -209,6 +209,7 @@ def test_the_choice_of_the_documentation() -> None:
     exec(block, {**given, "held_out": [{"input_ids": IDS}]})
 
 
+@pytest.mark.slow
 def test_the_towers_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     layers = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}

@@ -62,7 +62,9 @@ def test_a_checkpoint_edited_by_hand_is_fetched_again(toy: Workspace, run_here: 
     assert toy.text("out/fetch/first") == "checkpoint"
 
 
-@pytest.mark.parametrize("cut", [0, 0.3, 0.7])
+@pytest.mark.parametrize(
+    "cut", [0, pytest.param(0.3, marks=pytest.mark.slow), pytest.param(0.7, marks=pytest.mark.slow)]
+)
 def test_a_cut_lock_file_comes_back(toy: Workspace, run_here: Here, cut: float) -> None:
     """A dvc.lock that a killed DVC left empty or cut is what it was; the stages are up to date."""
     lock = toy.folder / "dvc.lock"

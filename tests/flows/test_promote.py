@@ -119,6 +119,7 @@ def test_without_a_server_the_command_promotes_at_once(
     assert champion() is None
 
 
+@pytest.mark.slow
 def test_a_promotion_waits_for_the_run(registry, caplog: pytest.LogCaptureFixture) -> None:
     """While a run, perhaps registering, has the workspace, a promotion waits and says for whom."""
     register(50)

@@ -207,6 +207,7 @@ def test_all_arms_see_the_same_batches(recipe):
     assert not torch.equal(first, loss(same, 1, seed=4))
 
 
+@pytest.mark.slow
 def test_training_learns_the_benchmarks(recipe):
     """On data it can memorise every loss falls."""
     longer = {**FINETUNE["training"], "num_steps": 150, "log_every": 15}

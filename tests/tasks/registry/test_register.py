@@ -207,6 +207,7 @@ def test_arms_are_runs_below_the_results_and_so_are_those_of_finetuning(recipe) 
     assert len(client.search_runs([experiment], below)) == 4
 
 
+@pytest.mark.slow
 def test_a_champion_is_copied_to_another_registry_once(recipe, tmp_path) -> None:
     """Files, page and result go along; a second copy of the same result is the same version."""
     write_result()
@@ -252,6 +253,7 @@ def test_without_mlflow_the_model_stands_and_a_rerun_registers(recipe, monkeypat
     assert Path("models/toy/registered.json").is_file()
 
 
+@pytest.mark.slow
 def test_registrations_write_no_secret(recipe, planted, monkeypatch) -> None:
     """Neither those that MLflow refuses nor those that it takes, in its database or beside it."""
     write_result()

@@ -65,6 +65,7 @@ def _stamp(bucket, key: str):
     return head["LastModified"], head["ETag"]
 
 
+@pytest.mark.slow
 def test_a_reader_sees_the_old_model_until_the_new_one_is_whole(
     bucket, recipe, monkeypatch
 ) -> None:

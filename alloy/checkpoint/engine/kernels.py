@@ -21,6 +21,8 @@ KINDS = {"BF16": BF16, "F16": F16, "F32": F32}
 
 BLOCK = 2048
 """Elements held in the cache at a time."""
+VOTE_BLOCK = 1 << 10
+"""Elements of a vote, which holds as many for each model and four times as many beside."""
 REDUCTION = 1 << 16
 """Elements whose inner products are summed together, wherever chunks are cut."""
 NUM_MAGNITUDES = 1 << 15
@@ -298,12 +300,32 @@ def count_lower_halves(rows, upper, counts):
 
 
 @_compiled
-def _trim(values, kind, lowest, highest):
-    """Zero what is not between two magnitudes."""
+def _least_bits(kind, magnitude):
+    """The smallest bits of a float32 that round to this magnitude or to a larger one."""
+    low, high = _u32(0), _u32(0x80000000)
+    while low < high:
+        middle = _u32(low + _u32(_u32(high - low) >> _u32(1)))
+        if _magnitude(middle, kind) >= magnitude:
+            high = middle
+        else:
+            low = _u32(middle + _u32(1))
+    return low
+
+
+@_compiled
+def _trimmed_vector(values, base, lowest, count, c, votes, largest):
+    """Subtract the base, zero what is outside `count` bits from `lowest` on, vote c times the rest.
+
+    Returns the largest bits of a magnitude so far, which tell NaN and Inf.
+    """
     for j in range(values.shape[0]):
-        magnitude = _magnitude(_bits_of(values[j]), kind)
-        kept = (magnitude >= lowest) & (magnitude <= highest)
-        values[j] = values[j] if kept else np.float32(0)
+        value = values[j] - base[j]
+        bits = _u32(_bits_of(value) & _u32(0x7FFFFFFF))
+        largest = max(largest, bits)
+        value = value if _u32(bits - lowest) < count else np.float32(0)
+        values[j] = value
+        votes[j] += c * value
+    return largest
 
 
 @_compiled
@@ -345,41 +367,55 @@ def _task_vector(values, base, largest):
 
 
 @_compiled
-def _vote(values, c, election, votes):
-    """Add a model's votes: its values (election 0), weighted (1), their signs (2)."""
-    if election == 0:
-        for j in range(votes.shape[0]):
-            votes[j] += values[j]
-    elif election == 1:
-        for j in range(votes.shape[0]):
-            votes[j] += c * values[j]
-    else:
-        for j in range(votes.shape[0]):
-            votes[j] += np.float32(values[j] > 0) - np.float32(values[j] < 0)
-
-
-@_compiled
-def _elect(votes):
-    """The sign of each sum of votes, as 1, -1 or 0."""
+def _count_signs(values, votes):
     for j in range(votes.shape[0]):
-        votes[j] = np.float32(votes[j] > 0) - np.float32(votes[j] < 0)
+        votes[j] += np.float32(values[j] > 0) - np.float32(values[j] < 0)
 
 
 @_compiled
-def _add_agreeing(values, c, elected, total, weight):
+def _sign(vote):
+    """The sign of a sum of votes, as 1, -1 or 0."""
+    return np.float32(vote > 0) - np.float32(vote < 0)
+
+
+@_compiled
+def _add_agreeing(values, c, votes, total, weight):
     zero = np.float32(0)
     for j in range(total.shape[0]):
-        agrees = values[j] * elected[j] > zero
+        agrees = values[j] * _sign(votes[j]) > zero
         total[j] += values[j] * c if agrees else zero
         weight[j] += c if agrees else zero
 
 
 @_compiled
-def _finish_vote(weight, normalize, scale, total):
+def _vote_of_three(a, b, c, coefficients, votes, normalize, scale, base, total):
+    """`_add_agreeing` for three models in turn, then `_finish_vote`: the sums stay in registers.
+
+    One array alone is written: with more, LLVM no longer proves that none overlap.
+    """
+    zero, one = np.float32(0), np.float32(1)
+    c_a, c_b, c_c = coefficients[0], coefficients[1], coefficients[2]
+    for j in range(total.shape[0]):
+        sign, whole, weight = _sign(votes[j]), zero, zero
+        agrees = a[j] * sign > zero
+        whole += a[j] * c_a if agrees else zero
+        weight += c_a if agrees else zero
+        agrees = b[j] * sign > zero
+        whole += b[j] * c_b if agrees else zero
+        weight += c_b if agrees else zero
+        agrees = c[j] * sign > zero
+        whole += c[j] * c_c if agrees else zero
+        weight += c_c if agrees else zero
+        divisor = weight if normalize & (weight != zero) else one
+        total[j] = base[j] + scale * (whole / divisor)
+
+
+@_compiled
+def _finish_vote(weight, normalize, scale, base, total):
     one = np.float32(1)
     for j in range(total.shape[0]):
         divisor = weight[j] if normalize & (weight[j] != 0) else one
-        total[j] = scale * (total[j] / divisor)
+        total[j] = base[j] + scale * (total[j] / divisor)
 
 
 @_compiled
@@ -406,40 +442,59 @@ def sparse(
     """
     num_elements = rows.shape[1] // (4 if kind == F32 else 2)
     n = rows.shape[0] - 1
-    base = np.empty(BLOCK, np.float32)
-    values = np.empty((n, BLOCK), np.float32)
-    votes = np.empty(BLOCK, np.float32)
-    total = np.empty(BLOCK, np.float32)
-    weight = np.empty(BLOCK, np.float32)
-    words = np.empty(BLOCK // 2 + 1, np.uint64)
+    base = np.empty(VOTE_BLOCK, np.float32)
+    values = np.zeros((max(n, 3), VOTE_BLOCK), np.float32)
+    padded = np.zeros(max(n, 3), np.float32)
+    padded[:n] = coefficients
+    votes = np.empty(VOTE_BLOCK, np.float32)
+    total = np.empty(VOTE_BLOCK, np.float32)
+    weight = np.empty(VOTE_BLOCK, np.float32)
+    words = np.empty(VOTE_BLOCK // 2 + 1, np.uint64)
+    bounds = np.zeros((n, 2), np.uint32)  # the lowest bits of what is kept, and how many they are
+    for i in range(trims.shape[0]):
+        bounds[i, 0] = _least_bits(kind, trims[i, 0])
+        above = _u32(0x80000000)
+        if trims[i, 1] < _u32(0xFFFFFFFF):
+            above = _least_bits(kind, _u32(trims[i, 1] + _u32(1)))
+        bounds[i, 1] = _u32(above - bounds[i, 0]) if above > bounds[i, 0] else _u32(0)
     largest = _u32(0)
     finite = True
-    for start in range(0, num_elements, BLOCK):
-        size = min(BLOCK, num_elements - start)
+    for start in range(0, num_elements, VOTE_BLOCK):
+        size = min(VOTE_BLOCK, num_elements - start)
         _decode(rows[0], kind, start, base[:size])
+        votes[:size] = 0
         for i in range(n):
             value = values[i, :size]
             _decode(rows[i + 1], kind, start, value)
-            largest = _task_vector(value, base[:size], largest)
+            voted = np.float32(1) if election == 0 else coefficients[i]
             if trims.shape[0]:
-                _trim(value, kind, trims[i, 0], trims[i, 1])
+                largest = _trimmed_vector(
+                    value, base[:size], bounds[i, 0], bounds[i, 1], voted, votes[:size], largest
+                )
             else:
+                largest = _task_vector(value, base[:size], largest)
                 _drop(value, drops[i, 0], drops[i, 1], factor, offset + start, words)
-        total[:size] = 0
+                _add_scaled(value, voted, votes[:size])
         if election < 0:
-            for i in range(n):
-                _add_scaled(values[i, :size], coefficients[i], total[:size])
-        else:
+            _add(base[:size], votes[:size])
+            finite &= _encode(votes[:size], out_kind, out, start)
+            continue
+        if election == 2:
             votes[:size] = 0
-            weight[:size] = 0
             for i in range(n):
-                _vote(values[i, :size], coefficients[i], election, votes[:size])
-            _elect(votes[:size])
+                _count_signs(values[i, :size], votes[:size])
+        if n <= 3:
+            _vote_of_three(
+                values[0, :size], values[1, :size], values[2, :size], padded,
+                votes[:size], normalize, scale, base[:size], total[:size],
+            )  # fmt: skip
+        else:
+            total[:size] = 0
+            weight[:size] = 0
             for i in range(n):
                 _add_agreeing(
                     values[i, :size], coefficients[i], votes[:size], total[:size], weight[:size]
                 )
-            _finish_vote(weight[:size], normalize, scale, total[:size])
-        _add(base[:size], total[:size])
+            _finish_vote(weight[:size], normalize, scale, base[:size], total[:size])
         finite &= _encode(total[:size], out_kind, out, start)
     return finite and largest < _u32(_INFINITY)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import alloy
 import alloy.checkpoint.engine.kernels as kernels
 from alloy.checkpoint import MergeRequest, plan_merge, run_plan
 from alloy.checkpoint.engine.execute import _chunk_elements
@@ -203,3 +204,35 @@ def test_random_masks_are_kept_at_the_asked_rate(write, load, tmp_path):
     assert torch.equal(kept[0], kept[2])
     assert torch.equal(kept[0], keep(stream_key(0, "w", 0), density, kept[0]))
     assert abs(int(kept[0].sum()) - density * n) < 5 * (n * density * (1 - density)) ** 0.5
+
+
+@pytest.mark.parametrize("num_models", [1, 2, 4, 5])
+def test_a_vote_of_any_number_of_models_has_the_bits_of_torch(num_models):
+    """Up to three keep their sums in registers, more in the cache."""
+    generator = torch.Generator().manual_seed(num_models)
+    base = torch.randn(3000, generator=generator)
+    models = [base + 0.1 * torch.randn(3000, generator=generator) for _ in range(num_models)]
+    coefficients = [0.3 + 0.1 * i for i in range(num_models)]
+    expected = alloy.merge(
+        "ties", [{"w": m} for m in models], base={"w": base}, coefficients=coefficients,
+        density=1.0, election="weighted mass",
+    )["w"]  # fmt: skip
+    shares = [c / sum(coefficients) for c in coefficients]
+    out = np.empty(12_000, np.uint8)
+    assert kernels.sparse(
+        np.stack([t.numpy().view(np.uint8) for t in (base, *models)]), kernels.F32,
+        np.array(shares, np.float32), np.array([(0, 0xFFFFFFFF)] * num_models, np.uint32),
+        np.zeros((0, 2), np.uint64), np.float32(1), 0, 1, True, np.float32(1), out, kernels.F32,
+    )  # fmt: skip
+    np.testing.assert_array_equal(out.view(np.uint32), expected.numpy().view(np.uint32))
+
+
+@pytest.mark.parametrize("kind", [kernels.BF16, kernels.F16, kernels.F32])
+def test_a_rounded_magnitude_is_bounded_by_its_bits(kind):
+    """Bits reach `_least_bits` exactly where their magnitude, rounded, reaches the bound."""
+    generator = np.random.default_rng(0)
+    bits = generator.integers(0x30000000, 0x45000000, 20_000, dtype=np.uint32)
+    rounded = np.array([kernels._magnitude(b, kind) for b in bits])
+    for bound in rounded[:20]:
+        least = kernels._least_bits(kind, np.uint32(bound))
+        np.testing.assert_array_equal(rounded >= bound, bits >= least)

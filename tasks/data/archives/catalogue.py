@@ -14,6 +14,7 @@ from tasks.data.archives.columns import (
     FlickrShards,
     Nlvr2Shards,
     SbuShards,
+    TextShards,
     VgShards,
     VqaShards,
 )
@@ -42,6 +43,7 @@ FORMATS: Mapping[str, type[Reader]] = {
     "visual_genome_shards": VgShards,
     "sbu_shards": SbuShards,
     "cc3m_shards": Cc3mShards,
+    "texts_shards": TextShards,
     "columns": Columns,
 }
 

@@ -95,6 +95,20 @@ class Cc3mShards(CaptionShards):
     splits = ("train",)
 
 
+class TextShards(Shards):
+    """Wikipedia and BookCorpus as VLMo writes them: a sentence a row, as its only caption."""
+
+    title = "Text alone, Arrow"
+    kind = "texts"
+    where = "VLMo's own writer (vlmo/utils/write_wikibk.py)"
+    names: ClassVar[Parts] = {"train": ("wikibk_train_*",)}
+    splits = ("train",)
+
+    def _rows_of(self, row: Mapping[str, Any], name: str) -> Iterator[Row]:
+        if text := " ".join(row["caption"]).strip():
+            yield {"id": name, "text": text}
+
+
 class VqaShards(Shards):
     """Questions whose answers have scores: one of score .3, .6, .9 or 1 was given 1 to 4 times.
 
@@ -236,8 +250,11 @@ class Columns(Reader):
 
     def _table(self, split: str) -> Any:
         if "hub" in self.options:
-            there = self.options.get("splits", {}).get(split, split)
-            table = load_dataset(self.options["hub"], split=there, streaming=True)
+            hub, there = self.options["hub"], self.options.get("splits", {}).get(split, split)
+            try:
+                table = load_dataset(hub, split=there, streaming=True)
+            except (OSError, ValueError) as error:  # of datasets and huggingface_hub
+                raise DataError(f"{hub}: split {there!r} cannot be opened: {error}") from error
         else:
             pattern = self.options["files"].get(split)
             paths = sorted(self.root.glob(pattern)) if pattern else []

@@ -13,9 +13,12 @@ from PIL import Image
 from tasks.data.archives.catalogue import FORMATS, kind_of, open_set
 from tasks.data.archives.vqa import UNLABELLED
 from tasks.data.drawn import write_sets
+from tasks.data.sets.description import Look
 from tasks.data.sets.images import decoded
+from tasks.data.sets.prepare import prepare_set
 from tasks.data.sets.rows import FEATURES, IMAGES, DataError, image_key
 from tasks.data.sets.stored import Faults, checked, overlaps, read_rows, write_rows
+from tasks.recipe.sets import SetParams
 from tasks.storage import folder_digest
 
 SETS = [name for name in FORMATS if not name.endswith(("shards", "official", "columns"))]
@@ -324,6 +327,17 @@ def test_shards_of_vl_merging_are_read(tmp_path, as_file):
     assert [row["label"] for row in rows] == [1, 0]
 
 
+def test_shards_of_texts_alone_are_read(tmp_path):
+    """VLMo's files of Wikipedia and BookCorpus: a sentence a row; empty lines are no rows."""
+    for number in (0, 1):
+        columns = {"image": ["None"] * 2, "caption": [[f"words {number}"], [" "]]}
+        shard(tmp_path / f"wikibk_train_{number}.arrow", columns)
+    reader = open_set("texts_shards", tmp_path)
+    assert reader.missing() == []
+    assert faults_of(reader) is None
+    assert [row["text"] for row in reader.rows("train")] == ["words 0", "words 1"]
+
+
 def test_a_shard_without_a_column_is_named(tmp_path):
     shard(tmp_path / "sbu_0.arrow", {"picture": [jpeg(1)], "caption": [["a"]]})
     with pytest.raises(DataError, match=r"sbu_0.arrow: row 0 has no column 'image'; it has pict"):
@@ -349,6 +363,60 @@ def test_a_table_is_read_by_the_names_of_its_columns(tmp_path):
     wrong = options | {"columns": {"image": "foto", "captions": "text"}}
     with pytest.raises(DataError, match="columns says 'foto', the table has photo, text"):
         list(open_set("columns", tmp_path, options=wrong).rows("train"))
+
+
+def test_a_set_of_the_hub_is_streamed_by_the_names_of_its_columns(tmp_path, monkeypatch):
+    """By its address and splits of its own; one that cannot be opened is named."""
+    monkeypatch.chdir(tmp_path)
+    Path("org/set").mkdir(parents=True)
+    table = pa.table({"photo": [jpeg(3), jpeg(4)], "kind_of_thing": [1, 0]})
+    pq.write_table(table, "org/set/test-0.parquet")
+    options = {
+        "kind": "classes",
+        "hub": "org/set",
+        "splits": {"train": "test"},
+        "columns": {"image": "photo", "label": "kind_of_thing"},
+        "classes": ["cat", "dog"],
+    }
+    reader = open_set("columns", tmp_path, options=options)
+    assert reader.missing() == []
+    assert [row["label"] for row in reader.rows("train")] == [1, 0]
+    assert faults_of(reader) is None
+    few = open_set("columns", tmp_path, options=options | {"classes": ["cat"]})
+    assert "id 0: label 1 of 1 classes" in faults_of(few)
+    elsewhere = options | {"splits": {"train": "nowhere"}}
+    with pytest.raises(DataError, match=r"^org/set: split 'nowhere' cannot be opened: "):
+        list(open_set("columns", tmp_path, options=elsewhere).rows("train"))
+
+
+def test_a_class_of_validation_images_that_training_lacks_is_named(raw):
+    """ImageNet's folders: a class without training images has no number."""
+    (first, *_) = sorted((raw / "imagenet/val").iterdir())
+    first.rename(first.with_name("n99999999"))
+    with pytest.raises(DataError, match=r"class 'n99999999' has no folder of training images"):
+        list(opened(raw, "imagenet").rows("test"))
+
+
+def test_questions_whose_answers_training_never_gives_are_named(tmp_path):
+    """Answers outside the vocabulary score 0; a split of which most do was made for other data."""
+    for split, answer in (("train", "cat"), ("validation", "dog"), ("test", "cat")):
+        shade = 40 * len(split)
+        rows = {"photo": [jpeg(shade), jpeg(shade + 1)], "said": [[answer], [answer]]}
+        rows |= {"number": [f"{split}-7", f"{split}-8"], "text": ["what?", "who?"]}
+        pq.write_table(pa.table(rows), tmp_path / f"{split}.parquet")
+    columns = {"id": "number", "image": "photo", "text": "text", "answers": "said"}
+    files = {split: f"{split}.parquet" for split in ("train", "validation", "test")}
+    options = {"kind": "questions", "columns": columns, "files": files}
+    entry = {"format": "columns", "root": str(tmp_path), "options": options, "image_size": 8}
+    params = SetParams.model_validate(entry)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError) as refusal:
+        prepare_set(tmp_path / "out", "vqav2", params, "raw", Look())
+    lines = str(refusal.value).splitlines()
+    assert "2 faults" in lines[0]
+    assert lines[1].strip() == (
+        "validation: question validation-7: none of its answers is among the 1 of training"
+    )
 
 
 def test_what_is_missing_is_said_with_who_has_it(raw):

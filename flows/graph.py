@@ -122,6 +122,11 @@ def is_recorded(address: str) -> bool:
         return False
 
 
+def default_remote() -> str | None:
+    """The name of the remote to which DVC pushes, if there is one."""
+    return _ask(lambda repo: repo.config["core"].get("remote"))
+
+
 def _stage(repo: Repo, address: str):
     [stage] = [stage for stage in repo.index.stages if stage.addressing == address]
     return stage

@@ -27,6 +27,7 @@ from flows.kept import kept, recover
 from flows.progress import Progress
 from flows.server import own_server
 from flows.services import ServerError
+from flows.share import ShareError, refuse_unshareable, share
 from flows.states import (
     UNREACHABLE,
     Recipe,
@@ -140,17 +141,25 @@ def pipeline(
     to: Stage | None = None,
     only: Stage | None = None,
     refresh: bool = False,
+    push: str | None = None,
 ) -> State:
     """Run what is stale of a recipe: all, up to a stage, or one stage; publish the results table.
 
     With `refresh` the sources of the checkpoints are resolved anew, so that changes upstream are
-    noticed.
+    noticed. With `push`, a branch, the results go to the DVC remote and their lock to that branch
+    (`flows.share`).
     """
     try:
         addresses = plan(recipe, to=to, only=only)
+        if push:
+            refuse_unshareable(push)
         with workspace(f"{recipe} in Prefect", get_run_logger().warning) as lock:
-            return _run_stale(recipe, addresses, refresh, lock)
-    except (ParamsError, GraphError, OSError) as error:
+            state = _run_stale(recipe, addresses, refresh, lock)
+            if not push or not state.is_completed():
+                return state
+            shared = share(recipe, addresses, push, get_run_logger().info)
+            return Completed(message=f"{state.message}; {shared}")
+    except (ParamsError, GraphError, ShareError, OSError) as error:
         return failed(error)
 
 
@@ -221,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_as_ctrl_c()
     try:
         return _run(options)
-    except (ParamsError, GraphError, ServerError, OSError) as error:
+    except (ParamsError, GraphError, ServerError, ShareError, OSError) as error:
         complain(error)
         return 2
     except KeyboardInterrupt:
@@ -234,18 +243,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     addresses = plan(options.recipe, to=options.to, only=options.only)
+    if options.push:
+        refuse_unshareable(options.push)
     with workspace(f"{options.recipe} in a terminal"):
         stale = next(stale_stages(addresses, forced(options.recipe, options.refresh)), None)
-    if stale is None:
-        # Said without Prefect, whose server alone takes ten seconds to start.
-        print(f"Nothing to do: {len(addresses)} stages of {options.recipe} are up to date.")
-    else:
+        if stale is None:
+            # Said without Prefect, whose server alone takes ten seconds to start.
+            print(f"Nothing to do: {len(addresses)} stages of {options.recipe} are up to date.")
+            if options.push:
+                print(share(options.recipe, addresses, options.push, tell))
+    if stale is not None:
         with own_server(meanwhile=lambda: check_contents(load(options.recipe))):
             state = pipeline(
                 options.recipe,
                 to=options.to,
                 only=options.only,
                 refresh=options.refresh,
+                push=options.push,
                 return_state=True,
             )
         if not state.is_completed():
@@ -275,6 +289,11 @@ def _parser() -> argparse.ArgumentParser:
         "--refresh",
         action="store_true",
         help="look whether the checkpoints changed where they come from",
+    )
+    parser.add_argument(
+        "--push",
+        metavar="BRANCH",
+        help="then push the results to the DVC remote, and commit their lock to this branch",
     )
     return parser
 

@@ -4,6 +4,7 @@
 
 runs the four combinations as DVC experiments (`dvc exp run --temp`): stages that a setting does not
 touch come from DVC's cache, the workspace stays as it is, and `dvc exp apply NAME` brings one back.
+A name holds the number and the values: `sweep-2-result=aligned-seed=3`.
 The workers are threads that wait for processes. `--workers dask:8` makes them a local Dask cluster,
 `--workers dask://host:8786` those of a running scheduler, started in this workspace (extra `dask`).
 """
@@ -11,6 +12,7 @@ The workers are threads that wait for processes. `--workers dask:8` makes them a
 import argparse
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
 from prefect.states import Completed, State
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
@@ -35,16 +38,25 @@ from tasks.recipe.section import ParamsError, refuse_secrets
 from tasks.registry.secrets import without_secrets
 from tasks.reports import markdown
 
+_VERDICT = "ERROR: failed to reproduce"  # opens DVC's last words
+_LONGEST_VALUES = 80  # of a name, which becomes a file's
+
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def experiment(recipe: str, name: str, settings: Sequence[str], to: str) -> State:
     """Run one combination up to a stage; it becomes the DVC experiment of this name."""
     changes = [f"--set-param=params/{recipe}.yaml:{setting}" for setting in settings]
     command = dvc("exp", "run", "--temp", "--name", name, *changes, f"{to}@{recipe}")
-    status = run_streaming(command, get_run_logger().info)
-    if status != 0:
-        return failed(f"{name} failed (exit status {status}); its output says why")
-    return Completed(message=f"{name} is done")
+    log, output = get_run_logger(), []
+
+    def say(line: str) -> None:
+        log.info(line)
+        output.extend(filter(None, [line.strip()]))
+
+    if run_streaming(command, say) != 0:
+        said = [line for line in output if not line.startswith(_VERDICT)] or output
+        return failed(f"failed: {said[-1] if said else 'no reason given'}")
+    return Completed(message="done")
 
 
 @flow(
@@ -60,29 +72,42 @@ def sweep(
     """Run every combination of the settings (`section.key=value,value`) up to a stage."""
     table = combinations(recipe, settings)
     select(recipe, to=to)
-    runs = {f"{name}-{i}": combination for i, combination in enumerate(table, start=1)}
+    runs = {called(name, i, combination): combination for i, combination in enumerate(table, 1)}
     futures = {
         key: experiment.with_options(task_run_name=key).submit(recipe, key, combination, to)
         for key, combination in runs.items()
     }
-    unfinished = [key for key, future in futures.items() if not _end(future).is_completed()]
-    lines = [[key, ", ".join(combination)] for key, combination in runs.items()]
+    ends = {key: _end(future) for key, future in futures.items()}
+    lines = [[key, ", ".join(runs[key]), end.message or ""] for key, end in ends.items()]
     shown = subprocess.run(
         dvc("exp", "show", "--md", "--only-changed", "--sha"), capture_output=True, text=True
     )
+    outcomes = markdown.table(["experiment", "settings", "outcome"], lines, num_names=3)
     create_markdown_artifact(
-        f"{markdown.table(['experiment', 'settings'], lines, num_names=2)}\n\n"
-        f"{without_secrets(shown.stdout)}",
-        key=f"{recipe}-sweep",
+        f"{outcomes}\n\n{without_secrets(shown.stdout)}",
+        key=f"{recipe}-sweep".lower().replace("_", "-"),
     )
+    unfinished = [key for key, end in ends.items() if not end.is_completed()]
     if unfinished:
-        return failed(f"{', '.join(unfinished)} of {len(runs)} experiments failed")
+        return failed(f"{len(unfinished)} of {len(runs)} experiments failed:\n{outcomes}")
     return Completed(message=f"{len(runs)} experiments: {', '.join(runs)}")
 
 
-def _end(future) -> State:
-    future.wait()
+def _end(future: PrefectFuture) -> State:
+    """The state in which an experiment ended; failed where its worker could not run it at all."""
+    try:
+        future.result(raise_on_failure=False)
+    except Exception as error:  # whatever Dask says of its workers
+        return failed(f"failed: no worker could run it: {str(error).partition(chr(10))[0]}")
     return future.state
+
+
+def called(name: str, number: int, combination: Sequence[str]) -> str:
+    """The name of an experiment: of the sweep, its number and its values, as a git ref allows."""
+    changes = (setting.partition("=") for setting in combination)
+    values = "-".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in changes)
+    plain = re.sub(r"[^A-Za-z0-9_=+.-]|\.(?=\.)", "_", values)[:_LONGEST_VALUES].rstrip(".")
+    return f"{name}-{number}-{plain.removesuffix('.lock')}"
 
 
 def combinations(recipe: str, settings: Sequence[str]) -> list[tuple[str, ...]]:

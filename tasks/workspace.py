@@ -11,7 +11,7 @@ models/<recipe>/choice.json         choose: which arm that is, and why
 models/<recipe>/finetuned/          finetune: that arm, trained briefly
 models/<recipe>/finetuned_arms/     finetune: the arms to compare it with
 models/<recipe>/registered.json     register
-reports/<recipe>/                   evaluate: metrics.json table.md report.html plots/
+reports/<recipe>/                   evaluate: metrics.json headline.json table.md report.html plots/
                                     and examples.safetensors, the values by example
 .alloy/                             locks, and work that an interrupted stage goes on with
 ```
@@ -119,13 +119,17 @@ class Workspace:
 
 
 def revision() -> str | None:
-    """The commit, `+changes` behind it where tracked files differ; None without git."""
+    """The commit, `+changes` behind it where tracked files differ; None without git.
+
+    What stages and their graph write counts for nothing: `dvc.lock`, reports, `params/graph.yaml`.
+    """
+    written = [f":(exclude){place}" for place in (LOCK_FILE, REPORTS, "params/graph.yaml")]
     try:
         commit = _git("rev-parse", "HEAD").strip()
-        changes = _git("status", "--porcelain", "--untracked-files=no").strip()
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return f"{commit}+changes" if changes else commit
+    return f"{commit}+changes" if changes.strip() else commit
 
 
 def _git(*arguments: str) -> str:

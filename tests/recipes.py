@@ -1,5 +1,6 @@
 """Complete recipes of kind "experts", as small as possible; tests override sections."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -96,3 +97,13 @@ def write(folder: Path, **recipes: Mapping[str, object]) -> None:
     (params / "recipes.yaml").write_text(yaml.safe_dump({"recipes": list(recipes)}))
     for name, sections in recipes.items():
         (params / f"{name}.yaml").write_text(yaml.safe_dump(dict(sections), sort_keys=False))
+
+
+def with_whole_graph(folder: Path) -> Path:
+    """A folder with this repository's params and its `dvc.yaml`, all recipes of it in use."""
+    repository = Path(__file__).parents[1]
+    shutil.copytree(repository / "params", folder / "params")
+    shutil.copy(repository / "dvc.yaml", folder)
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc/config").write_text("[core]\n    no_scm = true\n")
+    return folder

@@ -1,6 +1,6 @@
 """The study of the gauge: what it buys without training, and where it stops (docs/gauge.md).
 
-    dvc repro benchmarks/gauge/dvc.yaml           # all that is stale: up to 210 CPU minutes
+    python -m benchmarks.rerun benchmarks/gauge    # all that is stale: up to 210 CPU minutes
     python -m benchmarks.gauge train d96_m1_s0    # one model of params/gauge.yaml
     python -m benchmarks.gauge measure d96_m1_s0  # its merges; also of specific, wide144 ...
     python -m benchmarks.gauge ablate             # what may turn, calibration, starts

@@ -22,7 +22,7 @@ def table() -> None:
         [
             "# The gauge of least error",
             "",
-            "`dvc repro benchmarks/gauge/dvc.yaml` made this file from",
+            "`python -m benchmarks.rerun benchmarks/gauge` made this file from",
             "benchmarks/results/gauge/*.json. Scores are of the validation split unless test is",
             "named. Cells are means over draws of the calibration data, seeds or runs, ± half",
             "their range. docs/gauge.md interprets them.",

@@ -1,6 +1,6 @@
 """The study of the paper's three factors in the miniature, over seeds (params/study.yaml).
 
-    dvc repro benchmarks/study/dvc.yaml      # all that is stale: about 3 CPU hours
+    python -m benchmarks.rerun benchmarks/study     # all that is stale: about 3 CPU hours
     python -m benchmarks.study train 0       # every run of pre-training of one seed
     python -m benchmarks.study measure 0     # its arms: scores and distances, without training
     python -m benchmarks.study tune 0        # the arms that are fine-tuned
@@ -10,8 +10,8 @@
 Each goes on where it was stopped: runs from their last step checkpoint, rows from the last one in
 benchmarks/results/study/. To finish one seed after the other:
 
-    for seed in 0 1 2; do dvc repro benchmarks/study/dvc.yaml:tune@$seed; done
-    dvc repro benchmarks/study/dvc.yaml
+    for seed in 0 1 2; do python -m benchmarks.rerun benchmarks/study tune@$seed; done
+    python -m benchmarks.rerun benchmarks/study
 """
 
 import argparse

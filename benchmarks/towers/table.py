@@ -22,7 +22,7 @@ ENCODERS = {
 
 
 def write() -> None:
-    lines = ["# Real towers", "", "Commands: `benchmarks/towers/dvc.yaml`.", "", *_slack()]
+    lines = ["# Real towers", "", "Commands: `benchmarks/towers/study.yaml`.", "", *_slack()]
     for layers in dict.fromkeys(p.stem.split("_")[1] for p in sorted(RESULTS.glob("whisper_*"))):
         draws = [found["arms"] for found in _read(f"whisper_{layers}_*.json")]
         lines += ["", f"## Whisper tiny.en, pairs of blocks: {layers}, draws: {len(draws)}", ""]

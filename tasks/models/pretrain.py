@@ -1,8 +1,8 @@
 """Pre-train the classifiers that the multitask recipe merges, and release them.
 
-    dvc repro pretrain/multitask/dvc.yaml        # all families, what is stale of them
-    python -m tasks.models.pretrain mnist_vit    # one family, into models/pretrain_multitask/
-    python -m tasks.models.pretrain --release    # copy all families to released/multitask/
+    python -m benchmarks.rerun pretrain/multitask    # all families, what is stale of them
+    python -m tasks.models.pretrain mnist_vit      # one family, into models/pretrain_multitask/
+    python -m tasks.models.pretrain --release      # copy all families to released/multitask/
 
 A *family* is one data set and one architecture of Hugging Face's transformers. For every seed it
 has several parents, each of which learns the classes of one task: its outputs point at the codes of
@@ -280,7 +280,7 @@ def release(made: Path = MADE, released: Path = RELEASED) -> None:
     if stale := [job.name for job in todo if not is_made(job, made / job.family)]:
         raise ValueError(
             f"{', '.join(stale)}: not made with the params of params/{PARAMS}.yaml; "
-            f"dvc repro pretrain/multitask/dvc.yaml makes them"
+            "`python -m benchmarks.rerun pretrain/multitask` makes them"
         )
     with write_folder(released) as folder:
         for job in todo:

@@ -3,10 +3,14 @@
 DVC runs a stage for each recipe that the stage's list names, and must find every path and section
 that the stage reads. A recipe that lacks one names in its place what the stage reads anyway, twice.
 
-    python -m tasks.recipe.graph       # write it anew, after a recipe or a section was added
+Only recipes in use are listed, so that `dvc pull`, `dvc status` and the rest speak of these alone.
+`make merge RECIPE=...` and `alloy new` put a recipe there; so does
+
+    python -m tasks.recipe.graph multitask     # without a name: write it anew
 """
 
 import sys
+from collections.abc import Sequence
 
 import yaml
 
@@ -26,22 +30,34 @@ HEADER = """\
 """
 
 
-def graph() -> dict[str, dict[str, dict[str, str]]]:
+def graph(names: Sequence[str]) -> dict[str, dict[str, dict[str, str]]]:
     """Values that the entries of `dvc.yaml` fill in, by stage and recipe.
 
     Raises:
         ParamsError: a recipe that no stage could run.
     """
-    loaded = [load(name) for name in recipes()]
+    loaded = [load(name) for name in names]
     return {
         stage: {recipe.name: _entry(recipe, stage) for recipe in loaded if _has(recipe, stage)}
         for stage in STAGES
     }
 
 
-def write_graph() -> bool:
-    """Bring `params/graph.yaml` up to date; says if it was not."""
-    text = _text()
+def in_use() -> list[str]:
+    """The recipes that `params/graph.yaml` lists and that still exist."""
+    known = read_yaml(GRAPH) if GRAPH.is_file() else {}
+    listed = (known.get(STAGES[0]) or {}) if isinstance(known, dict) else {}
+    return [name for name in recipes() if name in listed]
+
+
+def write_graph(*names: str) -> bool:
+    """Bring `params/graph.yaml` up to date, with these recipes in use; says if it was not."""
+    used = in_use()
+    text = HEADER + yaml.safe_dump(
+        graph([name for name in recipes() if name in used or name in names]),
+        sort_keys=False,
+        width=100,
+    )
     if GRAPH.is_file() and GRAPH.read_text() == text:
         return False
     with write_file(GRAPH) as partial:
@@ -58,12 +74,8 @@ def refuse_stale(recipe: str) -> None:
         if (known.get(stage) or {}).get(recipe) != expected:
             raise ParamsError(
                 f"{GRAPH} does not know {loaded.where} as it is now: "
-                "`python -m tasks.recipe.graph` writes it anew"
+                f"`python -m tasks.recipe.graph {recipe}` writes it anew"
             )
-
-
-def _text() -> str:
-    return HEADER + yaml.safe_dump(graph(), sort_keys=False, width=100)
 
 
 def _has(recipe: Recipe, stage: str) -> bool:
@@ -159,6 +171,8 @@ def raw_folders(recipe: Recipe) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        print(f"{GRAPH}: {'written anew' if write_graph() else 'is up to date'}")
+        for name in sys.argv[1:]:
+            load(name)  # refuses what is no recipe
+        print(f"{GRAPH}: {'written anew' if write_graph(*sys.argv[1:]) else 'is up to date'}")
     except (ValueError, OSError) as error:
         sys.exit(f"tasks.recipe.graph: {error}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from tasks.recipe.graph import graph, write_graph
+from tasks.recipe.graph import graph, in_use, write_graph
 from tasks.recipe.load import KINDS, NAME, PARAMS, check_alone, parse, recipes
 from tasks.recipe.section import ParamsError
 from tasks.sources.place import place, refuse_missing
@@ -44,12 +44,12 @@ def new(name: str, members: Sequence[str], kind: str = "models") -> Path:
     text = fill((TEMPLATES / f"{kind}.yaml").read_text(), name, sources)
     recipe = parse(name, yaml.safe_load(text))
     check_alone(recipe)
-    graph()  # another recipe that cannot be loaded is refused before anything is written
+    graph(in_use())  # another recipe that cannot be loaded is refused before anything is written
     with write_file(recipe.workspace.params) as partial:
         partial.write_text(text)
     with write_file(PARAMS / "recipes.yaml") as partial:
         partial.write_text(_extended((PARAMS / "recipes.yaml").read_text(), listed, name))
-    write_graph()
+    write_graph(name)
     return recipe.workspace.params
 
 

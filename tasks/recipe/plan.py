@@ -30,7 +30,7 @@ def check(name: str) -> Recipe:
         num_processes()
     except ProcessError as error:
         raise ParamsError(str(error)) from error
-    write_graph()
+    write_graph(name)
     return recipe
 
 

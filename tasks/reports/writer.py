@@ -1,11 +1,12 @@
-"""Write a report: metrics.json, examples.safetensors, plots/, table.md and report.html.
+"""Write a report: metrics.json, headline.json, examples.safetensors, plots/, table.md, report.html.
 
 Each is written whole, or stays as it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -13,6 +14,10 @@ from tasks.reports import html, markdown
 from tasks.reports.charts import save
 from tasks.reports.report import Grid, Report
 from tasks.storage import write_file, write_folder, write_json
+
+SPLITS = ("test", "held_out", "validation", "calibration")
+RESULTS = ("merged", "finetuned")
+_ERRORS = ("_standard_error", "_spread")
 
 
 def write(report: Report, folder: Path) -> None:
@@ -34,7 +39,29 @@ def write(report: Report, folder: Path) -> None:
             partial.write_text(text, encoding="utf-8")
     with write_file(folder / "examples.safetensors") as partial:
         save_file(dict(report.by_example), partial)
+    write_json(folder / "headline.json", headline(report.metrics))
     write_json(folder / "metrics.json", dict(report.metrics))
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The few of a report's metrics that DVC shows and compares: those of the result, on test data.
+
+    Where nothing is measured on test data, those of the first split there is; where there is no
+    split, all, which are distances.
+    """
+    split = next((name for name in SPLITS if name in metrics), None)
+    if split is None:
+        return dict(metrics)
+    shown = {model: metrics[split][model] for model in RESULTS if model in metrics[split]}
+    return {split: {model: _scores(values) for model, values in shown.items()}}
+
+
+def _scores(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _scores(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if not name.endswith(_ERRORS)
+    }
 
 
 def tables(grids: Sequence[Grid]) -> str:

@@ -1,5 +1,7 @@
 """The study of the gauge: a pipeline that no recipe runs, and params that build its models."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import networkx
@@ -14,9 +16,12 @@ from benchmarks.gauge.merges import METHOD, NO_GAUGE, PARENT, PLAIN
 from benchmarks.gauge.params import GaugeStudyParams, study
 from benchmarks.gauge.table import _kept, _spread
 from benchmarks.gauge.widen import widen
-from tasks.recipe.load import load_file
+from benchmarks.rerun import PIPELINE, main, opened
+from tasks.recipe.graph import write_graph
+from tasks.recipe.load import load_file, recipes
 from tasks.recipe.pretraining import PretrainParams
 from tasks.recipe.section import ParamsError
+from tests.recipes import with_whole_graph
 
 REPOSITORY = Path(__file__).parents[2]
 STUDY = "benchmarks/gauge/dvc.yaml"
@@ -27,6 +32,20 @@ def _in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
 
 
+@pytest.fixture
+def _opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder in which DVC knows the study and all recipes."""
+    monkeypatch.chdir(with_whole_graph(tmp_path))
+    write_graph(*recipes())
+    folder = Path("benchmarks/gauge")
+    folder.mkdir(parents=True)
+    shutil.copy(REPOSITORY / folder / PIPELINE, folder)
+    with opened(folder):
+        yield
+    assert not Path(STUDY).exists()
+
+
+@pytest.mark.usefixtures("_opened")
 def test_no_recipe_reads_what_the_study_writes_and_everything_is_measured() -> None:
     """Recipes never train a model of the study; every parent of the params has its stage."""
     with Repo() as repo:
@@ -46,6 +65,13 @@ def test_no_recipe_reads_what_the_study_writes_and_everything_is_measured() -> N
     assert "prepare@modality" in table
 
 
+def test_a_study_that_is_none_is_refused_with_those_there_are(capsys) -> None:
+    assert main(["benchmarks/gague"]) == 2
+    said = capsys.readouterr().err
+    assert "benchmarks/gague/study.yaml is missing; studies are benchmarks/gauge, " in said
+
+
+@pytest.mark.usefixtures("_opened")
 def test_every_parameter_that_a_stage_names_is_there() -> None:
     """DVC finds out after the stage has run, and then does not record it."""
     with Repo() as repo:

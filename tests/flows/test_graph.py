@@ -14,9 +14,10 @@ import yaml
 import alloy
 from flows.graph import select, stages
 from tasks.command import home
-from tasks.recipe.graph import GRAPH, OPTIONAL, STAGES, graph
+from tasks.recipe.graph import GRAPH, OPTIONAL, STAGES, graph, in_use, write_graph
 from tasks.recipe.load import load, recipes
 from tasks.recipe.section import ParamsError
+from tests.recipes import with_whole_graph
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,9 +30,19 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose graph has all recipes."""
+    folder = with_whole_graph(tmp_path_factory.mktemp("whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_graph(*recipes())
+    return folder
+
+
 @pytest.fixture
-def repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REPOSITORY)
+def repository(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(whole)
 
 
 @pytest.mark.usefixtures("repository")
@@ -50,8 +61,12 @@ def test_every_recipe_has_the_stages_of_its_sections_after_what_they_read() -> N
 
 @pytest.mark.usefixtures("repository")
 def test_the_graph_is_what_the_recipes_say() -> None:
-    """`params/graph.yaml` is up to date."""
-    assert yaml.safe_load(GRAPH.read_text()) == graph()
+    """`params/graph.yaml` is up to date, and lists the recipe alone whose lock is committed."""
+    committed = (REPOSITORY / GRAPH).read_text()
+    GRAPH.write_text(committed)
+    assert in_use() == ["modality"]
+    assert yaml.safe_load(committed) == graph(["modality"])
+    assert write_graph(*recipes())
 
 
 @pytest.mark.usefixtures("repository")
@@ -108,7 +123,7 @@ def declared_code(stage: str) -> dict[str, set[str]]:
     """By recipe, the code among the deps of its stage in `dvc.yaml`, filled in from the graph."""
     do = yaml.safe_load((REPOSITORY / "dvc.yaml").read_text())["stages"][stage]["do"]
     filled = {}
-    for recipe, item in yaml.safe_load((REPOSITORY / GRAPH).read_text())[stage].items():
+    for recipe, item in yaml.safe_load(GRAPH.read_text())[stage].items():
         deps = [fill(dep, {"key": recipe, "item": item}) for dep in do["deps"]]
         filled[recipe] = {dep for dep in deps if dep.startswith(("alloy/", "tasks/"))}
     return filled

@@ -1,15 +1,15 @@
 """Sweeps: every combination once, each in a copy of the workspace."""
 
-import shutil
+import re
 import subprocess
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.sweep import combinations, main, task_runner
+from flows.sweep import called, combinations, main, task_runner
 from tasks.recipe.section import ParamsError
-from tests.flows.conftest import Workspace, snapshot
+from tests.flows.conftest import Workspace, free_port, git, snapshot
 
 
 @pytest.fixture
@@ -55,26 +55,71 @@ def test_a_setting_of_nothing_is_refused(here: Workspace, setting: str, message:
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (("merge.arms.a.options.density=0.3", "finetune.seed=2"), "s-1-density=0.3-seed=2"),
+        (("merge.result=a b:c~d",), "s-1-result=a_b_c_d"),
+        (("merge.result=..",), "s-1-result=_"),
+        (("merge.result=x.lock",), "s-1-result=x"),
+        (("merge.result=" + 99 * "x",), "s-1-result=" + 73 * "x"),
+    ],
+)
+def test_names_hold_the_values_as_git_allows(settings, name, tmp_path):
+    assert called("s", 1, settings) == name
+    subprocess.run(["git", "check-ref-format", f"refs/exps/{name}"], check=True, cwd=tmp_path)
+
+
 @pytest.mark.slow
-def test_a_sweep_leaves_the_workspace_alone(
+def test_sixteen_settings_at_eight_workers_of_a_scheduler(
     here: Workspace, prefect_server: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Each combination becomes a DVC experiment, two at a time; the workspace is what it was."""
+    """None is lost or fails but those that cannot work: these are shown, with values and reason.
+
+    Each is a DVC experiment; the workspace is what it was.
+    """
+    pytest.importorskip("distributed")
+    here.control("merge.refuses", "ratio: 0.8")
+    git(here.folder, "add", "control")
+    git(here.folder, "commit", "--quiet", "--message", "a setting that the stage refuses")
     before = _files(here)
-    settings = "merge.result=aligned,interpolation,naive"
-    with temporary_settings({PREFECT_API_URL: prefect_server}):
-        status = main(["toy", settings, "--to", "register", "--workers", "2"])
-    assert status == 0, capfd.readouterr()
-    dvc = shutil.which("dvc", path=here.environment["PATH"]) or "dvc"
-    listed = subprocess.run(
-        [dvc, "exp", "list", "--name-only"],
-        cwd=here.folder,
-        env=here.environment,
-        capture_output=True,
-        text=True,
-    )
-    assert set(listed.stdout.split()) == {"sweep-1", "sweep-2", "sweep-3"}
+    address = f"127.0.0.1:{free_port()}"
+    host, port = address.split(":")
+    started = [
+        here.start(f"distributed.cli.dask_{what}", *arguments, "--no-dashboard")
+        for what, arguments in (
+            ("scheduler", ("--host", host, "--port", port)),
+            ("worker", (address, "--nthreads", "8", "--no-nanny")),
+        )
+    ]
+    ratios = [f"0.{i}" for i in range(1, 9)]
+    try:
+        with temporary_settings({PREFECT_API_URL: prefect_server}):
+            status = main([
+                "toy", f"merge.arms.naive.options.ratio={','.join(ratios)}",
+                "merge.result=aligned,naive", "--to", "merge", "--workers", f"dask://{address}",
+            ])  # fmt: skip
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    said = capfd.readouterr().out
+    assert status == 1, said
+    assert "2 of 16 experiments failed" in said
+    for i, result in ((15, "aligned"), (16, "naive")):
+        name = f"sweep-{i}-ratio=0.8-result={result}"
+        [line] = [line for line in said.splitlines() if line.startswith(f"| {name} ")]
+        assert f"merge.arms.naive.options.ratio=0.8, merge.result={result}" in line
+        assert "failed: merge: refuses ratio: 0.8" in line
+    made = {f"-ratio={ratio}-result={r}" for ratio in ratios[:-1] for r in ("aligned", "naive")}
+    assert {re.sub(r"^sweep-\d+", "", name) for name in experiments(here)} == made
     assert _files(here) == before
+
+
+def experiments(workspace: Workspace) -> list[str]:
+    status, said = workspace.run("dvc", "exp", "list", "--name-only")
+    assert status == 0, said
+    return said.split()
 
 
 def test_workers_are_threads_or_dask():

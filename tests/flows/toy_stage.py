@@ -1,7 +1,8 @@
 """A stage for tests of the flows: python toy_stage.py NAME. Writes `out/NAME` whole or not at all.
 
 `control/NAME.seconds` makes it slow, `control/NAME.failures` makes it fail so often
-with the exit status in `control/NAME.status`, `control/NAME.text` is what
+with the exit status in `control/NAME.status`, `control/NAME.refuses` is a text in the recipe with
+which it fails, `control/NAME.text` is what
 it writes (its DVC parameter, so to say). `log` remembers every start and every end.
 """
 
@@ -34,6 +35,9 @@ with hold_workspace(name):
         (control / f"{name}.failures").write_text(str(failures - 1))
         sys.stderr.write(f"{name}: the toy broke\n")
         sys.exit(int(setting("status", "1")))
+    refused = setting("refuses", "")
+    if refused and refused in Path("params/toy.yaml").read_text():
+        sys.exit(f"{name}: refuses {refused}")
     try:
         with write_folder(Path("out") / name) as folder:
             (folder / "first").write_text(setting("text", "text"))

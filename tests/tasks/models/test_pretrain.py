@@ -124,7 +124,7 @@ def test_only_what_changed_is_made_again(params):
 
 def test_a_release_is_whole_or_nothing(params, monkeypatch):
     """All models get cards; if one is missing, stale or too large, the old release stands."""
-    with pytest.raises(ValueError, match=r"toy_vit_a0, toy_vit_b0, .*dvc repro"):
+    with pytest.raises(ValueError, match=r"toy_vit_a0, toy_vit_b0, .*benchmarks\.rerun"):
         stage.release()
     train_all(params)
     stage.release()
@@ -156,7 +156,7 @@ def test_shifted_images_move_whole_and_repeat_the_border():
 def test_the_pipeline_names_the_code_it_runs_and_writes_outside_of_released(monkeypatch):
     """Each family's stage reruns when its code changes; no stage at the top reads its output."""
     monkeypatch.setattr(sys, "path", [str(REPOSITORY), *sys.path])
-    pipeline = REPOSITORY / "pretrain/multitask/dvc.yaml"
+    pipeline = REPOSITORY / "pretrain/multitask/study.yaml"
     found = yaml.safe_load(pipeline.read_text())["stages"]["train"]["do"]
     imports = grimp.build_graph("alloy", "tasks", cache_dir=None)
     files = {module.replace(".", "/") for module in code_of("tasks.models.pretrain", imports)}

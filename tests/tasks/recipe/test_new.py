@@ -108,6 +108,7 @@ def test_what_cannot_be_a_recipe_is_refused_and_nothing_is_written(
 
 
 def test_another_recipe_that_is_broken_is_named_before_anything_is_written() -> None:
+    GRAPH.write_text("fetch: {toy: {}}\n")
     Path("params/toy.yaml").write_text("kind: experts\n")
     before = files()
     with pytest.raises(ParamsError, match=r"params/toy.yaml: fetch: this is missing"):

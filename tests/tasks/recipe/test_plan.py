@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.recipe.graph import GRAPH, STAGES, graph, refuse_stale, write_graph
-from tasks.recipe.load import load, parse
+from tasks.recipe.graph import GRAPH, STAGES, graph, in_use, refuse_stale, write_graph
+from tasks.recipe.load import load, parse, recipes
 from tasks.recipe.plan import check, check_contents
 from tasks.recipe.section import ParamsError
 from tests.recipes import FINETUNE, experts, write
@@ -387,7 +387,7 @@ def test_a_step_without_examples_is_refused_with_the_recipe() -> None:
 
 def test_the_graph_has_the_stages_of_each_recipe() -> None:
     """A stage stands for the recipes that have its section; what one lacks it reads anyway."""
-    found = graph()
+    found = graph(recipes())
     assert list(found) == list(STAGES)
     assert {*found["prepare"]} == {*found["align"]} == {"toy", "aligned"}
     assert {*found["merge"]} == {*found["choose"]} == {"toy", "streamed", "aligned"}
@@ -424,11 +424,11 @@ def test_the_graph_has_the_stages_of_each_recipe() -> None:
 )
 def test_what_a_recipe_says_is_what_its_stages_track(sections, stage, entry, value) -> None:
     write(Path(), toy=sections)
-    assert graph()[stage]["toy"][entry] == value
+    assert graph(recipes())[stage]["toy"][entry] == value
 
 
 def test_a_stale_graph_is_refused_by_name_and_written_by_check() -> None:
-    assert write_graph()
+    assert write_graph(*recipes())
     assert not write_graph()
     refuse_stale("streamed")
     write(Path(), toy=experts(), streamed=streamed(kept=["x"]), aligned=aligned())
@@ -442,8 +442,13 @@ def test_a_stale_graph_is_refused_by_name_and_written_by_check() -> None:
 
 
 def test_a_broken_recipe_beside_it_is_named() -> None:
-    """The graph needs all recipes: the one that is wrong is named."""
+    """The graph needs all recipes in use: the one that is wrong is named; others are nobody's."""
+    check("toy")
+    write_graph("aligned")
     Path("params/aligned.yaml").write_text("kind: models\n")
     with pytest.raises(ParamsError, match=r"params/aligned\.yaml: fetch: this is missing"):
         check("toy")
     assert load("toy").name == "toy"
+    GRAPH.unlink()
+    check("toy")
+    assert in_use() == ["toy"]

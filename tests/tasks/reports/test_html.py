@@ -89,6 +89,7 @@ def test_parts_keep_their_order_and_equal_reports_equal_bytes(tmp_path):
     files = sorted(path for path in (tmp_path / "one").rglob("*") if path.is_file())
     assert [path.name for path in files] == [
         "examples.safetensors",
+        "headline.json",
         "metrics.json",
         "chart.png",
         "rows.json",
@@ -100,3 +101,21 @@ def test_parts_keep_their_order_and_equal_reports_equal_bytes(tmp_path):
         assert path.read_bytes() == other.read_bytes()
     shown = section((tmp_path / "one/report.html").read_text(), "plain")
     assert shown.index("<table>") < shown.index("<figure>") < shown.index("<ul>")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "shown"),
+    [
+        (
+            {"validation": {"merged": {"b": {"r": 9.0}}},
+             "test": {"naive": {"b": {"r": 1.0}},
+                      "merged": {"b": {"r": 2.0, "r_standard_error": 0.5}, "loss_spread": 3.0}}},
+            {"test": {"merged": {"b": {"r": 2.0}}}},
+        ),
+        ({"calibration": {"finetuned": {"loss": 1.0}, "x": {}}},
+         {"calibration": {"finetuned": {"loss": 1.0}}}),
+        ({"a - b": {"l2": 1.0}}, {"a - b": {"l2": 1.0}}),
+    ],
+)  # fmt: skip
+def test_headlines_are_the_results_scores_on_test_data(metrics, shown):
+    assert writer.headline(metrics) == shown

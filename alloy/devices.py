@@ -51,7 +51,7 @@ _FAST_IN_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # P100, V100, A100
 def is_slow_in_float64(device: torch.device) -> bool:
     """True where float64 costs far more than twice float32: on all GPUs but those of data centres.
 
-    Linear systems are solved in float32 there and refined (`alloy.linear_systems`).
+    Linear systems are solved in float32 there and refined (`alloy.statistics.linear_systems`).
     """
     return (
         device.type == "cuda" and torch.cuda.get_device_capability(device) not in _FAST_IN_FLOAT64

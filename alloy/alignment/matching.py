@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alloy.alignment.assignment import assign_all
 from alloy.alignment.similarity import Blocks, OfUnits
+from alloy.symmetry.assignment import assign_all
 from alloy.symmetry.parts import by_blocks
 from alloy.symmetry.spec import ROTARY_KINDS, SymmetrySpec
 from alloy.symmetry.transforms import Transform

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import product
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from alloy.gauge.objective import SharedLayer, curvature_factor, error, transported
+from alloy.gauge.objective import SharedLayer, curvature, error, transported
 from alloy.gauge.problem import Problem, Transformed, lies_on
+from alloy.symmetry.assignment import assign_all
 from alloy.symmetry.parts import owned_axes
 from alloy.symmetry.spec import ROTARY_KINDS, Axis, SymmetrySpec, unit_view
 from alloy.symmetry.transforms import Transform, compose, rotary_matrix
@@ -34,7 +35,7 @@ def match(problem: Problem, gauge: Transformed, generator: torch.Generator | Non
         if not touched:
             continue
         here = [transported(problem.layers[i], problem.spec, result) for i in touched]
-        step = _Assignment(problem, here, m).solve(root)
+        step = Assignment(problem, here, m).solve(root)
         proposal = list(result)
         proposal[m] = compose(result[m], step)
         there = [transported(problem.layers[i], problem.spec, proposal) for i in touched]
@@ -47,7 +48,7 @@ def match(problem: Problem, gauge: Transformed, generator: torch.Generator | Non
     return tuple(result)
 
 
-class _Assignment:
+class Assignment:
     """The best transform of one model's space and of all within it, by what J's layers say.
 
     For the rows of a layer the value of a pairing is exact: J falls by 2 <r_i, r_j'> for a row i of
@@ -62,6 +63,7 @@ class _Assignment:
         model: int,
     ) -> None:
         self.spec, self.turning, self.fixed = problem.spec, problem.turning, problem.fixed
+        self.device = layers[0].weight_MOI.device
         self.sides = {layer.name: _sides(layer, model, problem.ridge) for layer in layers}
         self.cached: dict[str, Tensor] = {}
         self.solved: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Tensor] = {}
@@ -73,17 +75,20 @@ class _Assignment:
         return transforms
 
     def _affinity(self, space: str) -> Tensor:
-        """[*P, *Po, n, no]: what pairing unit i with unit j of the other model is worth."""
+        """[*P, *Po, n, no]: what pairing unit i with unit j of the other model is worth.
+
+        Computed where the layers lie; assignments are solved on the CPU.
+        """
         if space not in self.cached:
             size = self.spec.spaces[space].size
             batch = self.spec.batch_shape(space)
-            count = size * int(torch.tensor(batch).prod()) if batch else size
-            total = torch.zeros(count, count, dtype=torch.float64)
+            count = size * math.prod(batch)
+            total = torch.zeros(count, count, dtype=torch.float64, device=self.device)
             for axis in owned_axes(self.spec, space):
                 if axis.parameter in self.sides:
                     total += self._by_axis(space, axis, count)
             k = len(batch)
-            self.cached[space] = total.reshape(*batch, size, *batch, size).movedim(k, 2 * k)
+            self.cached[space] = total.cpu().reshape(*batch, size, *batch, size).movedim(k, 2 * k)
         return self.cached[space]
 
     def _by_axis(self, space: str, axis: Axis, count: int) -> Tensor:
@@ -159,11 +164,12 @@ def _best_rotary(value_nn: Tensor, pair_stride: int) -> Tensor:
 
 def _assign(value_nn: Tensor) -> tuple[Tensor, float]:
     """The bijection of largest total value, and that total; the identity where nothing beats it."""
-    rows, columns = linear_sum_assignment(value_nn.numpy(), maximize=True)
+    rows = torch.arange(len(value_nn))
+    columns, _ = assign_all(value_nn)
     best, as_is = float(value_nn[rows, columns].sum()), float(value_nn.diagonal().sum())
     if best <= as_is + _TIE * float(value_nn.abs().max()) * len(rows):
-        return torch.arange(len(rows)), as_is
-    return torch.from_numpy(columns), best
+        return rows, as_is
+    return columns, best
 
 
 def _sides(
@@ -173,15 +179,21 @@ def _sides(
     values.
     """
     own = layer.models.index(model)
-    rest = [i for i in range(len(layer.models)) if i != own]
     moved_MOI = layer.weight_MOI @ layer.gram_MII
-    factor_II = curvature_factor(layer.gram_MII, ridge)
-    solved_OI = torch.cholesky_solve(moved_MOI[rest].sum(0).T, factor_II).T
+    solved_OI = curvature(layer.gram_MII, ridge).solve(_others(moved_MOI, own).sum(0).T).T
     size = layer.gram_MII.shape[-1] - layer.has_constant
     # One loudness per model, not one per input, so that turning the inputs turns the value alike.
     energy_MI = layer.gram_MII.diagonal(dim1=-2, dim2=-1)[:, :size]
     weighed_MOI = layer.weight_MOI[..., :size] * energy_MI.mean(-1).sqrt()[:, None, None]
-    return layer.dim, (solved_OI, moved_MOI[own]), (weighed_MOI[rest].sum(0), weighed_MOI[own])
+    return (
+        layer.dim,
+        (solved_OI, moved_MOI[own]),
+        (_others(weighed_MOI, own).sum(0), weighed_MOI[own]),
+    )
+
+
+def _others(x_MOI: Tensor, own: int) -> Tensor:
+    return torch.cat([x_MOI[:own], x_MOI[own + 1 :]])
 
 
 def _lies_on_family(root: str, layer: SharedLayer, spec: SymmetrySpec) -> bool:

@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alloy.devices import on_cpu
+from alloy.devices import device_of
 from alloy.errors import GaugeError
+from alloy.statistics.linear_systems import PositiveDefinite
 from alloy.statistics.moments import Gram
 from alloy.symmetry.spec import ROTARY_KINDS, Leaf, Product, Sum, SymmetrySpec, Term, leaves
 from alloy.symmetry.transforms import Transforms, transport
@@ -63,10 +64,12 @@ def layers_of(
     models: Sequence[Weights],
     grams: Sequence[Mapping[str, Gram]],
     spec: SymmetrySpec,
+    device: torch.device | None = None,
 ) -> list[SharedLayer]:
     """The layers that at least two models have, in the order of the spec's layout, in float64.
 
     Args:
+        device: of the layers; by default the models'.
         models: each with a part of the spec's weights, or all of them.
         grams: by weight; of the layer's inputs, or of those and a constant 1 at the end. The bias
             then counts as the column that meets the constant. Inputs of a convolution are flat
@@ -76,8 +79,7 @@ def layers_of(
         GaugeError: a Gram of another size, of a weight that a model lacks, of no tokens or not
             finite; models of which only some have a constant.
     """
-    models = [on_cpu(weights) for weights in models]
-    grams = [{name: gram.to("cpu") for name, gram in own.items()} for own in grams]
+    device = device_of(models[0]) if device is None else device
     for model, (weights, measured) in enumerate(zip(models, grams, strict=True)):
         for name, gram in measured.items():
             _check(name, gram, model, weights, spec)
@@ -85,7 +87,7 @@ def layers_of(
     for name, terms in spec.layout.items():
         here = tuple(m for m, measured in enumerate(grams) if name in measured)
         if len(here) > 1:
-            layers.append(_layer(name, terms, here, models, grams))
+            layers.append(_layer(name, terms, here, models, grams, device))
     if not layers:
         raise GaugeError("no layer has a Gram in two models: there is nothing to merge")
     return layers
@@ -112,12 +114,13 @@ def _layer(
     here: tuple[int, ...],
     models: Sequence[Weights],
     grams: Sequence[Mapping[str, Gram]],
+    device: torch.device,
 ) -> SharedLayer:
     dim = grams[here[0]][name].dim
     sizes = {grams[m][name].sum_DD.shape[0] for m in here}
     if len(sizes) > 1:
         raise GaugeError(f"Grams of {name!r} have a constant in some models and none in others")
-    weights = [as_matrix(models[m][name].double(), dim) for m in here]
+    weights = [as_matrix(models[m][name].to(device).double(), dim) for m in here]
     rows, inputs = (terms[0], terms[1:]) if dim == 1 else (terms[-1], terms[:-1])
     columns = inputs[0] if len(inputs) == 1 else Product(inputs)
     has_constant = sizes.pop() > columns.size
@@ -126,11 +129,11 @@ def _layer(
         bias = bias_of(name)
         no_bias = torch.zeros(rows.size, dtype=torch.float64)
         weights = [
-            torch.cat([w, models[m].get(bias, no_bias).double()[:, None]], dim=1)
+            torch.cat([w, models[m].get(bias, no_bias).to(device).double()[:, None]], dim=1)
             for w, m in zip(weights, here, strict=True)
         ]
     weight_MOI = torch.stack(weights)
-    gram_MII = torch.stack([grams[m][name].mean_DD for m in here])
+    gram_MII = torch.stack([grams[m][name].to(device).mean_DD for m in here])
     return SharedLayer(name, rows, columns, here, weight_MOI, gram_MII, dim, has_constant)
 
 
@@ -146,32 +149,35 @@ def bias_of(weight: str) -> str:
 
 def error(weight_MOI: Tensor, gram_MII: Tensor, ridge: float) -> Tensor:
     """J of one layer, a scalar; `ridge` is λ in units of the mean eigenvalue of mean_m G_m."""
-    energy, residual_OI, factor_II = _normal_equations(weight_MOI, gram_MII, ridge)
+    energy, residual_OI = _residual(weight_MOI, gram_MII)
+    factor_II = torch.linalg.cholesky(_curvature(gram_MII, ridge))
     solved_IO = torch.linalg.solve_triangular(factor_II, residual_OI.T, upper=False)
     return energy - solved_IO.square().sum()
 
 
 def closed_form(weight_MOI: Tensor, gram_MII: Tensor, ridge: float) -> Tensor:
     """W*, the weight [O, I] that leaves the error J."""
-    _, residual_OI, factor_II = _normal_equations(weight_MOI, gram_MII, ridge)
-    return weight_MOI.mean(0) + torch.cholesky_solve(residual_OI.T, factor_II).T
+    _, residual_OI = _residual(weight_MOI, gram_MII)
+    return weight_MOI.mean(0) + curvature(gram_MII, ridge).solve(residual_OI.T).T
 
 
-def _normal_equations(
-    weight_MOI: Tensor, gram_MII: Tensor, ridge: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The energy, R and the Cholesky factor of A."""
+def _residual(weight_MOI: Tensor, gram_MII: Tensor) -> tuple[Tensor, Tensor]:
+    """The energy, and R."""
     deviation_MOI = weight_MOI - weight_MOI.mean(0)
     moved_MOI = deviation_MOI @ gram_MII
     energy = (moved_MOI * deviation_MOI).sum() / len(weight_MOI)
-    return energy, moved_MOI.mean(0), curvature_factor(gram_MII, ridge)
+    return energy, moved_MOI.mean(0)
 
 
-def curvature_factor(gram_MII: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of mean_m G_m + λ I."""
-    curvature_II = gram_MII.mean(0)
-    floor = ridge * curvature_II.diagonal().mean() + torch.finfo(torch.float64).tiny
-    return torch.linalg.cholesky(curvature_II + floor * torch.eye(len(curvature_II)).to(floor))
+def curvature(gram_MII: Tensor, ridge: float) -> PositiveDefinite:
+    """A = mean_m G_m + λ I, to solve with."""
+    return PositiveDefinite(_curvature(gram_MII, ridge))
+
+
+def _curvature(gram_MII: Tensor, ridge: float) -> Tensor:
+    mean_II = gram_MII.mean(0)
+    floor = ridge * mean_II.diagonal().mean() + torch.finfo(mean_II.dtype).tiny
+    return mean_II + floor * torch.eye(len(mean_II)).to(floor)
 
 
 def quadratic_form(layer: SharedLayer, ridge: float) -> Tensor:
@@ -179,9 +185,9 @@ def quadratic_form(layer: SharedLayer, ridge: float) -> Tensor:
     weight_MOI, gram_MII = layer.weight_MOI, layer.gram_MII
     M = len(weight_MOI)
     mean_II = gram_MII.mean(0)
-    factor_II = curvature_factor(gram_MII, ridge)
+    factor_II = torch.linalg.cholesky(_curvature(gram_MII, ridge))
     # With D_k = sum_n P_kn W_n, P = I - 1/M: the sum over k of P_km P_kn G_k / M.
-    centred_MM = torch.eye(M, dtype=torch.float64) - 1 / M
+    centred_MM = torch.eye(M).to(mean_II) - 1 / M
     within_MMII = torch.einsum("km,kn,kij->mnij", centred_MM, centred_MM, gram_MII) / M
     solved_MIO = torch.linalg.solve_triangular(
         factor_II, (weight_MOI @ (gram_MII - mean_II) / M).mT, upper=False

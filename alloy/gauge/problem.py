@@ -87,5 +87,5 @@ def embedded(spec: SymmetrySpec, space: str, rotation: Tensor) -> Tensor:
     """A rotation of a space, from one of the complement of the ones where the ones stand still."""
     if spec.spaces[space].kind != "orthogonal fixing ones":
         return rotation
-    basis = complement_of_ones(spec.spaces[space].size)
+    basis = complement_of_ones(spec.spaces[space].size).to(rotation)
     return 1 / len(basis) + basis @ rotation @ basis.T

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from alloy.devices import device_of
 from alloy.errors import GaugeError
 from alloy.gauge.assignment import match
 from alloy.gauge.descent import turn
@@ -66,6 +67,7 @@ def search_gauge(
     learning_rate: float = 0.02,
     tolerance: float = 0.01,
     generator: torch.Generator | None = None,
+    device: torch.device | None = None,
 ) -> Gauge:
     """Find the transforms of each model that minimise J; the reference model stays as it is.
 
@@ -88,6 +90,10 @@ def search_gauge(
         steps: continuous steps per round; a round that lowers J by less than `tolerance` is the
             last.
         generator: shuffles the order in which discrete spaces are visited.
+        device: where J is computed; by default where the models lie.
+
+    Returns:
+        the transforms, on the CPU, and what they are worth.
 
     Raises:
         GaugeError: no layer in common, Grams that do not fit, unknown starts or spaces, no start,
@@ -105,7 +111,7 @@ def search_gauge(
     if not 0 <= reference < len(models):
         raise GaugeError(f"reference {reference} is none of {len(models)} models")
     problem = Problem(
-        layers=layers_of(models, grams, spec),
+        layers=layers_of(models, grams, spec, device),
         spec=spec,
         num_models=len(models),
         reference=reference,
@@ -138,7 +144,11 @@ def search_gauge(
         error_after=history[-1],
         start=best,
         errors=errors,
-        streams=tuple(stream_use(problem, space, gauge) for space in problem.streams),
+        streams=tuple(
+            use
+            for space in problem.streams
+            if (use := stream_use(problem, space, gauge)) is not None
+        ),
         history=tuple(history),
     )
 
@@ -171,12 +181,16 @@ def merge_layers(
     transforms: Sequence[Transforms],
     *,
     ridge: float = 1e-3,
+    device: torch.device | None = None,
 ) -> dict[str, Tensor]:
-    """W* of every layer under the transforms, in float64; biases where Grams have a constant."""
+    """W* of every layer under the transforms, in float64; biases where Grams have a constant.
+
+    They are computed on `device`, by default the models', where they also lie in the end.
+    """
     merged = {}
-    for layer in layers_of(models, grams, spec):
+    for layer in layers_of(models, grams, spec, device):
         moved = transported(layer, spec, transforms)
-        weight = closed_form(moved.weight_MOI, moved.gram_MII, ridge)
+        weight = closed_form(moved.weight_MOI, moved.gram_MII, ridge).to(device_of(models[0]))
         if layer.has_constant:
             if (bias := bias_of(layer.name)) in spec.layout:
                 merged[bias] = weight[:, -1]

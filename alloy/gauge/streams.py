@@ -30,9 +30,11 @@ class StreamUse(NamedTuple):
     overlap_after: float
 
 
-def stream_use(problem: Problem, space: str, gauge: Sequence[Transforms]) -> StreamUse:
-    """The use of a stream before and under some transforms."""
+def stream_use(problem: Problem, space: str, gauge: Sequence[Transforms]) -> StreamUse | None:
+    """The use of a stream before and under some transforms; None if no layer reads it alone."""
     moments = stream_moments(problem, space)
+    if not moments:
+        return None
     before = [second for second, _ in moments.values()]
     after = []
     for m, (second, _) in moments.items():
@@ -53,14 +55,14 @@ def stream_use(problem: Problem, space: str, gauge: Sequence[Transforms]) -> Str
 
 
 def stream_moments(problem: Problem, space: str) -> dict[int, tuple[Tensor, Tensor]]:
-    """Mean second and first moments of what each model reads from a stream."""
+    """Mean second and first moments of what each model reads from a stream, on the CPU."""
     size = problem.spec.spaces[space].size
     moments: dict[int, tuple[Tensor, Tensor]] = {}
     for layer in problem.layers:
         leaf, *_ = leaves(layer.columns)
         if leaf[1].space != space or leaf[1].size != size:
             continue
-        for m, gram_II in zip(layer.models, layer.gram_MII, strict=True):
+        for m, gram_II in zip(layer.models, layer.gram_MII.cpu(), strict=True):
             first = (
                 gram_II[:size, -1]
                 if len(gram_II) > size

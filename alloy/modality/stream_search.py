@@ -99,6 +99,7 @@ def find_gauge(
             start: [transforms.get(modality, {}) for modality in names]
             for start, transforms in (initial or {}).items()
         },
+        device=model.device,
         **settings,
     )
     result = {}

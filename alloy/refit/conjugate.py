@@ -11,8 +11,8 @@ preconditioned by the one product of the means, large ones by the two that come 
 whole: by the first the number of steps grows with the width (400 for 768 x 193 unknowns), by the
 second it hardly does (37).
 
-Where float64 is slow (`alloy.linear_systems`), steps are taken in float32, and what they leave is
-computed in float64 and solved for again.
+Where float64 is slow (`alloy.statistics.linear_systems`), steps are taken in float32, and what they
+leave is computed in float64 and solved for again.
 
 Shape legend: G groups of a convolution (1 elsewhere), I inputs, O outputs of a group.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from alloy.devices import is_slow_in_float64
 from alloy.errors import MergeError
-from alloy.linear_systems import PositiveDefinite
+from alloy.statistics.linear_systems import PositiveDefinite
 
 ACCURACY, MAX_STEPS = 1e-6, 1000
 LARGE = 2**17  # unknowns of a group: two products precondition from here on
@@ -111,13 +111,12 @@ def _two_products(terms: Sequence[Term], floor_GI: Tensor, name: str) -> _Map:
         shares = _sizes(terms) / _sizes(terms).sum(0)
         largest = int(shares.mean((1, 2, 3)).argmax())
         others = [m for m in range(len(terms)) if m != largest]
-        pairs = [
-            (
-                torch.stack([shares[m] * terms[m][0] for m in own]).sum(0) / shares[own].sum(0),
-                torch.stack([terms[m][1] for m in own]).sum(0) + shares[own].sum(0) * floor_GII,
-            )
-            for own in ([largest], others)
-        ]
+        pairs = []
+        for own in ([largest], others):
+            share_G11 = torch.stack([shares[m] for m in own]).sum(0)
+            h_GOO = torch.stack([shares[m] * terms[m][0] for m in own]).sum(0) / share_G11
+            a_GII = torch.stack([terms[m][1] for m in own]).sum(0) + share_G11 * floor_GII
+            pairs.append((h_GOO, a_GII))
     (h_GOO, a_GII), (other_h_GOO, other_a_GII) = pairs
     d_GO, rows_GOO = _joint_basis(h_GOO, other_h_GOO, name)
     e_GI, columns_GII = _joint_basis(a_GII, other_a_GII, name)

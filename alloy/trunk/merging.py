@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from alloy.devices import on_cpu
+from alloy.devices import device_of, on_cpu
 from alloy.errors import GaugeError, MergeError, nearest
 from alloy.gauge import Gauge, merge_layers, search_gauge
 from alloy.modality.sharing import insert_matrices, save_shared, with_sharing
@@ -143,7 +143,7 @@ def _refuse_settings(gauge: Mapping[str, Any] | bool, weigh: bool | str) -> None
         return
     if not isinstance(gauge, Mapping):
         raise MergeError(f"gauge={gauge!r:.80}: give True, False or settings, {{'steps': 20}}")
-    ours = ("models", "spec", "grams", "reference", "fixed", "held")
+    ours = ("models", "spec", "grams", "reference", "fixed", "held", "device")
     known = [name for name in inspect.signature(search_gauge).parameters if name not in ours]
     if unknown := [name for name in gauge if name not in known]:
         raise GaugeError(f"gauge: {unknown[0]!r}: {nearest(str(unknown[0]), known)}")
@@ -276,6 +276,7 @@ class Work:
             reference=members.index(plan.anchor),
             fixed=fixed,
             held=[(members.index(name), space) for name, space in held],
+            device=device_of(parents),
             **settings,
         )
 
@@ -321,7 +322,7 @@ class Work:
         fitted: dict[str, Tensor] = {}
         for name in list(grams[0]):  # one at a time: a base model's Grams are gigabytes
             own = [{name: of_member.pop(name)} for of_member in grams]
-            fitted |= merge_layers(weights, spec, own, still)
+            fitted |= merge_layers(weights, spec, own, still, device=device_of(parents))
         return mean | {name: t for name, t in fitted.items() if name in mean}
 
     def fit(self, student: Family, parents: Family, *, ridge: float, follow: bool) -> None:

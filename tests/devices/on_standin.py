@@ -13,6 +13,14 @@ import alloy
 from alloy.alignment import PRESETS
 from alloy.devices import beside, device_of
 from alloy.errors import DeviceMemoryError
+from alloy.gauge import descent
+from alloy.gauge.assignment import Assignment
+from alloy.modality import ModalityConfig, ModalityModel
+from alloy.modality.sensitivity import affine_grams, sensitivities_of
+from alloy.modality.stream_search import find_gauge
+from alloy.modality.streams import in_gauge
+from alloy.refit import conjugate
+from alloy.statistics import linear_systems
 from tasks.command import batch_sizes
 from tasks.data.scenes.words import ANSWERS
 from tasks.experts import pretrain
@@ -110,6 +118,69 @@ def test_every_alignment_moves_weights_where_they_lie(preset: str) -> None:
             merged = alloy.merge("regmean", list(moved.values()), statistics=grams)
             assert {tensor.device for tensor in merged.values()} == {THERE}
     close(aligned[THERE], aligned[CPU])
+
+
+@pytest.mark.parametrize("is_slow", [False, True], ids=["float64", "float32_refined"])
+@pytest.mark.parametrize("num_lessons", [1, 3])
+def test_weighed_fits_are_solved_where_they_lie(monkeypatch, num_lessons: int, is_slow: bool):
+    """Large layers' conjugate gradients, preconditioned by two products."""
+    monkeypatch.setattr(conjugate, "LARGE", 0)
+    slow = {THERE} if is_slow else set()
+    for module in (conjugate, linear_systems):
+        monkeypatch.setattr(module, "is_slow_in_float64", slow.__contains__)
+    generator = torch.Generator().manual_seed(0)
+    terms = []
+    for _ in range(num_lessons):
+        units, inputs, wanted = (
+            torch.randn(1, rows, columns, generator=generator, dtype=torch.float64)
+            for rows, columns in ((9, 4), (9, 5), (4, 5))
+        )
+        terms.append((units.mT @ units, inputs.mT @ inputs, wanted))
+    floor = torch.full((1, 5), 0.1, dtype=torch.float64)
+    expected = conjugate.conjugate_gradients(terms, floor, "layer")
+    there = [tuple(x.to(THERE) for x in term) for term in terms]
+    solved = conjugate.conjugate_gradients(there, floor.to(THERE), "layer")
+    assert solved.device == THERE
+    torch.testing.assert_close(solved.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_slow", [False, True], ids=["float64", "float32_refined"])
+def test_a_gauge_is_searched_where_the_layers_lie(monkeypatch, is_slow: bool) -> None:
+    """Layers stay on the device; J is the CPU's, transforms come back to it."""
+    config = {**stages.CONFIG, "num_hidden_layers": 1, "num_joint_layers": 0, "sharing": "none"}
+    torch.manual_seed(0)
+    model = in_gauge(ModalityModel(ModalityConfig(**config)).eval())
+    generator = torch.Generator().manual_seed(1)
+    batch = {
+        "pixel_values": torch.randint(0, 255, (8, 3, 8, 8), generator=generator).to(torch.uint8),
+        "input_ids": torch.randint(1, 12, (8, 6), generator=generator),
+        "attention_mask": torch.ones(8, 6, dtype=torch.long),
+    }
+    for module in (descent, linear_systems):
+        monkeypatch.setattr(
+            module, "is_slow_in_float64", lambda device: is_slow and device == THERE
+        )
+    asked, affinity = set(), Assignment._by_axis
+
+    def on_the_device(*arguments: object) -> Tensor:
+        values = affinity(*arguments)
+        asked.add(values.device)
+        return values
+
+    monkeypatch.setattr(Assignment, "_by_axis", on_the_device)
+    found = {}
+    for device in (CPU, THERE):
+        moved = model.to(device)
+        grams = affine_grams(moved, [batch], sensitivities_of(moved, [batch]))
+        found[device] = find_gauge(moved, grams, starts=["opposed axes"], steps=6, max_rounds=1)
+    assert asked == {CPU, THERE}
+    (ours, gauge), (theirs, expected) = found[THERE], found[CPU]
+    accuracy = 1e-2 if is_slow else 1e-6
+    assert gauge.error_after == pytest.approx(expected.error_after, rel=accuracy)
+    for name, transform in theirs["l"].items():
+        there = ours["l"][name].as_matrix()
+        assert there.device == CPU
+        assert float((there - transform.as_matrix()).abs().max()) < accuracy
 
 
 def test_every_stage_and_arm_of_experts(tmp_path: Path, monkeypatch, on) -> None:

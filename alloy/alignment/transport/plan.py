@@ -15,7 +15,7 @@ from scipy.optimize import linprog
 from scipy.sparse import eye_array, kron, vstack
 from torch import Tensor
 
-from alloy.alignment.assignment import assign_all
+from alloy.symmetry.assignment import assign_all
 
 _MOST_COPIES = 4096
 """Up to so many copies of units an assignment is faster than the linear program."""

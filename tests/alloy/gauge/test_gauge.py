@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from alloy.errors import GaugeError
-from alloy.gauge import merge_layers, search_gauge
+from alloy.gauge import descent, merge_layers, search_gauge
 from alloy.modality import ModalityConfig
 from alloy.modality.streams import Tower
+from alloy.statistics import linear_systems
 from alloy.statistics.moments import Gram
 from alloy.symmetry import (
     compose,
@@ -103,6 +104,7 @@ def moved(weights, spec, transforms, x):
 
 
 SHORT = {"steps": 12, "max_rounds": 1}
+SHORTEST = {"steps": 3, "max_rounds": 1, "starts": ["opposed axes"]}
 
 
 def test_the_canonical_form_and_any_gauge_are_undone(spec):
@@ -259,6 +261,36 @@ def test_equal_seeds_give_equal_bits(three):
     assert first.error_after == second.error_after
     for name, transform in first.transforms[1].items():
         assert torch.equal(transform.as_matrix(), second.transforms[1][name].as_matrix())
+
+
+def test_layers_that_are_computed_twice_give_the_same_bits(three, monkeypatch):
+    models, spec, measured, _ = three
+    kept = search_gauge(models, spec, measured, **SHORTEST)
+    monkeypatch.setattr(descent, "GRAPH_BYTES", 0)
+    again = search_gauge(models, spec, measured, **SHORTEST)
+    assert again.history == kept.history
+    for name, transform in kept.transforms[1].items():
+        assert torch.equal(transform.as_matrix(), again.transforms[1][name].as_matrix())
+
+
+def test_float32_steps_turn_as_far_as_float64s(three, monkeypatch):
+    """Where float64 is slow, with float64's orthogonality; large forms of rows are not needed."""
+    models, spec, measured, _ = three
+    wide = search_gauge(models, spec, measured, ridge=1e-2, **SHORTEST)
+    for module in (descent, linear_systems):
+        monkeypatch.setattr(module, "is_slow_in_float64", lambda _: True)
+    monkeypatch.setattr(descent, "FORM_ENTRIES", 0)
+    narrow = search_gauge(models, spec, measured, ridge=1e-2, **SHORTEST)
+    assert narrow.error_after == pytest.approx(wide.error_after, rel=0.02)
+    for name, transform in narrow.transforms[1].items():
+        matrix = transform.as_matrix()
+        eye = torch.eye(matrix.shape[-1], dtype=torch.float64)
+        torch.testing.assert_close(matrix @ matrix.mT, eye.expand_as(matrix), msg=name)
+    refined = merge_layers(models, spec, measured, wide.transforms)
+    monkeypatch.undo()
+    exact = merge_layers(models, spec, measured, wide.transforms)
+    for name, weight in exact.items():
+        torch.testing.assert_close(refined[name], weight, rtol=1e-8, atol=1e-10)
 
 
 def test_without_a_constant_biases_are_not_merged(three):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from alloy import linear_systems
 from alloy.errors import MergeError
 from alloy.refit import conjugate
 from alloy.refit.conjugate import conjugate_gradients
+from alloy.statistics import linear_systems
 
 GENERATOR = torch.Generator().manual_seed(0)
 

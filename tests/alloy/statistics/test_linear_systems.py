@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from alloy import linear_systems
-from alloy.linear_systems import PositiveDefinite
+from alloy.statistics import linear_systems
+from alloy.statistics.linear_systems import PositiveDefinite
 
 
 def _matrix(condition: float, size: int = 24) -> torch.Tensor:

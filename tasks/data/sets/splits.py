@@ -63,14 +63,18 @@ class StoredSplit:
         return list(self.rows[name])
 
     def take(self, index: Tensor | Sequence[int], seed: int | None = None) -> dict[str, Tensor]:
-        """A batch of these examples: for training with a seed, else as they are measured."""
+        """A batch of these examples: for training with a seed, else as they are measured.
+
+        What is drawn for an example depends on the seed and its row, so processes that share a
+        batch draw what one would.
+        """
         numbers = [int(i) for i in index]
         rows = [self.rows[number] for number in numbers]
         generators: list[torch.Generator | None] = [None] * len(rows)
         if seed is not None:
             generators = [
-                torch.Generator().manual_seed((_MIXED * seed + place) % 2**63)
-                for place in range(len(rows))
+                torch.Generator().manual_seed((_MIXED * seed + number) % 2**63)
+                for number in numbers
             ]
         examples = [self._example(row, g) for row, g in zip(rows, generators, strict=True)]
         batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}

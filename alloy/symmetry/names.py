@@ -1,4 +1,4 @@
-"""Readable names for the spaces of a spec: where a space lies, and what its units are.
+"""Names: readable ones for the spaces of a spec, and those of the weights of a model's head.
 
 `encoder.layer.0 heads` stands for what the spec calls `encoder.layer.0.attention.self.query.weight
 [0]*0`. A name is for people: nothing is looked up by it.
@@ -6,7 +6,8 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from alloy.symmetry.layout import Axis, Product, Sum, Term
 from alloy.symmetry.spec import Space, SymmetrySpec
@@ -88,3 +89,25 @@ def _role(axis: Axis) -> str:
     """The last module of a weight and the part of its dim: `query`, or `c_attn+2`."""
     module = axis.parameter.split(".")[-2:-1]
     return "".join([*module, *(step for step in axis.path if step.startswith("+"))])
+
+
+def head_names(model: Any, names: Iterable[str]) -> set[str]:
+    """Those of a model's tensors that make its head: its output layer, or what tells classes apart.
+
+    The latter is all that stands beside the base model of a model of transformers.
+    """
+    last = end_of(model.get_output_embeddings)
+    if last is not None:
+        return {n for n in names if model.get_submodule(n.rpartition(".")[0]) is last}
+    prefix = model.base_model_prefix
+    if not prefix or not hasattr(model, prefix):
+        return set()
+    return {name for name in names if not name.startswith(f"{prefix}.")}
+
+
+def end_of(get: Callable[[], Any]) -> Any:
+    """The first or last layer of a model; None of one that reads no tokens, which may not know."""
+    try:
+        return get()
+    except NotImplementedError:
+        return None

@@ -1,10 +1,11 @@
 """Parts of a spec: the axes that a space owns, and the symmetries of some of the weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from alloy.symmetry.spec import Axis, SymmetrySpec, fixed_outside
+from alloy.symmetry.diagonal import Diagonal
+from alloy.symmetry.spec import Axis, Fold, SymmetrySpec, fixed_outside
 
 
 def owned_axes(spec: SymmetrySpec, space: str) -> list[Axis]:
@@ -72,6 +73,67 @@ def restrict(spec: SymmetrySpec, names: Sequence[str]) -> SymmetrySpec:
             if kept.issuperset(factor.axis.parameter for factor in diagonal.factors)
             and inside.issuperset(n for n in diagonal.depends_on[:-1] if n in spec.spaces)
         },
+    )
+
+
+def without(spec: SymmetrySpec, names: Collection[str]) -> SymmetrySpec:
+    """The symmetries of a model as if some of its weights were not there.
+
+    Unlike `restrict` it keeps spaces that lie partly on these weights: they follow the units that
+    they share with the rest, as the head of a model follows its trunk.
+
+    Raises:
+        ValueError: a name is not in the spec, or is one weight with a name that stays.
+    """
+    gone = set(names)
+    if unknown := sorted(gone - set(spec.layout)):
+        raise ValueError(f"the spec has no weights {unknown[:3]} ({len(unknown)} in all)")
+    for alias, name in spec.tied.items():
+        if (alias in gone) != (name in gone):
+            raise ValueError(f"{alias!r} and {name!r} are one weight: name both or neither")
+
+    def rest(axes: Sequence[Axis]) -> tuple[Axis, ...]:
+        return tuple(axis for axis in axes if axis.parameter not in gone)
+
+    spaces = {
+        name: replace(space, axes=axes)
+        for name, space in spec.spaces.items()
+        if (axes := rest(space.axes))
+    }
+    diagonals = {name: _without_factors(d, gone) for name, d in spec.diagonals.items()}
+    return replace(
+        spec,
+        spaces=spaces,
+        layout={
+            name: tuple(fixed_outside(term, spaces) for term in terms)
+            for name, terms in spec.layout.items()
+            if name not in gone
+        },
+        pinned=tuple(p for p in spec.pinned if p.axis.parameter not in gone),
+        tied={alias: name for alias, name in spec.tied.items() if alias not in gone},
+        unused=tuple(name for name in spec.unused if name not in gone),
+        folds=tuple(
+            _without_readers(fold, rest)
+            for fold in spec.folds
+            if fold.gain is None or fold.gain.parameter not in gone
+        ),
+        diagonals={name: diagonal for name, diagonal in diagonals.items() if diagonal.factors},
+    )
+
+
+def _without_factors(diagonal: Diagonal, gone: Collection[str]) -> Diagonal:
+    return replace(
+        diagonal, factors=tuple(f for f in diagonal.factors if f.axis.parameter not in gone)
+    )
+
+
+def _without_readers(fold: Fold, rest: Callable[[Sequence[Axis]], tuple[Axis, ...]]) -> Fold:
+    return replace(
+        fold,
+        scaled=rest(fold.scaled),
+        divided=rest(fold.divided),
+        centred=rest(fold.centred),
+        readers=tuple(reader for reader in fold.readers if rest(reader[:1])),
     )
 
 

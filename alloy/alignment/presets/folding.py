@@ -29,7 +29,7 @@ def folded_moments(given: Given, other: str) -> PairMoments:
     places = {} if given.statistics is None else given.statistics.places
     gains = {
         (fold.space, axis.parameter.removesuffix(".weight")): fold
-        for fold in given.spec.folds
+        for fold in (given.spec.folds if given.folds is None else given.folds)
         if fold.gain is not None
         for axis in fold.scaled
     }

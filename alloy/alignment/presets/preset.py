@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from alloy.alignment.report import SpaceAlignment, describe
@@ -11,7 +11,7 @@ from alloy.alignment.result import Alignment
 from alloy.alignment.similarity import PairMoments
 from alloy.errors import AlignmentError
 from alloy.statistics.sums import JointMoments, Place, Warned
-from alloy.symmetry.spec import SymmetrySpec, differences
+from alloy.symmetry.spec import Fold, SymmetrySpec, differences
 from alloy.symmetry.transforms import Transforms
 from alloy.types import Weights
 
@@ -47,6 +47,9 @@ class Given:
     specs: Mapping[str, SymmetrySpec]
     statistics: CollectedStatistics | None
 
+    folds: Sequence[Fold] | None = None
+    """Folds of the reference with weights that are not aligned; without them, those of its spec."""
+
     _moments: dict[tuple[str, str], PairMoments] = field(default_factory=dict)
 
     @property
@@ -67,7 +70,7 @@ class Given:
     def with_reference(self, name: str) -> Given:
         """The same models, another one first."""
         models = {name: self.models[name], **self.models}
-        return Given(self.preset, models, self.specs, self.statistics, self._moments)
+        return replace(self, models=models)
 
     def moments(self, other: str, reference: str | None = None) -> PairMoments:
         """Cross-moments of the reference (or another model) and one more; {} without statistics."""

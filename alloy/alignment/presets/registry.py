@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from alloy.alignment.presets.descent import Descent
 from alloy.alignment.presets.identity import Identity
 from alloy.alignment.presets.maps import Transport, Zip
 from alloy.alignment.presets.preset import CollectedStatistics, Given, Preset
+from alloy.alignment.presets.trunk import align_trunk
 from alloy.alignment.presets.universe import Universe
 from alloy.alignment.result import Alignment, require_names
 from alloy.devices import on_cpu
@@ -40,6 +41,7 @@ def align_models(
     *,
     preset: str = "mudsc",
     reference: str | None = None,
+    own: Collection[str] = (),
     **settings: Any,
 ) -> Alignment:
     """Find the transforms and maps that bring all models into the space of a reference.
@@ -51,6 +53,8 @@ def align_models(
             need none.
         preset: a key of PRESETS.
         reference: name of the model that stays as it is; by default the first.
+        own: names of weights that stay each model's own and have no say, such as heads of other
+            labels, of any widths; they follow the units that they read.
         settings: replace those of the preset (`PRESETS[preset].settings` lists them).
 
     Returns:
@@ -73,7 +77,7 @@ def align_models(
     ordered = {n: on_cpu(w) for n, w in {reference: models[reference], **models}.items()}
     given = Given(preset, ordered, {name: specs[name] for name in ordered}, statistics)
     try:
-        alignment = chosen.run(given)
+        alignment = align_trunk(chosen, given, own) if own else chosen.run(given)
     except AlignmentError:
         raise
     except ValueError as error:

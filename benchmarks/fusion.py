@@ -25,7 +25,7 @@ from tasks.data.classification import DATASETS, WRITERS, classes, encode
 from tasks.evaluation import accuracy
 from tasks.evaluation.loading import load_any
 from tasks.evaluation.outputs import answers
-from tasks.models.finetune import Lesson, losses_at
+from tasks.models.finetune import WHOLE, Lesson, losses_at
 from tasks.models.measures.yardsticks import Labelled, as_candidate
 from tasks.recipe.benchmarks import ModelsFinetuneParams
 from tasks.reports import markdown
@@ -122,7 +122,7 @@ def retrain(model: nn.Module, parents: list, lesson: Lesson, plan: ModelsFinetun
     with TemporaryDirectory() as folder:
         train(
             model,
-            lambda step: losses_at(model, parents, lesson, plan, step),
+            lambda step: losses_at({WHOLE: model}, {WHOLE: parents}, {WHOLE: lesson}, plan, step),
             plan.training,
             folder=Path(folder) / "steps",
             identity="",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint.reading import source_file
+from alloy.symmetry.names import end_of, head_names
 
 # Files of the reference that the result needs too; no weights, optimizers, logs or cards.
 COPIED = (
@@ -140,8 +141,8 @@ def parts_of_model(config: Mapping | None, names: Iterable[str]) -> dict[str, se
     """The stored tensors of each part of a model, as its architecture has them.
 
     Parts are towers (by the kind of their configs), embeddings, head, norms of the language model,
-    and projector, the rest of a model of several modalities. Empty for an architecture that
-    transformers lacks.
+    and projector, the rest of a model of several modalities. The head of a model that says no words
+    is what stands beside its base model. Empty for an architecture that transformers lacks.
     """
     model = skeleton(config)
     if model is None:
@@ -166,14 +167,14 @@ def parts_of_model(config: Mapping | None, names: Iterable[str]) -> dict[str, se
     ]
     norms = {p for p, module in model.named_modules() if type(module).__name__.endswith("Norm")}
     groups: dict[str, set[str]] = {}
-    ends = (
-        ("embeddings", model.get_input_embeddings()),
-        ("head", model.get_output_embeddings()),
-    )
-    for name, own in model_names(config, names).items():
+    known = model_names(config, names)
+    first, head = end_of(model.get_input_embeddings), head_names(model, known.values())
+    for name, own in known.items():
         module = own.rpartition(".")[0]
         tower = next((g for g, paths in towers.items() if own.startswith(tuple(paths))), None)
-        end = next((g for g, m in ends if m is not None and m is model.get_submodule(module)), None)
+        end = "head" if own in head else None
+        if first is not None and first is model.get_submodule(module):
+            end = "embeddings"
         if tower or end:
             groups.setdefault(str(tower or end), set()).add(name)
         elif not own.startswith(tuple(body)) and any(towers.values()):

@@ -22,6 +22,7 @@ from alloy.symmetry.float64 import Float64Shell, widened
 from alloy.symmetry.transforms import Mover
 from tasks.evaluation.loading import use_device
 from tasks.models.measures.scores import merge_score
+from tasks.models.shared.heads import heads
 from tasks.models.shared.jobs import (
     Job,
     Progress,
@@ -57,6 +58,7 @@ def align_all(job: Job, folder: Path, report: Report) -> None:
     """All alignments of one set and seed."""
     folder.mkdir(parents=True)
     weights, specs, statistics = job.weights(), job.specs(), load_statistics(job)
+    own = heads(job, next(iter(weights.values())))
     functions, facts = Functions(job, weights), {}
     for name, params in job.recipe.alignments(job.set).items():
         settings = dict(params.settings)
@@ -65,7 +67,7 @@ def align_all(job: Job, folder: Path, report: Report) -> None:
             settings["score"] = _counted(merge_score(job, params.score), progress)
         try:
             alignment = alloy.align_models(
-                weights, specs, statistics, preset=params.preset, **settings
+                weights, specs, statistics, preset=params.preset, own=own, **settings
             )
         except AlignmentError as error:
             raise AlignmentError(

@@ -22,6 +22,7 @@ from alloy.processes import Processes
 from alloy.statistics import Statistics
 from alloy.statistics.collection import planned_bytes
 from tasks.evaluation.loading import load_any
+from tasks.models.shared.heads import heads, refuse_labels
 from tasks.models.shared.jobs import (
     Job,
     Report,
@@ -48,6 +49,8 @@ def main(recipe: ModelsRecipe) -> None:
     processes = join("collect", float64=True)
     for job in planned:
         refuse_other_architectures(job)
+        refuse_labels(job)
+        heads(job, job.skeleton.state_dict().keys())
     agree_on_data(processes, planned)
     out = recipe.workspace.statistics
     with written_by_first(processes, out) as folder:

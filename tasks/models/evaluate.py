@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +29,20 @@ from alloy.processes import Processes
 from alloy.refit import repair
 from tasks.evaluation.loading import load_any
 from tasks.evaluation.score import Score, by_example
+from tasks.models.measures.heads import yardsticks_of
 from tasks.models.measures.yardsticks import (
     Candidate,
     Remembered,
     Yardstick,
     as_candidate,
-    yardsticks,
 )
 from tasks.models.report.build import build
 from tasks.models.report.distances import build as build_distances
 from tasks.models.report.results import BarrierRow, DistanceRow, PathRow, PlaneRow, ScoreRow
 from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.finetuned import finetuned_of
+from tasks.models.shared.heads import folders_of
+from tasks.models.shared.heads import heads as heads_of
 from tasks.models.shared.jobs import (
     Job,
     Progress,
@@ -156,14 +157,15 @@ def evaluate(job: Job, report: Report) -> None:
     params = job.recipe.evaluate
     parents = list(job.models().values())
     candidates = [Remembered(as_candidate(parent)) for parent in parents]
-    measures = {
-        name: Measured(measure)
-        for name, measure in yardsticks(job, candidates, params.batch_size).items()
-    }
+    of_heads = bool(job.entry.heads)
+    made = yardsticks_of(job, candidates, params.batch_size)
+    measures = {name: Measured(measure) for name, measure in made.items()}
     rows: dict[str, list] = {"scores": []}
     chosen = job.recipe.chosen
     values: dict[str, Tensor] = {}
-    subjects = {f"parent_{i}": ("parent", [i]) for i in range(len(parents))}
+    # A head of one parent says nothing of another's labels; its own is among the ensemble's.
+    each = () if of_heads else range(len(parents))
+    subjects = {f"parent_{i}": ("parent", [i]) for i in each}
     subjects["ensemble"] = ("ensemble", list(range(len(parents))))
 
     def said(name: str) -> None:
@@ -178,15 +180,16 @@ def evaluate(job: Job, report: Report) -> None:
         candidate.forget()
     for name in job.recipe.arms(job.set):
         folder = job.within(job.workspace.arms) / name
-        models = [load_any(place) for place in arm_folders(job, folder)]
+        models = [load_any(place) for place in folders_of(job, folder).values()]
         rows["scores"] += scores(job, name, "arm", measures, models)
-        if (job.set, job.seed, name) == (chosen.set, chosen.seed, chosen.arm) and len(models) == 1:
+        is_result = (job.set, job.seed, name) == (chosen.set, chosen.seed, chosen.arm)
+        if is_result and (len(models) == 1 or of_heads):
             for part, measure in measures.items():
                 values |= by_example(f"{part}/merged/{job.set}", measure.score(models))
         said(name)
     if (job.set, job.seed) == (chosen.set, chosen.seed):
         for name, folder in finetuned_of(job.recipe).items():
-            models = [load_any(folder)]
+            models = [load_any(place) for place in folders_of(job, folder).values()]
             rows["scores"] += scores(job, name, "finetuned", measures, models)
             if name == "finetuned":
                 for part, measure in measures.items():
@@ -233,13 +236,6 @@ def _digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def arm_folders(job: Job, folder: Path) -> list[Path]:
-    """The checkpoint of an arm, or those of its members where they keep layers of their own."""
-    if (folder / "config.json").is_file():
-        return [folder]
-    return [folder / name for name in job.members]
-
-
 def scores(
     job: Job,
     model: str,
@@ -257,9 +253,10 @@ def scores(
 def distances(
     job: Job, name: str, aligned: Mapping[str, Mapping[str, Tensor]], known: Known
 ) -> Iterator[DistanceRow]:
-    """Distances of every two members in the alignment's units, over floats alone."""
+    """Distances of every two members in the alignment's units, over floats alone, heads apart."""
+    own = heads_of(job, next(iter(aligned.values())))
     floating = {
-        member: {n: t.float() for n, t in weights.items() if t.is_floating_point()}
+        member: {n: t.float() for n, t in weights.items() if t.is_floating_point() and n not in own}
         for member, weights in aligned.items()
     }
     for first, second in combinations(floating, 2):

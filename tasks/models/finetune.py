@@ -12,7 +12,7 @@ that scored best on examples held out. An interrupted run goes on from its last 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +25,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alloy.devices import beside, chosen_device
+from alloy.modality.sharing import tie
 from alloy.processes import ALONE, Processes
 from tasks.evaluation import accuracy
 from tasks.evaluation.loading import load_any
 from tasks.evaluation.outputs import Answers, read, trimmed
 from tasks.models.benchmarks.examples import read as read_examples
 from tasks.models.benchmarks.measure import class_numbers, inputs_of, refuse_no_classes
+from tasks.models.shared.heads import folders_of
+from tasks.models.shared.heads import heads as heads_of
 from tasks.models.shared.jobs import Job, batches
 from tasks.recipe.benchmarks import ModelsFinetuneParams
 from tasks.recipe.models import ModelsRecipe
@@ -45,6 +48,7 @@ FACTS = "finetuning.json"
 LABELS = "labels"
 LEFT_BEHIND = (".safetensors", ".safetensors.index.json", "README.md", "manifest.json")
 TINY = 1e-12
+WHOLE = ""  # the head of a model that is one
 
 Inputs = Mapping[str, Tensor]
 
@@ -131,13 +135,30 @@ class Training:
     def recipe(self) -> str:
         return self.job.recipe.name
 
+    @property
+    def heads(self) -> dict[str, Path]:
+        """The checkpoint with each member's head, by member; of one model that by no name."""
+        if not self.job.entry.heads:
+            return {WHOLE: self.source}
+        return folders_of(self.job, self.source)
+
+    def parents(self) -> dict[str, list[PreTrainedModel]]:
+        """The parents that each head learns from: its own, or all where there is one model."""
+        if not self.params.distillation.weight:
+            return {head: [] for head in self.heads}
+        models = self.job.models()
+        return {head: [models[head]] if head else [*models.values()] for head in self.heads}
+
     @cached_property
-    def lessons(self) -> tuple[Lesson, Lesson]:
-        """Return the training lesson, and the held-out one that decides when to stop."""
-        classes = None
-        if (folder := self.job.benchmark) is not None:
-            classes = load_file(folder / "classes.safetensors")
-        own, where = self.params.data, f"{self.job.recipe.where}: finetune.data"
+    def lessons(self) -> dict[str, tuple[Lesson, Lesson]]:
+        """Return each head's training lesson, and the held-out one that decides when to stop."""
+        return {head: self._lessons(head, folder) for head, folder in self.heads.items()}
+
+    def _lessons(self, head: str, folder: Path) -> tuple[Lesson, Lesson]:
+        own, key = (
+            (self.params.heads.get(head), f"heads.{head}") if head else (self.params.data, "data")
+        )
+        classes, where = self._classes(head), f"{self.job.recipe.where}: finetune.{key}"
         if own is None:
             examples = load_file(self.job.calibration)
             if self.job.held_out is not None:
@@ -146,13 +167,13 @@ class Training:
                 )
         else:
             read_from = read_examples(where, own)
-            examples = inputs_of(where, own, read_from, self.source)
+            examples = inputs_of(where, own, read_from, folder)
             classes = None  # the user's own labels are those of the models' configs
             if own.measure == "labels":
-                model = load_any(self.source, torch.device("cpu"))
-                refuse_no_classes(where, str(self.source), model)
+                model = load_any(folder, torch.device("cpu"))
+                refuse_no_classes(where, str(folder), model)
                 numbers = class_numbers(
-                    where, str(self.source), read_from.labels or [], model.config.id2label
+                    where, str(folder), read_from.labels or [], model.config.id2label
                 )
                 examples = {**examples, LABELS: torch.tensor(numbers)}
         num, num_held_out = len(next(iter(examples.values()))), self.num_held_out
@@ -170,6 +191,17 @@ class Training:
         says_next = own is not None and own.measure == "perplexity"
         return Lesson(learned, says_next, classes), Lesson(held, says_next, classes)
 
+    def _classes(self, head: str) -> Inputs | None:
+        """The classes of the set's benchmark; of a head those of its own task."""
+        if (folder := self.job.benchmark) is None:
+            return None
+        classes = load_file(folder / "classes.safetensors")
+        if not head:
+            return classes
+        of_head = classes["class_tasks"] == self.job.members.index(head)
+        own = {name: tensor[of_head] for name, tensor in classes.items()}
+        return {**own, "class_tasks": torch.zeros_like(own["class_tasks"])}
+
     @property
     def num_held_out(self) -> int:
         return self.params.stopping.validation_examples
@@ -179,7 +211,8 @@ class Training:
         """Params, and digests of what a training reads."""
         lessons = [
             {name: _digest(tensor) for name, tensor in lesson.examples.items()}
-            for lesson in self.lessons
+            for lessons in self.lessons.values()
+            for lesson in lessons
         ]
         return {
             "params": self.params.model_dump(),
@@ -201,21 +234,63 @@ def _digest(tensor: Tensor) -> str:
 
 
 def losses_at(
-    model: nn.Module,
-    parents: Sequence[nn.Module],
-    lesson: Lesson,
+    students: Mapping[str, nn.Module],
+    parents: Mapping[str, Sequence[nn.Module]],
+    lessons: Mapping[str, Lesson],
     params: ModelsFinetuneParams,
     step: int,
     processes: Processes = ALONE,
 ) -> Iterator[dict[str, Tensor]]:
-    """The losses of each part of a step's batch; of several processes, this one's part of them."""
+    """The losses of each part of a step's batches; of several processes, this one's part of them.
+
+    Each head has a batch of its own, and its losses count as much as those of any other.
+    """
     generator = step_generator(params.seed, step, processes)
-    num = len(next(iter(lesson.examples.values())))
-    rows = torch.randint(num, (params.batch_size,), generator=generator)
-    batch = {name: tensor[rows] for name, tensor in lesson.examples.items()}
-    for part in parts_of(batch, params.training.accumulation_steps):
-        own = lesson.losses(model, parents, processes.share(part), params)
-        yield {name: loss / processes.size for name, loss in own.items()}
+    parts = []
+    for lesson in lessons.values():
+        num = len(next(iter(lesson.examples.values())))
+        rows = torch.randint(num, (params.batch_size,), generator=generator)
+        batch = {name: tensor[rows] for name, tensor in lesson.examples.items()}
+        parts.append(parts_of(batch, params.training.accumulation_steps))
+    for together in zip(*parts, strict=True):
+        losses = {}
+        for (head, lesson), part in zip(lessons.items(), together, strict=True):
+            own = lesson.losses(students[head], parents[head], processes.share(part), params)
+            for name, loss in own.items():
+                losses[named(head, name)] = loss / (processes.size * len(lessons))
+        yield losses
+
+
+def named(head: str, loss: str) -> str:
+    """The name of a loss, with the head that it is of where there are several."""
+    return f"{loss}/{head}" if head else loss
+
+
+class SharedTrunk(nn.Module):
+    """Models with one trunk, and each with a head of its own: what they share are one parameters.
+
+    Args:
+        own: the names of each model's own tensors.
+    """
+
+    def __init__(self, models: Mapping[str, PreTrainedModel], own: Collection[str]) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict(models)
+        first, *others = models
+        shared = [name for name in models[first].state_dict() if name not in own]
+        tie(
+            self,
+            {f"models.{o}.{name}": f"models.{first}.{name}" for o in others for name in shared},
+        )
+
+
+def load_students(training: Training) -> tuple[nn.Module, dict[str, PreTrainedModel]]:
+    """The module to train, and in it the model with each head."""
+    students = {head: load_any(folder) for head, folder in training.heads.items()}
+    first = next(iter(students.values()))
+    if not training.job.entry.heads:
+        return first, students
+    return SharedTrunk(students, heads_of(training.job, first.state_dict().keys())), students
 
 
 def finetune(training: Training, report: Callable[..., None], processes: Processes = ALONE) -> None:
@@ -227,24 +302,26 @@ def finetune(training: Training, report: Callable[..., None], processes: Process
     if processes.from_first(is_done):
         report("say", "was fine-tuned before the interruption")
         return
-    model = load_any(training.source)
-    learns = params.distillation.weight > 0
-    parents: list[PreTrainedModel] = [*training.job.models().values()] if learns else []
-    learned, held_out = training.lessons
+    model, students = load_students(training)
+    parents = training.parents()
+    learned = {head: lesson for head, (lesson, _) in training.lessons.items()}
 
     def validate() -> dict[str, float]:
         """Minus the losses on the examples held out: larger is better."""
         sums: dict[str, float] = {}
-        num = len(next(iter(held_out.examples.values())))
-        for batch in batches(held_out.examples, params.batch_size):
-            share = len(next(iter(batch.values()))) / num
-            for name, loss in held_out.losses(model, parents, batch, params).items():
-                sums[name] = sums.get(name, 0.0) - share * loss.item()
+        for head, (_, held_out) in training.lessons.items():
+            num = len(next(iter(held_out.examples.values())))
+            for batch in batches(held_out.examples, params.batch_size):
+                share = len(next(iter(batch.values()))) / num
+                own = held_out.losses(students[head], parents[head], batch, params)
+                for name, loss in own.items():
+                    key = named(head, name)
+                    sums[key] = sums.get(key, 0.0) - share * loss.item()
         return sums
 
     progress = train(
         model,
-        lambda step: losses_at(model, parents, learned, params, step, processes),
+        lambda step: losses_at(students, parents, learned, params, step, processes),
         params.training,
         folder=training.work / "steps",
         identity=training.identity,
@@ -255,32 +332,45 @@ def finetune(training: Training, report: Callable[..., None], processes: Process
         processes=processes,
     )
     if processes.is_first:
-        write(training, model, progress.best_step, progress.best_score)
+        write(training, students, progress.best_step, progress.best_score)
         report("say", f"best at step {progress.best_step}: {progress.best_score:.4f} held out")
 
 
-def write(training: Training, model: PreTrainedModel, step: int, score: float) -> None:
-    """The trained model with the source's processors, a card and its facts, whole."""
-    job, source = training.job, training.source
-    facts = {"source": str(source), "best_step": step, "held_out_score": score}
+def write(
+    training: Training, students: Mapping[str, PreTrainedModel], step: int, score: float
+) -> None:
+    """The trained model, or one for each head, with the source's processors and a card, whole."""
+    facts = {"source": str(training.source), "best_step": step, "held_out_score": score}
     with write_folder(training.work / DONE) as partial:
-        for file in sorted(source.iterdir()):
-            if file.is_file() and not file.name.endswith(LEFT_BEHIND):
-                shutil.copy(file, partial / file.name)
-        model.cpu().save_pretrained(partial)
+        for head, model in students.items():
+            _write_model(training, head, model, partial / head, step)
         write_json(partial / FACTS, {"identity": training.identity, **facts})
-        learned = "its parents' answers" if training.params.distillation.weight else ""
-        data = training.params.data.measure if training.params.data is not None else ""
-        what = " and ".join(part for part in (learned, data) if part)
-        card = cards.Card(
-            title=f"{source}, fine-tuned",
-            description=f"{cards.code(source)} after {step} steps on {what}.",
-            architecture=type(model).__name__,
-            command=f"python -m tasks.finetune {job.recipe.name}",
-            sources=cards.Sources(["source"], [[str(source)]]),
-            **cards.parents(job.folders),
-        )
-        (partial / "README.md").write_text(cards.render(card))
+
+
+def _write_model(
+    training: Training, head: str, model: PreTrainedModel, folder: Path, step: int
+) -> None:
+    job, source, params = training.job, training.heads[head], training.params
+    folder.mkdir(exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(LEFT_BEHIND):
+            shutil.copy(file, folder / file.name)
+    model.cpu().save_pretrained(folder)
+    answers = "its parent's answers" if head else "its parents' answers"
+    own = params.heads.get(head) if head else params.data
+    learned = (answers if params.distillation.weight else "", own.measure if own else "")
+    others = [name for name in training.heads if name != head]
+    beside = f", with the heads of {', '.join(others)} over the same trunk" if others else ""
+    card = cards.Card(
+        title=f"{source}, fine-tuned",
+        description=f"{cards.code(source)} after {step} steps on "
+        f"{' and '.join(filter(None, learned))}{beside}.",
+        architecture=type(model).__name__,
+        command=f"python -m tasks.finetune {job.recipe.name}",
+        sources=cards.Sources(["source"], [[str(source)]]),
+        **cards.parents(job.folders),
+    )
+    (folder / "README.md").write_text(cards.render(card))
 
 
 def plan(recipe: ModelsRecipe) -> dict[str, Training]:
@@ -290,7 +380,7 @@ def plan(recipe: ModelsRecipe) -> dict[str, Training]:
     found = {}
     for arm in (RESULT, *recipe.finetune.arms):
         source = recipe.workspace.merged if arm == RESULT else recipe.folder(arm)
-        if not (source / "config.json").is_file():
+        if len(folders_of(job, source)) > 1 and not job.entry.heads:
             raise ParamsError(
                 f"{recipe.where}: finetune: {source} is one model for each member: name an arm "
                 "that is one"

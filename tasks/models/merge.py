@@ -2,8 +2,8 @@
 
 The members are moved as align chose and merged by any method of `alloy.merge`; the repairs of
 an arm run on calibration data. Each arm, in `models/<recipe>/arms/`, is a checkpoint that
-`from_pretrained` loads, with a model card. Where only a part of the layers is shared (partial zip),
-it is one checkpoint a member.
+`from_pretrained` loads, with a model card. Where only a part of the layers is shared (partial
+zip, or heads of their own), it is one checkpoint a member.
 """
 
 import copy
@@ -31,6 +31,8 @@ from tasks.evaluation.loading import load_any, load_config, use_device
 from tasks.evaluation.outputs import answers
 from tasks.models import stream
 from tasks.models.shared.alignment import load_alignment
+from tasks.models.shared.heads import headless, with_head
+from tasks.models.shared.heads import heads as heads_of
 from tasks.models.shared.jobs import Job, Progress, Report, jobs, load_weights, run_jobs
 from tasks.models.shared.kept import kept as kept_of
 from tasks.models.shared.searched import searched
@@ -106,11 +108,14 @@ def merge_arm(
         tensors.update(
             {n: t for n, t in aligned[alignment.reference].items() if n.endswith(COUNTER)}
         )
-    shared = alignment.shared
     own = aligned[alignment.reference]
+    heads = heads_of(job, own)
+    tails = {*own} - heads - (alignment.shared or {*own})  # of a partial zip
     stays = kept_of(job, own)
+    if both := sorted(stays & heads):
+        raise MergeError(f"heads and kept both name {both[0]!r}")
     kept = {n: t for n, t in own.items() if n in stays}
-    names = [n for n in own if n not in kept and (shared is None or n in shared)]
+    names = [n for n in own if n not in stays | heads | tails]
     base = None
     if arm.base is not None:
         tensors = load_weights(job.workspace.checkpoints / arm.base)
@@ -126,14 +131,21 @@ def merge_arm(
         statistics=grams_of(job, arm, alignment, names),
         **options,
     )
-    if shared is None:
-        whole, repairs = repaired(job, arm, alignment, {**merged, **kept}, aligned, progress)
-        return {member: {**weights, **kept} for member, weights in whole.items()}, repairs
-    if arm.repair != type(arm.repair)():
-        raise ValueError(
-            "repair needs one merged model; this alignment shares a part of the layers"
-        )
-    return {name: {**tensors, **merged} for name, tensors in aligned.items()}, {}
+    if tails:
+        if arm.repair != type(arm.repair)():
+            raise ValueError(
+                "repair needs one merged model; this alignment shares a part of the layers"
+            )
+        return {name: {**tensors, **merged} for name, tensors in aligned.items()}, {}
+    first = {n: own[n] for n in heads}  # a layer behind the trunk says nothing about the trunk
+    parents = {name: {**tensors, **first} for name, tensors in aligned.items()}
+    whole, repairs = repaired(job, arm, alignment, {**merged, **kept, **first}, parents, progress)
+    trunk = {**whole[alignment.reference], **kept}
+    if not heads:
+        return {alignment.reference: trunk}, repairs
+    return {
+        name: {**trunk, **{n: tensors[n] for n in heads}} for name, tensors in aligned.items()
+    }, repairs
 
 
 def grams_of(
@@ -222,7 +234,12 @@ def unaligned(job: Job, arm: ModelsArm, alignment: Alignment) -> dict[str, Weigh
         )
     parents: dict[str, Weights | nn.Module] = {}
     for name, folder in job.folders.items():
-        parents[name] = load_weights(folder) if name == alignment.reference else load_any(folder)
+        if name == alignment.reference:
+            parents[name] = load_weights(folder)
+        elif job.entry.heads:
+            parents[name] = headless(job, load_any(folder), alignment.specs[name])
+        else:
+            parents[name] = load_any(folder)
     return parents
 
 
@@ -236,7 +253,7 @@ def confidence(job: Job, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
     if any(len(logits) != num for logits in outputs):
         raise ValueError("targets 'confidence' needs models with one answer an example")
     benchmark = job.benchmark
-    if benchmark is None:
+    if benchmark is None or job.entry.heads:
         sure = [logits.log_softmax(dim=1).amax(dim=1) for logits in outputs]
         return torch.stack(sure).softmax(dim=0)
     classes = load_file(benchmark / "classes.safetensors")
@@ -283,7 +300,8 @@ def output_layer(model: nn.Module, weights: Weights, batch: Mapping[str, Tensor]
 def save(job: Job, weights: Weights, member: str, folder: Path, account: Mapping[str, Any]) -> None:
     """Write a checkpoint of the reference's architecture, with its processors, card and record."""
     reference = job.folders[account["reference"]]
-    model = copy.deepcopy(job.skeleton)
+    own_head = bool(job.entry.heads)
+    model = with_head(job, member, weights) if own_head else copy.deepcopy(job.skeleton)
     name = job.recipe.merge.dtype
     dtype = getattr(torch, name) if name else load_config(reference).dtype or torch.float32
     model.load_state_dict(weights)

@@ -50,11 +50,13 @@ class ModelsExamples(Section):
     tokens: int | None = Field(default=None, gt=1)  # the length of a text
     examples: int | None = Field(default=None, ge=2)  # the first of a drawn order; without it: all
     command: str | None = None  # prints JSON; `{model}` in the place of the model's folder
+    head: str | None = None  # the member whose head is measured, where each keeps its own
 
     @property
     def given(self) -> list[str]:
-        """The keys that the recipe has, `measure` and `split` apart."""
-        rest = [name for name in type(self).model_fields if name not in ("measure", "split")]
+        """The keys that the recipe has, those apart that go with any measure."""
+        of_any = ("measure", "split", "head")
+        rest = [name for name in type(self).model_fields if name not in of_any]
         return [name for name in rest if getattr(self, name) is not None]
 
     @model_validator(mode="after")
@@ -244,6 +246,7 @@ class ModelsFinetuneParams(Section):
     seed: int
     batch_size: int = Field(gt=0)
     data: ModelsExamples | None = None  # without it the set's calibration data, without labels
+    heads: dict[Name, ModelsExamples] = Field(default={})  # `data` of each member's own head
     task_weight: float = Field(default=1.0, ge=0)  # of the loss of data's labels or next tokens
     distillation: Distillation = Distillation(weight=1.0)  # of the distance to the parents' answers
     arms: list[str] = Field(default=[])  # beside the result
@@ -252,12 +255,19 @@ class ModelsFinetuneParams(Section):
 
     @model_validator(mode="after")
     def _learns_something(self) -> "ModelsFinetuneParams":
-        if self.data is not None and self.data.measure not in ("labels", "perplexity"):
-            raise ValueError(
-                f"data.measure: {self.data.measure!r}: a training learns `labels`, or the next "
-                "tokens of texts (`perplexity`)"
-            )
-        if not (self.distillation.weight or (self.data is not None and self.task_weight)):
+        given = {"data": self.data} if self.data is not None else {}
+        given |= {f"heads.{name}": own for name, own in self.heads.items()}
+        for key, own in given.items():
+            if own.measure not in ("labels", "perplexity"):
+                raise ValueError(
+                    f"{key}.measure: {own.measure!r}: a training learns `labels`, or the next "
+                    "tokens of texts (`perplexity`)"
+                )
+            if own.head is not None:
+                raise ValueError(
+                    f"{key}.head: is of benchmarks; write `heads: {{{own.head}: ...}}`"
+                )
+        if not (self.distillation.weight or (given and self.task_weight)):
             raise ValueError(
                 "there is nothing to learn: give data with a task_weight, or distillation a weight"
             )

@@ -15,14 +15,9 @@ from alloy.merging import MERGE_METHODS, validate
 from tasks.recipe.arm import ModelsArm, ModelsRepair
 from tasks.recipe.benchmarks import MeasuredParams, ModelsFinetuneParams
 from tasks.recipe.calibration import ModelsPrepareParams
+from tasks.recipe.heads import ModelsRegisterParams, ModelsShipParams, check_heads
 from tasks.recipe.section import Name, ParamsError, Section
-from tasks.recipe.shared import (
-    Candidates,
-    FetchParams,
-    RegisterParams,
-    ShipParams,
-    chosen_arm,
-)
+from tasks.recipe.shared import Candidates, FetchParams, chosen_arm
 from tasks.recipe.trunk import TrunkMember, check_trunk
 from tasks.workspace import Workspace
 
@@ -36,6 +31,7 @@ class ModelsSet(Section):
     members: dict[int, list[str]] = Field(min_length=1)  # seed -> fetch's checkpoints
     parts: dict[Name, TrunkMember] = Field(default={})  # of these, where parts become one trunk
     kept: list[str] = Field(default=[])  # patterns or groups of tensors that stay the first's
+    heads: list[str] = Field(default=[])  # the same of tensors that stay each member's own
     names: dict[str, str] | dict[str, dict[str, str]] = Field(default={})  # changes of prefix
     calibration: str | None = None  # of prepare; absent where nothing is prepared
     benchmark: str | None = None  # of prepare; without one: measured without labels
@@ -137,29 +133,29 @@ class ModelsRecipe(Section):
     merge: ModelsMergeParams
     finetune: ModelsFinetuneParams | None = None
     evaluate: ModelsEvaluateParams
-    registration: RegisterParams = Field(alias="register")
-    ship: ShipParams | None = None
+    registration: ModelsRegisterParams = Field(alias="register")
+    ship: ModelsShipParams | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _one_set(cls, values: Any) -> Any:
-        """`members`, `kept` and `names` are one set under the recipe's own name."""
-        of_set = ("members", "kept", "names")
+        """`members`, `kept`, `heads` and `names` are one set under the recipe's own name."""
+        of_set = ("members", "kept", "heads", "names")
         if not isinstance(values, dict) or not {*of_set} & values.keys():
             return values
         if "sets" in values:
             raise ValueError(
-                "give `members` (and `kept`, `names`) for one set, or `sets`, not both"
+                "give `members` (and `kept`, `heads`, `names`) for one set, or `sets`, not both"
             )
         if "members" not in values:
-            raise ValueError("kept and names say more about `members`: give them, too")
+            raise ValueError("kept, heads and names say more about `members`: give them, too")
         rest = {key: value for key, value in values.items() if key not in of_set}
         prepared = values.get("prepare") if isinstance(values.get("prepare"), dict) else {}
         own = {"members": {0: values["members"]}}
         if isinstance(parts := values["members"], dict):  # name -> a part of a checkpoint
             of = [p.get("checkpoint") for p in parts.values() if isinstance(p, dict)]
             own = {"members": {0: list(dict.fromkeys(of))}, "parts": parts}
-        own |= {key: values[key] for key in ("kept", "names") if key in values}
+        own |= {key: values[key] for key in of_set[1:] if key in values}
         for part, key in (("calibration", "calibration"), ("benchmarks", "benchmark")):
             names = list(prepared.get(part) or {})
             if len(names) == 1:
@@ -276,6 +272,7 @@ class ModelsRecipe(Section):
                     f"{self.where}: {key}.model: finetuned, yet the recipe has no section "
                     "finetune; write `model: merged`"
                 )
+        check_heads(self)
         for name in self.sets if not self.is_trunk else ():
             for key, arm in self.arms(name).items():
                 self._check_arm(name, key, arm)

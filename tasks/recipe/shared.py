@@ -124,18 +124,26 @@ def chosen_arm(named: str, workspace: Workspace) -> str:
     return read_json(workspace.choice)["arm"]
 
 
-class RegisterParams(Section):
-    """The name under which results are registered, and the model that is the result."""
+class ResultParams(Section):
+    """The model that is the recipe's result."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
     model: Literal["finetuned", "merged"]
 
+    def folder(self, workspace: Workspace) -> Path:
+        """The folder of the model."""
+        return workspace.result(self.model)
 
-class ShipParams(Section):
+
+class RegisterParams(ResultParams):
+    """The result, and the name under which it is registered."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]
+
+
+class ShipParams(ResultParams):
     """Target to which the result is shipped."""
 
     target: Annotated[str, StringConstraints(pattern=r"^s3://[^/@:]+/.+$")]
-    model: Literal["finetuned", "merged"]
 
 
 class GateMetric(Section):

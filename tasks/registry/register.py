@@ -43,7 +43,7 @@ GATES = PARAMS / "promote.yaml"
 
 def main(recipe: Recipe) -> None:
     section, workspace = recipe.registration, recipe.workspace
-    folder = workspace.result(section.model)
+    folder = section.folder(workspace)
     refuse_many_models(recipe, folder)
     lineage = {
         **find_lineage(recipe),

@@ -51,7 +51,7 @@ def _result(recipe: Recipe, mlflow: str) -> Iterator[str]:
     else:
         yield "none yet"
         yield element("code", f"make merge RECIPE={recipe.name}")
-    folder = workspace.result(recipe.registration.model)
+    folder = recipe.registration.folder(workspace)
     yield link(f"../{folder}", str(folder)) if folder.is_dir() else "none yet"
     yield _version(recipe, mlflow) if workspace.registered.is_file() else "not registered"
 

@@ -32,7 +32,7 @@ def with_origin(report: Report, recipe: Recipe) -> Report:
 def rows(recipe: Recipe) -> Iterator[list[str]]:
     """A line for each thing to know about the result: its name, and what it is."""
     workspace = recipe.workspace
-    folder = workspace.result(recipe.registration.model)
+    folder = recipe.registration.folder(workspace)
     arm = read_json(workspace.choice)["arm"]
     yield ["model", link(f"../../{folder}", str(folder))]
     yield ["arm", f"{arm}: {settings(recipe, arm)}"]

@@ -35,7 +35,7 @@ def main(recipe: Recipe) -> None:
             f"{recipe.where} has no section ship: add `ship: {{target: s3://BUCKET/PREFIX, "
             "model: merged}}`"
         )
-    folder = recipe.workspace.result(recipe.ship.model)
+    folder = recipe.ship.folder(recipe.workspace)
     refuse_many_models(recipe, folder)
     print(f"shipped {folder} to {ship(recipe, folder, recipe.ship.target)}")
 

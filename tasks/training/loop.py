@@ -138,7 +138,7 @@ def train(
     """
     muon = not isinstance(plan, TrainingPlan) or plan.optimizer == "muon"
     optimizer = MuonAdamW(parameter_groups(model, plan.weight_decay, muon=muon))
-    state = _last_state(folder, identity, say) or start or State(dict(model.state_dict()), {})
+    state = _last_state(folder, identity, say) or start or State(weights_of(model), {})
     _load(state, model, optimizer)
     progress, best = state.progress, state.best
     agree(processes, {f"the step to go on from in {folder}": str(progress.next_step)})
@@ -165,7 +165,7 @@ def train(
             _save(model, optimizer, progress, best, folder, identity)
     processes.objects(None)  # the last step checkpoint is there, for all
     if best:
-        model.load_state_dict(best)
+        _put(best, model)
     model.eval()
     return progress
 
@@ -245,7 +245,7 @@ def _validated(
         return best
     progress.best_score, progress.best_step = score, progress.next_step
     progress.worse_in_a_row = 0
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in weights_of(model).items()}
 
 
 def _line(progress: Progress, stop_step: int, seconds_per_step: float) -> str:
@@ -272,10 +272,29 @@ def _save(
         for key, value in state.items()
     }
     with write_folder(folder) as partial:
-        save_file(dict(model.state_dict()), partial / "model.safetensors")
+        save_file(weights_of(model), partial / "model.safetensors")
         save_file(moments, partial / "optimizer.safetensors")
         save_file(dict(best), partial / "best.safetensors")
         write_json(partial / PROGRESS, {"identity": identity, **vars(progress)})
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model, each once: what is tied has its first name alone."""
+    found: dict[str, Tensor] = {}
+    seen: set[tuple] = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape)
+        if place not in seen or not tensor.numel():
+            found[name] = tensor
+        seen.add(place)
+    return found
+
+
+def _put(weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Load what `weights_of` gave; a tied weight comes by its first name."""
+    missing, unknown = model.load_state_dict(weights, strict=False)
+    if wrong := sorted({*unknown, *(name for name in missing if name in weights_of(model))}):
+        raise RuntimeError(f"these weights are of another model: {wrong[:3]} ({len(wrong)} in all)")
 
 
 def load_state(folder: Path) -> State:
@@ -302,7 +321,7 @@ def _last_state(folder: Path, identity: str, say: Callable[[str], None]) -> Stat
 
 
 def _load(state: State, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model.load_state_dict(state.weights)
+    _put(state.weights, model)
     parameters = dict(model.named_parameters())
     for name, value in state.moments.items():
         moment, parameter = name.split("/", 1)

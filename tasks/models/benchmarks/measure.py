@@ -25,6 +25,7 @@ from tasks.models.benchmarks.examples import Examples, Label, read
 from tasks.models.benchmarks.harness import Answer, run_harness
 from tasks.models.benchmarks.whole import whole
 from tasks.models.shared.finetuned import finetuned_of
+from tasks.models.shared.heads import folders_of
 from tasks.models.shared.jobs import Job
 from tasks.recipe.benchmarks import MeasuredParams, ModelsExamples
 from tasks.recipe.models import ModelsRecipe
@@ -74,8 +75,8 @@ class Measure:
     def _is_asked(self, name: str) -> bool:
         return self.only is None or name in self.only
 
-    def model(self, name: str, folder: Path) -> dict[str, Scores]:
-        """The scores of one model by benchmark.
+    def model(self, name: str, folder: Path, head: str | None = None) -> dict[str, Scores]:
+        """The scores of one model by benchmark; of one with a member's head, those of that head.
 
         Raises:
             ParamsError: a model that cannot be measured so.
@@ -87,6 +88,8 @@ class Measure:
             folder = whole(folder, Path(temporary) / "model")
             model: PreTrainedModel | None = None
             for key, own in self._own().items():
+                if own.head != head:
+                    continue
                 if own.measure == "command":
                     answer = run_command(f"{self.where}.benchmarks.{key}", str(own.command), folder)
                     found[key] = self._taken(key, own.split, answer)
@@ -278,11 +281,18 @@ def measure_all(recipe: ModelsRecipe) -> Measured:
     )
     found = {}
     trained = finetuned_of(recipe)
+    heads = job.members if job.entry.heads else []
+    for head in heads:
+        if head not in [own.head for own in recipe.evaluate.benchmarks.values()]:
+            print(f"evaluate: no benchmark has labels of the head of {head}")
     for name in sorted({*recipe.measured_models, *trained}, key=[*folders].index):
-        if name in arms and not (arms[name] / "config.json").is_file():
+        of_head = {name: folders[name]} if name in heads else folders_of(job, folders[name])
+        if len(of_head) > 1 and not heads:
             print(f"evaluate: {name}: one model for each member: its benchmarks are left out")
             continue
-        found[name] = measure.model(name, folders[name])
+        found[name] = {}
+        for head, folder in of_head.items():
+            found[name] |= measure.model(name, folder, head if heads else None)
         shown = ", ".join(
             f"{key} {metric} {score.value:.4g}"
             for key, of_key in found[name].items()

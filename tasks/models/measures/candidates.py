@@ -5,7 +5,9 @@ from torch import Tensor
 
 from tasks.evaluation.choice import Measured
 from tasks.evaluation.loading import load_any, use_device
-from tasks.models.measures.yardsticks import as_candidate, yardsticks
+from tasks.models.measures.heads import yardsticks_of
+from tasks.models.measures.yardsticks import as_candidate
+from tasks.models.shared.heads import folders_of
 from tasks.models.shared.jobs import Job
 from tasks.recipe.models import ModelsRecipe
 
@@ -22,14 +24,16 @@ def measure(recipe: ModelsRecipe) -> Measured:
     torch.set_num_threads(1)  # so that the choice does not depend on the number of cores
     job = Job(recipe, recipe.named.set, recipe.named.seed)
     parents = [as_candidate(parent) for parent in job.models().values()]
-    measures = yardsticks(job, parents, recipe.evaluate.batch_size)
+    measures = yardsticks_of(job, parents, recipe.evaluate.batch_size)
     split = next(name for name in SPLITS if name in measures)
     values: dict[str, dict[str, Tensor]] = {}
     for arm in recipe.merge.candidates:
-        if not (recipe.folder(arm) / "config.json").is_file():
+        folders = folders_of(job, recipe.folder(arm))
+        if len(folders) > 1 and not job.entry.heads:
             raise ValueError(
                 f"{recipe.where}: merge.candidates: {arm!r} is one model for each member, of which "
                 "none is the result: leave it out"
             )
-        values[arm] = measures[split].by_example(as_candidate(load_any(recipe.folder(arm))))
+        models = [as_candidate(load_any(folder)) for folder in folders.values()]
+        values[arm] = measures[split].by_example(models)
     return Measured(SPLITS[split], values)

@@ -54,8 +54,11 @@ class Yardstick(Protocol):
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]: ...
 
-    def by_example(self, candidate: Candidate) -> dict[str, Tensor]:
-        """Return each example's value by measure, more for better: arms are compared by these."""
+    def by_example(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
+        """Return each example's value by measure, more for better: arms are compared by these.
+
+        An arm is one candidate, or one for each head (`tasks.models.measures.heads`).
+        """
         ...
 
 
@@ -124,21 +127,23 @@ class Labelled:
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]:
         """Score one model, or an ensemble (`accuracy.ensemble`)."""
-        each = [self._logits(candidate) for candidate in candidates]
+        each = [self.logits(candidate) for candidate in candidates]
         logits = each[0] if len(each) == 1 else accuracy.ensemble(each, self.classes)
         shares = accuracy.accuracies(logits, self.labels, self.tasks, self.classes)
         losses = F.cross_entropy(logits, self.labels, reduction="none")
         scores = {f"{name.replace(' ', '_')}_accuracy": score for name, score in shares.items()}
-        scores["loss"] = _mean(losses)
+        scores["loss"] = mean_over(losses)
         for task in self.tasks.unique().tolist():
-            scores[f"task_{task}_loss"] = _mean(losses[self.tasks == task])
+            scores[f"task_{task}_loss"] = mean_over(losses[self.tasks == task])
         return scores
 
-    def by_example(self, candidate: Candidate) -> dict[str, Tensor]:
-        hits = self._logits(candidate).argmax(dim=1) == self.labels
+    def by_example(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
+        (candidate,) = candidates
+        hits = self.logits(candidate).argmax(dim=1) == self.labels
         return {"joint accuracy": 100 * hits.double()}
 
-    def _logits(self, candidate: Candidate) -> Tensor:
+    def logits(self, candidate: Candidate, classes: Inputs | None = None) -> Tensor:
+        """A candidate's logits of all classes, or of those that its head has [N, C]."""
         parts = []
         for batch, answer in zip(self.batches, in_order(candidate, self.batches), strict=True):
             num = len(next(iter(batch.values())))
@@ -147,7 +152,7 @@ class Labelled:
                     "a benchmark with labels needs one answer an example; the models give "
                     f"{len(answer.rows)} for {num}: use models with logits, or no benchmark"
                 )
-            parts.append(accuracy.logits(answer.rows, self.classes))
+            parts.append(accuracy.logits(answer.rows, classes or self.classes))
         return torch.cat(parts)
 
 
@@ -194,9 +199,10 @@ class Unlabelled:
 
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]:
         """Score one model, or the mean answer of several."""
-        return {name: _mean(values) for name, values in self._measured(candidates).items()}
+        return {name: mean_over(values) for name, values in self._measured(candidates).items()}
 
-    def by_example(self, candidate: Candidate) -> dict[str, Tensor]:
+    def by_example(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
+        (candidate,) = candidates
         measured = self._measured([candidate])
         if self.words is not None:
             return {"log-likelihood": -measured["loss"]}
@@ -316,7 +322,7 @@ def _by_example(rows: Sequence[Tensor], examples: Sequence[Tensor]) -> Tensor:
     return torch.zeros(len(counts), dtype=torch.float64).index_add(0, place, values) / counts
 
 
-def _mean(values_N: Tensor) -> Score:
+def mean_over(values_N: Tensor) -> Score:
     """The mean over examples with its standard error."""
     values_N = values_N.double()
     if not len(values_N):

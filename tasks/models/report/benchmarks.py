@@ -49,11 +49,12 @@ def with_benchmarks(report: Report, recipe: ModelsRecipe, measured: Measured) ->
 
 def grid(recipe: ModelsRecipe, measured: Measured, name: str) -> Grid:
     """One benchmark: a row a model, a column a metric."""
-    of_models = {model: by_name[name] for model, by_name in measured.scores.items()}
+    of_models = {m: by_name[name] for m, by_name in measured.scores.items() if name in by_name}
     columns = list(dict.fromkeys(metric for own in of_models.values() for metric in own))
-    split = recipe.evaluate.measured[name]
+    split, own = recipe.evaluate.measured[name], recipe.evaluate.benchmarks.get(name)
+    head = f", the head of {own.head}" if own is not None and own.head is not None else ""
     return Grid(
-        f"{name}: {split} data, ± standard error over the examples",
+        f"{name}: {split} data{head}, ± standard error over the examples",
         ["", *(column.replace("_", " ") for column in columns)],
         [
             [model, *(_shown(own[column]) if column in own else "" for column in columns)]

@@ -57,7 +57,7 @@ def llamas(workspace: Path) -> Path:
 def losses(name: str = "merged") -> tuple[float, float]:
     """The held-out loss before and after."""
     training = finetune.plan(load_models("mine"))[name]
-    held_out = training.lessons[1]
+    held_out = training.lessons[""][1]
     parents = [*training.job.models().values()]
     values = []
     for folder in (training.source, Path("models/mine/finetuned")):

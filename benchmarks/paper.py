@@ -1,4 +1,4 @@
-"""Cost of the paper's recipe on two cores: preparing COCO-format data, one training step.
+"""Cost of the paper's recipe on two cores: preparing COCO-format images, one training step.
 
     python -m benchmarks.paper prepare --num 100000
     python -m benchmarks.paper step                  # 12 layers of 768, batch 8 at 224 px, bf16
@@ -26,17 +26,25 @@ from tasks.recipe.sets import SetParams
 from tasks.training.optimizer import MuonAdamW, parameter_groups
 
 CAPTIONS = 5
+WRITTEN = 500
 
 
 def write_coco(root: Path, num: int) -> None:
-    """Images and Karpathy's file with `num` captions; the images are noise of one colour each."""
+    """Karpathy's file and `num` images of COCO's size, each with five captions.
+
+    Only the first images are written; the others are hard links to them.
+    """
     rng, entries = np.random.default_rng(0), []
     for folder in ("train2014", "val2014"):
         (root / folder).mkdir(parents=True)
-    for number in range(num // CAPTIONS):
+    for number in range(num):
         name = f"COCO_train2014_{number:012d}.jpg"
-        pixels = np.full((64, 64, 3), rng.integers(0, 256, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "train2014" / name)
+        path, first = root / "train2014" / name, f"COCO_train2014_{number % WRITTEN:012d}.jpg"
+        if number < WRITTEN:
+            coarse = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC).save(path)
+        else:
+            path.hardlink_to(root / "train2014" / first)
         sentences = [{"raw": f"picture {number} seen by person {i}"} for i in range(CAPTIONS)]
         entry = {"filepath": "train2014", "filename": name, "imgid": number, "split": "train"}
         entries.append(entry | {"sentences": sentences})
@@ -51,7 +59,7 @@ def measure_prepare(num: int) -> None:
         (folder / "out").mkdir()
         begun = time.monotonic(), time.process_time()
         done = prepare_set(folder / "out", "coco", params, name, Look(), splits=("train",))
-        print(f"{done.line()}: {num:,} captions", _cost(*begun))
+        print(f"{done.line()}, {CAPTIONS * num:,} captions", _cost(*begun))
 
 
 def measure_step() -> None:
@@ -92,7 +100,7 @@ if __name__ == "__main__":
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=["prepare", "step"])
-    parser.add_argument("--num", type=int, default=100_000, help="captions to prepare")
+    parser.add_argument("--num", type=int, default=100_000, help="images to prepare")
     given = parser.parse_args()
     if given.what == "prepare":
         measure_prepare(given.num)

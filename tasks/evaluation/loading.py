@@ -112,6 +112,17 @@ def image_processor(checkpoint: Path) -> Any:
         ) from error
 
 
+def joint_processor(checkpoint: Path) -> Any:
+    """What a model of several modalities reads them by together; None where it has none, or one
+    that needs packages which are not there.
+    """
+    try:
+        found = transformers.AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
+    except (ImportError, ValueError, OSError):
+        return None
+    return found if isinstance(found, transformers.ProcessorMixin) else None
+
+
 def load_whole(architecture: Any, folder: Path, on: torch.device | None = None) -> Any:
     """Load a checkpoint's model in evaluation mode, float32, by default on the chosen device.
 

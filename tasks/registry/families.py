@@ -13,7 +13,13 @@ from typing import Any
 
 from transformers.models.auto import modeling_auto
 
-from tasks.evaluation.loading import image_processor, load_config, load_tokenizer, model_class
+from tasks.evaluation.loading import (
+    image_processor,
+    joint_processor,
+    load_config,
+    load_tokenizer,
+    model_class,
+)
 
 Columns = Sequence[tuple[str, str]]
 TEXT, IMAGE = ("text", "string"), ("image", "string")
@@ -52,16 +58,22 @@ TABLE: Sequence[tuple[str, str, tuple[str | None, str, str]]] = (
         "tokenizer image_processor",
         ("towers", "zero-shot-image-classification", "ZeroShotImageClassificationPipeline"),
     ),
-    ("MASKED_LM", "tokenizer", (None, "fill-mask", "FillMaskPipeline")),
+    ("MASKED_LM", "tokenizer", ("words", "fill-mask", "FillMaskPipeline")),
     (
         "IMAGE_TEXT_TO_TEXT",
         "tokenizer image_processor",
-        (None, "image-text-to-text", "ImageTextToTextPipeline"),
+        ("replies", "image-text-to-text", "ImageTextToTextPipeline"),
     ),
 )
 
 COLUMNS: Mapping[tuple[str | None, str], tuple[Columns, Columns, Mapping[str, Any]]] = {
     ("generation", "text"): ([TEXT], [TEXT], {"max_new_tokens": 64}),
+    ("words", "text"): (
+        [TEXT],
+        [("text", "string"), ("words", "string[]"), ("chances", "double[]")],
+        {},
+    ),
+    ("replies", "text image"): ([IMAGE, TEXT], [TEXT], {"max_new_tokens": 64}),
     ("classes", "text"): ([TEXT], [("label", "string"), ("score", "double")], {}),
     ("classes", "image"): ([IMAGE], [("label", "string"), ("score", "double")], {}),
     ("embeddings", "text"): ([TEXT], [("embedding", "double[]")], {}),
@@ -89,7 +101,15 @@ def family_of(folder: Path) -> Family | None:
     components = {kind: type(each).__name__ for kind, each in readers.items() if each is not None}
     for mapping, needed, found in TABLE:
         if name in _classes(mapping) and {*needed.split()} <= {*components}:
-            return _family(*found, components={n: components[n] for n in needed.split()})
+            own = {n: components[n] for n in needed.split()}
+            served, *task = found
+            if served == "words" and readers["tokenizer"].mask_token is None:
+                served = None
+            if served == "replies":
+                joint = joint_processor(folder)
+                served = None if joint is None else served
+                own |= {} if joint is None else {"processor": type(joint).__name__}
+            return _family(served, *task, components=own)
     return _encoder(folder, name, components)
 
 
@@ -115,7 +135,7 @@ def _known(modules: str) -> bool:
 
 def _family(name: str | None, task: str, pipeline: str, components: Mapping[str, str]) -> Family:
     kinds = {"tokenizer": "text", "image_processor": "image"}
-    reads = " ".join(kinds[kind] for kind in components)
+    reads = " ".join(kinds[kind] for kind in components if kind in kinds)
     inputs, outputs, options = COLUMNS.get((name, reads), ((), (), {}))
     return Family(name, task, pipeline, inputs, outputs, options, components)
 
@@ -127,9 +147,10 @@ def _classes(mapping: str) -> set[str]:
     return {n for value in names.values() for n in ([value] if isinstance(value, str) else value)}
 
 
-def example_of(family: Family, config: Any) -> dict[str, str] | None:
+def example_of(family: Family, folder: Path) -> dict[str, str] | None:
     """One row of input; None for a model that is not served."""
-    rows = {"text": "hello", "image": grey(_side(config))}
+    masks = f" {load_tokenizer(folder).mask_token}" if family.name == "words" else ""
+    rows = {"text": f"hello{masks}", "image": grey(_side(load_config(folder)))}
     return {name: rows[name] for name, _ in family.inputs} or None
 
 

@@ -308,7 +308,7 @@ def _as_transformer(folder: Path) -> dict[str, Any]:
     """The interface of a model's family, and its entry in MLflow's transformers flavour."""
     import transformers
 
-    from tasks.evaluation.loading import load_config, model_class
+    from tasks.evaluation.loading import model_class
     from tasks.registry.families import Family, example_of, family_of
 
     family = family_of(folder) or Family(None, "", "")
@@ -319,7 +319,7 @@ def _as_transformer(folder: Path) -> dict[str, Any]:
         "source_model_name": folder.name,
         "model_binary": f"artifacts/{folder.name}",
         "torch_dtype": None,
-        "components": list(family.components),
+        "components": [kind for kind in family.components if kind != "processor"],
         **{f"{kind}_type": name for kind, name in family.components.items()},
         "transformers_version": transformers.__version__,
         "code": "code",
@@ -329,7 +329,7 @@ def _as_transformer(folder: Path) -> dict[str, Any]:
         "inputs": family.inputs,
         "outputs": family.outputs,
         "options": family.options,
-        "example": example_of(family, load_config(folder)),
+        "example": example_of(family, folder),
         "flavour": entry if family.task else None,
         "components": dict.fromkeys(family.components, folder),
     }

@@ -10,6 +10,8 @@ of the model (`tasks.registry.families`):
     modality      by the parameter `output`: answers, embeddings or scores
     towers        (CLIP, SigLIP) by `output`: embeddings or scores
     generation    text: the likeliest continuation, of at most `max_new_tokens` tokens
+    replies       (LLaVA) text: the likeliest reply to the row's text about its image, if it has one
+    words         (BERT) text with its masks filled in; words, chances: the likeliest of each mask
     classes       label, score: of the row's text, or of its image
     embeddings    embedding: of the row's text, or of its image
 
@@ -289,6 +291,70 @@ class Generation(Transformer):
         return answers
 
 
+class Replies(Generation):
+    """The likeliest reply to each row's text, and its image where it has one, row by row."""
+
+    def __init__(self, folder: Path, architecture: str) -> None:
+        import transformers
+
+        super().__init__(folder, architecture)
+        self.joint = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        self.token = str(getattr(self.joint, "image_token", "<image>"))
+
+    def batches(
+        self, rows: Sequence[Row], key: str, size: int = BATCH_SIZE
+    ) -> Iterable[tuple[Sequence[Row], dict[str, Tensor]]]:
+        for row in rows:
+            if row.text is None:
+                raise BadRequestError(f"row {row.number} has no text")
+            if self.token in row.text:
+                raise BadRequestError(
+                    f"row {row.number}: text has {self.token!r}, which stands for the image"
+                )
+            images = None if row.image is None else [_picture(row)]
+            encoded = self.joint(
+                text=[self._prompt(row.text, row.image)], images=images, return_tensors="pt"
+            )
+            text = self.model.config.get_text_config()
+            longest = getattr(text, "max_position_embeddings", None) or MOST_TOKENS
+            _refuse_length(row, encoded["input_ids"].shape[1], longest)
+            yield [row], dict(encoded.to(self.device, self.model.dtype))
+
+    def _prompt(self, text: str, image: str | None) -> str:
+        """As the chat template has it; without one, the image and then the text."""
+        if not self.joint.chat_template:
+            return text if image is None else f"{self.token}\n{text}"
+        seen = [] if image is None else [{"type": "image"}]
+        turn = {"role": "user", "content": [*seen, {"type": "text", "text": text}]}
+        return self.joint.apply_chat_template([turn], add_generation_prompt=True)
+
+
+class Words(Transformer):
+    """The likeliest word for each mask in each row's text, and its probability."""
+
+    @torch.no_grad()
+    def predict(self, rows: Sequence[Row], **settings: Any) -> list[Answer]:
+        answers: list[Answer] = []
+        mask = self.tokenizer.mask_token
+        for batch, inputs in self.batches(rows, "text"):
+            ids = inputs["input_ids"]
+            hidden = ids == self.tokenizer.mask_token_id
+            for row, num in zip(batch, hidden.sum(1).tolist(), strict=True):
+                if not num:
+                    raise BadRequestError(f"row {row.number}: text has no {mask}")
+            chances, words = self.model(**inputs).logits.float().softmax(-1).max(-1)
+            filled = torch.where(hidden, words, ids).cpu()
+            for i, where in enumerate(hidden.cpu()):
+                answers.append(
+                    {
+                        "text": self.tokenizer.decode(filled[i], skip_special_tokens=True),
+                        "words": [self.tokenizer.decode([w]) for w in filled[i][where].tolist()],
+                        "chances": chances[i].cpu()[where].tolist(),
+                    }
+                )
+        return answers
+
+
 class Classes(Transformer):
     """The likeliest class of each row's text or image, and its probability."""
 
@@ -361,7 +427,8 @@ class Towers(Transformer):
 
 
 OTHERS: Mapping[str, type[Transformer]] = {
-    "generation": Generation, "classes": Classes, "embeddings": Embeddings, "towers": Towers,
+    "generation": Generation, "replies": Replies, "words": Words,
+    "classes": Classes, "embeddings": Embeddings, "towers": Towers,
 }  # fmt: skip
 
 

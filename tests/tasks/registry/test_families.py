@@ -18,6 +18,7 @@ import transformers
 import yaml
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     CLIPConfig,
@@ -25,6 +26,9 @@ from transformers import (
     CLIPModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -49,6 +53,28 @@ IMAGE = {**SIZES, "image_size": 8, "patch_size": 4}
 SIDE = {"height": 8, "width": 8}
 
 
+SEEN = "<image>"
+
+
+def llava() -> LlavaForConditionalGeneration:
+    tower = {**IMAGE, "model_type": "clip_vision_model", "projection_dim": 6}
+    text = {**TEXT, "model_type": "llama", "vocab_size": tiny_models.SIZE + 1}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=tower, text_config=text, image_token_index=tiny_models.SIZE)
+    )
+
+
+def joint_processor() -> LlavaProcessor:
+    """Pictures of four patches, each of which stands as a token in the text."""
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [SEEN]})
+    pictures = CLIPImageProcessor(size=SIDE, do_center_crop=False)
+    return LlavaProcessor(
+        image_processor=pictures, tokenizer=tokenizer, patch_size=4, image_token=SEEN,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
 def clip() -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=TEXT, vision_config=IMAGE, projection_dim=6))
 
@@ -59,6 +85,8 @@ MODELS: dict[str, tuple[Callable, list[str]]] = {
     "text classes": (lambda: BertForSequenceClassification(BertConfig(**TEXT)), ["text"]),
     "embeddings": (lambda: BertModel(BertConfig(**TEXT)), ["text"]),
     "towers": (clip, ["image", "text"]),
+    "replies": (llava, ["image", "text"]),
+    "words": (lambda: BertForMaskedLM(BertConfig(**TEXT)), ["text"]),
 }
 RECIPE = {
     "kind": "models",
@@ -79,7 +107,9 @@ def write_model(kind: str, folder: Path) -> torch.nn.Module:
         tokenizer = tiny_models.tokenizer()
         tokenizer.eos_token = "[SEP]"
         tokenizer.save_pretrained(folder)
-    if reads == ["image"]:
+    if kind == "replies":
+        joint_processor().save_pretrained(folder)
+    elif reads == ["image"]:
         ViTImageProcessor(size=SIDE).save_pretrained(folder)
     elif "image" in reads:
         CLIPImageProcessor(size=SIDE, do_center_crop=False).save_pretrained(folder)
@@ -104,7 +134,8 @@ def registered(mlflow_workspace: Path) -> Callable[[str], torch.nn.Module]:
 
 
 def rows(kind: str) -> pd.DataFrame:
-    columns = {"image": [picture(0, 8)[0], picture(1, 8)[0]], "text": ["a b c", "d"]}
+    texts = ["a [MASK] c", "[MASK]"] if kind == "words" else ["a b c", "d"]
+    columns = {"image": [picture(0, 8)[0], picture(1, 8)[0]], "text": texts}
     return pd.DataFrame({name: columns[name] for name in MODELS[kind][1]})
 
 
@@ -119,6 +150,20 @@ def expected(kind: str, model, texts: list[str]) -> list:
         if kind == "classes":
             seen = ViTImageProcessor(size=SIDE)(images=pixels, return_tensors="pt")
             return model(**seen).logits.softmax(1).max(1).values.tolist()
+        if kind == "words":
+            masked = tokenizer(list(rows(kind)["text"]), padding=True, return_tensors="pt")
+            best = model(**masked).logits.softmax(2).max(2)
+            return [tokenizer.decode(best.indices[0, 2]), tokenizer.decode(best.indices[1, 1])]
+        if kind == "replies":
+            replies = []
+            for text, seen in zip(texts, pixels, strict=True):
+                one = joint_processor()(
+                    text=[f"{SEEN}\n{text}"], images=[seen], return_tensors="pt"
+                )
+                ids = model.generate(**one, max_new_tokens=3, do_sample=False)
+                new = ids[0, one["input_ids"].shape[1] :]
+                replies.append(joint_processor().decode(new, skip_special_tokens=True))
+            return replies
         if kind == "embeddings":
             states, mask = model(**words).last_hidden_state, words["attention_mask"][..., None]
             return ((states * mask).sum(1) / mask.sum(1)).tolist()
@@ -137,7 +182,8 @@ def expected(kind: str, model, texts: list[str]) -> list:
 
 
 VALUE = {"generation": "text", "classes": "score", "text classes": "score",
-         "embeddings": "embedding", "towers": "scores"}  # fmt: skip
+         "embeddings": "embedding", "towers": "scores", "replies": "text",
+         "words": "words"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -155,11 +201,13 @@ def test_a_family_answers_its_rows_and_transformers_loads_it(registered, kind: s
     example = served.metadata.load_input_example()
     assert list(example.columns) == MODELS[kind][1]
     served.predict(example)
-    params = {"max_new_tokens": 3} if kind == "generation" else None
+    params = {"max_new_tokens": 3} if "max_new_tokens" in str(served.metadata.signature) else None
     answers = [row[VALUE[kind]] for row in served.predict(rows(kind), params=params)]
     found = expected(kind, model, ["a b c", "d"])
-    if kind == "generation":
+    if kind in ("generation", "replies"):
         assert answers == found
+    elif kind == "words":
+        assert [word for words in answers for word in words] == found
     else:
         np.testing.assert_allclose(answers, found, atol=1e-5)
     if kind == "towers":
@@ -171,7 +219,11 @@ def test_a_family_answers_its_rows_and_transformers_loads_it(registered, kind: s
     place = Path(mlflow.artifacts.download_artifacts(address)) / "artifacts/merged"
     _, info = type(model).from_pretrained(place, output_loading_info=True)
     assert not any(info.values())
-    pipeline = mlflow.transformers.load_model(address)
+    if kind == "replies":  # MLflow makes no pipelines of what has a joint processor
+        parts = {name: loaded[name] for name in ("model", "processor")}
+        pipeline = transformers.pipeline("image-text-to-text", **parts)
+    else:
+        pipeline = mlflow.transformers.load_model(address)
     assert isinstance(pipeline, transformers.Pipeline)
 
 
@@ -204,6 +256,10 @@ def test_the_served_code_says_what_the_model_says(tmp_path, kind: str) -> None:
         ("generation", {"text": "a"}, {"max_tokens": 1}, "choose of .'max_new_tokens'"),
         ("classes", {"image": "no base64!"}, {}, "row 0: image is not base64"),
         ("towers", {"text": "a"}, {}, "row 0 has no image"),
+        ("words", {"text": "a"}, {}, r"row 0: text has no \[MASK\]"),
+        ("replies", {"text": "<image> a"}, {}, "text has '<image>', which stands for the image"),
+        ("replies", {"image": picture(0, 8)[0]}, {}, "row 0 has no text"),
+        ("replies", {"text": "a " * 40}, {}, "row 0: text has 42 tokens, the model takes 1 to 16"),
         ("towers", {"image": None, "text": None}, {"output": "embeddings"}, "neither image nor"),
         ("towers", {"text": "a"}, {"output": "poems"}, "'poems' is unknown; choose one of"),
     ],
@@ -217,8 +273,10 @@ def test_requests_that_a_family_cannot_answer_are_refused(
 
 
 def test_a_model_of_no_family_is_kept_to_be_loaded(tmp_path) -> None:
-    """Masked words have a task and are not served; a head without a processor has no task."""
+    """Masked words without a mask have a task and are not served; a head alone has no task."""
     tiny_models.save(tiny_models.model("DistilBertForMaskedLM", 0), tmp_path / "words")
+    settings = tmp_path / "words/tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"mask_token"', '"no_mask_token"'))
     found = family_of(tmp_path / "words")
     assert found is not None
     assert (found.name, found.task) == (None, "fill-mask")
@@ -246,13 +304,15 @@ def test_mlflow_serves_each_family_over_http(registered, tmp_path, kind: str) ->
     try:
         servers.wait_for_port(port, process, seconds=300)
         body = {"dataframe_records": rows(kind).to_dict("records")}
-        if kind == "generation":
+        if kind in ("generation", "replies"):
             body["params"] = {"max_new_tokens": 3}
         answers = servers.post(port, body)["predictions"]
         found = expected(kind, model, ["a b c", "d"])
         values = [row[VALUE[kind]] for row in answers]
-        if kind == "generation":
+        if kind in ("generation", "replies"):
             assert values == found
+        elif kind == "words":
+            assert [word for words in values for word in words] == found
         else:
             np.testing.assert_allclose(values, found, atol=1e-5)
     finally:

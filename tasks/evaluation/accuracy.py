@@ -73,8 +73,8 @@ def _share(correct_N: Tensor) -> Score:
 def ensemble(logits: Sequence[Tensor], classes: Classes) -> Tensor:
     """The ensemble of parents [N, C]: for each task's classes the logits of that task's parent.
 
-    As in ZipIt: nobody says whose example it is, the most confident parent has it. The upper bound
-    of merges, at the cost of running every parent.
+    As in ZipIt: nobody says whose example it is, the most confident parent has it. It knows which
+    classes each parent has learned, and costs running every parent.
 
     Raises:
         ValueError: another number of parents than of tasks.
@@ -95,6 +95,15 @@ def confidence(logits: Sequence[Tensor], classes: Classes) -> Tensor:
     rows = _parent_of_each_class(logits, classes)[0, 0]
     own = [row_NC[:, rows == parent].amax(dim=1) for parent, row_NC in enumerate(logits)]
     return torch.stack(own).softmax(dim=0)
+
+
+def blind_confidence(logits: Sequence[Tensor]) -> Tensor:
+    """Each parent's share in each example [P, N], by its largest log-probability of any class.
+
+    Nobody says which classes a parent has learned.
+    """
+    sure = [logits_NC.log_softmax(dim=1).amax(dim=1) for logits_NC in logits]
+    return torch.stack(sure).softmax(dim=0)
 
 
 def _parent_of_each_class(logits: Sequence[Tensor], classes: Classes) -> Tensor:

@@ -201,7 +201,9 @@ def repaired(
             parents if alignment.exact else unaligned(job, arm, alignment),
             seen,
             coefficients=shares,
-            example_weights=confidence(job, seen) if fit.targets == "confidence" else None,
+            example_weights=None
+            if fit.targets == "mean"
+            else confidence(job, seen, blind=fit.targets == "blind_confidence"),
             inputs=fit.inputs,
             residual=fit.residual,
             ridge=fit.ridge,
@@ -243,21 +245,23 @@ def unaligned(job: Job, arm: ModelsArm, alignment: Alignment) -> dict[str, Weigh
     return parents
 
 
-def confidence(job: Job, seen: Sequence[Mapping[str, Tensor]]) -> Tensor:
+def confidence(job: Job, seen: Sequence[Mapping[str, Tensor]], *, blind: bool) -> Tensor:
     """Each parent's confidence in its own answer to each calibration example [P, N]; no labels.
 
-    Without a benchmark, whose classes say what each parent knows, by its largest log-probability.
+    Without a benchmark, whose classes say what each parent knows, or if `blind`, by its largest
+    log-probability of any class.
     """
     outputs = [_logits(load_any(folder), seen) for folder in job.folders.values()]
     num = sum(len(next(iter(batch.values()))) for batch in seen)
     if any(len(logits) != num for logits in outputs):
         raise ValueError("targets 'confidence' needs models with one answer an example")
     benchmark = job.benchmark
-    if benchmark is None or job.entry.heads:
-        sure = [logits.log_softmax(dim=1).amax(dim=1) for logits in outputs]
-        return torch.stack(sure).softmax(dim=0)
-    classes = load_file(benchmark / "classes.safetensors")
-    return accuracy.confidence([accuracy.logits(logits, classes) for logits in outputs], classes)
+    if benchmark is not None and not job.entry.heads:
+        classes = load_file(benchmark / "classes.safetensors")
+        outputs = [accuracy.logits(logits, classes) for logits in outputs]
+        if not blind:
+            return accuracy.confidence(outputs, classes)
+    return accuracy.blind_confidence(outputs)
 
 
 def temperature(

@@ -15,7 +15,8 @@ Row = list[float | list[float] | dict[str, float]]
 class ModelsLeastSquares(Section):
     """Every layer fitted anew to the parents' layers (`alloy.refit.repair.fit_layers`)."""
 
-    targets: Literal["mean", "confidence"] = "mean"  # parents count alike, or by how sure they are
+    # Parents count alike; by how sure they are of their own classes; or of any class
+    targets: Literal["mean", "confidence", "blind_confidence"] = "mean"
     inputs: Literal["merged", "parents"] = "merged"  # that a layer is fitted on
     residual: bool = (
         False  # a layer that writes into a stream follows the stream, not its own output
@@ -110,9 +111,9 @@ class ModelsArm(Section):
     @model_validator(mode="after")
     def _repairs_take_the_coefficients(self) -> "ModelsArm":
         fit = self.repair.permuted_least_squares
-        if self.coefficients is not None and fit is not None and fit.targets == "confidence":
+        if self.coefficients is not None and fit is not None and fit.targets != "mean":
             raise ValueError(
-                "targets: confidence weighs the parents by example; coefficients weigh "
+                f"targets: {fit.targets} weighs the parents by example; coefficients weigh "
                 "them too: drop one"
             )
         varied = self.coefficients is not None and self.one_row is None

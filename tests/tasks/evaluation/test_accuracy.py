@@ -86,6 +86,16 @@ def test_the_parent_that_is_sure_of_an_example_has_it():
     assert shares[0].tolist() == pytest.approx([1 / (1 + math.exp(-8)), 1 / (1 + math.exp(5))])
 
 
+def test_confidence_of_any_class_needs_no_word_of_who_learned_which():
+    """The surer answer counts more, if it is of the other task's class; equal ones count alike."""
+    first = torch.tensor([[0.0, 0.0, 9.0, 0.0], [3.0, 0.0, 0.0, 0.0]])
+    second = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 3.0]])
+    shares = accuracy.blind_confidence([first, second])
+    assert torch.allclose(shares.sum(0), torch.ones(2))
+    assert shares[0, 0] > 0.6
+    assert shares[0, 1] == pytest.approx(0.5)
+
+
 def test_parents_that_know_equally_much_share_equally():
     logits = torch.randn(7, 4)
     shares = accuracy.confidence([logits, logits[:, [2, 3, 0, 1]]], TWO)

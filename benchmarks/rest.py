@@ -2,11 +2,13 @@
 
     python -m benchmarks.rest                     # this checkout's last commit
     python -m benchmarks.rest --commit 83c9e16    # before stages imported less
+    python -m benchmarks.rest --gigabytes 12      # and with so much among what fetch reads
 
 A clone of the commit gets three ViTs and a recipe. `first` begins with neither compiled kernels nor
-databases; `again` is a changed parameter; `unchanged` and `promote` are what they say. CPU seconds
-count every process that was started, Prefect's server included; they are what to compare on a
-machine that does other work.
+databases; `again` is a changed parameter; `unchanged` and `promote` are what they say. `large` has
+DVC hash sparse files once, for a stage that depends on them; `large unchanged` is a run after that.
+CPU seconds count every process that was started, Prefect's server included; they are what to
+compare on a machine that does other work.
 """
 
 import argparse
@@ -79,7 +81,7 @@ def seconds(folder: Path, *command: str) -> dict[str, float]:
     return {"wall": round(time.monotonic() - begun, 1), "cpu": round(used, 1)}
 
 
-def measure(commit: str) -> dict[str, dict[str, float]]:
+def measure(commit: str, gigabytes: int) -> dict[str, dict[str, float]]:
     """The seconds of each command, in a clone that is then removed."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "alloy"
@@ -90,6 +92,14 @@ def measure(commit: str) -> dict[str, dict[str, float]]:
         found["again"] = seconds(folder, "flows.pipeline", "rest")
         found["unchanged"] = seconds(folder, "flows.pipeline", "rest")
         found["promote"] = seconds(folder, "flows.promote", "rest", "--regardless", "benchmark")
+        if gigabytes:
+            for number in range(gigabytes):
+                place = folder / f"released/large/{number}.bin"
+                place.parent.mkdir(exist_ok=True)
+                with place.open("wb") as file:
+                    file.truncate(10**9)
+            found["large"] = seconds(folder, "flows.pipeline", "rest", "--to", "fetch")
+            found["large unchanged"] = seconds(folder, "flows.pipeline", "rest")
         return found
 
 
@@ -98,8 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--commit", default="HEAD", help="of this checkout (HEAD)")
+    parser.add_argument("--gigabytes", type=int, default=0, help="of files beside a run (0)")
     options = parser.parse_args(arguments)
-    print(json.dumps({"commit": options.commit, **measure(options.commit)}, indent=2))
+    found = measure(options.commit, options.gigabytes)
+    print(json.dumps({"commit": options.commit, "load": os.getloadavg()[1], **found}, indent=2))
 
 
 if __name__ == "__main__":

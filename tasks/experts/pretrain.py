@@ -312,6 +312,7 @@ def run_chain(
         if not processes.is_first:
             continue
         release(arm, model, progress, params, corpus, RELEASED / arm)
+        report(arm, "made", sha256(RELEASED / arm / "model.safetensors"))
         size = sum(path.stat().st_size for path in (RELEASED / arm).iterdir())
         report(arm, "say", f"wrote {RELEASED / arm}, {size / 1e6:.1f} MB")
 
@@ -354,6 +355,9 @@ def main(arms: Sequence[str]) -> None:
             if arm not in logs:
                 run = tracking.run("pretraining", arm, {"stage": "pretrain"}, system_metrics=True)
                 logs[arm] = stack.enter_context(run)
+            if kind == "made":
+                logs[arm].tags({tracking.MADE: values[0]})
+                return
             logs[arm].metrics(*values)
 
         jobs = {" ".join(chain): (chain, params) for chain in chains if chain}

@@ -358,7 +358,9 @@ def run(name: str, arms: Sequence[str] = ()) -> None:
             report = partial(_report, arm, log)
             model, progress = pretrain(name, params, arm, report, processes)
             if processes.is_first:
-                print(f"{arm}: wrote {release(name, params, arm, model, progress)}", flush=True)
+                folder = release(name, params, arm, model, progress)
+                report("made", sha256(folder / "model.safetensors"))
+                print(f"{arm}: wrote {folder}", flush=True)
 
 
 def _report(arm: str, log: tracking.Log | None, kind: str, *values: Any) -> None:
@@ -366,6 +368,8 @@ def _report(arm: str, log: tracking.Log | None, kind: str, *values: Any) -> None
         return
     if kind == "say":
         print(f"{arm}: {values[0]}", flush=True)
+    elif kind == "made":
+        log.tags({tracking.MADE: values[0]})
     else:
         log.metrics(*values)
 

@@ -66,6 +66,14 @@ class Log:
         with reaching():
             self._client.log_dict(self.run_id, dict(content), file)
 
+    def curves_of(self, run_id: str) -> None:
+        """Take over the curves of another run, but for what it took of its machine."""
+        with reaching():
+            for name in self._client.get_run(run_id).data.metrics:
+                if not name.startswith("system/"):
+                    self._points += self._client.get_metric_history(run_id, name)
+        self._deliver()
+
     def dataset(self, name: str, digest: str, context: str, source: Mapping[str, object]) -> None:
         """Name data that the result was made or measured with; a digest keeps 36 characters.
 

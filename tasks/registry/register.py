@@ -169,6 +169,7 @@ def _register(recipe: Recipe, folder: Path, lineage: Mapping[str, Any], key: str
                 log.file(place)
         log_arms(recipe, scores, log.run_id)
         tracking.adopt(recipe.name, log.run_id, "finetune")
+        log_pretraining(recipe, log.run_id)
         number = _log_model(
             log,
             section.name,
@@ -179,6 +180,18 @@ def _register(recipe: Recipe, folder: Path, lineage: Mapping[str, Any], key: str
         log.tags({"version": f"models:/{section.name}/{number}"})
     tracking.describe(section.name, number, _description(recipe, log.run_id, lineage))
     return number
+
+
+def log_pretraining(recipe: Recipe, parent: str) -> None:
+    """A run below the result's for each parent whose pre-training this MLflow has: its curves."""
+    made = tracking.makers("pretrain")
+    for path in sorted(recipe.workspace.checkpoints.glob("*/manifest.json")) if made else ():
+        files = storage.read_json(path).get("files", {})
+        for source in {made[f["sha256"]] for f in files.values() if f["sha256"] in made}:
+            tags = {"stage": "pretrain", "recipe": recipe.name, "source": source}
+            name = f"pretrain {path.parent.name}"
+            with tracking.run(recipe.name, name, tags, parent=parent) as log:
+                log.curves_of(source)
 
 
 def log_arms(recipe: Recipe, scores: Mapping[str, Any], parent: str) -> None:

@@ -33,6 +33,7 @@ from tasks.registry.secrets import without_secrets
 ARTIFACTS = Path("mlartifacts")
 WRITER = "alloy.writer"  # tag of a run: the process that writes it
 PARENT = "mlflow.parentRunId"
+MADE = "alloy.made"  # tag of a run: SHA-256 of the weights that it made
 LINEAGE = "lineage.json"  # artifact of a run: what its result was made of
 
 _CLOCK_SECONDS = 5  # by which a clock that is set right may change when a process began
@@ -149,6 +150,18 @@ def adopt(recipe: str, parent: str, stage: str) -> None:
         for orphan in client.search_runs([experiment], wanted):
             if PARENT not in orphan.data.tags:
                 client.set_tag(orphan.info.run_id, PARENT, parent)
+
+
+def makers(stage: str) -> Mapping[str, str]:
+    """The last finished run of a stage that made weights, by their SHA-256, in any experiment."""
+    client, found = connect(), {}
+    with reaching():
+        everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+        wanted = f"tags.stage = '{stage}' and attributes.status = 'FINISHED'"
+        for run in client.search_runs(everywhere, wanted, order_by=["attributes.start_time ASC"]):
+            if PARENT not in run.data.tags and MADE in run.data.tags:
+                found[run.data.tags[MADE]] = run.info.run_id
+    return found
 
 
 def close_killed_runs(recipe: str) -> None:

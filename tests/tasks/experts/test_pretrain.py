@@ -22,6 +22,7 @@ from tasks.recipe.experts import PrepareParams
 from tasks.recipe.load import load_file as load_params
 from tasks.recipe.pretraining import PretrainParams
 from tasks.recipe.section import ParamsError
+from tasks.registry import tracking
 from tasks.storage import read_json, sha256
 from tasks.training.loop import load_state
 
@@ -148,6 +149,7 @@ def test_all_four_are_released_once(params, mlflow_workspace):
         assert digest == read_json(folder / "pretraining.json")["model_sha256"]
         assert digest in (folder / "README.md").read_text()
         assert (folder / "tokenizer.json").exists()
+        assert digest in tracking.makers("pretrain")
     written = {path: path.stat().st_mtime_ns for path in RELEASED.rglob("*")}
     stage.main(list(SHARING))
     assert written == {path: path.stat().st_mtime_ns for path in RELEASED.rglob("*")}

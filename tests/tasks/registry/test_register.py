@@ -186,8 +186,15 @@ def test_arms_are_runs_below_the_results_and_so_are_those_of_finetuning(recipe) 
     """Their metrics have the same names, their params are the arm's; nothing is adopted twice."""
     with tracking.run("toy", "finetune merged", {"stage": "finetune"}):
         pass
+    with tracking.run("pretraining", "seed", {"stage": "pretrain"}) as log:
+        log.tags({tracking.MADE: 64 * "a"})
+        for step, loss in enumerate((3.0, 2.0)):
+            log.metrics({"loss": loss, "system/memory": 1.0}, step)
     arm = {"vqa": {"accuracy": 30.0, "accuracy_standard_error": 1.0}}
     write_result({"test": {**SCORES["test"], "average": arm, "seed": arm}})
+    manifest = next(Path("models/toy/checkpoints").glob("*/manifest.json"))
+    weights = {"files": {"model.safetensors": {"sha256": 64 * "a", "size": 1}}}
+    storage.write_json(manifest, storage.read_json(manifest) | weights)
     register.main(recipe)
     version = tracking.aliased("toy-model", "challenger")
     assert version is not None
@@ -195,7 +202,11 @@ def test_arms_are_runs_below_the_results_and_so_are_those_of_finetuning(recipe) 
     experiment = client.get_experiment_by_name("toy").experiment_id
     below = f"tags.`mlflow.parentRunId` = '{version.run_id}'"
     found = {run.info.run_name: run for run in client.search_runs([experiment], below)}
-    assert set(found) == {"average", "seed", "finetuned", "finetune merged"}
+    pretrained = f"pretrain {manifest.parent.name}"
+    assert set(found) == {"average", "seed", "finetuned", "finetune merged", pretrained}
+    curve = client.get_metric_history(found[pretrained].info.run_id, "loss")
+    assert [(point.step, point.value) for point in curve] == [(0, 3.0), (1, 2.0)]
+    assert set(found[pretrained].data.metrics) == {"loss"}
     assert found["average"].data.metrics["test/vqa/accuracy"] == 30.0
     assert found["average"].data.params["method"] == "linear"
     assert found["finetuned"].data.metrics["test/vqa/accuracy"] == 50.0
@@ -204,7 +215,7 @@ def test_arms_are_runs_below_the_results_and_so_are_those_of_finetuning(recipe) 
     assert "test/average/vqa/accuracy" not in parent
     write_result(seed=1)
     register.main(recipe)
-    assert len(client.search_runs([experiment], below)) == 4
+    assert len(client.search_runs([experiment], below)) == 5
 
 
 @pytest.mark.slow

@@ -229,16 +229,16 @@ def _scope(entry: Any) -> Scope:
 
 
 def _sources(config: _Config) -> list[str]:
-    """Our models: all that are named, without what is our base; slerp's base comes first."""
+    """Our models: all that are named, without what is our base; a base among them comes first, as
+    the result has its form and its tokenizer.
+    """
     names = list(dict.fromkeys(i.model for one in config.slices for i in one.inputs))
     if config.peer.base == "base":
         return [name for name in names if name != config.base]
-    if config.peer.ours == "slerp":
-        if config.base is None:
-            raise MergeError("slerp needs base_model, which is the result at t=0")
+    if config.peer.ours == "slerp" and config.base is None:
+        raise MergeError("slerp needs base_model, which is the result at t=0")
+    if config.base is not None and config.peer.base == "model":
         return [config.base, *(name for name in names if name != config.base)]
-    if config.base is not None and config.base not in names and config.peer.base == "model":
-        return [*names, config.base]
     return names
 
 
@@ -417,6 +417,7 @@ def _tokenizer(
     if source is None:
         return {}
     source = reference_of(source, parsed.notes)
+    source = source.removeprefix("model:") if isinstance(source, str) else source
     owner = parsed.base if uses_base else next(iter(labels))
     known = {"union": "union", "base": "base", owner: "base"}
     if source not in known:

@@ -527,6 +527,18 @@ tokenizer:
 }
 
 
+@pytest.mark.parametrize("source", ["base", "b", "model:b"])
+def test_the_tokenizer_of_one_model_is_found_by_its_name(source, speaking, tmp_path):
+    """A base_model among those that are averaged gives the result its form, wherever it stands."""
+    weighted = [{"model": str(speaking[n]), "parameters": {"weight": 1}} for n in "ab"]
+    named = source.replace("b", str(speaking["b"])) if source != "base" else source
+    config = {"models": weighted, "merge_method": "linear", "tokenizer_source": named}
+    config["base_model"] = str(speaking["b"])
+    run_plan(plan_merge(merge_request(config, tmp_path / "out").request))
+    data = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert list(data["model"]["vocab"]) == list("pqzx")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VOCABULARIES)
 @pytest.mark.parametrize("base", ["", "base_model: seed"])

@@ -1,4 +1,4 @@
-"""Commands of the study; dvc.yaml beside this file says what each reads and writes.
+"""Commands of the study; study.yaml beside this file says what each reads and writes.
 
 python -m benchmarks.towers fetch
 python -m benchmarks.towers slack

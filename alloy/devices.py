@@ -27,12 +27,21 @@ def chosen_device() -> torch.device:
     asked = os.environ.get("ALLOY_DEVICE", "")
     if not asked:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device_named(asked, "DEVICE")
+
+
+def device_named(asked: str, setting: str) -> torch.device:
+    """The device that a setting asks for.
+
+    Raises:
+        DeviceError: no device of that name, or none on this machine.
+    """
     try:
         chosen = torch.device(asked)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise DeviceError(
-            f"DEVICE={asked!r} is not there ({str(error).splitlines()[0]}); this machine has "
+            f"{setting}={asked!r} is not there ({str(error).splitlines()[0]}); this machine has "
             f"{', '.join(_devices())}"
         ) from error
     return chosen

@@ -16,6 +16,7 @@ from alloy.checkpoint.card import model_card, origins_of, record
 from alloy.checkpoint.checks.places import INCOMPLETE
 from alloy.checkpoint.checks.sources import BASE
 from alloy.checkpoint.checks.tensors import PlannedTensor
+from alloy.checkpoint.engine.accelerator import Accelerator
 from alloy.checkpoint.engine.execute import chunk_bytes_for, execute
 from alloy.checkpoint.engine.steps import Shard, Step
 from alloy.checkpoint.engine.underflow import Underflows
@@ -79,6 +80,7 @@ def merge_checkpoints(
     drop: Sequence[str] = (),
     allow: Sequence[str] = (),
     threads: int | None = None,
+    device: str | None = None,
     hash_sources: bool = False,
     command: str | None = None,
     title: str | None = None,
@@ -129,6 +131,9 @@ def merge_checkpoints(
         drop: glob patterns of tensors that the result shall not have.
         allow: glob patterns of config keys (and processor files) that may differ.
         threads: workers; by default the cores this process may use.
+        device: where methods that need whole tensors compute (`cuda`, `cuda:1`): decompositions,
+            selections, Grams. What is merged entry by entry stays on the cores, and by default all
+            does. Equal bytes are promised on one device.
         hash_sources: also record the SHA-256 of source files that the hub's cache does not name
             by it.
         command: how this was called, for the model card.
@@ -143,6 +148,7 @@ def merge_checkpoints(
         MergeError, CheckpointError: anything wrong, with names and fixes, before anything is
             written; NaN or Inf in an input or in the result, and integer tensors that differ, when
             they are met.
+        DeviceError: a device that is not there; DeviceMemoryError where a tensor does not fit it.
     """
     plan = plan_merge(
         MergeRequest(
@@ -157,6 +163,7 @@ def merge_checkpoints(
     return run_plan(
         plan,
         threads=threads,
+        device=device,
         hash_sources=hash_sources,
         command=command,
         title=title,
@@ -168,6 +175,7 @@ def run_plan(
     plan: MergePlan,
     *,
     threads: int | None = None,
+    device: str | None = None,
     hash_sources: bool = False,
     trust_manifests: bool = False,
     command: str | None = None,
@@ -189,6 +197,7 @@ def run_plan(
     if not callable(on_bytes):
         raise MergeError(f"on_bytes={on_bytes!r}: give a function of the number of bytes")
     threads = num_threads(threads) or _num_cores()
+    accelerator = None if device is None else _accelerator(plan, device)
     if hash_sources:
         _refuse_ranges(plan)
     folder = plan.output.with_name(plan.output.name + INCOMPLETE)
@@ -196,8 +205,9 @@ def run_plan(
     with system_errors(), locked(folder):
         origins = origins_of(plan, trust_manifests=trust_manifests)
         try:
-            journal = Journal(folder, plan.digest, _files_of(plan))
-            shards = _shards(plan, compiled)
+            digest = plan.digest + ("" if accelerator is None else f" on {accelerator.device.type}")
+            journal = Journal(folder, digest, _files_of(plan))
+            shards = _shards(plan, compiled, accelerator)
             with _single_threaded_torch(shards):
                 execute(
                     [underflows.watch(s) for s in shards if s.file not in journal.finished],
@@ -210,6 +220,8 @@ def run_plan(
             files = {shard.file: journal.finished[shard.file] for shard in shards}
             files |= _write_beside(plan, folder, shards)
             notes = (*plan.notes, *underflows.notes())
+            if accelerator is not None and not _runs(Function, shards, whole=True):
+                notes += (f"device={device!r} changes nothing: no tensor is needed as a whole",)
             account = record(
                 plan, files, origins, hash_sources=hash_sources, command=command, notes=notes
             )
@@ -243,6 +255,22 @@ def _refuse_ranges(plan: MergePlan) -> None:
         )
 
 
+def _accelerator(plan: MergePlan, device: str) -> Accelerator | None:
+    """The device, or None for the CPU."""
+    from alloy.devices import device_named
+
+    if plan.settings.method.scope == "model":
+        raise MergeError(
+            f"device={device!r}: {plan.settings.name} computes where the module is; move that"
+        )
+    chosen = device_named(str(device), "device")
+    if chosen.type == "mps":
+        raise MergeError(
+            "device='mps' has no float64, in which Grams and spectra are computed; leave it out"
+        )
+    return None if chosen.type == "cpu" else Accelerator(chosen)
+
+
 def _num_cores() -> int:
     """The cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -250,7 +278,7 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _shards(plan: MergePlan, compiled: bool) -> list[Shard]:
+def _shards(plan: MergePlan, compiled: bool, accelerator: Accelerator | None) -> list[Shard]:
     tensors = {tensor.name: tensor for tensor in plan.tensors}
     whole = None
     if plan.settings.method.scope == "model":
@@ -259,7 +287,7 @@ def _shards(plan: MergePlan, compiled: bool) -> list[Shard]:
     return [
         Shard(
             file,
-            tuple(_step(plan, tensors[name], compiled, whole) for name in names),
+            tuple(_step(plan, tensors[name], compiled, whole, accelerator) for name in names),
         )
         for file, names in plan.layout.items()
     ]
@@ -276,6 +304,7 @@ def _step(
     tensor: PlannedTensor,
     compiled: bool,
     whole: Mapping[str, Any] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Step:
     about = _about(tensor)
     if whole is not None and tensor.name in whole:
@@ -301,6 +330,7 @@ def _step(
             base=BASE in tensor.sources,
             statistics=measured,
             compiled=compiled,
+            accelerator=accelerator,
         )
     return Step(
         tensor.name,
@@ -319,10 +349,16 @@ def _files_of(plan: MergePlan) -> list[str]:
     return [*plan.layout, *plan.files, INDEX, RECORD, "README.md"]
 
 
+def _runs(kind: type, shards: Sequence[Shard], *, whole: bool = False) -> bool:
+    """True if a tensor is computed by works of this kind (`whole`: that do not cut it)."""
+    works = [s.work for shard in shards for s in shard.steps if s.work.func is kind]
+    return any(not work().chunked for work in works) if whole else bool(works)
+
+
 @contextmanager
 def _single_threaded_torch(shards: Sequence[Shard]) -> Generator[None]:
     """Workers are the parallelism: torch's threads would compete and change the order of sums."""
-    if not any(step.work.func is Function for shard in shards for step in shard.steps):
+    if not _runs(Function, shards):
         yield
         return
     import torch

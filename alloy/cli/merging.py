@@ -191,6 +191,10 @@ def merge(
     drop: Drop = None,
     allow: Allow = None,
     threads: Annotated[int | None, typer.Option(help="Workers; by default all cores.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where decompositions are computed, as cuda; by default on the cores."),
+    ] = None,
     hash_sources: Annotated[
         bool, typer.Option("--hash-sources", help="Record the SHA-256 of every source file.")
     ] = False,
@@ -218,6 +222,7 @@ def merge(
         carry_out(
             plan,
             threads=threads,
+            device=device,
             hash_sources=hash_sources,
             trust_manifests=all(
                 is_remote(s) for s in (*_places(sources), *([base] if base else []))
@@ -236,6 +241,7 @@ def carry_out(
     plan: MergePlan,
     *,
     threads: int | None = None,
+    device: str | None = None,
     hash_sources: bool = False,
     trust_manifests: bool = False,
     command: str | None = None,
@@ -260,6 +266,7 @@ def carry_out(
         report = run_plan(
             plan,
             threads=threads,
+            device=device,
             hash_sources=hash_sources,
             trust_manifests=trust_manifests,
             command=command,

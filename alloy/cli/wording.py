@@ -23,6 +23,7 @@ _OPTIONS = {
     "chat_template": "--chat-template",
     "coefficients": "--coefficients",
     "copy": "--copy",
+    "device": "--device",
     "drop": "--drop",
     "dtype": "--dtype",
     "energy": "--energy",

@@ -220,7 +220,9 @@ def sce(models: Sequence[Tensor], *, base: Tensor, density: float) -> Tensor:
         deltas = deltas * (selected & (variance > 0))
     energy = deltas.double().square().reshape(len(deltas), -1).mean(1)
     total = energy.sum()
-    weights = (energy / total if total > 0 else torch.ones_like(energy) / len(energy)).tolist()
+    weights = (
+        (energy / total if total > 0 else torch.ones_like(energy) / len(energy)).cpu().tolist()
+    )
     return _elect_and_merge(base, list(deltas), weights, "mass", normalize=True, scale=1.0)
 
 

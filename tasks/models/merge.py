@@ -54,10 +54,10 @@ def main(recipe: ModelsRecipe) -> None:
     if recipe.is_trunk:
         merge_parts(recipe)
         return
+    use_device("merge", float64=True)
     if not recipe.is_calibrated:
         stream.main(recipe)
         return
-    use_device("merge", float64=True)
     planned = {job.name: job for job in jobs(recipe) if recipe.arms(job.set)}
     with write_folder(recipe.workspace.arms) as folder:
         num = {name: len(recipe.arms(job.set)) for name, job in planned.items()}

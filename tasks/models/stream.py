@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from alloy.checkpoint import MergePlan, MergeRequest, plan_merge, run_plan
 from alloy.checkpoint.checks.sources import BASE
+from alloy.devices import chosen_device
 from tasks.models.shared.jobs import Job, jobs
 from tasks.recipe.models import ModelsArm, ModelsRecipe
 from tasks.storage import write_folder
@@ -52,6 +53,7 @@ def stream(job: Job, name: str, arm: ModelsArm, place: Path) -> None:
     with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, desc=f"merge: {name}") as bar:
         report = run_plan(
             plan,
+            device=str(chosen_device()),
             hash_sources=True,
             trust_manifests=True,  # our fetch wrote them
             title=f"{job.recipe.name}: {name}",

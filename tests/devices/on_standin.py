@@ -3,14 +3,17 @@
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import alloy
 from alloy.alignment import PRESETS
+from alloy.checkpoint.engine import accelerator
 from alloy.devices import beside, device_of
 from alloy.errors import DeviceMemoryError
 from alloy.gauge import descent
@@ -21,6 +24,7 @@ from alloy.modality.stream_search import find_gauge
 from alloy.modality.streams import in_gauge
 from alloy.refit import conjugate
 from alloy.statistics import linear_systems
+from alloy.statistics.moments import Gram
 from tasks.command import batch_sizes
 from tasks.data.scenes.words import ANSWERS
 from tasks.experts import pretrain
@@ -271,3 +275,66 @@ def test_the_served_model(tmp_path: Path, on) -> None:
         for row, expected in zip(ours, theirs, strict=True):
             for key, value in expected.items():
                 assert row[key] == (value if key == "answer" else pytest.approx(value, abs=1e-5))
+
+
+def matrices(folder: Path) -> dict[str, Path]:
+    """A base and two fine-tunes with a matrix, fused experts and a vector; Grams of each."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (12, 8), "experts": (2, 6, 5), "b.bias": (7,), "c.weight": (9, 9)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    written = {}
+    for name in ("base", "one", "two"):
+        change = 0.0 if name == "base" else 0.1
+        weights = {
+            n: t + change * torch.randn(t.shape, generator=generator) for n, t in base.items()
+        }
+        (folder / name).mkdir(parents=True)
+        save_file(weights, folder / name / "model.safetensors")
+        (folder / name / "config.json").write_text("{}")
+        grams = {}
+        for layer, width in (("a.weight", 8), ("c.weight", 9)):
+            grams[layer] = Gram.zero(width).update(torch.randn(40, width, generator=generator))
+        alloy.checkpoint.save_statistics(grams, folder / f"{name}.grams")
+        written[name] = folder / name
+    return written
+
+
+@pytest.mark.parametrize(
+    "method", ["tsv_m", "iso_cts", "wudi", "regmean", "della", "sce", "geometric_median"]
+)
+def test_the_engine_merges_whole_tensors_on_the_device(tmp_path: Path, monkeypatch, method) -> None:
+    """As on the CPU, out of memory of the device's own; a tensor that does not fit is one error."""
+    places = matrices(tmp_path)
+    asked: list[int] = []
+
+    def pinned(num_bytes: int) -> np.ndarray:
+        asked.append(num_bytes)
+        return np.empty(num_bytes, np.uint8)
+
+    monkeypatch.setattr(accelerator, "PINNING", (standin.NAME,))
+    monkeypatch.setattr(accelerator, "pinned", pinned)
+    given = {"sources": [places["one"], places["two"]], "statistics": None, "base": places["base"]}
+    if method in ("regmean", "geometric_median"):
+        given["base"] = None
+    if method == "regmean":
+        given["statistics"] = [tmp_path / "one.grams", tmp_path / "two.grams"]
+    for device, output in ((None, "cpu"), (standin.NAME, "there")):
+        alloy.merge_checkpoints(method, output=tmp_path / output, device=device, **given)
+        assert bool(asked) == (device is not None)
+    tensors = [load_file(tmp_path / name / "model.safetensors") for name in ("there", "cpu")]
+    close(*tensors)
+    num_inputs = len(given["sources"]) + (given["base"] is not None)
+    assert sorted(asked) == sorted(num_inputs * t.nbytes for t in tensors[0].values())
+    monkeypatch.setattr(standin, "MOST_BYTES", 100)
+    full = r"is full \(CUDA out of memory.*its inputs alone are [\d,]+ bytes.*leave out device"
+    with pytest.raises(DeviceMemoryError, match=full):
+        alloy.merge_checkpoints(method, output=tmp_path / "full", device=standin.NAME, **given)
+    assert not (tmp_path / "full").exists()
+
+
+def test_what_is_merged_entry_by_entry_stays_on_the_cores(tmp_path: Path) -> None:
+    places = matrices(tmp_path)
+    report = alloy.merge_checkpoints(
+        "linear", [places["one"], places["two"]], tmp_path / "out", device=standin.NAME
+    )
+    assert any("changes nothing: no tensor is needed as a whole" in n for n in report.notes)

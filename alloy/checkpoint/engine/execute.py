@@ -371,8 +371,10 @@ class _Schedule:
         if step.row_maps is not None:
             return buffer, read_mapped(step, task.inputs, piece.start, piece.stop)
         widths = [(piece.stop - piece.start) * ITEM_BYTES[e.dtype] for e in step.inputs]
-        space = buffer
-        if sum(widths) > len(buffer):
+        space = task.work.memory(sum(widths))
+        if space is None:
+            space = buffer
+        if sum(widths) > len(space):
             space = np.empty(sum(widths), np.uint8)
             buffer = space if sum(widths) <= LARGE_BYTES else buffer
         rows: Rows

@@ -43,6 +43,10 @@ class Work(Protocol):
         """Write the elements from `start` on to `out`, as bytes."""
         ...
 
+    def memory(self, num_bytes: int) -> np.ndarray | None:
+        """Memory of its own that the inputs are read into, or None for any."""
+        ...
+
 
 @dataclass(frozen=True)
 class Step:

@@ -67,6 +67,9 @@ class _Watched:
     def prepare(self, round_: int) -> None:
         self._work.prepare(round_)
 
+    def memory(self, num_bytes: int) -> np.ndarray | None:
+        return self._work.memory(num_bytes)
+
     def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
         self._work.compute(rows, start, out)
         zero = out.view(np.uint16) & 0x7FFF == 0

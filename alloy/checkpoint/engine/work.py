@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import alloy.checkpoint.engine.kernels as kernels
+from alloy.checkpoint.engine.accelerator import Accelerator
 from alloy.checkpoint.engine.steps import Rows, as_float, mapped_dtype
 from alloy.checkpoint.format import ITEM_BYTES, Entry
 from alloy.checkpoint.ranges.files import elsewhere
@@ -100,6 +101,9 @@ class _Work:
 
     def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
         raise NotImplementedError
+
+    def memory(self, num_bytes: int) -> np.ndarray | None:
+        return None
 
 
 class Copy(_Work):
@@ -282,6 +286,7 @@ class Function(_Work):
         *,
         base: bool,
         statistics: Callable[[str], Sequence[Any] | None] | None,
+        accelerator: Accelerator | None,
     ):
         self.tensors, self.settings, self.base, self.statistics = (
             tensors,
@@ -290,11 +295,13 @@ class Function(_Work):
             statistics,
         )
         self.chunked = settings.method.elementwise and statistics is None
+        self.accelerator = None if self.chunked else accelerator
+
+    def memory(self, num_bytes: int) -> np.ndarray | None:
+        return None if self.accelerator is None else self.accelerator.memory(num_bytes)
 
     def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
         import torch
-
-        from alloy.merging import merge_tensor
 
         tensors = self.tensors
         dtypes = [getattr(torch, TORCH_DTYPES[dtype]) for dtype in tensors.row_dtypes]
@@ -312,16 +319,28 @@ class Function(_Work):
                     f"{tensors.name} in {source!r} ({entry.origin}) has NaN or Inf; repair or "
                     "replace that checkpoint"
                 )
-        merged = merge_tensor(
+        measured = None if self.statistics is None else self.statistics(tensors.name)
+        merge = partial(self._merged, start)
+        if self.accelerator is None:
+            merged = merge(values, measured)
+        else:
+            merged = self.accelerator.run(merge, values, measured, tensors.name)
+        out[:] = merged.contiguous().flatten().view(torch.uint8).numpy()
+
+    def _merged(self, start: int, values: Sequence[Any], measured: Sequence[Any] | None) -> Any:
+        import torch
+
+        from alloy.merging import merge_tensor
+
+        return merge_tensor(
             self.settings,
-            tensors.name,
+            self.tensors.name,
             values[1:] if self.base else values,
             base=values[0] if self.base else None,
-            statistics=None if self.statistics is None else self.statistics(tensors.name),
+            statistics=measured,
             offset=start,
-            dtype=getattr(torch, TORCH_DTYPES[tensors.dtype]),
+            dtype=getattr(torch, TORCH_DTYPES[self.tensors.dtype]),
         )
-        out[:] = merged.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def merged_whole(
@@ -365,6 +384,7 @@ def work_for(
     base: bool,
     statistics: Callable[[str], Sequence[Any] | None] | None = None,
     compiled: bool = True,
+    accelerator: Accelerator | None = None,
 ) -> partial[_Work]:
     """Choose how to merge a tensor; `compiled` False forces the method's own function."""
     method, options = settings.method, settings.options_of(tensors.name)
@@ -390,7 +410,9 @@ def work_for(
             if coefficients is not None:
                 keywords["coefficients"] = coefficients
             return partial(Mixture, tensors, method, keywords, base=base)
-    return partial(Function, tensors, settings, base=base, statistics=statistics)
+    return partial(
+        Function, tensors, settings, base=base, statistics=statistics, accelerator=accelerator
+    )
 
 
 def _ranks(method: str, options: Mapping[str, Any], num_elements: int) -> tuple[int, ...] | bool:

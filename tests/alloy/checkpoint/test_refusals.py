@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import alloy
-from alloy.errors import CheckpointError, MergeError
+from alloy.errors import CheckpointError, DeviceError, MergeError
 
 
 class Case(NamedTuple):
@@ -474,3 +474,13 @@ def test_the_probed_table_is_complete():
     """mergekit was probed with 30 cases; no name stands twice in the tables."""
     assert len(PROBED) == 30
     assert len({case.name for case in PROBED + OURS}) == len(PROBED + OURS)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:99", "device='cuda:99' is not there"), ("gpu", "device='gpu' is not there")],
+)
+def test_a_device_that_is_not_there_is_refused(sources, tmp_path, device, message):
+    with pytest.raises(DeviceError, match=message):
+        alloy.merge_checkpoints("linear", sources, tmp_path / "out", device=device)
+    assert not list(tmp_path.glob("out*"))

@@ -13,6 +13,7 @@ from alloy.errors import MergeError, nearest
 from alloy.trunk.plan import kept_names
 from tasks.models.benchmarks.checks import check_benchmarks
 from tasks.models.prepare import refuse_options
+from tasks.models.shared.labels import refuse_labels
 from tasks.models.shared.parts import matching
 from tasks.recipe.benchmarks import ModelsExamples
 from tasks.recipe.calibration import ModelsCalibration
@@ -65,12 +66,14 @@ def check_checkpoints(recipe: ModelsRecipe) -> None:
 
     Raises:
         ParamsError: parts that are not there, overlap or are not alike; processors that are
-            missing.
+            missing; members of other labels whose heads would be averaged.
     """
     needed = processors_of(recipe)
     parts = [part for entry in recipe.sets.values() for part in entry.parts.values()]
+    averaged = [m for entry in recipe.sets.values() for ms in entry.members.values() for m in ms]
+    looked_at = [*(n for n, _ in needed), *(part.checkpoint for part in parts)]
     glances: dict[str, Glance] = {}
-    for name in dict.fromkeys([*(n for n, _ in needed), *(part.checkpoint for part in parts)]):
+    for name in dict.fromkeys([*looked_at, *(averaged if recipe.is_calibrated else ())]):
         source, folder = recipe.fetch.checkpoints[name].source, recipe.workspace.checkpoints / name
         if name not in recipe.fetch.adapters and (seen := glance(source, folder)) is not None:
             glances[name] = seen
@@ -81,6 +84,13 @@ def check_checkpoints(recipe: ModelsRecipe) -> None:
                 f"({PROCESSORS[what][0]}), which {key} takes; save the one it was trained with "
                 "beside its weights"
             )
+    for key, entry in recipe.sets.items() if recipe.is_calibrated else ():
+        for members in entry.members.values():
+            try:
+                configs = {m: glances[m].config for m in members if m in glances}
+                refuse_labels(recipe, key, configs)
+            except MergeError as error:
+                raise ParamsError(f"{recipe.where}: {error}") from error
     models = {
         part.checkpoint: skeleton(glances[part.checkpoint].config)
         for part in parts

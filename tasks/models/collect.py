@@ -21,8 +21,8 @@ from alloy.devices import chosen_device, device_of, device_pool
 from alloy.processes import Processes
 from alloy.statistics import Statistics
 from alloy.statistics.collection import planned_bytes
-from tasks.evaluation.loading import load_any
-from tasks.models.shared.heads import heads, refuse_labels
+from tasks.evaluation.loading import load_any, load_config
+from tasks.models.shared.heads import heads
 from tasks.models.shared.jobs import (
     Job,
     Report,
@@ -36,6 +36,7 @@ from tasks.models.shared.jobs import (
     run_jobs,
     save_tensors,
 )
+from tasks.models.shared.labels import refuse_labels
 from tasks.recipe.models import ModelsRecipe
 from tasks.storage import write_json
 from tasks.workers import job_cores
@@ -49,7 +50,8 @@ def main(recipe: ModelsRecipe) -> None:
     processes = join("collect", float64=True)
     for job in planned:
         refuse_other_architectures(job)
-        refuse_labels(job)
+        configs = {name: load_config(folder).to_dict() for name, folder in job.folders.items()}
+        refuse_labels(recipe, job.set, configs)
         heads(job, job.skeleton.state_dict().keys())
     agree_on_data(processes, planned)
     out = recipe.workspace.statistics

@@ -1,12 +1,10 @@
 """Heads that stay each member's own over the merged trunk: tensors, labels and checkpoints."""
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +16,9 @@ from alloy.symmetry import SymmetrySpec
 from alloy.symmetry.names import head_names
 from alloy.symmetry.parts import without
 from alloy.symmetry.spec import leaves
-from tasks.evaluation.loading import load_config, model_class
+from tasks.evaluation.loading import load_config
 from tasks.models.shared.jobs import Job
 
-LABELLED = ("Classification", "Detection", "Segmentation")  # in names of classes with labels
-PLAIN = "label {}".format  # of an output that nobody gave a name
 HEAD = "head"  # instead of patterns: what the architecture says is the head
 OF_HEADS = ("id2label", "label2id", "problem_type")  # of a config, beside `classifier_...`
 
@@ -89,48 +85,3 @@ def headless(job: Job, model: PreTrainedModel, spec: SymmetrySpec) -> PreTrained
         silent[name] = torch.zeros(shape, device=device_of(model))
     put(model, silent)
     return model
-
-
-def refuse_labels(job: Job) -> None:
-    """Refuse to average heads whose outputs mean different things.
-
-    Labels of the same words count as the same, however they are spelt; `LABEL_0` says nothing.
-
-    Raises:
-        MergeError: members of other labels, or of the same in another order, whose heads would be
-            averaged.
-    """
-    tails = any("until" in own.settings for own in job.recipe.alignments(job.set).values())
-    kind = model_class(job.folders[job.members[0]]).__name__
-    if job.entry.heads or job.entry.kept or tails or not any(word in kind for word in LABELLED):
-        return
-    named = {name: labels(load_config(folder)) for name, folder in job.folders.items()}
-    for (first, ours), (second, theirs) in combinations(named.items(), 2):
-        for why in _differences(first, ours, second, theirs):
-            raise MergeError(
-                f"set {job.set!r}: {why}: their heads would be averaged. Let each keep its own "
-                "(`heads: [head]`, or patterns of its tensors), or the first member's stay "
-                "(`kept: [head]`)"
-            )
-
-
-def labels(config: Any) -> list[str]:
-    """The words for each output of a model, or what stands where its config has none."""
-    id2label: Mapping[int, str] = getattr(config, "id2label", None) or {}
-    return [str(id2label[i]).casefold().replace("_", " ").strip() for i in sorted(id2label)]
-
-
-def _differences(first: str, ours: list[str], second: str, theirs: list[str]) -> Iterator[str]:
-    if len(ours) != len(theirs):
-        yield f"{first!r} has {len(ours)} labels and {second!r} {len(theirs)}"
-    elif ours == theirs or any(own == list(map(PLAIN, range(len(own)))) for own in (ours, theirs)):
-        return
-    elif sorted(ours) == sorted(theirs):
-        word = next(word for word, other in zip(ours, theirs, strict=True) if word != other)
-        yield (
-            f"{first!r} and {second!r} number the same labels differently ({word!r} is "
-            f"{ours.index(word)} and {theirs.index(word)})"
-        )
-    else:
-        i = next(i for i, word in enumerate(ours) if word != theirs[i])
-        yield f"label {i} is {ours[i]!r} of {first!r} and {theirs[i]!r} of {second!r}"

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from alloy.alignment import PRESETS
 from tasks.evaluation.outputs import Answers
 from tasks.models import align, choose, collect, evaluate, finetune, merge, prepare
+from tasks.models.checks import check
 from tasks.models.measures.heads import LabelledHeads
 from tasks.models.shared.alignment import load_alignment
-from tasks.models.shared.heads import labels, refuse_labels
 from tasks.models.shared.jobs import jobs
 from tasks.recipe.load import load, load_models
 from tasks.recipe.section import ParamsError
@@ -329,7 +329,7 @@ def test_heads_that_no_member_has_are_refused_before_anything_is_collected(
 
 
 def relabel(name: str, words: Sequence[str]) -> None:
-    file = Path(f"models/mine/checkpoints/{name}/config.json")
+    file = Path(f"given/{name}/config.json")
     config = json.loads(file.read_text())
     config["id2label"] = {str(i): word for i, word in enumerate(words)}
     config["label2id"] = {word: i for i, word in enumerate(words)}
@@ -339,18 +339,21 @@ def relabel(name: str, words: Sequence[str]) -> None:
 def test_heads_of_other_meanings_are_not_averaged_in_silence(write) -> None:
     """Other labels, or the same in another order, are refused; another spelling is the same."""
     write(lambda recipe: (recipe.pop("heads"), recipe["register"].pop("head")))
+    with pytest.raises(ParamsError, match=r"'a' has 5 labels and 'b' 3.*heads: .head."):
+        check(load_models("mine"))
+    for words, why in (
+        (["dog", "cat", "owl"], r"number the same labels differently \('dog' is 0 and 1"),
+        (["cat", "dog", "fox"], "label 2 is 'fox' of 'a' and 'owl' of 'b'"),
+    ):
+        relabel("a", words)
+        with pytest.raises(ParamsError, match=why):
+            check(load_models("mine"))
+    for words in (["cat", "dog", "owl"], ["LABEL_0", "LABEL_1", "LABEL_2"]):
+        relabel("a", words)  # the same words, or none that say anything
+        check(load_models("mine"))
     run(fetch)
     (job,) = jobs(load_models("mine"))
-    with pytest.raises(ValueError, match=r"'a' has 5 labels and 'b' 3.*heads: .head."):
-        refuse_labels(job)
-    relabel("a", ["cat", "dog", "owl"])
-    refuse_labels(job)
-    relabel("a", ["dog", "cat", "owl"])
-    with pytest.raises(ValueError, match=r"number the same labels differently \('dog' is 0 and 1"):
-        refuse_labels(job)
-    relabel("a", ["cat", "dog", "fox"])
-    with pytest.raises(ValueError, match="label 2 is 'fox' of 'a' and 'owl' of 'b'"):
-        refuse_labels(job)
-    relabel("a", ["LABEL_0", "LABEL_1", "LABEL_2"])  # nobody said what they mean
-    refuse_labels(job)
-    assert labels(finetune.load_any(job.folders["b"]).config) == ["cat", "dog", "owl"]
+    relabel("a", WORDS["a"])
+    shutil.copy("given/a/config.json", job.folders["a"] / "config.json")
+    with pytest.raises(ValueError, match="'a' has 5 labels and 'b' 3"):
+        collect.main(load_models("mine"))

@@ -2,12 +2,13 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
-.PHONY: help merge promote rollback sweep serve status ui docs test check format lock
+.PHONY: help merge promote rollback sweep serve worker status ui docs test check format lock
 
 RECIPE ?= modality
 DEVICE ?=
 PROCESSES ?=
 ALERT ?= $(ALLOY_ALERT)
+POOL ?=
 SLOW   ?=
 ARGS   ?=
 UV_VERSION := 0.13.9
@@ -37,6 +38,9 @@ sweep: $(READY) ## RECIPE with many settings: ARGS='merge.result=interpolation,r
 
 serve: $(READY) ## a local Prefect server on which RECIPE runs every night and promotion follows
 	@python -m flows.serve '$(RECIPE)' $(ARGS)
+
+worker: $(READY) ## run the stages that params/placement.yaml places in POOL, with this clone
+	@python -m flows.placement.worker '$(POOL)' $(ARGS)
 
 status: $(READY) ## the last runs of each flow, and who is champion of RECIPE
 	@python -m flows.status '$(RECIPE)' $(ARGS)

@@ -1,8 +1,8 @@
 """The stages of a recipe as DVC sees them: in which order they run, and which must run again.
 
 `Repo().index` and the files in `.dvc/tmp` are DVC's own, not a public interface; they are read here
-and nowhere else. Every question is put under DVC's repository lock, which every DVC process holds
-while it writes `dvc.lock`.
+and in `flows.placement.entries`, nowhere else. Every question is put under DVC's repository lock,
+which every DVC process holds while it writes `dvc.lock`.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -48,11 +48,33 @@ class Stage(NamedTuple):
     """`merge@modality`"""
     replaced: tuple[Path, ...]
     """The outputs that DVC removes before the stage's command runs."""
+    in_cache: bool
+    """True if DVC brings the outputs back from its cache instead of running the command."""
 
 
 def stages(recipe: str) -> list[str]:
     """The addresses of a recipe's stages, each after those whose outputs it reads."""
-    return _ask(lambda repo: _stages(repo, recipe))
+    return ask(lambda repo: _stages(repo, recipe))
+
+
+def names() -> list[str]:
+    """The stages' names, each once, whichever recipes have them."""
+
+    def read(repo: Repo) -> list[str]:
+        return list(dict.fromkeys(s.addressing.partition("@")[0] for s in repo.index.stages))
+
+    return ask(read)
+
+
+def needs(addresses: Sequence[str]) -> dict[str, set[str]]:
+    """Those among the stages whose outputs each of them reads, directly or through others."""
+
+    def read(repo: Repo) -> dict[str, set[str]]:
+        graph, known = repo.index.graph, {stage.addressing: stage for stage in repo.index.stages}
+        read_by = {a: networkx.descendants(graph, known[a]) for a in addresses}
+        return {a: {s.addressing for s in read_by[a]} & set(addresses) for a in addresses}
+
+    return ask(read)
 
 
 def _stages(repo: Repo, recipe: str) -> list[str]:
@@ -65,7 +87,7 @@ def _stages(repo: Repo, recipe: str) -> list[str]:
 
 def select(recipe: str, *, to: str | None = None, only: str | None = None) -> list[str]:
     """The addresses up to and including stage `to`, or stage `only` alone, or all."""
-    return _ask(lambda repo: _select(repo, recipe, to, only))
+    return ask(lambda repo: _select(repo, recipe, to, only))
 
 
 def _select(repo: Repo, recipe: str, to: str | None, only: str | None) -> list[str]:
@@ -84,16 +106,13 @@ def _select(repo: Repo, recipe: str, to: str | None, only: str | None) -> list[s
     return [address for address in addresses if address in needed]
 
 
-def stale_stages(addresses: Sequence[str], forced: Collection[str] = ()) -> Iterator[Stage]:
-    """Each of these stages that must run, asked of DVC when the caller is done with the one before.
+def first_stale(addresses: Sequence[str], forced: Collection[str] = ()) -> Stage | None:
+    """The first of these stages that must run; None where all are up to date.
 
     A stage is stale when its command, params, inputs or outputs are not what DVC recorded, or when
     it is forced.
     """
-    rest = list(addresses)
-    while (stage := _ask(partial(_first_stale, rest, forced))) is not None:
-        yield stage
-        rest = rest[rest.index(stage.address) + 1 :]
+    return ask(partial(_first_stale, addresses, forced))
 
 
 def _first_stale(addresses: Sequence[str], forced: Collection[str], repo: Repo) -> Stage | None:
@@ -101,10 +120,13 @@ def _first_stale(addresses: Sequence[str], forced: Collection[str], repo: Repo) 
     for address in addresses:
         stage = known[address]
         if address in forced or stage.changed():
-            if address not in forced:
-                _drop_rotten(repo, stage)
+            in_cache = address not in forced and _is_in_cache(repo, stage)
             removed = [out.fs_path for out in stage.outs if not out.persist]
-            return Stage(address, tuple(Path(path).relative_to(repo.root_dir) for path in removed))
+            return Stage(
+                address,
+                tuple(Path(path).relative_to(repo.root_dir) for path in removed),
+                in_cache,
+            )
     return None
 
 
@@ -117,14 +139,14 @@ def is_recorded(address: str) -> bool:
         return bool(outs) and not any(out.workspace_status() for out in outs)
 
     try:
-        return _ask(look)
+        return ask(look)
     except GraphError:  # on a full disk, say
         return False
 
 
 def default_remote() -> str | None:
     """The name of the remote to which DVC pushes, if there is one."""
-    return _ask(lambda repo: repo.config["core"].get("remote"))
+    return ask(lambda repo: repo.config["core"].get("remote"))
 
 
 def _stage(repo: Repo, address: str):
@@ -132,7 +154,7 @@ def _stage(repo: Repo, address: str):
     return stage
 
 
-def _ask(question: Callable[[Repo], T]) -> T:
+def ask(question: Callable[[Repo], T]) -> T:
     """Ask DVC, as soon as no other DVC process works on the same files."""
     waiting = False
     while True:
@@ -224,22 +246,33 @@ def _lives(holder: dict) -> bool:
     return not zombie and command.endswith(holder["cmd"].partition(" ")[2])
 
 
-def _drop_rotten(repo: Repo, stage) -> None:
-    """Remove damaged files from DVC's cache, of those that it would bring back for a stage.
+def _is_in_cache(repo: Repo, stage) -> bool:
+    """True if DVC would bring the outputs of a stage back; damaged files are removed first.
 
     DVC trusts its cache: it would bring damage back and record it as what the stage wrote.
     """
+    if not all(dep.exists for dep in stage.deps):
+        return False
     if not stage.changed_stage() and stage.deps_cached():
-        names = {out.hash_info.value for out in stage.outs if out.hash_info}
+        names = [out.hash_info.value for out in stage.outs]
     else:
         stage.save_deps(allow_missing=True)
         entry = _can_hash(stage) and repo.stage_cache._load(stage)
-        names = {out["md5"] for out in entry["outs"]} if entry else set()
-    if rotten := sum(_drop_rotten_object(repo, name) for name in names):
+        names = [out["md5"] for out in entry["outs"]] if entry else []
+    if rotten := sum(_drop_rotten_object(repo, name) for name in names if name):
         tell(
             f"{rotten} files in DVC's cache are damaged and were removed: {stage.addressing} runs "
             "instead of being brought back."
         )
+    return bool(names) and _can_hash(stage) and all(_has_object(repo, name) for name in names)
+
+
+def _has_object(repo: Repo, name: str | None) -> bool:
+    path = Path(repo.cache.local.oid_to_path(name)) if name else None
+    if path is None or not path.is_file():
+        return False
+    inner = json.loads(path.read_text()) if path.name.endswith(".dir") else []
+    return all(_has_object(repo, entry["md5"]) for entry in inner)
 
 
 def _drop_rotten_object(repo: Repo, name: str) -> int:

@@ -7,13 +7,8 @@ where it ended.
 """
 
 import argparse
-import os
-import re
-import signal
 import sys
-import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -22,22 +17,17 @@ from prefect.states import Completed, State
 
 from flows import graph
 from flows.alarm import raise_alarm
-from flows.graph import GraphError, is_recorded, select, stale_stages
-from flows.kept import kept, recover
+from flows.graph import GraphError, first_stale, select
+from flows.placement.commit import CommitError
+from flows.placement.dispatch import Elsewhere, refuse_without_server, tell_of_others
+from flows.placement.params import placed
 from flows.progress import Progress
+from flows.reproduce import reproduce, workspace
 from flows.server import own_server
 from flows.services import ServerError
 from flows.share import ShareError, refuse_unshareable, share
-from flows.states import (
-    UNREACHABLE,
-    Recipe,
-    Stage,
-    failed,
-    is_unreachable,
-    log_failures_plainly,
-    named,
-)
-from flows.workspace import Say, complain, dvc, end_as_ctrl_c, only_run, run_streaming, tell
+from flows.states import Recipe, Stage, failed, is_unreachable, log_failures_plainly, named
+from flows.workspace import complain, end_as_ctrl_c, tell
 from tasks.recipe.load import load
 from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.plan import check, check_contents
@@ -49,84 +39,12 @@ from tasks.workspace import Workspace
 # The stages that meet a network: they alone are tried again, after so many seconds.
 RETRIED_AFTER = {"fetch": [2.0, 10.0], "register": [2.0, 10.0]}
 
-_VERDICT = "ERROR: failed to reproduce"  # opens DVC's last words
-_BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
-_BUSY_SECONDS = 2.0
-_SHELL_SIGNAL = 128  # a shell's exit status for a command that a signal ended, plus the signal
-# What DVC says about itself, of no use to somebody who watches a pipeline.
-_CHATTER = (
-    "> ",
-    "Updating lock file",
-    "Generating lock file",
-    "To track the changes",
-    "To enable auto",
-    "Use `dvc push`",
-    "git add",
-    "dvc config",
-)
-
 
 @task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=is_unreachable)
-def reproduce(stage: graph.Stage, lock: int, force: bool = False) -> State:
-    """Run one stage through DVC; unless it ends well, what it wrote before comes back."""
-    log = get_run_logger()
+def run_here(stage: graph.Stage, lock: int, force: bool = False) -> State:
+    """Run one stage in this workspace."""
     log_failures_plainly()
-    output: list[str] = []
-
-    def say(line: str) -> None:
-        words = line.strip()
-        if words.startswith(_CHATTER):
-            log.debug(line)
-        elif words:
-            log.info(line)
-            output.append(words)
-
-    command = dvc("repro", "--single-item", *(["--force"] if force else []), stage.address)
-    try:
-        with kept(stage.address, stage.replaced, is_recorded):
-            while (status := run_streaming(command, say, lock=lock)) and _is_busy(output):
-                log.warning(
-                    "another DVC process works on these files: trying again until it is done"
-                )
-                output.clear()
-                time.sleep(_BUSY_SECONDS)
-    except OSError as error:
-        return failed(f"stage {stage.address} cannot run: {error}; the old state stands")
-    if status == 0:
-        return Completed(message=f"{stage.address} is done")
-    # A state, not an exception: the stage has said what happened, a traceback would bury it.
-    name = UNREACHABLE if _exit_status(output) == os.EX_TEMPFAIL else None
-    return failed(f"stage {stage.address} {_reason(status, output)}", name)
-
-
-def _is_busy(output: Sequence[str]) -> bool:
-    return any(words in line for line in output[-5:] for words in _BUSY)
-
-
-def _exit_status(output: Sequence[str]) -> int | None:
-    """The exit status of the stage's command, from DVC's last words."""
-    ended = re.search(r"exited with (-?\d+)$", output[-1]) if output else None
-    return int(ended[1]) if ended else None
-
-
-def _reason(status: int, output: Sequence[str]) -> str:
-    """The reason a stage failed: the signal that killed it or DVC, or its last line."""
-    if status < 0:
-        return f"failed: DVC {_killed(-status)}"
-    command = _exit_status(output) or 0
-    if command < 0 or command > _SHELL_SIGNAL:
-        return _killed(-command if command < 0 else command - _SHELL_SIGNAL)
-    lines = (
-        [words for words in output if not words.startswith(_VERDICT)]
-        or output
-        or ["no reason given"]
-    )
-    return f"failed: {lines[-1]}"
-
-
-def _killed(number: int) -> str:
-    memory = "; Linux does so where memory runs out" if number == signal.SIGKILL else ""
-    return f"was killed (signal {number}{memory})"
+    return reproduce(stage, lock, get_run_logger(), force)
 
 
 @flow(
@@ -142,53 +60,77 @@ def pipeline(
     only: Stage | None = None,
     refresh: bool = False,
     push: str | None = None,
+    here: bool = False,
 ) -> State:
     """Run what is stale of a recipe: all, up to a stage, or one stage; publish the results table.
 
     With `refresh` the sources of the checkpoints are resolved anew, so that changes upstream are
     noticed. With `push`, a branch, the results go to the DVC remote and their lock to that branch
-    (`flows.share`).
+    (`flows.share`). With `here` no stage runs in a pool, whatever `params/placement.yaml` says.
     """
+    log = get_run_logger()
     try:
         addresses = plan(recipe, to=to, only=only)
+        pools = {} if here else placed(addresses)
         if push:
             refuse_unshareable(push)
-        with workspace(f"{recipe} in Prefect", get_run_logger().warning) as lock:
-            state = _run_stale(recipe, addresses, refresh, lock)
+        tell_of_others(recipe, log.warning)
+        with (
+            workspace(f"{recipe} in Prefect", log.warning) as lock,
+            Elsewhere(pools, log) as elsewhere,
+        ):
+            state = _run_stale(recipe, addresses, refresh, lock, elsewhere)
             if not push or not state.is_completed():
                 return state
-            shared = share(recipe, addresses, push, get_run_logger().info)
+            shared = share(recipe, addresses, push, log.info)
             return Completed(message=f"{state.message}; {shared}")
-    except (ParamsError, GraphError, ShareError, OSError) as error:
+    except (ParamsError, GraphError, CommitError, ShareError, OSError) as error:
         return failed(error)
 
 
-def _run_stale(recipe: str, addresses: Sequence[str], refresh: bool, lock: int) -> State:
+def _run_stale(
+    recipe: str, addresses: Sequence[str], refresh: bool, lock: int, elsewhere: Elsewhere
+) -> State:
+    """Run what is stale, each stage once those whose outputs it reads are up to date.
+
+    DVC runs one stage at a time in a workspace; those that are placed in pools run beside it.
+    """
     log, progress = get_run_logger(), Progress(addresses)
-    done, again = [], forced(recipe, refresh)
-    for stage in stale_stages(addresses, again):
-        if not done:
+    again, needs = forced(recipe, refresh), graph.needs(addresses)
+    rest, done, outcomes, has_begun = list(addresses), [], [], False
+    while True:
+        for address, state in outcomes:
+            if not state.is_completed():
+                return failed(state.message)
+            progress.end(address)
+            done.append(address)
+        ready = [address for address in rest if not needs[address] & elsewhere.running]
+        stage = first_stale(ready, again)  # of none as well: it keeps a copy of dvc.lock
+        settled = ready if stage is None else ready[: ready.index(stage.address) + 1]
+        rest = [address for address in rest if address not in settled]
+        if stage is None:
+            if not elsewhere.running:
+                break
+            outcomes = elsewhere.ended(wait=True)
+            continue
+        if not has_begun:
             check_contents(load(recipe))
+            elsewhere.prepare([stage.address, *rest])
+            has_begun = True
         delays = RETRIED_AFTER.get(stage.address.partition("@")[0], [])
-        run = reproduce.with_options(
-            task_run_name=stage.address, retries=len(delays), retry_delay_seconds=delays
-        )
+        force = stage.address in again
         log.info(progress.begin(stage.address))
-        state = run(stage, lock, stage.address in again, return_state=True)
-        if not state.is_completed():
-            return failed(state.message)
-        progress.end(stage.address)
-        done.append(stage.address)
+        if elsewhere.takes(stage):
+            elsewhere.start(stage, delays, force)
+            outcomes = elsewhere.ended()
+        else:
+            run = run_here.with_options(
+                task_run_name=stage.address, retries=len(delays), retry_delay_seconds=delays
+            )
+            state = run(stage, lock, force, return_state=True)
+            outcomes = [(stage.address, state), *elsewhere.ended()]
     publish(recipe)
     return Completed(message=f"ran {', '.join(done)}" if done else "nothing was stale")
-
-
-@contextmanager
-def workspace(what: str, say: Say = tell) -> Generator[int]:
-    """Hold the workspace for one run and repair what a killed run has left; yield the lock."""
-    with only_run(what, say) as lock:
-        recover(is_recorded)
-        yield lock
 
 
 def plan(recipe: str, *, to: str | None = None, only: str | None = None) -> list[str]:
@@ -243,16 +185,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     addresses = plan(options.recipe, to=options.to, only=options.only)
+    pools = {} if options.here else placed(addresses)
     if options.push:
         refuse_unshareable(options.push)
     with workspace(f"{options.recipe} in a terminal"):
-        stale = next(stale_stages(addresses, forced(options.recipe, options.refresh)), None)
+        stale = first_stale(addresses, forced(options.recipe, options.refresh))
         if stale is None:
             # Said without Prefect, whose server alone takes ten seconds to start.
             print(f"Nothing to do: {len(addresses)} stages of {options.recipe} are up to date.")
             if options.push:
                 print(share(options.recipe, addresses, options.push, tell))
     if stale is not None:
+        refuse_without_server(pools)
         with own_server(meanwhile=lambda: check_contents(load(options.recipe))):
             state = pipeline(
                 options.recipe,
@@ -260,6 +204,7 @@ def _run(options: argparse.Namespace) -> int:
                 only=options.only,
                 refresh=options.refresh,
                 push=options.push,
+                here=options.here,
                 return_state=True,
             )
         if not state.is_completed():
@@ -294,6 +239,11 @@ def _parser() -> argparse.ArgumentParser:
         "--push",
         metavar="BRANCH",
         help="then push the results to the DVC remote, and commit their lock to this branch",
+    )
+    parser.add_argument(
+        "--here",
+        action="store_true",
+        help="run every stage here, none in a pool (params/placement.yaml)",
     )
     return parser
 

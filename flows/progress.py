@@ -27,11 +27,11 @@ class Progress:
         self._file = file
         self._clock = clock
         self._last = _read(file)
-        self._began = 0.0
+        self._began: dict[str, float] = {}
 
     def begin(self, address: str) -> str:
         """Begin a stage; the line that says so: `stage 3 of 8: collect@modality, ...`."""
-        self._began = self._clock()
+        self._began[address] = self._clock()
         place = self._addresses.index(address)
         rest = [self._last.get(later) for later in self._addresses[place:]]
         known = [seconds for seconds in rest if seconds is not None]
@@ -43,7 +43,7 @@ class Progress:
 
     def end(self, address: str) -> None:
         """Remember how long a stage took that ended well."""
-        self._last = {**_read(self._file), address: round(self._clock() - self._began, 1)}
+        self._last = {**_read(self._file), address: round(self._clock() - self._began[address], 1)}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_json(self._file, self._last)
 

@@ -44,7 +44,7 @@ def own_server(meanwhile: Callable[[], object] = lambda: None) -> Generator[None
         meanwhile: what can be done while our own server starts, which takes it seconds.
     """
     if address := PREFECT_API_URL.value():
-        _refuse_silent(address)
+        refuse_silent(address)
         meanwhile()
         yield
         return
@@ -67,7 +67,7 @@ def own_server(meanwhile: Callable[[], object] = lambda: None) -> Generator[None
         logging.getLogger("prefect.flow_runs").removeFilter(_NO_PAGE)
 
 
-def _refuse_silent(address: str) -> None:
+def refuse_silent(address: str) -> None:
     """Raise ServerError where nothing answers; Prefect itself would end in a traceback."""
     parts = urlsplit(address)
     health = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))

@@ -63,7 +63,7 @@ def refuse_unshareable(branch: str) -> None:
             "DVC has no remote that results could go to: dvc remote add --default NAME ADDRESS "
             "(docs/teams.md)"
         )
-    if changed := _git("diff", "--name-only", "HEAD", "--", ":/", *_others()).split():
+    if changed := _git("diff", "--name-only", "HEAD", "--", ":/", *all_but_results()).split():
         raise ShareError(
             f"{', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''}: changed and in "
             "no commit, so nobody could tell what the results come from: commit that first"
@@ -122,15 +122,15 @@ def _fetch(branch: str) -> str | None:
 def _refuse_other_work(branch: str, tip: str) -> None:
     """Raise where a branch has work that this checkout lacks: the commit's files are those here."""
     base = _git("merge-base", "HEAD", tip).strip()
-    if other := _git("diff", "--name-only", base, tip, "--", ":/", *_others()).split():
+    if other := _git("diff", "--name-only", base, tip, "--", ":/", *all_but_results()).split():
         raise ShareError(
             f"branch {branch} at {ORIGIN} has changes that this checkout lacks ({other[0]}): "
             f"git pull {ORIGIN} {branch}, or name another branch"
         )
 
 
-def _others() -> list[str]:
-    """Everything but what stages and their graph write, for git."""
+def all_but_results() -> list[str]:
+    """Name everything but what stages and their graph write, for git."""
     return [f":(exclude){place}" for place in (LOCK_FILE, REPORTS, GRAPH)]
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -81,11 +82,28 @@ def dvc(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
 
 
-def run_streaming(command: Sequence[str], say: Say, *, lock: int | None = None) -> int:
+class StoppedError(RuntimeError):
+    """Somebody else ended what this was waiting for."""
+
+
+def run_streaming(
+    command: Sequence[str],
+    say: Say,
+    *,
+    lock: int | None = None,
+    stop: threading.Event | None = None,
+) -> int:
     """Run a command in a process group of its own, hand its lines to `say`, return its exit status.
 
     Whatever ends this call early (Ctrl-C, a termination, a cancelled flow) ends the whole group
     before it goes on, and so does a command that ends badly.
+
+    Args:
+        lock: a descriptor that the command inherits.
+        stop: ends the command once it is set, for threads, which no signal reaches.
+
+    Raises:
+        StoppedError: `stop` was set before the command had ended.
     """
     # A file, not a pipe: should we be killed, the command can still speak, and so end well.
     output, path = tempfile.mkstemp()
@@ -100,17 +118,21 @@ def run_streaming(command: Sequence[str], say: Say, *, lock: int | None = None) 
             env=_environment(),
         )
         try:
-            for line in _follow(reader, process):
+            for line in _follow(reader, process, stop):
                 say(without_secrets(line.rstrip()))
             return process.wait()
         finally:
             _end(process)
 
 
-def _follow(reader: TextIO, process: subprocess.Popen) -> Iterator[str]:
+def _follow(
+    reader: TextIO, process: subprocess.Popen, stop: threading.Event | None
+) -> Iterator[str]:
     """The lines that a process writes, as it writes them, until it has ended."""
     rest, ended = "", False
     while not ended:
+        if stop is not None and stop.is_set():
+            raise StoppedError
         ended = process.poll() is not None  # asked before reading, so that the last words are read
         *lines, rest = (rest + reader.read()).split("\n")
         yield from lines

@@ -98,7 +98,7 @@ def measured(recipe: str, stage: str) -> Generator[None]:
             over.set()
             watcher.join()
             with suppress(OSError):  # a full disk must not hide why the stage ended
-                _add(taken(), RUNS / f"{recipe}.jsonl")
+                record(recipe, taken())
 
 
 @contextmanager
@@ -137,7 +137,9 @@ def _settle(recipe: str) -> None:
             file.unlink(missing_ok=True)
 
 
-def _add(usage: Usage, file: Path) -> None:
+def record(recipe: str, usage: Usage) -> None:
+    """Add a run of a stage of a recipe, here or on another machine, to those that are known."""
+    file = RUNS / f"{recipe}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as lines:
         lines.write(json.dumps(asdict(usage)) + "\n")

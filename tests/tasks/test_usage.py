@@ -96,7 +96,7 @@ def test_the_last_run_of_each_stage_counts_and_damage_does_not(folder: Path):
     file = folder / "runs/mine.jsonl"
     again, other = replace(ONE, seconds=4.0), replace(ONE, stage="collect")
     for each in (ONE, other, again, replace(ONE, failed=True)):
-        usage._add(each, file)
+        usage.record("mine", each)
     with file.open("a") as lines:
         lines.write(json.dumps({"stage": "align"}) + "\n[]\n{half a li")
     assert list(last_runs("mine")) == ["collect", "merge"]
@@ -122,7 +122,7 @@ def test_metrics_are_the_numbers_that_were_counted():
 
 def test_the_page_has_the_runs_where_there_are_any(folder: Path):
     assert runs("mine").parts == []
-    usage._add(replace(ONE, failed=True), folder / "runs/mine.jsonl")
+    usage.record("mine", replace(ONE, failed=True))
     (grid,) = runs("mine").parts
     row = ["merge (failed)", "2026-11-27 10:00", "2.0", "3.5", "5.0 MiB", "7.0 MiB", "not counted",
            "no GPU"]  # fmt: skip

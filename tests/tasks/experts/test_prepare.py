@@ -13,8 +13,15 @@ from tasks.data.scenes.arrangement import split_of
 from tasks.data.scenes.bank import load_bank
 from tasks.data.scenes.drawings import CONCEPTS, EMPTY, SPLITS
 from tasks.data.scenes.generator import SceneGenerator
-from tasks.data.scenes.words import ANSWERS, POSITIONS, SEGMENTATION_CLASSES, VOCABULARY
-from tasks.experts.prepare import draw_examples, prepare
+from tasks.data.scenes.words import (
+    ANSWERS,
+    POSITIONS,
+    SEGMENTATION_CLASSES,
+    VOCABULARY,
+    tokenizer,
+)
+from tasks.data.sets.rows import DataError
+from tasks.experts.prepare import copy_tokenizer, draw_examples, prepare
 from tasks.recipe.experts import PrepareParams
 from tasks.recipe.load import load_experts
 from tasks.recipe.section import ParamsError
@@ -253,6 +260,18 @@ def test_every_benchmark_composes_as_many_examples_as_asked(bank):
         num = 16 if name == "retrieval_hard" else 17
         examples = compose(generator, num, np.random.default_rng(0))
         assert {len(array) for array in examples.values()} == {num}
+
+
+def test_a_tokenizer_that_cannot_hide_words_is_refused(tmp_path):
+    """Data sets are read with the checkpoint's own words, and masked words need a mask token."""
+    with pytest.raises(DataError, match=r"has no tokenizer: prepare\.processor must name"):
+        copy_tokenizer(tmp_path, tmp_path / "out")
+    words_alone = tokenizer()
+    words_alone.mask_token = None
+    words_alone.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"its tokenizer has no mask token.*it has cls_token, pad"):
+        copy_tokenizer(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_prepare_that_dies_leaves_the_old_data(recipe, monkeypatch):

@@ -224,7 +224,9 @@ class _GpuMemory:
     def peak(self) -> int | None:
         """The most bytes so far, or None where there is no GPU."""
         torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
+        cuda = getattr(torch, "cuda", None)  # another thread may be importing torch just now
+        is_initialized = getattr(cuda, "is_initialized", None)
+        if torch is not None and is_initialized is not None and is_initialized():
             devices = range(torch.cuda.device_count())
             own = sum(torch.cuda.max_memory_reserved(device) for device in devices)
             return max(self._most, own)

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -72,6 +73,16 @@ def test_a_killed_stage_is_a_failed_run(folder: Path):
     assert taken.peak_memory > MIB
     assert list((folder / "runs").iterdir()) == [folder / "runs/mine.jsonl"]
     assert last_runs("mine", failed=False) == {}
+
+
+def test_a_look_while_torch_is_being_imported_sees_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    """The thread that looks may find a torch whose parts another thread is still filling in."""
+    half = ModuleType("torch")
+    monkeypatch.setitem(sys.modules, "torch", half)
+    monkeypatch.setattr(usage.shutil, "which", lambda _: None)
+    assert usage._GpuMemory().peak() is None
+    monkeypatch.setattr(half, "cuda", ModuleType("torch.cuda"), raising=False)
+    assert usage._GpuMemory().peak() is None
 
 
 def test_the_memory_of_gpus_is_what_came_on_top(folder: Path, monkeypatch: pytest.MonkeyPatch):

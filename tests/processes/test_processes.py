@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from alloy.devices import device_pool, devices_of_processes
 from alloy.errors import DeviceError, ProcessError
 from alloy.processes import Processes
-from tasks.experts import evaluate
+from tasks.experts import collect, evaluate
 from tasks.recipe.load import load
 from tasks.storage import read_json
 from tasks.workers import together
@@ -160,6 +160,40 @@ def test_processes_need_the_same_facts() -> None:
     together.agree(Told(0, 2), {"torch": "2.12", "data": "d"})
     with pytest.raises(ProcessError, match=r"^torch: process 0 has 2\.13, process 1 has 2\.12"):
         together.agree(Told(0, 2), {"data": "d", "torch": "2.13"})
+
+
+class Elsewhere(Processes):
+    """Two processes, of which the other one has something else under one name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(0, 2)
+        object.__setattr__(self, "name", name)
+
+    def objects(self, thing):
+        assert self.name in thing
+        return [thing, {**thing, self.name: "another digest"}]
+
+
+@pytest.mark.parametrize("stage", [collect, evaluate])
+def test_processes_with_other_data_or_checkpoints_write_nothing(two: Path, monkeypatch, stage):
+    """Data, every checkpoint and the stage's params are compared before anything is read."""
+    recipe = load("experts")
+    name = stage.__name__.rpartition(".")[2]
+    compared = {
+        collect: ["data/experts/calibration.safetensors", "models/experts/checkpoints/specific"],
+        evaluate: ["data/experts", "models/experts/merged"],
+    }
+    if stage is evaluate:
+        subjects = evaluate.subjects(recipe)
+        for folder in {f for subject in subjects for own in subject.folders.values() for f in own}:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "model.safetensors").touch()
+    for what in (*compared[stage], name):
+        monkeypatch.setattr(stage, "join", lambda *_, what=what, **__: Elsewhere(what))
+        with pytest.raises(ProcessError, match=f"^{what}: process 0 has .*, process 1 has another"):
+            stage.main(recipe)
+    assert not (two / "models/experts/statistics").exists()
+    assert not (two / "reports/experts").exists()
 
 
 @pytest.mark.parametrize("number", ["two", "0", "-1", "1.5"])

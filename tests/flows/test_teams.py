@@ -1,5 +1,7 @@
 """Results travel between clones through a DVC remote, as docs/teams.md says."""
 
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +9,8 @@ import boto3
 import pytest
 
 from tests import servers
-from tests.flows.conftest import Workspace, git
+from tests.flows.conftest import REPOSITORY, Workspace, git, snapshot
+from tests.flows.test_pipeline import Here, ran
 
 SECRET = servers.SECRET_KEY
 
@@ -34,6 +37,19 @@ def test_a_second_clone_pulls_and_skips_everything(toy: Workspace, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_committed_lock_without_its_results_stops_nobody(toy: Workspace, run_here: Here) -> None:
+    """Where there is neither cache nor remote the stages run, to the same results."""
+    before, lock = snapshot(toy.folder / "out"), toy.text("dvc.lock")
+    for folder in ("out", ".dvc/cache"):
+        shutil.rmtree(toy.folder / folder)
+    status, said = run_here("toy")
+    assert status == 0, said
+    assert toy.log() == ran("fetch", "merge", "register")
+    assert snapshot(toy.folder / "out") == before
+    assert toy.text("dvc.lock") == lock
+
+
+@pytest.mark.slow
 def test_a_bucket_carries_results(toy: Workspace, tmp_path: Path) -> None:
     """A wrong secret is refused; a push whose line is cut is repeated; a second clone pulls."""
     before = toy.text("out/merge/first")
@@ -43,6 +59,7 @@ def test_a_bucket_carries_results(toy: Workspace, tmp_path: Path) -> None:
         keys = {"aws_access_key_id": servers.ACCESS_KEY, "aws_secret_access_key": SECRET}
         client = boto3.client("s3", endpoint_url=line.url, region_name="us-east-1", **keys)
         client.create_bucket(Bucket="alloy")
+        _raw_data_come_from(line.url, client, toy)
         push = ("dvc", "push", "register@toy", "--with-deps")
         status, said = toy.run(*push)
         assert status != 0
@@ -72,6 +89,35 @@ def test_a_bucket_carries_results(toy: Workspace, tmp_path: Path) -> None:
         assert second.run("dvc", "pull", "register@toy", "--with-deps")[0] == 0
         assert second.text("out/merge/first") == before
         line.close()
+
+
+def _raw_data_come_from(url: str, client, toy: Workspace) -> None:
+    """What people have is versioned by DVC; git sees `*.dvc` files, by this repository's rules."""
+    shutil.copy(REPOSITORY / ".gitignore", toy.folder)
+    client.put_object(Bucket="alloy", Key="pictures/a.txt", Body=b"a picture")
+    (toy.folder / "data/raw/own").mkdir(parents=True)
+    (toy.folder / "data/raw/own/b.txt").write_text("another")
+    place = replace(
+        toy,
+        environment={
+            **toy.environment,
+            "AWS_ACCESS_KEY_ID": servers.ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ENDPOINT_URL": url,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        },
+    )
+    for command in (
+        ("add", "data/raw/own"),
+        ("import-url", "s3://alloy/pictures", "data/raw/pictures"),
+    ):
+        status, said = place.run("dvc", *command)
+        assert status == 0, said
+    assert toy.text("data/raw/pictures/a.txt") == "a picture"
+    git(toy.folder, "add", "data")
+    listed = ["git", "ls-files", "data"]
+    shown = subprocess.run(listed, cwd=toy.folder, capture_output=True, text=True).stdout.split()
+    assert shown == ["data/raw/.gitignore", "data/raw/own.dvc", "data/raw/pictures.dvc"]
 
 
 def cloned(toy: Workspace, folder: Path) -> Workspace:

@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         "--to", metavar="STAGE", default="evaluate", help="end with this stage (evaluate)"
     )
     parser.add_argument(
-        "--name", default="sweep", help="the experiments are NAME-1, NAME-2, ... (sweep)"
+        "--name", default="sweep", help="the experiments are NAME-1-KEY=VALUE, ... (sweep)"
     )
     return parser
 

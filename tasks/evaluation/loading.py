@@ -113,14 +113,19 @@ def image_processor(checkpoint: Path) -> Any:
 
 
 def joint_processor(checkpoint: Path) -> Any:
-    """What a model of several modalities reads them by together; None where it has none, or one
-    that needs packages which are not there.
+    """What a model of several modalities reads them by together.
+
+    Raises:
+        CheckpointError: there is none, or one that needs packages which are not there.
     """
     try:
         found = transformers.AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
-    except (ImportError, ValueError, OSError):
-        return None
-    return found if isinstance(found, transformers.ProcessorMixin) else None
+    except (ImportError, ValueError, OSError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{checkpoint}: its processor cannot be used: {said}") from error
+    if not isinstance(found, transformers.ProcessorMixin):
+        raise CheckpointError(f"{checkpoint}: no processor of images and texts together")
+    return found
 
 
 def load_whole(architecture: Any, folder: Path, on: torch.device | None = None) -> Any:

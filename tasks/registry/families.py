@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.models.auto import modeling_auto
 
+from alloy.errors import CheckpointError
 from tasks.evaluation.loading import (
     image_processor,
     joint_processor,
@@ -106,9 +107,11 @@ def family_of(folder: Path) -> Family | None:
             if served == "words" and readers["tokenizer"].mask_token is None:
                 served = None
             if served == "replies":
-                joint = joint_processor(folder)
-                served = None if joint is None else served
-                own |= {} if joint is None else {"processor": type(joint).__name__}
+                try:
+                    own["processor"] = type(joint_processor(folder)).__name__
+                except CheckpointError as error:
+                    print(f"registered to be loaded, not served: {error}")
+                    served = None
             return _family(served, *task, components=own)
     return _encoder(folder, name, components)
 

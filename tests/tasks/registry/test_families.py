@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ from tasks import storage
 from tasks.recipe.load import load as load_recipe
 from tasks.registry import register, tracking
 from tasks.registry.families import family_of
-from tests import servers, tiny_models
+from tests import multimodal, servers, tiny_models
 from tests.tasks.registry.served import picture
 
 with warnings.catch_warnings():  # MLflow's own, at its import
@@ -282,6 +283,21 @@ def test_a_model_of_no_family_is_kept_to_be_loaded(tmp_path) -> None:
     assert (found.name, found.task) == (None, "fill-mask")
     MODELS["classes"][0]().save_pretrained(tmp_path / "bare")
     assert family_of(tmp_path / "bare") is None
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="its processor can be used")
+def test_a_processor_without_its_packages_is_told(tmp_path, capsys) -> None:
+    """Qwen2-VL reads films by torchvision: the model is kept to be loaded."""
+    multimodal.saved(multimodal.whole("Qwen2VL"), tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    named = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**sizes, **named}))
+    found = family_of(tmp_path)
+    assert found is not None
+    assert (found.name, found.task) == (None, "image-text-to-text")
+    assert "not served: " in (said := capsys.readouterr().out)
+    assert "Torchvision" in said
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from alloy.checkpoint.reading import source_file
-from alloy.symmetry.names import end_of, head_names
 
 # Files of the reference that the result needs too; no weights, optimizers, logs or cards.
 COPIED = (
@@ -148,6 +147,8 @@ def parts_of_model(config: Mapping | None, names: Iterable[str]) -> dict[str, se
     if model is None:
         return {}
     from transformers import PreTrainedModel
+
+    from alloy.symmetry.names import end_of, head_names  # with torch, which a merge may not need
 
     towers = {
         group: [

@@ -188,7 +188,7 @@ def main() -> None:
             limiter = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             assert limiter.stdout is not None
             limited = int(limiter.stdout.readline())
-            rounds = 1 if arguments.quick else 3
+            rounds = 1 if arguments.quick else 2
             try:
                 for title, at in (
                     (f"Over a link of {LINK_BYTES / 1e6:.0f} MB/s", limited),

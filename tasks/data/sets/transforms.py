@@ -112,7 +112,8 @@ def _rand_augmented(
     """RandAugment by numbers of this generator's; torch's own source of numbers stays as it is."""
     seed = int(torch.randint(2**31, (), generator=generator))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+        # torch.manual_seed would also note a call, with its traceback, for each kind of device
+        torch.default_generator.manual_seed(seed)
         changed = _policy(augmentation)(pixels[None].float() / 255)[0]
     return (changed.clamp(0, 1) * 255).round().to(torch.uint8)
 

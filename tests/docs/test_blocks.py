@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.recipe.load import load, load_experts, load_models
+from flows.placement.params import Placement
+from tasks.recipe.graph import STAGES
+from tasks.recipe.load import load, load_experts, load_file, load_models
 from tasks.recipe.section import ParamsError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -37,6 +39,8 @@ TESTS = {
     "methods.md python": "tests/test_docs.py::test_the_merges_of_the_documentation",
     "operations.md bash": "tests/flows/test_readme.py::test_every_command_of_the_readme",
     "operations.md sh": "tests/tasks/registry/test_server.py::test_the_request_of_the_document",
+    "placement.md bash": "tests/flows/placement/test_pools.py::test_two_workers_run_what_is_placed",
+    "placement.md yaml": "tests/docs/test_blocks.py::test_the_placement_is_one",
     "symmetry.md python": "tests/test_docs.py::test_the_symmetry_of_the_documentation",
     "towers.md python": "tests/test_docs.py::test_the_towers_of_the_documentation",
     "towers.md yaml": "tests/docs/test_blocks.py::test_the_arms_with_a_trunk_are_a_recipe",
@@ -97,6 +101,16 @@ def test_the_arm_in_a_gauge_is_one(folder: Path) -> None:
     shipped["merge"]["arms"]["gauge_naive"] = arm
     write(folder, shipped)
     assert load_experts("mine").merge.arms["gauge_naive"].masked_share == 0.5
+
+
+def test_the_placement_is_one(folder: Path) -> None:
+    """Of stages that there are, in pools that it lists."""
+    (code,) = blocks("placement.md", "yaml")
+    (folder / "params/placement.yaml").write_text(code)
+    placement = load_file("placement", Placement)
+    assert {stage.partition("@")[0] for stage in placement.stages} <= set(STAGES)
+    assert set(placement.stages.values()) == set(placement.pools)
+    assert placement.pools["gpu"].timeout_seconds == 7200
 
 
 def test_adapters_are_checkpoints_of_a_recipe(folder: Path) -> None:

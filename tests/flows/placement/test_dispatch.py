@@ -48,6 +48,7 @@ def watch(client: SyncPrefectClient, run: UUID, pool: Pool) -> Watch:
     return Watch(client, run, "merge@toy", Job("gpu", pool, uuid4(), "", False), LOG)
 
 
+@pytest.mark.slow
 def test_who_asks_for_the_same_thing_shares_a_run(client: SyncPrefectClient) -> None:
     """Two machines with one recipe at once run a stage once, until that has ended."""
     pool = Pool(tags=["large"], concurrency=3)

@@ -100,6 +100,7 @@ def learning(recipe: dict, presets: Sequence[str] = FEW) -> None:
     recipe["register"]["model"] = "finetuned"
 
 
+@pytest.mark.slow
 def test_heads_of_other_labels_stay_each_members_over_any_trunk(write, mlflow_workspace) -> None:
     """One trunk, and a checkpoint for each head with its labels; each is measured by itself.
 

@@ -17,15 +17,15 @@ from prefect.states import Completed, State
 
 from flows import graph
 from flows.alarm import raise_alarm
+from flows.git import GitError
 from flows.graph import GraphError, first_stale, select
-from flows.placement.commit import CommitError
 from flows.placement.dispatch import Elsewhere, refuse_without_server, tell_of_others
 from flows.placement.params import placed
 from flows.progress import Progress
 from flows.reproduce import reproduce, workspace
 from flows.server import own_server
 from flows.services import ServerError
-from flows.share import ShareError, refuse_unshareable, share
+from flows.share import refuse_unshareable, share
 from flows.states import Recipe, Stage, failed, is_unreachable, log_failures_plainly, named
 from flows.workspace import complain, end_as_ctrl_c, tell
 from tasks.recipe.load import load
@@ -84,7 +84,7 @@ def pipeline(
                 return state
             shared = share(recipe, addresses, push, log.info)
             return Completed(message=f"{state.message}; {shared}")
-    except (ParamsError, GraphError, CommitError, ShareError, OSError) as error:
+    except (ParamsError, GraphError, GitError, OSError) as error:
         return failed(error)
 
 
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_as_ctrl_c()
     try:
         return _run(options)
-    except (ParamsError, GraphError, ServerError, ShareError, OSError) as error:
+    except (ParamsError, GraphError, ServerError, GitError, OSError) as error:
         complain(error)
         return 2
     except KeyboardInterrupt:

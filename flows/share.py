@@ -6,8 +6,6 @@ index and files stay as they are. It follows the branch at `origin` and the comm
 here, and what other machines put there for other recipes stays.
 """
 
-import os
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,17 +13,17 @@ from pathlib import Path
 import yaml
 from dvc.utils.serialize import dumps_yaml, parse_yaml
 
+from flows.git import GitError, all_but_results, edited, git
 from flows.graph import default_remote
 from flows.workspace import Say, dvc, run_streaming
 from tasks.recipe.graph import GRAPH
-from tasks.registry.secrets import without_secrets
 from tasks.workspace import LOCK_FILE, REPORTS, Workspace
 
 ORIGIN = "origin"
 TRIES = 3  # where others push at the same time
 
 
-class ShareError(RuntimeError):
+class ShareError(GitError):
     """Results cannot be shared; the message says why and what helps. They stand as they are."""
 
 
@@ -37,24 +35,24 @@ def refuse_unshareable(branch: str) -> None:
             that is in no commit.
     """
     try:
-        _git("rev-parse", "--verify", "--quiet", "HEAD")
-    except ShareError:
+        git("rev-parse", "--verify", "--quiet", "HEAD")
+    except GitError:
         raise ShareError("there is no commit here for results to belong to: commit first") from None
-    if inside := _git("rev-parse", "--show-prefix").strip():
+    if inside := git("rev-parse", "--show-prefix").strip():
         raise ShareError(
             f"results are shared from the top of a git repository, and this is {inside} of one"
         )
     try:
-        _git("check-ref-format", "--branch", branch)
-    except ShareError:
+        git("check-ref-format", "--branch", branch)
+    except GitError:
         raise ShareError(f"{branch!r} cannot name a branch of git") from None
-    if ORIGIN not in _git("remote").split():
+    if ORIGIN not in git("remote").split():
         raise ShareError(
             f"git has no remote {ORIGIN!r} for branch {branch}: git remote add {ORIGIN} ADDRESS"
         )
     try:
-        _git("var", "GIT_COMMITTER_IDENT")
-    except ShareError:
+        git("var", "GIT_COMMITTER_IDENT")
+    except GitError:
         raise ShareError(
             "git does not know who commits: git config user.name NAME; git config user.email MAIL"
         ) from None
@@ -63,7 +61,7 @@ def refuse_unshareable(branch: str) -> None:
             "DVC has no remote that results could go to: dvc remote add --default NAME ADDRESS "
             "(docs/teams.md)"
         )
-    if changed := _git("diff", "--name-only", "HEAD", "--", ":/", *all_but_results()).split():
+    if changed := edited():
         raise ShareError(
             f"{', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''}: changed and in "
             "no commit, so nobody could tell what the results come from: commit that first"
@@ -74,7 +72,7 @@ def share(recipe: str, addresses: Sequence[str], branch: str, say: Say) -> str:
     """Push what stages of a recipe wrote, then commit its lock to a branch; says what happened.
 
     Raises:
-        ShareError: something that was asked does not answer, or refuses.
+        GitError: something that was asked does not answer, or refuses.
     """
     refuse_unshareable(branch)
     _push_cache(addresses, say)
@@ -86,8 +84,8 @@ def share(recipe: str, addresses: Sequence[str], branch: str, say: Say) -> str:
         if commit is None:
             return f"branch {branch} has the results of {recipe} already"
         try:
-            _git("push", "--quiet", ORIGIN, f"{commit}:refs/heads/{branch}")
-        except ShareError as error:
+            git("push", "--quiet", ORIGIN, f"{commit}:refs/heads/{branch}")
+        except GitError as error:
             refused = error
             continue
         return f"the lock of {recipe} is commit {commit[:10]} of branch {branch}"
@@ -112,75 +110,76 @@ def _push_cache(addresses: Sequence[str], say: Say) -> None:
 
 def _fetch(branch: str) -> str | None:
     """The commit of a branch at origin, which is then here; None where there is no such branch."""
-    listed = _git("ls-remote", "--heads", ORIGIN, f"refs/heads/{branch}").split()
+    listed = git("ls-remote", "--heads", ORIGIN, f"refs/heads/{branch}").split()
     if not listed:
         return None
-    _git("fetch", "--quiet", ORIGIN, f"refs/heads/{branch}")
+    git("fetch", "--quiet", ORIGIN, f"refs/heads/{branch}")
     return listed[0]
 
 
 def _refuse_other_work(branch: str, tip: str) -> None:
     """Raise where a branch has work that this checkout lacks: the commit's files are those here."""
-    base = _git("merge-base", "HEAD", tip).strip()
-    if other := _git("diff", "--name-only", base, tip, "--", ":/", *all_but_results()).split():
+    try:
+        base = git("merge-base", "HEAD", tip).strip()
+    except GitError:
+        raise ShareError(
+            f"branch {branch} at {ORIGIN} has no commit in common with this checkout: name another "
+            "branch"
+        ) from None
+    if other := git("diff", "--name-only", base, tip, "--", *all_but_results()).splitlines():
         raise ShareError(
             f"branch {branch} at {ORIGIN} has changes that this checkout lacks ({other[0]}): "
             f"git pull {ORIGIN} {branch}, or name another branch"
         )
 
 
-def all_but_results() -> list[str]:
-    """Name everything but what stages and their graph write, for git."""
-    return [f":(exclude){place}" for place in (LOCK_FILE, REPORTS, GRAPH)]
-
-
 def _commit(recipe: str, tip: str | None) -> str | None:
     """A commit of the recipe's lock that nothing refers to yet; None where the tip has it."""
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        _git("read-tree", "HEAD", index=index)
+        git("read-tree", "HEAD", index=index)
         if tip is not None:
             _take_over(recipe, tip, index)
         reports = str(Workspace(recipe).reports)
         if Path(reports).is_dir():
-            _git("add", "--all", reports, index=index)
+            git("add", "--all", reports, index=index)
         for path, merge in ((LOCK_FILE, _merged_lock), (GRAPH, _merged_graph)):
             before = _file(tip, path) or _file("HEAD", path)
             if path.is_file():
                 text = merge(recipe, before, path.read_text())
                 _put(path, text, Path(folder), index)
-        tree = _git("write-tree", index=index).strip()
-    parents = _git("rev-parse", "HEAD").split()
+        tree = git("write-tree", index=index).strip()
+    parents = git("rev-parse", "HEAD").split()
     if tip is not None:
-        if tree == _git("rev-parse", f"{tip}^{{tree}}").strip():
+        if tree == git("rev-parse", f"{tip}^{{tree}}").strip():
             return None
-        contained = _git("merge-base", "HEAD", tip).strip() in parents
+        contained = git("merge-base", "HEAD", tip).strip() in parents
         parents = [tip] if contained else [tip, *parents]
     flags = [word for parent in parents for word in ("-p", parent)]
-    return _git("commit-tree", tree, *flags, "-m", f"Results of {recipe}").strip()
+    return git("commit-tree", tree, *flags, "-m", f"Results of {recipe}").strip()
 
 
 def _take_over(recipe: str, tip: str, index: Mapping[str, str]) -> None:
     """Bring reports of other recipes into the index as a branch has them."""
-    for entry in _git("ls-tree", "-r", tip, "--", str(REPORTS)).splitlines():
+    for entry in git("ls-tree", "-r", tip, "--", str(REPORTS)).splitlines():
         about, path = entry.split("\t")
         mode, _, digest = about.split()
         if not path.startswith(f"{Workspace(recipe).reports}/"):
-            _git("update-index", "--add", "--cacheinfo", f"{mode},{digest},{path}", index=index)
+            git("update-index", "--add", "--cacheinfo", f"{mode},{digest},{path}", index=index)
 
 
 def _put(path: Path, text: str, folder: Path, index: Mapping[str, str]) -> None:
     content = folder / "content"
     content.write_text(text)
-    digest = _git("hash-object", "-w", str(content)).strip()
-    _git("update-index", "--add", "--cacheinfo", f"100644,{digest},{path}", index=index)
+    digest = git("hash-object", "-w", str(content)).strip()
+    git("update-index", "--add", "--cacheinfo", f"100644,{digest},{path}", index=index)
 
 
 def _file(commit: str | None, path: Path) -> str | None:
     """A file's text in a commit, or None."""
-    if commit is None or not _git("ls-tree", commit, "--", str(path)):
+    if commit is None or not git("ls-tree", commit, "--", str(path)):
         return None
-    return _git("show", f"{commit}:./{path}")
+    return git("show", f"{commit}:./{path}")
 
 
 def _merged_lock(recipe: str, before: str | None, now: str) -> str:
@@ -201,16 +200,3 @@ def _merged_graph(recipe: str, before: str | None, now: str) -> str:
         own = {recipe: entries[recipe]} if recipe in (entries or {}) else {}
         graph[stage] = {**others, **own}
     return head + yaml.safe_dump(graph, sort_keys=False, width=100)
-
-
-def _git(*arguments: str, index: Mapping[str, str] | None = None) -> str:
-    done = subprocess.run(
-        ["git", *arguments],
-        env={**os.environ, "GIT_TERMINAL_PROMPT": "0", **(index or {})},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise ShareError(without_secrets(f"git {arguments[0]}: {said[-1]}"))
-    return done.stdout

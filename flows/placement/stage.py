@@ -26,9 +26,9 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, State
 
 from flows import graph
+from flows.git import GitError
 from flows.graph import GraphError
 from flows.placement import clock, commit, entries
-from flows.placement.commit import CommitError
 from flows.placement.entries import Entry
 from flows.reproduce import Log, reproduce, workspace
 from flows.states import failed
@@ -75,7 +75,7 @@ def stage(
             return _run(address, {**upstream}, [*upstream, *data], reads, force, lock, log)
     except KeyboardInterrupt:  # by the beat, once the run is over for whoever asked for it
         return Cancelled(message=f"{address} was ended")
-    except (CommitError, GraphError, OSError) as error:
+    except (GitError, GraphError, OSError) as error:
         return failed(f"stage {address}: {error}")
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from prefect.settings import PREFECT_API_URL
 
+from flows.git import GitError
 from flows.graph import GraphError, default_remote
 from flows.placement import clock, commit
-from flows.placement.commit import CommitError
 from flows.placement.stage import WORKSPACE
 from flows.server import refuse_silent
 from flows.services import ServerError, service, until_one_ends
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _refuse_unfit()
         _work(options.pool, options.name)
-    except (CommitError, GraphError, ServerError, OSError) as error:
+    except (GitError, GraphError, ServerError, OSError) as error:
         complain(error)
         return 2
     except KeyboardInterrupt:

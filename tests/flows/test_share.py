@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.git import GitError
 from flows.share import ShareError, refuse_unshareable, share
 from tests.flows.conftest import Workspace, git, snapshot
 
@@ -118,9 +119,15 @@ def test_results_travel_by_a_branch(shared: Workspace, run_here: Here, tmp_path:
     with pytest.raises(ShareError, match=r"has changes that this checkout lacks \(toy_stage\.py\)"):
         share("toy", ADDRESSES, "results", print)
 
+    # A branch of another history is not one to follow.
+    stranger = read(shared.folder, "commit-tree", "HEAD^{tree}", "-m", "stranger").strip()
+    git(shared.folder, "push", "--quiet", "origin", f"{stranger}:refs/heads/stranger")
+    with pytest.raises(ShareError, match="stranger at origin has no commit in common"):
+        share("toy", ADDRESSES, "stranger", print)
+
     # What is away is named, and what was made stands.
     (tmp_path / "origin").rename(tmp_path / "away")
-    with pytest.raises(ShareError, match="git ls-remote: "):
+    with pytest.raises(GitError, match=r"git ls-remote: fatal: .*origin"):
         share("toy", ADDRESSES, "results", print)
     (tmp_path / "away").rename(tmp_path / "origin")
     (tmp_path / "remote").rename(tmp_path / "moved")

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Collection, Mapping
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alloy.devices import device_of
-from alloy.errors import MergeError
+from alloy.errors import MergeError, nearest_tensors
 from alloy.symmetry import SymmetrySpec
 from alloy.symmetry.names import head_names
 from alloy.symmetry.parts import without
@@ -34,10 +33,9 @@ def heads(job: Job, names: Collection[str]) -> set[str]:
         hit = {name for name in names if fnmatchcase(name, pattern)}
         hit |= head_names(job.skeleton, names) if pattern == HEAD else set()
         if not hit:
-            right = get_close_matches(pattern, list(names), 1, 0.4)
             raise MergeError(
-                f"set {job.set!r}: heads: no tensor of {job.members[0]!r} is named {pattern!r}: "
-                + (f"did you mean {right[0]!r}?" if right else "give `head`, or patterns of names")
+                f"set {job.set!r}: heads: no tensor of {job.members[0]!r} is named {pattern!r}; "
+                f"give `head`, or patterns of names: {nearest_tensors(pattern, names)}"
             )
         found |= hit
     return found

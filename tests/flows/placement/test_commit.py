@@ -1,5 +1,6 @@
 """Two clones at one commit, or a sentence that says why not."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ def flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     git(folder, "commit", "--quiet", "--message", "one")
     monkeypatch.chdir(folder)
     return folder
+
+
+def head(folder: Path) -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def test_results_are_no_edits(flow: Path) -> None:
@@ -50,6 +57,14 @@ def test_a_worker_fetches_the_commit_it_lacks(
     assert (Path("code").read_text(), Path("reports/headline").read_text()) == ("2", "3")
     with pytest.raises(CommitError, match=r"neither the worker's clone nor .* push it"):
         check_out("0" * 40)
+    (flow / "notes").write_text("theirs")
+    git(flow, "add", "notes")
+    git(flow, "commit", "--quiet", "--message", "notes")
+    Path("notes").write_text("mine")
+    with pytest.raises(CommitError, match="notes is in its way and in no commit of the clone"):
+        check_out(head(flow))
+    assert Path("notes").read_text() == "mine"
+    Path("notes").unlink()
     Path("code").write_text("mine")
     with pytest.raises(CommitError, match="code is edited in it; a worker needs a clone of its"):
         check_out(two)

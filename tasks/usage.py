@@ -107,7 +107,6 @@ def _noted(recipe: str, stage: str) -> Generator[Callable[[Usage], None]]:
     file = RUNS / f"{recipe}.{stage}.{os.getpid()}{RUNNING}"
     descriptor = -1
     with suppress(OSError):
-        _settle(recipe)
         file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -108,9 +108,16 @@ def test_a_cut_range_goes_on_and_a_second_merge_asks_for_no_header(bucket, s3) -
     assert weights_of("out") == weights_of("again")
 
 
-def test_a_file_that_changes_is_refused_and_nothing_is_left(bucket) -> None:
+@pytest.mark.parametrize("shipped", [False, True], ids=["listed", "by a manifest of hashes"])
+def test_a_file_that_changes_is_refused_and_nothing_is_left(bucket, *, shipped: bool) -> None:
     """The ETag pins every range to the state whose header was read."""
-    bucket.put("a", checkpoint(1))
+    first = checkpoint(1)
+    claims = {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in first.items()
+    }
+    manifest = {"manifest.json": json.dumps({"files": claims}).encode()} if shipped else {}
+    bucket.put("a", {**first, **manifest})
     write(Path("b"), checkpoint(2))
     folder = streamed(f"s3://{bucket.name}/a")
     bucket.put("a", checkpoint(3))

@@ -6,6 +6,7 @@
     python -m benchmarks.study tune 0        # the arms that are fine-tuned
     python -m benchmarks.study table         # benchmarks/results/study.md, of what is there
     python -m benchmarks.study figures       # docs/figures/study_*.svg, of what is there
+    python -m benchmarks.study publish       # both, and the numbers of docs/study.md and results.md
 
 Each goes on where it was stopped: runs from their last step checkpoint, rows from the last one in
 benchmarks/results/study/. To finish one seed after the other:
@@ -21,13 +22,14 @@ import torch
 
 from benchmarks.study.figures import figures
 from benchmarks.study.measure import measure, tune
+from benchmarks.study.page import page
 from benchmarks.study.params import study
 from benchmarks.study.table import table
 from benchmarks.study.train import train
 from tasks.recipe.section import ParamsError
 
 OF_A_SEED = {"train": train, "measure": measure, "tune": tune}
-OF_ALL = {"table": table, "figures": figures}
+OF_ALL = {"table": [table], "figures": [figures], "publish": [table, figures, page]}
 
 
 def main() -> None:
@@ -45,7 +47,8 @@ def main() -> None:
     torch.set_num_threads(1)  # numbers do not depend on the number of cores, as in evaluate
     try:
         if given.command in OF_ALL:
-            OF_ALL[given.command]()
+            for write in OF_ALL[given.command]:
+                write()
             return
         if given.seed not in study().seeds:
             raise ParamsError(f"params/study.yaml: seeds are {study().seeds}, not {given.seed}")

@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.distance.study import MEASURES
 from benchmarks.study.measure import Row, read
+from benchmarks.study.page import digest
 from benchmarks.study.params import study
 from benchmarks.study.table import BASELINE, FREE, TUNED, by_arm, natural_merges
 
@@ -29,7 +31,8 @@ def figures() -> None:
         "distance": distance(),
     }.items():
         path = FOLDER / f"study_{name}.svg"
-        figure.savefig(path, metadata={"Date": None})
+        with mpl.rc_context({"svg.hashsalt": name}):  # equal rows give equal files
+            figure.savefig(path, metadata={"Date": None, "Description": f"rows {digest()}"})
         print(f"study: wrote {path}")
 
 
@@ -68,7 +71,7 @@ def share(merged: Mapping[str, list[Row]], tuned: Mapping[str, list[Row]]) -> Fi
     figure, panels = _panels([FREE, TUNED])
     params = study()
     for axis, of, rows in zip(panels, (recall, mean_score), (merged, tuned), strict=True):
-        for method in ("interpolation", "regmean", "sequential"):
+        for colour, method in zip("brg", ("interpolation", "regmean", "sequential"), strict=True):
             curve: Points = []
             for name, own in rows.items():
                 arm, parent = params.arms[name], params.parents[params.arms[name].parent]
@@ -78,12 +81,14 @@ def share(merged: Mapping[str, list[Row]], tuned: Mapping[str, list[Row]]) -> Fi
                     curve.append((100 * parent.share, _values(own, of)))
             if own := rows.get(BASELINE):
                 curve.append((100, _values(own, of)))
-            _draw(axis, sorted(curve, key=lambda p: p[0]), marker="o", label=method)
+            _draw(axis, sorted(curve, key=lambda p: p[0]), marker="o", color=colour, label=method)
             if own := rows.get(f"random_{method}"):
-                _draw(axis, [(-4, _values(own, of))], marker="x", label=f"{method}, random starts")
+                start = [(-4, _values(own, of))]
+                _draw(axis, start, marker="x", color=colour, label=f"{method}, random starts")
         axis.set_xlabel("steps of the common seed, % of all")
     panels[0].set_ylabel("%")
-    panels[0].legend(fontsize="x-small")
+    handles, labels = panels[0].get_legend_handles_labels()
+    panels[1].legend(handles, labels, fontsize="x-small", loc="lower right")
     return figure
 
 
@@ -114,9 +119,13 @@ def _named(
 ) -> Figure:
     figure, panels = _panels([FREE, TUNED])
     for axis, of, rows in zip(panels, (recall, mean_score), (merged, tuned), strict=True):
-        points: Points = [(name, _values(rows[name], of)) for name in names if name in rows]
-        _draw(axis, points, marker="o", linestyle="none")
-        axis.tick_params(axis="x", labelrotation=60, labelsize="x-small")
+        points = [(name, _values(rows[name], of)) for name in names if name in rows]
+        places: Points = [(place, values) for place, (_, values) in enumerate(points)]
+        _draw(axis, places, marker="o", linestyle="none")
+        axis.set_xticks(range(len(points)), [name for name, _ in points], fontsize="x-small")
+        axis.tick_params(axis="x", labelrotation=40)
+        for label in axis.get_xticklabels():
+            label.set(horizontalalignment="right", rotation_mode="anchor")
     panels[0].set_ylabel("%")
     return figure
 
@@ -149,5 +158,5 @@ def distance() -> Figure:
             x, y = [p.distances[measure] for p in own], [p.outcomes[outcome] for p in own]
             axis.scatter(x, y, marker=marker, label=outcome)
     panels[0].set_ylabel("%")
-    panels[0].legend(fontsize="x-small")
+    panels[-1].legend(fontsize="xx-small", loc="center right")
     return figure

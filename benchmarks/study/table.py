@@ -3,9 +3,8 @@
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.distance.study import Merge, correlations
+from benchmarks.distance.study import Correlation, Interval, Merge, correlations
 from benchmarks.study.measure import Row, read
 from benchmarks.study.params import study
 from tasks.experts.measures.benchmarks import FINETUNED_ON_SCENES, FREE_ON_SCENES
@@ -20,7 +19,14 @@ FREE, TUNED = "R@1 without training", "mean after fine-tuning"
 def table() -> None:
     """Write the Markdown file."""
     merged, tuned = read("merged"), read("finetuned")
-    text = "\n".join(
+    with write_file(TABLE) as partial:
+        partial.write_text(text_of(merged, tuned))
+    print(f"study: wrote {TABLE}: {progress(merged, tuned)}")
+
+
+def text_of(merged: Sequence[Row], tuned: Sequence[Row]) -> str:
+    """What the Markdown file says."""
+    lines = "\n".join(
         [
             "# Initialisation, mechanism and architecture, over seeds",
             "",
@@ -31,15 +37,13 @@ def table() -> None:
             "",
             progress(merged, tuned),
             *_section("Without training", merged, FREE_ON_SCENES),
-            *_section("Fine-tuned jointly", _of(tuned, "joint"), FINETUNED_ON_SCENES),
-            *_section("Fine-tuned each", _of(tuned, "each"), FINETUNED_ON_SCENES),
-            *_beside_the_baseline(_of(tuned, "joint")),
+            *_section("Fine-tuned jointly", fine_tuned(tuned, "joint"), FINETUNED_ON_SCENES),
+            *_section("Fine-tuned each", fine_tuned(tuned, "each"), FINETUNED_ON_SCENES),
+            *_beside_the_baseline(fine_tuned(tuned, "joint")),
             *_correlations(merged, tuned),
         ]
     )
-    with write_file(TABLE) as partial:
-        partial.write_text(text + "\n")
-    print(f"study: wrote {TABLE}: {progress(merged, tuned)}")
+    return lines + "\n"
 
 
 def progress(merged: Sequence[Row], tuned: Sequence[Row]) -> str:
@@ -54,7 +58,8 @@ def progress(merged: Sequence[Row], tuned: Sequence[Row]) -> str:
     )
 
 
-def _of(rows: Sequence[Row], mode: str) -> list[Row]:
+def fine_tuned(rows: Sequence[Row], mode: str) -> list[Row]:
+    """The rows of one mode: `joint` or `each`."""
     return [row for row in rows if row["mode"] == mode]
 
 
@@ -108,10 +113,10 @@ def _beside_the_baseline(rows: Sequence[Row]) -> Iterable[str]:
 
 def natural_merges(merged: Sequence[Row], tuned: Sequence[Row]) -> list[Merge]:
     """Collect the interpolations of every parent: their distances and outcomes."""
-    after = {(r["seed"], r["arm"]): r["test"] for r in _of(tuned, "joint")}
-    arms, result = study().arms, []
+    after = {(r["seed"], r["arm"]): r["test"] for r in fine_tuned(tuned, "joint")}
+    params, result = study(), []
     for row in merged:
-        arm = arms.get(row["arm"])
+        arm = params.arms.get(row["arm"])
         if arm is None or arm.method != "interpolation" or arm.options != {"ratio": 0.5}:
             continue
         if "distances" not in row:
@@ -120,7 +125,7 @@ def natural_merges(merged: Sequence[Row], tuned: Sequence[Row]) -> list[Merge]:
         if scores := after.get((row["seed"], row["arm"])):
             outcomes[TUNED] = statistics.mean(scores.values())
         name = f"{row['arm']} of seed {row['seed']}"
-        shares = study().parents[arm.parent].sharing != "none"
+        shares = params.parents[arm.parent].sharing != "none"
         group = "a part is shared" if shares else "nothing is shared"
         result.append(Merge(name, group, row["distances"], outcomes))
     return result
@@ -142,17 +147,25 @@ def _correlations(merged: Sequence[Row], tuned: Sequence[Row]) -> Iterable[str]:
                 row.outcome,
                 row.measure,
                 str(row.num_merges),
-                _cell(row.pearson),
-                _cell(row.spearman),
+                cell(row.pearson),
+                cell(row.spearman),
             ]
             for row in correlations(points)
+            if has_interval(row)
         ],
+        num_names=3,
     )
 
 
-def _cell(interval: Any) -> str:
+def has_interval(row: Correlation) -> bool:
+    """True of correlations over so many merges that they mean anything."""
+    return row.num_merges > 3
+
+
+def cell(interval: Interval) -> str:
+    """Format a correlation with its interval; a perfect one has none."""
     if interval.value is None:
         return "constant"
-    if interval.low is None:
+    if interval.low == interval.high:
         return f"{interval.value:+.2f}"
     return f"{interval.value:+.2f} ({interval.low:+.2f} to {interval.high:+.2f})"

@@ -1,6 +1,7 @@
 """The study of the paper's factors: params that refuse, runs and rows that go on."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from benchmarks.study import page, table
 from benchmarks.study import train as runs
-from benchmarks.study.measure import Rows
-from benchmarks.study.params import StudyParams
+from benchmarks.study.measure import Rows, read
+from benchmarks.study.params import StudyParams, study
 from tasks.data.scenes.bank import load_bank
 from tasks.data.scenes.description import SceneCorpus
 from tasks.recipe.experts import SceneParams
@@ -117,3 +119,72 @@ def test_params_that_no_run_can_follow_are_refused(
         values[section] |= entries
     with pytest.raises(ParamsError, match=message):
         validated("params/study.yaml", StudyParams, values)
+
+
+def test_every_number_of_the_pages_is_one_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands between marks is what the rows give; outside them the page has no result."""
+    monkeypatch.chdir(REPOSITORY)
+    params = study()
+    for module in (page, table):
+        monkeypatch.setattr(module, "study", lambda: params)
+    merged, tuned = read("merged"), read("finetuned")
+    text = page.PAGE.read_text()
+    for name, part in page.blocks(merged, tuned).items():
+        assert f"{page.mark(name)}\n{part}\n{page.END}" in text, name
+        text = text.replace(part, "")
+    assert re.findall(r"\d+\.\d+(?! \()", re.sub(r"arxiv\S+|arXiv\S+", "", text)) == []
+    for name, part in page.overview(merged, tuned).items():
+        assert f"{page.mark(name)}\n{part}\n{page.END}" in page.OVERVIEW.read_text()
+    assert table.text_of(merged, tuned) == table.TABLE.read_text()
+
+
+def test_figures_are_drawn_from_the_rows_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the five carries the digest of the rows, and the page shows it."""
+    monkeypatch.chdir(REPOSITORY)
+    drawn = sorted(Path("docs/figures").glob("study_*.svg"))
+    assert len(drawn) == 5
+    for path in drawn:
+        assert f"rows {page.digest()}" in path.read_text()
+        assert f"](figures/{path.name})" in page.PAGE.read_text()
+
+
+def scores(**of_arms: list[float]) -> dict:
+    """Scores of arms by seed, the same on all five benchmarks."""
+    return {
+        arm: {seed: dict.fromkeys(page.TITLES, value) for seed, value in enumerate(values)}
+        for arm, values in of_arms.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("ours", "answer"),
+    [
+        ([2.0, 3.0, 4.0], "Yes, of these runs: `share70_sequential` in every seed"),
+        ([2.0, 1.0, 4.0], "Not reliably: `share70_sequential` in 2 of 3 seeds"),
+        ([1.0, 1.0, 0.0], "No: no seeded merge is ahead on all five benchmarks in any seed"),
+    ],
+)
+def test_the_answer_follows_the_seeds(
+    ours: list[float], answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All five in all seeds, in some, in none; an equal score is not ahead."""
+    monkeypatch.chdir(REPOSITORY)
+    lines = list(page.baseline(scores(agnostic=[1.0, 1.0, 1.0], share70_sequential=ours)))
+    assert answer in lines[0].replace("\n", " ")
+
+
+def test_arms_are_compared_within_a_seed() -> None:
+    """A seed that one arm lacks does not count; random starts are no seeded merge."""
+    given = scores(agnostic=[1.0, 5.0], share50_sequential=[2.0, 3.0, 9.0])
+    assert page.differences(given, "share50_sequential", "agnostic") == [1.0, -2.0]
+    assert page.says([1.0, -2.0]) == "ahead in 1 of 2 seeds"
+    assert page.says([0.001, 0.0]) == "not ahead in all 2 seeds"
+    assert page.signed([1.0, -2.0]) == "-0.5 ± 1.5"
+
+
+def test_a_seed_that_has_not_run_to_the_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    row = {"seed": 1, "cpu_seconds": 60.0}
+    text = page.progress([row], [row, row])
+    assert "Of seed 1 there are 1 of 42 merges and parents, 2 of 21 fine-tunings." in text
+    assert "to the end" not in text

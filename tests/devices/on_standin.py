@@ -187,14 +187,21 @@ def test_a_gauge_is_searched_where_the_layers_lie(monkeypatch, is_slow: bool) ->
         assert float((there - transform.as_matrix()).abs().max()) < accuracy
 
 
-def test_every_stage_and_arm_of_experts(tmp_path: Path, monkeypatch, on) -> None:
+@pytest.mark.parametrize(
+    "arms",
+    [
+        pytest.param(["interpolation", "aligned", "sequential"], id="some"),
+        pytest.param([*stages.EXPERT_ARMS], marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_every_stage_and_arm_of_experts(tmp_path: Path, monkeypatch, on, arms: list[str]) -> None:
     """collect, align, merge, finetune and evaluate give what they give on the CPU."""
     written = {}
     for device in ("cpu", standin.NAME):
         (tmp_path / device).mkdir()
         monkeypatch.chdir(tmp_path / device)
         on(device)
-        stages.write_experts()
+        stages.write_experts(arms)
         stages.run_experts(compared=device == "cpu")
         written[device] = stages.tensors(Path("models/experts"))
     for part in ("statistics/", "arms/", "merged/"):

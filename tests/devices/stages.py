@@ -1,6 +1,6 @@
 """All stages of both families of recipes on tiny models, in this folder and in this process."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -104,9 +104,10 @@ def examples(num: int, seed: int) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def write_experts() -> None:
-    """A recipe `experts` with checkpoints and data, as prepare leaves it."""
-    recipes.write(Path(), experts=EXPERTS)
+def write_experts(arms: Iterable[str] = EXPERT_ARMS) -> None:
+    """A recipe `experts` with some arms, checkpoints and data, as prepare leaves it."""
+    merge = {**EXPERTS["merge"], "arms": {name: EXPERT_ARMS[name] for name in arms}}
+    recipes.write(Path(), experts={**EXPERTS, "merge": merge})
     for seed, (name, sharing) in enumerate({"specific": "none", "seed": "all"}.items()):
         torch.manual_seed(seed)
         model = ModalityModel(ModalityConfig(sharing=sharing, **CONFIG)).eval()

@@ -1,10 +1,10 @@
 """Workspaces with a toy graph, real DVC in them and one real Prefect server for the session."""
 
+import fcntl
 import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import prefect
 import psutil
 import pytest
 import torch
@@ -28,13 +29,17 @@ from tasks.experts.pretrain import model_config
 from tasks.recipe.experts import ExpertsRecipe
 from tasks.recipe.load import load, load_file
 from tasks.recipe.pretraining import PretrainParams
+from tests.servers import free_port
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
+PATIENCE = 900
+"""Seconds after which something that was to happen has failed; never a promise of speed."""
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(holds: Callable[[], object]) -> None:
+    """Wait as long as a machine may need that has ten times as much to do as cores for it."""
+    deadline = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
@@ -46,15 +51,9 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def answers(url: str) -> bool:
     try:
-        return urllib.request.urlopen(url, timeout=1).status == 200
+        return urllib.request.urlopen(url, timeout=10).status == 200
     except OSError:
         return False
 
@@ -75,10 +74,31 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefect_database(request: pytest.FixtureRequest) -> Path:
+    """Prefect's database without runs: its migrations take 22 s of CPU time, a copy none.
+
+    One for all test processes and workspaces, and for the next run of the tests.
+    """
+    home = request.config.cache.mkdir(f"prefect-{prefect.__version__}")
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / "made").exists():
+            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+            environment = {**os.environ, "PREFECT_HOME": str(home)}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (home / "made").touch()
+    return home / "prefect.db"
+
+
+@pytest.fixture(scope="session")
+def prefect_server(
+    tmp_path_factory: pytest.TempPathFactory, prefect_database: Path
+) -> Iterator[str]:
     """The API address of a Prefect server on loopback."""
     url = f"http://127.0.0.1:{(port := free_port())}/api"
     home = tmp_path_factory.mktemp("prefect")
+    shutil.copy(prefect_database, home)
     command = ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (
         (home / "server.log").open("w") as log,
@@ -90,7 +110,8 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ) as server,
     ):
         try:
-            wait_until(lambda: answers(f"{url}/health"), 120)
+            wait_until(lambda: answers(f"{url}/health") or server.poll() is not None)
+            assert server.poll() is None, (home / "server.log").read_text()
             yield url
         finally:
             APILogWorker.drain_all(timeout=5)
@@ -121,7 +142,7 @@ class Workspace:
         """The exit status and everything that was said."""
         with self.start(*command) as process:
             try:
-                said, _ = process.communicate(timeout=900)
+                said, _ = process.communicate(timeout=PATIENCE)
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
@@ -202,9 +223,14 @@ def make_toy(folder: Path, url: str, recipes: Sequence[str] = ("toy",)) -> Works
 
 
 @pytest.fixture(scope="session")
-def new_toy(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Workspace:
-    """A recipe `toy` that has not run yet."""
-    return make_toy(tmp_path_factory.mktemp("new") / "toy", prefect_server)
+def new_toy(
+    tmp_path_factory: pytest.TempPathFactory, prefect_server: str, prefect_database: Path
+) -> Workspace:
+    """A recipe `toy` that has not run yet; a server of its own finds a database."""
+    toy = make_toy(tmp_path_factory.mktemp("new") / "toy", prefect_server)
+    (toy.folder / ".prefect").mkdir()
+    shutil.copy(prefect_database, toy.folder / ".prefect")
+    return toy
 
 
 @pytest.fixture(scope="session")
@@ -267,6 +293,7 @@ SMALL = {
         },
     },
     "collect": {"calibration_examples": 32, "batch_size": 16},
+    "merge": {"arms": {"gauge_naive": {"gauge": {"steps": 4}}}},
     "finetune": {
         "batch_sizes": dict.fromkeys(
             ["vqa", "retrieval", "retrieval_hard", "pair_reasoning", "segmentation"], 8

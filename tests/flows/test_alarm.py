@@ -87,7 +87,7 @@ def test_the_server_tells_of_failed_runs_until_it_is_switched_off(server, ears: 
     alarm.switch_on("http://127.0.0.1:9/retired")
     alarm.switch_on(ears.url)
     assert promote("tyo", return_state=True).is_failed()
-    wait_until(lambda: ears.heard, 60)
+    wait_until(lambda: ears.heard)
     assert "did you mean 'toy'" in ears.heard[0]["text"]
     assert ears.heard[0]["flow"] == "promote"
     alarm._switch_off()

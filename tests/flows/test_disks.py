@@ -35,7 +35,7 @@ def on_own_mounts(toy: Workspace, script: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from flows import graph
-from tests.flows.conftest import Workspace, snapshot, wait_until
+from tests.flows.conftest import PATIENCE, Workspace, snapshot, wait_until
 from tests.flows.test_pipeline import RUN, Here, ran
 
 
@@ -114,7 +114,7 @@ def test_a_run_waits_for_dvc_by_hand(toy: Workspace) -> None:
     by_hand = toy.start("dvc", "repro", "merge@toy")
     wait_until(lambda: toy.reached("start merge"))
     status, said = toy.run(*RUN)
-    by_hand.communicate(timeout=60)
+    by_hand.communicate(timeout=PATIENCE)
     assert by_hand.returncode == 0
     assert status == 0, said
     assert "Traceback" not in said
@@ -134,7 +134,7 @@ def test_a_kill_is_told_as_a_kill(toy: Workspace, victim: str) -> None:
     words = {"stage": ["toy_stage.py", "merge"], "dvc": ["-m", "dvc"]}[victim]
     for pid in toy.pids(*words):
         os.kill(pid, signal.SIGKILL)
-    said, _ = run.communicate(timeout=60)
+    said, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 1
     who = {"stage": "stage merge@toy was killed", "dvc": "stage merge@toy failed: DVC was killed"}
     assert f"{who[victim]} (signal 9" in said

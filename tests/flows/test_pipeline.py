@@ -12,7 +12,7 @@ import pytest
 
 from flows.api import ask
 from flows.workspace import only_run
-from tests.flows.conftest import Workspace, cpu_seconds, snapshot, wait_until
+from tests.flows.conftest import PATIENCE, Workspace, cpu_seconds, snapshot, wait_until
 
 RUN = ("flows.pipeline", "toy")
 
@@ -78,7 +78,7 @@ def test_nothing_stale_nothing_runs(toy: Workspace) -> None:
     assert said.startswith("Nothing to do: 3 stages of toy are up to date.\n")
     assert "View at" not in said
     assert not (toy.folder / "log").exists()
-    assert cpu_seconds() - before < 15
+    assert cpu_seconds() - before < 30
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_ctrl_c_leaves_nothing_half_done(toy: Workspace, run_here: Here) -> None
     run = toy.start(*RUN)
     wait_until(lambda: toy.reached("start merge"))
     os.killpg(run.pid, signal.SIGINT)
-    said, _ = run.communicate(timeout=120)
+    said, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 130
     assert said.splitlines()[-1].startswith("Interrupted. Nothing is half-done")
     assert "Traceback" not in said
@@ -167,7 +167,7 @@ def test_a_termination_is_as_clean_as_ctrl_c(toy: Workspace, number: signal.Sign
     run = toy.start(*RUN)
     wait_until(lambda: toy.reached("start merge"))
     run.send_signal(number)
-    said, _ = run.communicate(timeout=120)
+    said, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode != 0
     assert toy.processes() == [], said
     assert toy.log() == ["start merge"]
@@ -189,7 +189,7 @@ def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         waiting.start()
         wait_until(lambda: said)
         events.append("first")
-    waiting.join(10)
+    waiting.join(PATIENCE)
     assert events == ["first", "second"]
     assert f"taken by first (process {os.getpid()}" in said[0]
 
@@ -202,7 +202,7 @@ def test_the_second_of_two_runs_waits(toy: Workspace) -> None:
     first = toy.start(*RUN)
     wait_until(lambda: toy.reached("start merge"))
     status, said = toy.run(*RUN)
-    first.communicate(timeout=120)
+    first.communicate(timeout=PATIENCE)
     assert first.returncode == 0
     assert status == 0, said
     assert f"toy in Prefect (process {first.pid}" in said

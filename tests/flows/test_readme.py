@@ -16,7 +16,8 @@ import torch
 
 from alloy.merging import MERGE_METHODS
 from tasks.reports.publish import END, start
-from tests.flows.conftest import REPOSITORY, Workspace, free_port
+from tests.flows.conftest import PATIENCE, REPOSITORY, Workspace
+from tests.servers import free_port
 
 README = (REPOSITORY / "README.md").read_text()
 PAGES = ("how_to/rerun.md", "operations.md", "how_to/checkpoints.md")
@@ -154,7 +155,7 @@ def run(workspace: Workspace, script: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, f"{script}\n{done.stdout}"
     return done.stdout
@@ -175,13 +176,13 @@ def serve_and_stop(workspace: Workspace, command: str) -> str:
             start_new_session=True,
         ) as process,
     ):
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while "Serving modality" not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(60)
+        process.wait(PATIENCE)
     said = log.read_text()
     log.unlink()
     return said

@@ -14,7 +14,8 @@ import yaml
 
 from tasks.sources.s3 import s3_client
 from tests import servers, tiny_models
-from tests.flows.conftest import Workspace, answers, free_port, git, wait_until
+from tests.flows.conftest import Workspace, answers, git, wait_until
+from tests.servers import free_port
 
 PLANTED = {
     "hub": "hf_PlantedTokenOfTheHub",
@@ -84,7 +85,7 @@ def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
         ) as server,
     ):
         try:
-            wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"), 120)
+            wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"))
             yield folder, f"http://127.0.0.1:{port}"
         finally:
             os.killpg(server.pid, 9)

@@ -12,7 +12,8 @@ import yaml
 from flows.api import ask
 from flows.serve import serve
 from flows.services import ServerError
-from tests.flows.conftest import REPOSITORY, Workspace, free_port, wait_until
+from tests.flows.conftest import REPOSITORY, Workspace, wait_until
+from tests.servers import free_port
 
 
 def test_the_pipeline_and_promotion_have_a_cron_schedule() -> None:
@@ -56,7 +57,7 @@ def test_a_schedule_fires_and_ctrl_c_ends_everything(toy: Workspace) -> None:
             start_new_session=True,
         ) as served,
     ):
-        wait_until(lambda: "Serving toy" in toy.text("log.serve") or served.poll() is not None, 240)
+        wait_until(lambda: "Serving toy" in toy.text("log.serve") or served.poll() is not None)
         assert served.poll() is None, toy.text("log.serve")
 
         def ended(flow: str) -> list[dict]:
@@ -66,7 +67,7 @@ def test_a_schedule_fires_and_ctrl_c_ends_everything(toy: Workspace) -> None:
                 if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED")
             ]
 
-        wait_until(lambda: ended("pipeline") and ended("promote"), 300)
+        wait_until(lambda: ended("pipeline") and ended("promote"))
         run = ended("pipeline")[-1]
         promotion = ended("promote")[-1]
         os.killpg(served.pid, signal.SIGINT)
@@ -77,5 +78,5 @@ def test_a_schedule_fires_and_ctrl_c_ends_everything(toy: Workspace) -> None:
     assert run["auto_scheduled"]
     assert {"end merge", "end register"} <= set(toy.log())
     assert "has no registered model 'alloy-modality'" in promotion["state"]["message"]
-    wait_until(lambda: not toy.processes(), 30)
+    wait_until(lambda: not toy.processes())
     assert not (toy.folder / ".prefect" / "server-url").exists()

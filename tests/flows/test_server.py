@@ -9,7 +9,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.server import own_server
 from flows.services import ServerError
-from tests.flows.conftest import Workspace, wait_until
+from tests.flows.conftest import PATIENCE, Workspace, wait_until
 from tests.flows.test_pipeline import RUN, ran
 
 
@@ -53,7 +53,7 @@ def test_a_killed_run_leaves_no_server(alone: Workspace) -> None:
     assert alone.pids("flows.server")
     run.kill()
     run.communicate()
-    wait_until(lambda: not alone.processes(), 30)
+    wait_until(lambda: not alone.processes())
     status, said = alone.run(*RUN)
     assert status == 0, said
     assert alone.log() == ran("merge", "register")
@@ -66,11 +66,11 @@ def test_a_signal_to_the_whole_group_ends_a_run_promptly(
     alone: Workspace, number: signal.Signals
 ) -> None:
     """The server outlives the signal, so the flow can say how it ended; nothing waits for it."""
-    alone.control("merge.seconds", 60)
+    alone.control("merge.seconds", 2 * PATIENCE)
     run = alone.start(*RUN)
     wait_until(lambda: alone.reached("start merge"))
     os.killpg(run.pid, number)
-    said, _ = run.communicate(timeout=30)
+    said, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 130, said
     assert said.splitlines()[-1].startswith("Interrupted. Nothing is half-done")
     assert "View at" not in said
@@ -85,7 +85,7 @@ def test_a_server_that_is_killed_is_started_again(alone: Workspace) -> None:
     wait_until(lambda: alone.reached("start merge"))
     [server] = alone.pids("flows.server")
     os.kill(server, signal.SIGKILL)
-    said, _ = run.communicate(timeout=80)
+    said, _ = run.communicate(timeout=PATIENCE)
     assert run.returncode == 0, said
     assert alone.log() == ran("merge", "register")
     assert alone.processes() == []

@@ -9,7 +9,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.sweep import called, combinations, main, task_runner
 from tasks.recipe.section import ParamsError
-from tests.flows.conftest import Workspace, free_port, git, snapshot
+from tests.flows.conftest import Workspace, git, snapshot
+from tests.servers import free_port
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 from flows.services import ServerError
 from flows.ui import show
 from tasks.registry.reach import TrackingError
-from tests.flows.conftest import Workspace, answers, free_port, wait_until
+from tests.flows.conftest import PATIENCE, Workspace, answers, wait_until
+from tests.servers import free_port
 
 
 def test_a_port_that_is_taken_is_refused() -> None:
@@ -38,12 +39,12 @@ def test_both_pages_answer_until_ctrl_c(toy: Workspace) -> None:
     options = ("--prefect-port", str(ports[0]), "--mlflow-port", str(ports[1]))
     served = toy.start("flows.ui", *options)
     pages = [f"http://127.0.0.1:{port}" for port in ports]
-    wait_until(lambda: all(map(answers, pages)) or served.poll() is not None, 240)
+    wait_until(lambda: all(map(answers, pages)) or served.poll() is not None)
     announced = toy.folder / ".prefect" / "server-url"
     assert announced.read_text() == f"{pages[0]}/api"
     os.killpg(served.pid, signal.SIGINT)
-    said, _ = served.communicate(timeout=60)
+    said, _ = served.communicate(timeout=PATIENCE)
     assert served.returncode == 0, said
     assert f"Prefect: {pages[0]}    MLflow: {pages[1]}" in said
-    wait_until(lambda: not toy.processes(), 30)
+    wait_until(lambda: not toy.processes())
     assert not announced.exists()

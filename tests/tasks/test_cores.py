@@ -24,7 +24,7 @@ def test_items_come_in_order_with_the_bits_of_one_core(two_cores):
 
 def test_two_threads_meet_where_one_job_has_two_cores(two_cores):
     cores.share_cores(1)
-    barrier = threading.Barrier(2, timeout=30)
+    barrier = threading.Barrier(2, timeout=600)
     assert sorted(cores.in_order(lambda _: barrier.wait(), [0, 1])) == [0, 1]
 
 

@@ -106,7 +106,7 @@ def test_two_writers_do_not_meet(place: Path) -> None:
     write(place, "quick")
     assert read(place) == {"quick"}
     second.set()
-    writer.join(10)
+    writer.join(600)
     assert read(place) == {"slow"}
     assert others(place) == []
 

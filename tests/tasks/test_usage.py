@@ -90,13 +90,16 @@ def test_the_memory_of_gpus_is_what_came_on_top(folder: Path, monkeypatch: pytes
     monkeypatch.setattr(usage, "SAMPLE_SECONDS", 0.01)
     monkeypatch.setattr(usage, "RARELY_SECONDS", 0.1)
     tool = folder / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\ncat {folder}/used\n")
+    tool.write_text(f"#!/bin/sh\ncat {folder}/used\necho >> {folder}/asked\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
     (folder / "used").write_text("100\n7\n")
+    (folder / "asked").touch()
     with measured("mine", "merge"):
         (folder / "used").write_text("150\n17\n")
-        time.sleep(1.0)
+        before = (folder / "asked").stat().st_size
+        while (folder / "asked").stat().st_size < before + 3:  # the first may have read before
+            time.sleep(0.02)
     taken = last_runs("mine")["merge"]
     assert taken.gpu_memory == 60 * MIB
     assert taken.metrics()["stage/merge/gpu_memory"] == 60 * MIB

@@ -391,7 +391,7 @@ def test_two_processes_sum_the_bits_of_one(tmp_path):
     worker = Path(__file__).with_name("two_processes.py")
     other = subprocess.Popen([sys.executable, worker, "1", str(tmp_path)])
     two_processes.main(0, str(tmp_path))
-    assert other.wait(timeout=120) == 0
+    assert other.wait(timeout=900) == 0
     alone = two_processes.statistics()
     assert any(places[0].samples for places in alone["samples"].places.values())
     for name, one in alone.items():

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests import servers
-from tests.flows.conftest import Workspace, git, wait_until
+from tests.flows.conftest import PATIENCE, Workspace, git, wait_until
 
 RUN = ("flows.pipeline", "toy")
 
@@ -103,18 +103,18 @@ def test_two_workers_run_what_is_placed_in_their_pools(toy: Workspace, tmp_path:
         git(toy.folder, "add", "--all")
         git(toy.folder, "commit", "--quiet", "--message", "Place stages")
         for clone in clones.values():
-            wait_until(lambda clone=clone: "started!" in clone.text("log.worker"), 600)
+            wait_until(lambda clone=clone: "started!" in clone.text("log.worker"))
         run = toy.start(*RUN)
 
         def both_at_once() -> bool:
             return gpu.reached("start merge") and cpu.reached("end other")
 
-        wait_until(lambda: both_at_once() or run.poll() is not None, 600)
+        wait_until(lambda: both_at_once() or run.poll() is not None)
         assert both_at_once(), run.communicate()[0]
         kill(gpu)
         gpu.control("merge.seconds", 0)
         stack.enter_context(worker(gpu, "gpu"))
-        said, _ = run.communicate(timeout=900)
+        said, _ = run.communicate(timeout=PATIENCE)
         assert run.returncode == 0, said
     assert "no sign of life of merge@toy in pool gpu" in said
     assert "gpu | merge speaks" in said

@@ -48,10 +48,10 @@ def file(tmp_path: Path) -> Path:
 )
 def test_a_fault_is_named_with_file_and_line_at_once(file, text, message) -> None:
     file.write_text(text)
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ParamsError, match=message) as caught:
         read_yaml(file)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
     assert len(str(caught.value)) < 500 + len(str(file))
     assert "\n" not in str(caught.value)
 

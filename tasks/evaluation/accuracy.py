@@ -9,6 +9,7 @@ tasks'.
 Shapes: N examples, E outputs, C classes of all tasks together.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -81,6 +82,16 @@ def ensemble(logits: Sequence[Tensor], classes: Classes) -> Tensor:
     """
     rows = _parent_of_each_class(logits, classes)
     return torch.stack(list(logits)).gather(0, rows.expand(1, len(logits[0]), -1))[0]
+
+
+def mean_probabilities(logits: Sequence[Tensor]) -> Tensor:
+    """The ensemble that averages the parents' probabilities [N, C], as their logarithms.
+
+    Nobody says which classes a parent has learned, so each one's guesses at the others' classes
+    count as well.
+    """
+    shares = torch.stack([logits_NC.log_softmax(dim=1) for logits_NC in logits])
+    return shares.logsumexp(dim=0) - math.log(len(logits))
 
 
 def confidence(logits: Sequence[Tensor], classes: Classes) -> Tensor:

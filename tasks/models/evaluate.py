@@ -32,6 +32,8 @@ from tasks.evaluation.score import Score, by_example
 from tasks.models.measures.heads import yardsticks_of
 from tasks.models.measures.yardsticks import (
     Candidate,
+    Labelled,
+    Probabilities,
     Remembered,
     Yardstick,
     as_candidate,
@@ -53,7 +55,7 @@ from tasks.models.shared.jobs import (
     jobs,
     run_jobs,
 )
-from tasks.recipe.models import ModelsRecipe
+from tasks.recipe.models import PROBABILITIES, ModelsRecipe
 from tasks.reports import report as reports
 from tasks.reports import tables, writer
 from tasks.reports.origin import with_origin
@@ -149,7 +151,9 @@ def stored_distances(job: Job) -> Iterator[tuple[str, ModelDistances]]:
 def num_steps(job: Job) -> int:
     """The number of steps that `evaluate` reports: one a model, and one an alignment."""
     recipe = job.recipe
-    return 1 + len(job.members) + len(recipe.arms(job.set)) + len(recipe.alignments(job.set))
+    ensembles = 2 if job.benchmark is not None and not job.entry.heads else 1
+    of_models = len(job.members) + ensembles + len(recipe.arms(job.set))
+    return of_models + len(recipe.alignments(job.set))
 
 
 def evaluate(job: Job, report: Report) -> None:
@@ -172,9 +176,19 @@ def evaluate(job: Job, report: Report) -> None:
         report("step")
         report("say", f"{job.name}: {name}")
 
+    # With labels, `ensemble` knows who learned which classes; the mean of probabilities does not.
+    blind = {
+        split: Measured(Probabilities(measure))
+        for split, measure in made.items()
+        if isinstance(measure, Labelled)
+    }
+    if blind:
+        subjects[PROBABILITIES] = subjects["ensemble"]
+
     for name, (kind, members) in subjects.items():
         together, answering = [parents[i] for i in members], [candidates[i] for i in members]
-        rows["scores"] += scores(job, name, kind, measures, together, answering)
+        of_kind = blind if name == PROBABILITIES else measures
+        rows["scores"] += scores(job, name, kind, of_kind, together, answering)
         said(name)
     for candidate in candidates:
         candidate.forget()

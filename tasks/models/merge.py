@@ -132,11 +132,17 @@ def merge_arm(
         **options,
     )
     if tails:
-        if arm.repair != type(arm.repair)():
+        repairs = type(arm.repair)
+        if arm.repair not in (repairs(), repairs(batch_norm=True)):
             raise ValueError(
-                "repair needs one merged model; this alignment shares a part of the layers"
+                "repairs but batch_norm need one merged model; this alignment shares a part of "
+                "the layers"
             )
-        return {name: {**tensors, **merged} for name, tensors in aligned.items()}, {}
+        parts = {name: {**tensors, **merged} for name, tensors in aligned.items()}
+        if arm.repair.batch_norm:
+            seen = job.seen()
+            parts = {n: repair.reestimate_norms(job.skeleton, w, seen) for n, w in parts.items()}
+        return parts, {}
     first = {n: own[n] for n in heads}  # a layer behind the trunk says nothing about the trunk
     parents = {name: {**tensors, **first} for name, tensors in aligned.items()}
     whole, repairs = repaired(job, arm, alignment, {**merged, **kept, **first}, parents, progress)

@@ -45,7 +45,8 @@ class ModelsArm(Section):
     """One way of merging, for every set that its alignment is made for."""
 
     alignment: str | None = None  # without one the members are merged as they are, streamed
-    elsewhere: str | None = None  # the alignment for sets that the first is not made for
+    # The alignment for sets that the first is not made for; of several, the first that is
+    elsewhere: str | list[str] | None = None
     method: str  # a key of alloy's MERGE_METHODS
     base: str | None = None  # the checkpoint that task vectors start from
     coefficients: Row | dict[str, Row] | None = None  # the method's own without
@@ -82,6 +83,12 @@ class ModelsArm(Section):
         row = self.coefficients if isinstance(self.coefficients, list) else []
         numbers = [c for c in row if isinstance(c, float)]
         return numbers if numbers and len(numbers) == len(row) else None
+
+    @property
+    def alignments(self) -> list[str]:
+        """The alignments that the arm may have, the first choice first."""
+        others = [self.elsewhere] if isinstance(self.elsewhere, str) else self.elsewhere or []
+        return [name for name in (self.alignment, *others) if name is not None]
 
     @property
     def aligned_by(self) -> str:

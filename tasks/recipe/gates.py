@@ -6,7 +6,7 @@ from alloy.errors import nearest
 from tasks.recipe.benchmarks import refuse_less
 from tasks.recipe.experts import ExpertsRecipe
 from tasks.recipe.load import Recipe, load_file, recipes
-from tasks.recipe.models import ModelsRecipe
+from tasks.recipe.models import PROBABILITIES, ModelsRecipe
 from tasks.recipe.section import ParamsError
 from tasks.recipe.shared import Gates, PromoteParams
 
@@ -102,5 +102,11 @@ def _models(recipe: Recipe) -> list[str]:
             return [*arms, *recipe.measured_models, *finetuned]
         arms += recipe.measured_models if recipe.evaluate.measured else []
         members = max(len(m) for entry in recipe.sets.values() for m in entry.members.values())
-        return [*arms, *finetuned, "ensemble", *(f"parent_{number}" for number in range(members))]
+        return [
+            *arms,
+            *finetuned,
+            "ensemble",
+            PROBABILITIES,
+            *(f"parent_{number}" for number in range(members)),
+        ]
     return [*arms, *recipe.evaluate.checkpoints, *recipe.evaluate.ensembles, *finetuned]

@@ -21,6 +21,7 @@ from tasks.recipe.shared import Candidates, FetchParams, chosen_arm
 from tasks.recipe.trunk import TrunkMember, check_trunk
 from tasks.workspace import Workspace
 
+PROBABILITIES = "ensemble_probabilities"  # the mean of the parents' probabilities, as a model
 CALIBRATED = ("prepare", "collect", "align")  # the sections of recipes whose units are aligned
 
 
@@ -65,7 +66,8 @@ class ModelsAlignment(Section):
 
     preset: str
     settings: dict[str, Any] = Field(default={})  # checked against the preset's own
-    score: Literal["merge", "labels"] | None = None  # chooses the weight share, or to align nothing
+    # Chooses the weight share, or to align nothing
+    score: Literal["merge", "blind", "labels"] | None = None
     sets: list[str] | None = None  # that it is made for; without one: all
 
     @model_validator(mode="after")
@@ -103,7 +105,7 @@ class ModelsMergeParams(Candidates):
     @model_validator(mode="after")
     def _names_are_free(self) -> "ModelsMergeParams":
         for name in self.arms:
-            if name in ("ensemble", "merged") or name.startswith("parent_"):
+            if name in ("ensemble", PROBABILITIES, "merged") or name.startswith("parent_"):
                 raise ValueError(f"an arm cannot be called {name!r}: another model has that name")
         return self
 
@@ -230,8 +232,7 @@ class ModelsRecipe(Section):
             return dict(self.merge.arms)
         made, arms = self.alignments(name), {}
         for key, arm in self.merge.arms.items():
-            chosen = arm.alignment if arm.alignment in made else arm.elsewhere
-            if chosen in made:
+            if (chosen := next((a for a in arm.alignments if a in made), None)) is not None:
                 arms[key] = arm.model_copy(update={"alignment": chosen})
         return arms
 
@@ -472,9 +473,8 @@ class ModelsRecipe(Section):
                     f"{self.where}: {where}.alignment is missing: "
                     f"{nearest('identity', list(alignments))}"
                 )
-            for key in ("alignment", "elsewhere"):
-                if (chosen := getattr(arm, key)) is not None:
-                    yield f"{where}.{key}", chosen, alignments
+            for place, chosen in enumerate(arm.alignments):
+                yield f"{where}.{'elsewhere' if place else 'alignment'}", chosen, alignments
             if arm.base is not None:
                 yield f"{where}.base", arm.base, checkpoints
         result = self.named

@@ -1,6 +1,7 @@
 """The `score` that an alignment is chosen by: how good its merge is.
 
     merge   how often its first choice is its surest parent's, on calibration data: no labels
+    blind   the same, and nobody says which classes each parent learned
     labels  joint accuracy on the validation examples of the set's benchmark
 
 The merge is the plain mean, its batch norms estimated anew; both scores are in per cent. The surest
@@ -12,6 +13,7 @@ that answers both.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from safetensors.torch import load_file
@@ -57,7 +59,9 @@ def mean(models: Sequence[Weights]) -> dict[str, Tensor]:
     }
 
 
-def _by_answers(job: Job, parents: Sequence[Candidate], seen: Sequence[Weights]) -> Measure:
+def _by_answers(
+    job: Job, parents: Sequence[Candidate], seen: Sequence[Weights], *, blind: bool = False
+) -> Measure:
     classes = None
     if job.benchmark is None:
         measure = unlabelled(job, job.calibration, parents, job.recipe.evaluate.batch_size)
@@ -72,7 +76,8 @@ def _by_answers(job: Job, parents: Sequence[Candidate], seen: Sequence[Weights])
         return rows if classes is None else accuracy.logits(rows, classes)
 
     theirs = [logits(parent) for parent in parents]
-    together = surest(theirs) if classes is None else accuracy.ensemble(theirs, classes)
+    knows = classes is not None and not blind
+    together = accuracy.ensemble(theirs, classes) if knows else surest(theirs)
     choices = together.argmax(1)
     return lambda merge: 100 * (logits(merge).argmax(1) == choices).double().mean().item()
 
@@ -85,5 +90,6 @@ def _by_labels(job: Job, parents: Sequence[Candidate], seen: Sequence[Weights]) 
 
 MEASURES: Mapping[str, Callable[[Job, Sequence[Candidate], Sequence[Weights]], Measure]] = {
     "merge": _by_answers,
+    "blind": partial(_by_answers, blind=True),
     "labels": _by_labels,
 }

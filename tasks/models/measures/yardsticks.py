@@ -128,7 +128,10 @@ class Labelled:
     def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]:
         """Score one model, or an ensemble (`accuracy.ensemble`)."""
         each = [self.logits(candidate) for candidate in candidates]
-        logits = each[0] if len(each) == 1 else accuracy.ensemble(each, self.classes)
+        return self.scores_of(each[0] if len(each) == 1 else accuracy.ensemble(each, self.classes))
+
+    def scores_of(self, logits: Tensor) -> dict[str, Score]:
+        """Score logits of all classes [N, C]."""
         shares = accuracy.accuracies(logits, self.labels, self.tasks, self.classes)
         losses = F.cross_entropy(logits, self.labels, reduction="none")
         scores = {f"{name.replace(' ', '_')}_accuracy": score for name, score in shares.items()}
@@ -154,6 +157,21 @@ class Labelled:
                 )
             parts.append(accuracy.logits(answer.rows, classes or self.classes))
         return torch.cat(parts)
+
+
+class Probabilities:
+    """The yardstick of ensembles of models with labels that average their probabilities."""
+
+    def __init__(self, labelled: Labelled) -> None:
+        self.labelled = labelled
+
+    def score(self, candidates: Sequence[Candidate]) -> dict[str, Score]:
+        """Score an ensemble (`accuracy.mean_probabilities`)."""
+        each = [self.labelled.logits(candidate) for candidate in candidates]
+        return self.labelled.scores_of(accuracy.mean_probabilities(each))
+
+    def by_example(self, candidates: Sequence[Candidate]) -> dict[str, Tensor]:
+        return self.labelled.by_example(candidates)
 
 
 class _Seen(NamedTuple):

@@ -22,8 +22,9 @@ STORY = Markup(
     "<p>Networks that were trained apart compute alike with their units in different orders. "
     "Alignment brings the units together, by weights and by what they compute on calibration data "
     "(arXiv:2209.04836, 2403.01753); merging then takes one weight for each. <i>parent i</i> is "
-    "member i of a set alone; <i>ensemble</i> runs all of them and takes each class's logit from "
-    "the parent that learned it.</p>"
+    "member i of a set alone; both ensembles run all of them. <i>ensemble, each class by its "
+    "parent</i> is told who learned which class; <i>ensemble of probabilities</i> is not, and "
+    "averages what each parent says of all classes.</p>"
 )
 
 

@@ -80,7 +80,7 @@ def scores_chart(scores: Sequence[ScoreRow], params: ModelsRecipe) -> Figure:
         without_frame(axis)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    axes[0].set_yticks(range(len(models)), map(model_title, models))
+    axes[0].set_yticks(range(len(models)), [model_title(m, models) for m in models])
     axes[0].invert_yaxis()
     return figure
 

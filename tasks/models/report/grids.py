@@ -5,15 +5,19 @@ and, with two or more seeds, METRIC_spread (standard deviation). `merged` is the
 own set and seed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tasks.models.report.results import BarrierRow, DistanceRow, ScoreRow
-from tasks.recipe.models import ModelsRecipe
+from tasks.recipe.models import PROBABILITIES, ModelsRecipe
 from tasks.reports.means import Mean, mean, means
 from tasks.reports.report import Grid
 
 SHOWN_SPLITS = {"test": "test", "held_out": "held-out", "calibration": "calibration"}
 OVERVIEW = ("joint_accuracy", "average_accuracy")
+ENSEMBLES = {
+    "ensemble": "ensemble, each class by its parent",
+    PROBABILITIES: "ensemble of probabilities",
+}
 MEASURES = {"l2": "L2", "cosine": "1 - cosine", "ssd": "SSD", "tssd": "TSSD"}
 
 
@@ -51,7 +55,10 @@ def seeds(params: ModelsRecipe, name: str) -> str:
     return f"{num} seeds, mean ± standard deviation"
 
 
-def model_title(model: str) -> str:
+def model_title(model: str, beside: Collection[str] = ()) -> str:
+    """The words for a model; `beside` are all models, where ensembles are told apart."""
+    if PROBABILITIES in beside and model in ENSEMBLES:
+        return ENSEMBLES[model]
     return model.replace("_", " ") if model.startswith("parent_") else model
 
 
@@ -79,7 +86,7 @@ def score_grids(params: ModelsRecipe, scores: Sequence[ScoreRow]) -> list[Grid]:
                 ["", *map(metric_title, columns)],
                 [
                     [
-                        model_title(model),
+                        model_title(model, models),
                         *(table[model, metric].shown(_digits(metric)) for metric in columns),
                     ]
                     for model in models
@@ -109,7 +116,7 @@ def overview_grids(params: ModelsRecipe, scores: Sequence[ScoreRow]) -> list[Gri
             ["", *(title(params, name) for name in sets)],
             [
                 [
-                    model_title(model),
+                    model_title(model, models),
                     *(
                         table[place].shown(_digits(metric))
                         if (place := (metric, model, name)) in table

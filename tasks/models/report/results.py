@@ -10,7 +10,7 @@ class ScoreRow:
     split: str
     set: str
     seed: int
-    model: str  # an arm, parent_0, parent_1, ..., or ensemble
+    model: str  # an arm, parent_0, parent_1, ..., or an ensemble
     kind: str  # arm, parent or ensemble
     metric: str
     value: float

@@ -96,6 +96,16 @@ def test_confidence_of_any_class_needs_no_word_of_who_learned_which():
     assert shares[0, 1] == pytest.approx(0.5)
 
 
+def test_probabilities_are_averaged_whoever_learned_what():
+    """The ensemble's logarithms are those of the mean of softmaxes; the order does not matter."""
+    logits = [3 * torch.randn(7, 4), torch.randn(7, 4)]
+    mean = (logits[0].softmax(1) + logits[1].softmax(1)) / 2
+    assert torch.allclose(accuracy.mean_probabilities(logits), mean.log(), atol=1e-5)
+    assert torch.allclose(accuracy.mean_probabilities(logits[::-1]), mean.log(), atol=1e-5)
+    one = accuracy.mean_probabilities([logits[0]] * 3)
+    assert torch.allclose(one, logits[0].log_softmax(1), atol=1e-5)
+
+
 def test_parents_that_know_equally_much_share_equally():
     logits = torch.randn(7, 4)
     shares = accuracy.confidence([logits, logits[:, [2, 3, 0, 1]]], TWO)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ConvNextImageProcessor
 
 import alloy
+from alloy.refit import repair
 from alloy.symmetry import with_kind
 from tasks.evaluation.outputs import Answers
 from tasks.models import align, choose, collect, evaluate, merge, prepare
@@ -306,6 +307,10 @@ def test_labels_give_accuracies_of_all_tasks(write, workspace) -> None:
         (found["task_0_accuracy"] + found["task_1_accuracy"]) / 2, abs=1e-4
     )
     assert scores("merged", "validation")["loss"] > 0
+    assert scores("ensemble_probabilities", "test") == pytest.approx(found, abs=1e-4)
+    page = Path("reports/mine/report.html").read_text()
+    assert "ensemble of probabilities" in page
+    assert "ensemble, each class by its parent" in page
 
 
 def write_labelled(write) -> None:
@@ -333,6 +338,7 @@ def test_an_alignment_may_be_chosen_by_its_merge_with_labels_or_without(write, w
             "searched": {"preset": "dual", "settings": shares},
             "by_merge": {"preset": "dual", "settings": shares, "score": "merge"},
             "by_labels": {"preset": "dual", "settings": shares, "score": "labels"},
+            "blind": {"preset": "dual", "settings": shares, "score": "blind"},
         }
 
     def labelled(recipe: dict) -> None:
@@ -351,7 +357,8 @@ def test_an_alignment_may_be_chosen_by_its_merge_with_labels_or_without(write, w
     (job,) = jobs(load_models("mine"))
     report = json.loads(Path("models/mine/transforms/pair/0/report.json").read_text())
     assert "was chosen among" in report["searched"]["warnings"][-1]
-    for name, score in (("by_merge", "merge"), ("by_labels", "labels")):
+    by_score = {"by_merge": "merge", "by_labels": "labels", "blind": "blind"}
+    for name, score in by_score.items():
         chosen, _, listed = report[name]["warnings"][-1].partition(" was chosen by score: ")
         scores_of = dict(entry.rsplit(" ", 1) for entry in listed.split(", "))
         best = max(map(float, scores_of.values()))
@@ -359,6 +366,17 @@ def test_an_alignment_may_be_chosen_by_its_merge_with_labels_or_without(write, w
         assert "no alignment" in scores_of
         found = merge_score(job, score)(load_alignment(job, name).apply(job.weights()))
         assert found == pytest.approx(best, rel=1e-3)
+    aligned = load_alignment(job, "searched").apply(job.weights())
+    before = {score: merge_score(job, score)(aligned) for score in ("merge", "blind")}
+    assert job.benchmark is not None
+    classes = load_file(job.benchmark / "classes.safetensors")
+    save_file(
+        classes | {"class_tasks": 1 - classes["class_tasks"]},
+        job.benchmark / "classes.safetensors",
+    )
+    after = {score: merge_score(job, score)(aligned) for score in ("merge", "blind")}
+    assert after["blind"] == before["blind"]  # whoever is said to have learned what
+    assert after["merge"] != before["merge"]
 
 
 def test_the_surest_parent_answers() -> None:
@@ -433,7 +451,7 @@ def test_parents_of_another_width_are_followed(write) -> None:
         recipe["align"]["alignments"] |= {"ot_fusion": {"preset": "ot_fusion"}}
         for name in ("identity", "mudsc"):
             recipe["align"]["alignments"][name]["sets"] = []
-        arm = {"method": "linear", "alignment": "mudsc", "elsewhere": "ot_fusion"}
+        arm = {"method": "linear", "alignment": "mudsc", "elsewhere": ["identity", "ot_fusion"]}
         fit = {"residual": True}
         recipe["merge"]["arms"] = {
             "mudsc": arm,
@@ -508,6 +526,41 @@ def test_a_partial_zip_is_a_model_for_each_member(write) -> None:
     assert scores("zip")["loss"] > 0
     with pytest.raises(ParamsError, match=r"holds no model but \['a', 'b'\]"):
         register.main(load("mine"))
+
+
+def test_members_that_share_some_layers_have_norms_of_their_own_inputs(write) -> None:
+    """Batch norms of a partial zip are estimated in each member; no other repair is made."""
+
+    def change(recipe: dict) -> None:
+        recipe["collect"]["joint"] = True
+        settings = {"until": "resnet.encoder.stages.0"}
+        recipe["align"]["alignments"] = {"zip": {"preset": "zipit", "settings": settings}}
+        arm = {"alignment": "zip", "method": "linear", "repair": {"batch_norm": True}}
+        recipe["merge"]["arms"] = {"zip": arm}
+        recipe["merge"]["result"]["arm"] = "zip"
+        recipe["evaluate"]["curves"] = []
+
+    write(CONVNEXT, change)
+    sizes = {"embedding_size": 6, "hidden_sizes": [6, 10], "depths": [1, 1], "num_labels": 5}
+    config = transformers.ResNetConfig(layer_type="basic", **sizes)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        transformers.ResNetForImageClassification(config).save_pretrained(f"given/{name}")
+    run(fetch, prepare, collect, align, merge)
+    (job,) = jobs(load_models("mine"))
+    folder, seen = Path("models/mine/arms/pair/0/zip"), job.seen()
+    members = {name: load_file(folder / name / "model.safetensors") for name in "ab"}
+    for weights in members.values():
+        again = repair.reestimate_norms(job.skeleton, weights, seen)
+        assert all(torch.allclose(again[n], t, atol=1e-5) for n, t in weights.items())
+        assert not all(torch.equal(t, job.weights()["a"][n]) for n, t in weights.items())
+    for name, tensor in members["a"].items():
+        if "running" in name:
+            shared = torch.equal(tensor, members["b"][name])
+            assert shared == ("stages.1" not in name), name
+    change_params(lambda r: r["merge"]["arms"]["zip"]["repair"].update(temperature=True))
+    with pytest.raises(ValueError, match="repairs but batch_norm need one merged model"):
+        run(merge)
 
 
 @pytest.mark.slow
@@ -608,6 +661,10 @@ def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
         (lambda r: r["sets"]["pair"]["members"].update({0: ["a", "a"]}), "named twice"),
         (lambda r: r["merge"]["arms"]["mudsc"].update(alignment="mudsk"), "did you mean 'mudsc'"),
         (lambda r: r["merge"]["arms"]["mudsc"].update(elsewhere="mudsk"), "elsewhere: 'mudsk'"),
+        (
+            lambda r: r["merge"]["arms"]["mudsc"].update(elsewhere=["identity", "mudsk"]),
+            "elsewhere: 'mudsk'",
+        ),
         (lambda r: r["merge"]["result"].update(seed=3), r"result\.seed: 3"),
         (lambda r: r["merge"]["result"].update(arm="avrage"), "did you mean 'average'"),
         (lambda r: r["merge"]["arms"].update(ensemble=r["merge"]["arms"]["mudsc"]), "'ensemble'"),
@@ -639,7 +696,7 @@ def test_the_recipe_of_the_documentation_is_one(write, workspace) -> None:
             lambda r: r["align"]["alignments"]["mudsc"].update(score="labels"),
             "mudsc.score: labels: set 'pair' has no benchmark",
         ),
-        (lambda r: r["align"]["alignments"]["mudsc"].update(score="label"), "'merge' or 'labels'"),
+        (lambda r: r["align"]["alignments"]["mudsc"].update(score="label"), "'blind' or 'labels'"),
         (
             lambda r: r["align"]["alignments"]["mudsc"].update(settings={"score": "merge"}),
             "beside settings",

@@ -99,6 +99,7 @@ def calibration(draw: int, settings: Calibration) -> Batches:
             settings.masked_share,
             TOKEN["[MASK]"],
             generator,
+            study().pretraining.mask_probability,
         )
         for i in range(0, settings.examples, size)
     ]

@@ -81,8 +81,9 @@ def calibration(masked_share: float) -> list[dict[str, Tensor]]:
     params = study()
     file = Workspace(params.recipe).data / CALIBRATION
     chosen = params.calibration
+    probability = params.pretrain(0).mask_probability
     generator = torch.Generator().manual_seed(0)
     return [
-        hide_words(batch, masked_share, TOKEN["[MASK]"], generator)
+        hide_words(batch, masked_share, TOKEN["[MASK]"], generator, probability)
         for batch in batches(file, chosen.examples, chosen.batch_size, show=False)
     ]

@@ -29,7 +29,7 @@ from tasks.data.sets.transforms import Augmentation
 from tasks.experts.measures.benchmark import first_of, load_split, take
 from tasks.experts.measures.benchmarks import BENCHMARKS, FINETUNED
 from tasks.experts.measures.sets import SETS
-from tasks.experts.shared.fitting import description_of, fitted
+from tasks.experts.shared.fitting import description_of, fitted, with_drop_path
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import ExpertsRecipe, FinetuneParams
 from tasks.recipe.section import ParamsError
@@ -217,7 +217,11 @@ def fitted_model(folder: Path, job: Job) -> ModalityModel:
     for name in job.benchmarks:
         if name in SETS and (about := description_of(data / name)) is not None:
             model = fitted(model, about, seed=job.params.seed)
-    return model
+    probability = job.params.training.drop_path
+    if probability is None:
+        return model
+    assert isinstance(probability, float), "a map is for recipes; a job has its benchmark's number"
+    return with_drop_path(model, probability, seed=job.params.seed)
 
 
 def validation(

@@ -86,7 +86,7 @@ def merge_arm(
     """The agnostic model of one arm; what its gauge says of it goes into `reports`."""
     workspace = recipe.workspace
     source = load_model(workspace.checkpoints / arm.checkpoint)
-    data = calibration(recipe, arm.masked_share, arm.checkpoint) if arm.reads_data else []
+    data = calibration(recipe, arm) if arm.reads_data else []
     if arm.gauge is not None:
         source, report = move(source, arm.gauge, data, arm.answers)
         if reports is not None:

@@ -134,6 +134,7 @@ class ArmParams(Section):
     # alike.
     answers: Literal["heads", "states"] | None = None
     masked_share: float = Field(default=0, ge=0, le=1)  # of their texts get hidden words
+    mask_probability: float = Field(default=0.4, gt=0, lt=1)  # of each of those texts' words
     base: str | None = None  # the checkpoint that task vectors start from
     coefficients: (  # by expert, or that by glob pattern of names; the method's own without
         dict[Modality, float] | dict[str, dict[Modality, float]] | None

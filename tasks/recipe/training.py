@@ -21,6 +21,7 @@ BY_BENCHMARK = (
     "matrix_learning_rate",
     "num_steps",
     "warmup_steps",
+    "drop_path",
 )
 """Settings of a fine-tuning that may differ by benchmark."""
 
@@ -37,6 +38,10 @@ NumWarmup = Annotated[int, Field(ge=0)]
 Warmup = Annotated[
     Annotated[NumWarmup, Tag("number")] | Annotated[dict[str, NumWarmup], Tag("map")],
     _NUMBER_OR_MAP,
+]
+Chance = Annotated[float, Field(ge=0, lt=1)]
+Chances = Annotated[
+    Annotated[Chance, Tag("number")] | Annotated[dict[str, Chance], Tag("map")], _NUMBER_OR_MAP
 ]
 
 
@@ -136,6 +141,7 @@ class BenchmarkPlan(FinetunePlan):
     learning_rate: Rates  # ty: ignore[incompatible-attribute-override]
     head_learning_rate: Rates  # ty: ignore[incompatible-attribute-override]
     matrix_learning_rate: Rates | None = None  # ty: ignore[incompatible-attribute-override]
+    drop_path: Chances | None = None  # of the last block's updates; without one, the model's own
 
     @property
     def maps(self) -> dict[str, Mapping[str, float]]:

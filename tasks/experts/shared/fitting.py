@@ -23,6 +23,16 @@ def ready(model: ModalityModel, examples: Any) -> ModalityModel:
     return fitted(model, examples.description, seed=0).eval()
 
 
+def with_drop_path(model: ModalityModel, probability: float, *, seed: int) -> ModalityModel:
+    """The same weights in a model whose training leaves out updates with this probability.
+
+    It is that of the last block; earlier ones have less, in proportion.
+    """
+    config = copy.deepcopy(model.config)
+    config.drop_path = probability
+    return build(config, model.state_dict(), seed).to(model.device)
+
+
 def fitted(model: ModalityModel, about: Description, *, seed: int) -> ModalityModel:
     """The model with heads for these answers or classes, for images of this size.
 

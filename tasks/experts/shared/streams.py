@@ -16,34 +16,37 @@ from alloy.modality.stream_search import find_gauge, inner_alignment
 from alloy.modality.streams import in_gauge
 from tasks.evaluation.loading import load_tokenizer
 from tasks.experts.shared.statistics import CALIBRATION, batches
-from tasks.recipe.experts import ExpertsRecipe, GaugeParams
-
-MASK_PROBABILITY = 0.4  # of a word, as the released checkpoints were pre-trained
+from tasks.recipe.experts import ArmParams, ExpertsRecipe, GaugeParams
 
 
-def calibration(
-    recipe: ExpertsRecipe, masked_share: float = 0.0, checkpoint: str = ""
-) -> list[dict[str, Tensor]]:
-    """The calibration data that collect reads, in its batches.
+def calibration(recipe: ExpertsRecipe, arm: ArmParams) -> list[dict[str, Tensor]]:
+    """The calibration data that collect reads, in its batches, as an arm sees them.
 
     A share of the texts get hidden words, which the masked-word head must not forget to cope with:
     behind the mask token of the checkpoint's tokenizer.
     """
     params, file = recipe.collect, recipe.workspace.data / CALIBRATION
     generator = torch.Generator().manual_seed(0)
-    mask = mask_token(recipe.workspace.checkpoints / checkpoint) if masked_share else 0
+    mask = mask_token(recipe.workspace.checkpoints / arm.checkpoint) if arm.masked_share else 0
     return [
-        hide_words(batch, masked_share, mask, generator)
+        hide_words(batch, arm.masked_share, mask, generator, arm.mask_probability)
         for batch in batches(file, params.calibration_examples, params.batch_size)
     ]
 
 
 def hide_words(
-    batch: dict[str, Tensor], share: float, mask: int, generator: torch.Generator
+    batch: dict[str, Tensor],
+    share: float,
+    mask: int,
+    generator: torch.Generator,
+    probability: float,
 ) -> dict[str, Tensor]:
-    """The batch with hidden words in a random share of its texts, and a mask that says where."""
+    """The batch with hidden words in a random share of its texts, and a mask that says where.
+
+    Each word of those texts is hidden with this probability.
+    """
     ids = batch["input_ids"]
-    hidden, _ = mask_words(ids, batch["attention_mask"], mask, MASK_PROBABILITY, generator)
+    hidden, _ = mask_words(ids, batch["attention_mask"], mask, probability, generator)
     chosen = torch.randperm(len(ids), generator=generator)[: round(share * len(ids))]
     if share == 0:
         return batch

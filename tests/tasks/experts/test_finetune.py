@@ -8,7 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alloy.modality import ModalityConfig, ModalityModel
-from tasks.experts.finetune import Job, batches_of, finetune, identity, losses, main, plan
+from tasks.experts.finetune import (
+    Job,
+    batches_of,
+    finetune,
+    fitted_model,
+    identity,
+    losses,
+    main,
+    plan,
+)
 from tasks.experts.shared.loading import load_model
 from tasks.recipe.experts import ExpertsRecipe, FinetuneParams
 from tasks.recipe.load import load, load_experts, parse
@@ -290,6 +299,21 @@ def test_one_model_for_each_benchmark(recipe, mlflow_workspace, write_recipe):
     assert not torch.equal(head, weights(finetuned / "vqa")["answer_head.out.weight"])
 
 
+def test_a_training_may_leave_out_other_updates_than_pre_training_did(recipe):
+    """The last block's chance is the params', earlier ones' in proportion; no weight changes."""
+    changed = {"training": {**FINETUNE["training"], "drop_path": 0.3}}
+    job, plain = plan_of(params(**changed))["merged"], plan_of(params())["merged"]
+    model, before = fitted_model(job.source, job), fitted_model(plain.source, plain)
+    last = len(model.blocks) - 1
+    chances = [block.drop_path.probability for block in model.blocks]
+    assert chances == pytest.approx([0.3 * i / last for i in range(last + 1)])
+    assert model.config.drop_path == 0.3
+    assert before.config.drop_path == 0
+    own = model.state_dict()
+    assert all(torch.equal(own[name], tensor) for name, tensor in before.state_dict().items())
+    assert identity(job) != identity(plain)
+
+
 def test_each_benchmark_learns_at_its_own_rates_for_its_own_steps():
     """A map gives each benchmark its numbers; one number dumps as it did, so runs stay known."""
     rates = {"learning_rate": {"vqa": 0.01, "retrieval": 0.002}, "head_learning_rate": 0.03}
@@ -301,9 +325,12 @@ def test_each_benchmark_learns_at_its_own_rates_for_its_own_steps():
         "batch_sizes": {"vqa": 4, "retrieval": 4},
         "training": {**FINETUNE["training"], **rates},
     }
+    section["training"] |= {"drop_path": {"vqa": 0.15, "retrieval": 0.1}}
     toy = parse("toy", experts(finetune=section))
     assert isinstance(toy, ExpertsRecipe)
     jobs = plan(toy)
+    chances = {name: job.params.training.drop_path for name, job in jobs.items()}
+    assert chances == {"merged/vqa": 0.15, "merged/retrieval": 0.1}
     groups = ("other", "fresh heads")
     peaks = {
         name: [job.params.training.peak(group) for group in groups] for name, job in jobs.items()

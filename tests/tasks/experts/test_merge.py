@@ -25,6 +25,7 @@ from alloy.symmetry.spec import with_kind
 from tasks.data.scenes import words
 from tasks.experts import align, choose, collect, merge
 from tasks.experts.shared.statistics import load_statistics, save_statistics
+from tasks.experts.shared.streams import hide_words
 from tasks.recipe.experts import ArmParams
 from tasks.recipe.load import load, load_experts
 from tasks.recipe.section import ParamsError
@@ -268,6 +269,18 @@ def test_an_arm_in_a_gauge_loads_with_its_adapters_and_says_what_was_found(works
     report = json.loads((workspace / "models/tiny/arms/turned/gauge.json").read_text())
     assert report["error_after"] < report["error_before"]
     assert report["streams"][0]["width"] == model.config.hidden_size
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.8])
+def test_an_arm_says_how_many_words_are_hidden(probability):
+    """In its share of the texts, each word with its probability; none in the others."""
+    ids = torch.randint(10, 20, (40, 50), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seen = hide_words(batch, 0.5, 3, torch.Generator().manual_seed(1), probability)
+    hidden = (seen["input_ids"] == 3).double().mean(1)
+    assert (hidden > 0).sum() == 20
+    assert hidden[hidden > 0].mean().item() == pytest.approx(probability, abs=0.05)
+    assert ArmParams(checkpoint="a", method="sequential").mask_probability == 0.4
 
 
 def test_interpolation_has_the_papers_coefficients_in_lower_and_joint_blocks(workspace):

@@ -1,5 +1,6 @@
 """Laws of the loader: a step's batches depend on its number, whoever makes them, and when."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,11 +62,23 @@ def test_two_processes_see_together_what_one_sees(data: StoredSplit) -> None:
     assert torch.equal(torch.cat(shares, dim=1), whole)
 
 
+def num_ready(loader: Loader) -> int:
+    """How many batches lie ready that nobody has asked for."""
+    return loader._iterator._worker_result_queue.qsize()
+
+
 @pytest.mark.slow
-def test_workers_make_what_the_process_itself_would(data: StoredSplit) -> None:
-    """Batches made ahead, from the start and going on; torch's own source stays as it is."""
+def test_two_processes_with_workers_are_fed_and_go_on_exactly(data: StoredSplit) -> None:
+    """Their workers make the next step before it is asked for, and from any step on what one
+    process alone would make; torch's own source stays as it is."""
     before = torch.random.get_rng_state()
-    ahead, here = loader(data, num_workers=2), loader(data)
-    for step in (0, 1, 3):
-        assert torch.equal(pixels(ahead.at(step)), pixels(here.at(step)))
+    here = loader(data)
+    two = [loader(data, Processes(rank, 2), num_workers=1) for rank in (0, 1)]
+    for step in (0, 1, 3):  # after 1 both were ended, and go on
+        shares = [pixels(own.at(step)) for own in two]
+        assert torch.equal(torch.cat(shares, dim=1), pixels(here.at(step)))
+        deadline = time.monotonic() + 300
+        while step == 0 and min(map(num_ready, two)) < 2:
+            assert time.monotonic() < deadline, "nothing is made ahead"
+            time.sleep(0.05)
     assert torch.equal(torch.random.get_rng_state(), before)

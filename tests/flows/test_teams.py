@@ -1,5 +1,6 @@
 """Results travel between clones through a DVC remote, as docs/teams.md says."""
 
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import yaml
 
 from tests import servers
 from tests.flows.conftest import REPOSITORY, Workspace, git, snapshot
@@ -126,3 +128,27 @@ def cloned(toy: Workspace, folder: Path) -> Workspace:
     git(toy.folder, "commit", "--quiet", "--message", "Run toy")
     git(toy.folder, "clone", "--quiet", str(toy.folder), str(folder))
     return replace(toy, folder=folder)
+
+
+@pytest.mark.slow
+def test_plain_dvc_speaks_of_the_recipes_in_use(tmp_path: Path) -> None:
+    """In a clone without results DVC shows the committed ones, and what is missing, in few lines.
+
+    Studies, pre-training and recipes that nobody has run are not among them.
+    """
+    git(tmp_path, "clone", "--quiet", str(REPOSITORY), str(tmp_path / "clone"))
+    clone = Workspace(tmp_path / "clone", dict(os.environ))
+    said = {}
+    for command in ("metrics show", "metrics diff HEAD", "plots show", "exp show --csv", "status"):
+        status, said[command] = clone.run("dvc", *command.split())
+        assert status == 0, said[command]
+        assert "failed to load" not in said[command], command
+        assert "Traceback" not in said[command], command
+    assert "reports/modality/headline.json" in said["metrics show"]
+    assert said["metrics diff HEAD"].strip() == ""
+    assert (clone.folder / "dvc_plots" / "index.html").is_file()
+    assert "test.finetuned.retrieval.recall_at_1" in said["exp show --csv"].splitlines()[0]
+    stages = [line for line in said["status"].splitlines() if line[:1].strip()]
+    graph = yaml.safe_load(clone.text("params/graph.yaml"))
+    in_use = {recipe for recipes in graph.values() for recipe in recipes or ()}
+    assert {stage.rstrip(":").partition("@")[2] for stage in stages} == in_use

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from alloy.errors import MergeError
 from alloy.refit.lessons import Batch, Lesson
-from alloy.refit.normal_equations import NormalEquations
+from alloy.refit.normal_equations import Inputs, NormalEquations
 from alloy.refit.resuming import Resuming
 from alloy.refit.tracing import (
     Seen,
@@ -225,10 +225,12 @@ class _Study:
         weights: Mapping[str, Sequence[Tensor]],
         num_examples: int,
     ) -> None:
+        known: dict[int, Inputs] = {}  # by call: what the first layer of the group reads
         for name, equations in layers.items():
             of_calls = weights[name]
             for k, (x, error) in enumerate(seen[name]):
-                equations.add(self.index, masks, x, error, of_calls[k] if of_calls else None)
+                weight = of_calls[k] if of_calls else None
+                known[k] = equations.add(self.index, masks, x, error, weight, known.get(k))
             equations.counts[self.index] += num_examples if of_calls else 0
 
     def _taught(

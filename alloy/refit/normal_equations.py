@@ -15,6 +15,7 @@ outputs of a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,44 @@ from alloy.refit.conjugate import conjugate_gradients, factored
 from alloy.refit.lessons import Sensitivity
 from alloy.refit.linear_layer import LinearLayer
 from alloy.statistics.masks import Masks
-from alloy.statistics.moments import second_moment
+from alloy.statistics.moments import half_moment, mirrored
 
 ROUNDING = 1e-6  # of a layer's largest weight: a smaller change is none
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer reads in one call: samples in float64, and their sums."""
+
+    x: Tensor
+    x_GNI: Tensor
+    weighed_GNI: Tensor
+    weight_N1: Tensor
+    sum_GI: Tensor
+    half: Sequence[Tensor]
+    """The blocks of the second moment (`alloy.statistics.moments.half_moment`), each [G, ...]."""
+
+    @classmethod
+    def of(cls, layer: LinearLayer, masks: Masks, x: Tensor, weights: Tensor | None) -> Inputs:
+        """The inputs that count.
+
+        Raises:
+            MergeError: they are not finite.
+        """
+        x_GNI = _grouped(layer, masks, layer.samples(x))
+        _require_finite(x_GNI)
+        if weights is None:
+            weight_N1, weighed_GNI = x_GNI.new_ones(x_GNI.shape[1], 1), x_GNI
+        else:
+            weight_N1 = masks.kept(weights[..., None]).double()
+            weighed_GNI = weight_N1 * x_GNI
+        half = _half_moment(x_GNI, weighed_GNI)
+        return cls(x, x_GNI, weighed_GNI, weight_N1, weighed_GNI.sum(1), half)
+
+    def serve(self, layer: LinearLayer, x: Tensor, weights: Tensor | None) -> bool:
+        """True if these are the inputs of another linear layer, too, as of queries and keys."""
+        plain = weights is None and self.weighed_GNI is self.x_GNI
+        return plain and not layer.is_convolution and torch.equal(x, self.x)
 
 
 class NormalEquations:
@@ -41,33 +77,47 @@ class NormalEquations:
         self.layer = layer
         self.counts = [0] * num_lessons
         self.sums: list[dict[str, Tensor]] = [{} for _ in range(num_lessons)]
+        self.halves: list[list[Tensor]] = [[] for _ in range(num_lessons)]
 
     def add(
-        self, lesson: int, masks: Masks, x: Tensor, error: Tensor, weights: Tensor | None = None
-    ) -> None:
-        groups = self.layer.groups
-        x_GNI, error_GNO = (
-            masks.kept(samples).double().unflatten(1, (groups, -1)).movedim(1, 0)
-            for samples in (self.layer.samples(x), self.layer.outputs(error))
-        )
-        if not (torch.isfinite(x_GNI).all() and torch.isfinite(error_GNO).all()):
-            raise MergeError("activations are not finite: look at the models and their data")
+        self,
+        lesson: int,
+        masks: Masks,
+        x: Tensor,
+        error: Tensor,
+        weights: Tensor | None = None,
+        known: Inputs | None = None,
+    ) -> Inputs:
+        """Add a call, of inputs that may be known from another layer; returns them.
+
+        Raises:
+            MergeError: activations that are not finite.
+        """
+        if known is None or not known.serve(self.layer, x, weights):
+            known = Inputs.of(self.layer, masks, x, weights)
+        error_GNO = _grouped(self.layer, masks, self.layer.outputs(error))
+        _require_finite(error_GNO)
         if weights is None:
-            self.counts[lesson] += x_GNI.shape[1]
-            weight_N1 = x_GNI.new_ones(x_GNI.shape[1], 1)
-            weighed_GNI = x_GNI
-        else:
-            weight_N1 = masks.kept(weights[..., None]).double()
-            weighed_GNI = weight_N1 * x_GNI
-        mine = self.sums[lesson]
+            self.counts[lesson] += known.x_GNI.shape[1]
+        mine, half = self.sums[lesson], self.halves[lesson]
         for name, value in {
-            "n": weight_N1.sum(),
-            "x": weighed_GNI.sum(1),
-            "r": (weight_N1 * error_GNO).sum(1),
-            "xx": _moments(x_GNI, weighed_GNI),
-            "rx": error_GNO.mT @ weighed_GNI,
+            "n": known.weight_N1.sum(),
+            "x": known.sum_GI,
+            "r": (known.weight_N1 * error_GNO).sum(1),
+            "rx": error_GNO.mT @ known.weighed_GNI,
         }.items():
-            mine[name] = mine[name] + value if name in mine else value
+            mine[name] = mine[name].add_(value) if name in mine else value.clone()
+        for block, value in zip(half, known.half, strict=False):
+            block += value
+        half += [value.clone() for value in known.half[len(half) :]]
+        return known
+
+    def finish(self) -> None:
+        """Put the second moments together, once all calls have been added."""
+        for mine, half in zip(self.sums, self.halves, strict=True):
+            if half:
+                mine["xx"] = _mirrored(half)
+                half.clear()
 
     def solve(
         self,
@@ -77,6 +127,7 @@ class NormalEquations:
         sensitivities: Sequence[Sensitivity | None],
     ) -> None:
         """Give the layer, and its norm, the weights that the data ask for."""
+        self.finish()
         given = [c if n else 0.0 for c, n in zip(coefficients, self.counts, strict=True)]
         if sum(given) <= 0:
             raise MergeError(f"the coefficients {list(coefficients)} leave {name} without a model")
@@ -145,11 +196,28 @@ class NormalEquations:
         return change[..., :-1], change[..., -1]
 
 
-def _moments(x_GNI: Tensor, weighed_GNI: Tensor) -> Tensor:
-    """The second moments of inputs that may be weighed, [G, I, I]."""
+def _grouped(layer: LinearLayer, masks: Masks, samples: Tensor) -> Tensor:
+    """Samples that count by group of a convolution, [G, N, ...], float64."""
+    return masks.kept(samples).double().unflatten(1, (layer.groups, -1)).movedim(1, 0)
+
+
+def _require_finite(samples: Tensor) -> None:
+    if not torch.isfinite(samples).all():
+        raise MergeError("activations are not finite: look at the models and their data")
+
+
+def _half_moment(x_GNI: Tensor, weighed_GNI: Tensor) -> list[Tensor]:
+    """The second moments of inputs that may be weighed: blocks of half of them, or whole."""
     if x_GNI is weighed_GNI and len(x_GNI) == 1:
-        return second_moment(x_GNI[0])[None]
-    return x_GNI.mT @ weighed_GNI
+        return [block[None] for block in half_moment(x_GNI[0])]
+    return [x_GNI.mT @ weighed_GNI]
+
+
+def _mirrored(half: Sequence[Tensor]) -> Tensor:
+    """The second moments, [G, I, I]."""
+    if len(half) == 1:
+        return half[0]
+    return mirrored([block[0] for block in half])[None]
 
 
 def _framed(xx_GII: Tensor, x_GI1: Tensor, one_G11: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ def fit_layers(
         )
     shares = _shares(parents, batches, coefficients, example_weights)
     student = loaded(model, merged)
+    if inputs == "merged" and all(_is_equal(parent, merged) for parent in parents.values()):
+        return _weights_of(student, merged)  # each layer computes its target already
     teachers = _teachers(model, parents, batches, inputs, residual, spec)
     lesson = Lesson(teachers, batches, shares)
     least_squares.fit_layers(
@@ -290,6 +292,13 @@ def _teachers(
         Teacher(copies[name]) if name in copies else Teacher(modules[name], units=units[name])
         for name in parents
     ]
+
+
+def _is_equal(parent: Weights | nn.Module, merged: Weights) -> bool:
+    """True for a parent of the merged weights, in their units."""
+    return not isinstance(parent, nn.Module) and all(
+        torch.equal(tensor.to(parent[name].device), parent[name]) for name, tensor in merged.items()
+    )
 
 
 def _weights_of(student: nn.Module, merged: Weights) -> dict[str, Tensor]:

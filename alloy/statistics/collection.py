@@ -159,7 +159,8 @@ def planned_bytes(
         sizes[a][key] * sizes[b][key] for a, b in products.pairs for key in products.multiplied()
     )
     for observer in observers.values():
-        entries += sum(observer.width(weight) ** 2 for weight in observer.inputs)
+        blocks = (size for weight in observer.inputs for size in observer.gram_sizes(weight))
+        entries += sum(rows * columns for rows, columns in blocks)
     return entries * torch.float64.itemsize
 
 

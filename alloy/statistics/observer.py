@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from alloy.devices import beside
 from alloy.errors import CollectionError
 from alloy.statistics.masks import Masks
-from alloy.statistics.moments import Gram, second_moment
+from alloy.statistics.moments import Gram, half_moment, half_sizes, mirrored
 from alloy.statistics.operands import Follow, Operand, See, Side, operands, preferred
 from alloy.statistics.points import (
     LinearImage,
@@ -155,10 +155,10 @@ class Observer:
         of = self.spec.batch_shape
         return {**sizes, **{s: math.prod(of(s)) * self.spec.spaces[s].size for s in hidden}}
 
-    def width(self, weight: str) -> int:
-        """The inputs of a linear layer."""
+    def gram_sizes(self, weight: str) -> list[tuple[int, int]]:
+        """The shapes of the sums of a linear layer's inputs."""
         module, dim = self.inputs[weight]
-        return self.modules[module].get_parameter("weight").shape[dim]
+        return half_sizes(self.modules[module].get_parameter("weight").shape[dim])
 
     def place_of(self, key: str) -> UnitPoint | Operand:
         """The place that is read under a key."""
@@ -207,11 +207,11 @@ class Observer:
         return buffer
 
     def _add_gram(self, weight: str, x_ND: Tensor) -> None:
-        x_ND = x_ND.double()
-        product_DD = second_moment(x_ND)
-        if not torch.isfinite(product_DD.diagonal()).all():
+        blocks = half_moment(x_ND.double())
+        if not all(torch.isfinite(block.diagonal()).all() for block in blocks):
             raise CollectionError(_not_finite(self.name, f"the inputs of {weight!r}"))
-        self.running.add(("gram", self.name, weight), product_DD)
+        for number, block in enumerate(blocks):
+            self.running.add(("gram", self.name, weight, number), block)
         self.running.count((self.name, weight), len(x_ND))
 
     def total(self, key: str) -> tuple[Tensor, Tensor]:
@@ -255,12 +255,16 @@ class Observer:
 
     def gram_totals(self) -> dict[str, Gram]:
         """By weight; none of layers that the calibration data never reached."""
+        sums: dict[str, Tensor] = {}
         totals = {}
         for weight, (_, dim) in self.inputs.items():
             source = self.same.get(weight, weight)
-            total = self.running.totals.get(("gram", self.name, source))
-            if total is not None:
-                totals[weight] = Gram(total.cpu(), self.count(source), dim)
+            keys = [("gram", self.name, source, i) for i in range(len(self.gram_sizes(source)))]
+            if keys[0] not in self.running.totals:
+                continue
+            if source not in sums:
+                sums[source] = mirrored([self.running.totals[key].cpu() for key in keys])
+            totals[weight] = Gram(sums[source], self.count(source), dim)
         return totals
 
 

@@ -1,12 +1,16 @@
-"""Conjugate gradients solve what the models ask for, or say that they cannot."""
+"""Normal equations add up their data, and conjugate gradients solve what the models ask for."""
 
 import pytest
 import torch
+from torch import nn
 
 from alloy.errors import MergeError
 from alloy.refit import conjugate
 from alloy.refit.conjugate import conjugate_gradients
+from alloy.refit.linear_layer import LinearLayer
+from alloy.refit.normal_equations import NormalEquations
 from alloy.statistics import linear_systems
+from alloy.statistics.masks import Masks
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -91,3 +95,29 @@ def test_units_that_nothing_depends_on_are_refused():
             patched.setattr(conjugate, "LARGE", large)
             with pytest.raises(MergeError, match=r"the inputs of block.mlp do not determine it"):
                 conjugate_gradients(nothing, torch.full((1, 5), 0.1).double(), "block.mlp")
+
+
+@pytest.mark.parametrize("width", [6, 800])
+def test_layers_that_read_one_tensor_share_its_sums(width):
+    """They have the bits of sums of their own, and no layer's later calls reach the other's."""
+    x, error, other = (torch.randn(9, n, generator=GENERATOR) for n in (width, 4, 4))
+    layers = [LinearLayer(nn.Linear(width, 4)) for _ in range(2)]
+    alone, together = ([NormalEquations(layer, 1) for layer in layers] for _ in range(2))
+    masks = Masks({})
+    for _ in range(2):
+        known = None
+        for ours, theirs, wrong in zip(alone, together, (error, other), strict=True):
+            ours.add(0, masks, x, wrong)
+            earlier = known
+            known = theirs.add(0, masks, x.clone(), wrong, None, earlier)
+            assert earlier is None or known is earlier
+    assert together[1].add(0, masks, x + 1, other, None, known) is not known
+    alone[1].add(0, masks, x + 1, other)
+    for ours, theirs in zip(alone, together, strict=True):
+        ours.finish()
+        theirs.finish()
+        assert ours.counts == theirs.counts
+        for name, total in ours.sums[0].items():
+            assert torch.equal(total, theirs.sums[0][name]), name
+    both = torch.cat([x, x]).double()
+    torch.testing.assert_close(together[0].sums[0]["xx"][0], both.T @ both)

@@ -1,5 +1,7 @@
 """A repair leaves alone what is whole, and restores what was broken on purpose."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -107,6 +109,19 @@ def test_a_model_merged_with_itself_keeps_every_weight(case, inputs_of):
         assert repaired.keys() == weights.keys()
         for name, tensor in repaired.items():
             torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-5)
+
+
+def test_parents_that_are_the_merge_ask_for_no_pass(case):
+    """One that differs anywhere does."""
+    model, other, _, batches = case
+    weights, passes = _weights(model), []
+    counting = copy.deepcopy(model)
+    counting.register_forward_hook(lambda *_: passes.append(1))
+    fitted = fit_layers(counting, weights, {"a": weights, "b": dict(weights)}, batches)
+    assert not passes
+    assert all(torch.equal(fitted[name], tensor) for name, tensor in weights.items())
+    fit_layers(counting, weights, {"a": weights, "b": _weights(other)}, batches)
+    assert passes
 
 
 def test_batch_norms_are_those_of_all_data_in_one_pass_or_in_many(monkeypatch):

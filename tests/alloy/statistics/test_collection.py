@@ -104,9 +104,36 @@ class _Kept(RunningSums):
         _Kept.last = self
 
 
+def _halved(monkeypatch) -> None:
+    """Let the Grams of tiny layers be summed by halves, as those of wide ones are."""
+    monkeypatch.setattr("alloy.statistics.moments.WIDE", 5)
+    monkeypatch.setattr("alloy.statistics.moments.BLOCK", 3)
+
+
+def test_grams_of_wide_layers_are_whole(models, ids, spec, monkeypatch):
+    batches = _batches(ids, [4, 5])
+    plain = collect(models, batches, spec, grams=True).grams
+    _halved(monkeypatch)
+    halved = collect(models, batches, spec, grams=True).grams
+    assert halved.keys() == plain.keys()
+    for name, own in plain.items():
+        assert halved[name].keys() == own.keys()
+        for weight, gram in own.items():
+            ours = halved[name][weight]
+            assert ours.count == gram.count
+            torch.testing.assert_close(ours.sum_DD, gram.sum_DD, rtol=1e-12, atol=1e-12)
+    shared = [
+        halved["a"][f"bert.encoder.layer.0.attention.self.{n}.weight"] for n in ("query", "key")
+    ]
+    assert shared[0].sum_DD is shared[1].sum_DD  # one tensor is read by both
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
 @pytest.mark.parametrize("options", [{}, {"joint": True, "grams": True}, {"units": "written"}])
-def test_memory_is_planned_before_a_model_runs(models, options, monkeypatch):
+def test_memory_is_planned_before_a_model_runs(models, options, is_wide, monkeypatch):
     """To the byte where no two layers read one tensor, else an upper bound."""
+    if is_wide:
+        _halved(monkeypatch)
     shared = dict(list(models.items())[:2])
     plain = {name: chain(seed) for seed, name in enumerate("ab")}
     words = {"input_ids": torch.randint(1, SIZE, (3, SIZE))}

@@ -10,7 +10,10 @@ from alloy.statistics.moments import (
     CrossMoments,
     Gram,
     example_means,
+    half_moment,
+    half_sizes,
     kept_tokens,
+    mirrored,
     second_moment,
 )
 from alloy.statistics.points import Point, observe
@@ -104,3 +107,14 @@ def test_half_of_a_second_moment_and_its_mirror_are_the_whole(width):
     """Where the width is no multiple of the block, too."""
     x = torch.randn(40, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(second_moment(x), x.T @ x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [5, 768, 900])
+def test_sums_of_halves_have_the_bits_of_sums_of_wholes(width):
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(3, 40, width, dtype=torch.float64, generator=generator)
+    halves = [half_moment(x_ND) for x_ND in parts]
+    assert [tuple(block.shape) for block in halves[0]] == half_sizes(width)
+    total = mirrored([sum(blocks[1:], blocks[0]) for blocks in zip(*halves, strict=True)])
+    wholes = [second_moment(x_ND) for x_ND in parts]
+    assert torch.equal(total, sum(wholes[1:], wholes[0]))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import alloy
@@ -28,7 +27,6 @@ from tasks.models.shared.jobs import (
     Report,
     agree_on_data,
     architecture,
-    batches,
     first_examples,
     jobs,
     read_spec,
@@ -159,11 +157,10 @@ def collect(group: Sequence[Job], folder: Path, processes: Processes, report: Re
 
 def run(group: Sequence[Job], folder: Path, processes: Processes, report: Report) -> Statistics:
     """The sums of all members of a group, and the products that each job needs."""
-    first, (_, params, _) = group[0], group[0].recipe.calibrated
-    inputs = load_file(first.calibration)
+    _, params, _ = group[0].recipe.calibrated
 
     def seen() -> Iterator[dict[str, Tensor]]:
-        for batch in batches(inputs, params.batch_size):
+        for batch in middle_first(group[0].seen()):
             yield batch
             report("step")
 
@@ -182,6 +179,19 @@ def run(group: Sequence[Job], folder: Path, processes: Processes, report: Report
         return alloy.collect(
             models, seen(), specs, **options, processes=processes, threads=job_cores()
         )
+
+
+def middle_first(seen: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Batches of texts by length, from those of middling length on, then the shorter ones.
+
+    Sums are about the first batch's mean, and samples are its (`alloy.statistics.collection`): the
+    shortest texts are not like the others.
+    """
+    masks = [mask for batch in seen if (mask := batch.get("attention_mask")) is not None]
+    if len({mask.shape[-1] for mask in masks}) < 2:
+        return seen
+    middle = len(seen) // 2
+    return [*seen[middle:], *seen[:middle]]
 
 
 def write(job: Job, statistics: Statistics, place: Path, report: Report) -> None:

@@ -1,9 +1,10 @@
-"""Sets that share members are collected in one pass."""
+"""Sets that share members are collected in one pass, texts without needless padding."""
 
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tasks.models import collect
 
@@ -42,3 +43,20 @@ def test_a_group_fits_into_memory(sizes, monkeypatch):
     assert _names([_job("1", "ab"), _job("2", "bc")]) == ["12"]
     sizes["c"] = 11
     assert _names([_job("1", "ab"), _job("2", "bc")]) == ["1", "2"]
+
+
+def _batch(length: int, name: str = "attention_mask") -> dict[str, torch.Tensor]:
+    return {name: torch.ones(2, length)}
+
+
+def test_texts_of_middling_length_come_first():
+    """Batches by length begin in the middle; others stay in their order."""
+    lengths = [3, 4, 6, 8, 9]
+    turned = collect.middle_first([_batch(length) for length in lengths])
+    assert [batch["attention_mask"].shape[1] for batch in turned] == [6, 8, 9, 3, 4]
+    for kept in (
+        [_batch(4), _batch(4), _batch(4)],
+        [_batch(n, "pixel_values") for n in lengths],
+        [_batch(3)],
+    ):
+        assert all(a is b for a, b in zip(collect.middle_first(kept), kept, strict=True))

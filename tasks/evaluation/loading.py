@@ -1,20 +1,19 @@
 """Load a checkpoint whole or not at all, on the device that the environment names.
 
-The classes of transformers are loaded at first use: its models alone take two CPU seconds.
+transformers is loaded at first use: the package takes a CPU second, its models two more.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from transformers.utils.logging import disable_progress_bar
 
 from alloy.devices import chosen_device
 from alloy.errors import CheckpointError
@@ -24,7 +23,13 @@ if TYPE_CHECKING:
 
 OURS = {"modality": "alloy.modality"}  # model_type: the package that teaches transformers of it
 
-disable_progress_bar()  # a bar for each model that a stage reads in milliseconds
+
+def _transformers() -> Any:
+    import transformers
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for each model that a stage reads in milliseconds
+    return transformers
 
 
 def use_device(stage: str, *, float64: bool = False) -> None:
@@ -52,6 +57,7 @@ def load_any(folder: Path, on: torch.device | None = None) -> PreTrainedModel:
     Raises:
         CheckpointError: no checkpoint there, or weights that the model lacks or does not know.
     """
+    _transformers()
     if "alloy_trunk" in _read_config(folder):
         shared = import_module("alloy.modality.sharing").load_shared(folder, dtype=torch.float32)
         return shared.to(chosen_device() if on is None else on)
@@ -63,13 +69,13 @@ def load_config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint")
     package_of(folder)
-    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    return _transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
 def package_of(folder: Path) -> ModuleType:
     """The package of the checkpoint's classes: transformers, or ours that registers them."""
     name = _read_config(folder).get("model_type")
-    return import_module(OURS[name]) if name in OURS else transformers
+    return import_module(OURS[name]) if name in OURS else _transformers()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -84,11 +90,28 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def model_class(folder: Path) -> type[PreTrainedModel]:
     """The class that a checkpoint was saved from; its config names it."""
-    names = load_config(folder).architectures or []
-    for name in names:
+    for name in (names := load_config(folder).architectures or []):
         if isinstance(architecture := getattr(package_of(folder), name, None), type):
             return architecture
-    raise CheckpointError(
+    raise _without_class(folder, names)
+
+
+def class_name(folder: Path) -> str:
+    """The name of that class; the models of transformers, which take seconds, are not imported.
+
+    Raises:
+        CheckpointError: as `model_class`.
+    """
+    names, known = load_config(folder).architectures or [], {*dir(package_of(folder))}
+    for name in names:
+        # A class has a capital; transformers lists functions and modules among its names, too.
+        if name in known and name[:1].isupper():
+            return name
+    raise _without_class(folder, names)
+
+
+def _without_class(folder: Path, names: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
         f"{folder}/config.json: architectures is {names}; it must name a class of transformers"
     )
 
@@ -97,7 +120,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer, None where it has none."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def image_processor(checkpoint: Path) -> Any:
@@ -105,7 +128,7 @@ def image_processor(checkpoint: Path) -> Any:
     if not any((checkpoint / f"{n}_config.json").is_file() for n in ("preprocessor", "processor")):
         return None
     try:
-        return transformers.AutoImageProcessor.from_pretrained(checkpoint, local_files_only=True)
+        return _transformers().AutoImageProcessor.from_pretrained(checkpoint, local_files_only=True)
     except (ImportError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{checkpoint}: its image processor cannot be used: {error}"
@@ -119,11 +142,11 @@ def joint_processor(checkpoint: Path) -> Any:
         CheckpointError: there is none, or one that needs packages which are not there.
     """
     try:
-        found = transformers.AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
+        found = _transformers().AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
     except (ImportError, ValueError, OSError) as error:
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{checkpoint}: its processor cannot be used: {said}") from error
-    if not isinstance(found, transformers.ProcessorMixin):
+    if not isinstance(found, _transformers().ProcessorMixin):
         raise CheckpointError(f"{checkpoint}: no processor of images and texts together")
     return found
 
@@ -134,6 +157,7 @@ def load_whole(architecture: Any, folder: Path, on: torch.device | None = None) 
     Raises:
         CheckpointError: the model lacks weights of the checkpoint, or the other way round.
     """
+    _transformers()
     model, info = architecture.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )

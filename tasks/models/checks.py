@@ -1,26 +1,26 @@
-"""Checks of a recipe of models that need the stages' own modules: presets, writers, options."""
+"""Checks of a recipe of models that need the stages' own modules: presets, writers, options.
 
-from collections.abc import Collection, Sequence
+What only some recipes need is imported where it is used: all of it takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from alloy.alignment import MATCHING_METHODS
-from alloy.alignment.presets import PRESETS, Preset, Zip
-from alloy.checkpoint.config import skeleton
 from alloy.errors import MergeError, nearest
-from alloy.trunk.plan import kept_names
-from tasks.models.benchmarks.checks import check_benchmarks
-from tasks.models.prepare import refuse_options
 from tasks.models.shared.labels import refuse_labels
-from tasks.models.shared.parts import matching
 from tasks.recipe.benchmarks import ModelsExamples
 from tasks.recipe.calibration import ModelsCalibration
 from tasks.recipe.models import ModelsAlignment, ModelsRecipe
 from tasks.recipe.section import ParamsError
-from tasks.search.command import parse
 from tasks.sources.glance import Glance, glance
+
+if TYPE_CHECKING:
+    from alloy.alignment.presets import Preset
 
 
 def check(recipe: ModelsRecipe) -> None:
@@ -29,11 +29,17 @@ def check(recipe: ModelsRecipe) -> None:
     Raises:
         ParamsError: names the key and what would be right.
     """
-    check_benchmarks(f"{recipe.where}: evaluate", recipe.evaluate)
+    if recipe.evaluate.benchmarks or recipe.evaluate.harness is not None:
+        from tasks.models.benchmarks.checks import check_benchmarks
+
+        check_benchmarks(f"{recipe.where}: evaluate", recipe.evaluate)
     check_searches(recipe)
     check_checkpoints(recipe)
     if not recipe.is_calibrated:
         return
+    from alloy.alignment.presets import Zip
+    from tasks.models.prepare import refuse_options
+
     prepare, collect, align = recipe.calibrated
     for name, params in align.alignments.items():
         where = f"{recipe.where}: align.alignments.{name}"
@@ -91,6 +97,17 @@ def check_checkpoints(recipe: ModelsRecipe) -> None:
                 refuse_labels(recipe, key, configs)
             except MergeError as error:
                 raise ParamsError(f"{recipe.where}: {error}") from error
+    if parts:
+        _check_parts(recipe, glances)
+
+
+def _check_parts(recipe: ModelsRecipe, glances: Mapping[str, Glance]) -> None:
+    """Refuse parts of the checkpoints that are not there, overlap or are not alike."""
+    from alloy.checkpoint.config import skeleton
+    from alloy.trunk.plan import kept_names
+    from tasks.models.shared.parts import matching
+
+    parts = [part for entry in recipe.sets.values() for part in entry.parts.values()]
     models = {
         part.checkpoint: skeleton(glances[part.checkpoint].config)
         for part in parts
@@ -144,6 +161,8 @@ def check_searches(recipe: ModelsRecipe) -> None:
     for name, arm in recipe.merge.arms.items():
         if arm.search is None:
             continue
+        from tasks.search.command import parse
+
         where = f"{recipe.where}: merge.arms.{name}.search.over"
         if name not in recipe.arms(result.set):
             raise ParamsError(f"{where}: the result's set {result.set!r} does not have this arm")
@@ -157,6 +176,9 @@ def check_searches(recipe: ModelsRecipe) -> None:
 
 def _preset(where: str, params: ModelsAlignment) -> Preset:
     """The preset of an alignment; ParamsError for settings that it does not take."""
+    from alloy.alignment import MATCHING_METHODS
+    from alloy.alignment.presets import PRESETS
+
     if params.preset not in PRESETS:
         raise ParamsError(
             f"{where}.preset: {params.preset!r}: {nearest(params.preset, [*PRESETS])}"

@@ -38,8 +38,6 @@ from tasks.models.measures.yardsticks import (
     Yardstick,
     as_candidate,
 )
-from tasks.models.report.build import build
-from tasks.models.report.distances import build as build_distances
 from tasks.models.report.results import BarrierRow, DistanceRow, PathRow, PlaneRow, ScoreRow
 from tasks.models.shared.alignment import load_alignment
 from tasks.models.shared.finetuned import finetuned_of
@@ -107,11 +105,15 @@ def _evaluate_calibrated(recipe: ModelsRecipe, processes: Processes) -> reports.
         values |= own
         for name, these in of_job.items():
             rows.setdefault(name, []).extend(these)
+    from tasks.models.report.build import build  # with Matplotlib; the processes do without
+
     return replace(build(list(planned.values()), rows), by_example=values)
 
 
 def _evaluate_streamed(recipe: ModelsRecipe) -> reports.Report:
     """Distances alone, of members that were merged as they are."""
+    from tasks.models.report.distances import build as build_distances
+
     planned = jobs(recipe)
     measured = {}
     for job in planned:

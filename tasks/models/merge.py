@@ -37,7 +37,6 @@ from tasks.models.shared.jobs import Job, Progress, Report, jobs, load_weights, 
 from tasks.models.shared.kept import kept as kept_of
 from tasks.models.shared.searched import searched
 from tasks.models.shared.statistics import load_statistics
-from tasks.models.shared.trunk import main as merge_parts
 from tasks.recipe.models import ModelsArm, ModelsRecipe
 from tasks.reports import cards
 from tasks.storage import read_json, write_folder, write_json
@@ -52,6 +51,9 @@ Weights = dict[str, Tensor]
 def main(recipe: ModelsRecipe) -> None:
     recipe = searched(recipe)
     if recipe.is_trunk:
+        # Imports our own models, and with them those of transformers: seconds.
+        from tasks.models.shared.trunk import main as merge_parts
+
         merge_parts(recipe)
         return
     use_device("merge", float64=True)

@@ -1,5 +1,6 @@
 """Check all that can be known of a recipe before its first stage runs."""
 
+import os
 from importlib import import_module
 
 from alloy.errors import DeviceError, ProcessError
@@ -37,15 +38,16 @@ def check(name: str) -> Recipe:
 def check_contents(recipe: Recipe) -> None:
     """Refuse presets, writers, benchmarks and their options, and devices, that do not exist.
 
-    It imports torch and the data's modules, which takes seconds: for when a stage is going to run.
+    It may import torch and the data's modules, which takes seconds: for when a stage is to run.
 
     Raises:
         ParamsError: as `check`.
     """
-    from alloy.devices import devices_of_processes
+    if (num := num_processes()) > 1 or os.environ.get("ALLOY_DEVICE"):
+        from alloy.devices import devices_of_processes
 
-    try:
-        devices_of_processes(num_processes())
-    except DeviceError as error:
-        raise ParamsError(str(error)) from error
+        try:
+            devices_of_processes(num)
+        except DeviceError as error:
+            raise ParamsError(str(error)) from error
     import_module(f"tasks.{recipe.kind}.checks").check(recipe)

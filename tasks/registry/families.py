@@ -15,11 +15,11 @@ from transformers.models.auto import modeling_auto
 
 from alloy.errors import CheckpointError
 from tasks.evaluation.loading import (
+    class_name,
     image_processor,
     joint_processor,
     load_config,
     load_tokenizer,
-    model_class,
 )
 
 Columns = Sequence[tuple[str, str]]
@@ -97,7 +97,7 @@ def family_of(folder: Path) -> Family | None:
     Raises:
         CheckpointError: a config that names no class of transformers, or a broken processor.
     """
-    name = model_class(folder).__name__
+    name = class_name(folder)
     readers = {"tokenizer": load_tokenizer(folder), "image_processor": image_processor(folder)}
     components = {kind: type(each).__name__ for kind, each in readers.items() if each is not None}
     for mapping, needed, found in TABLE:

@@ -321,14 +321,14 @@ def _as_transformer(folder: Path) -> dict[str, Any]:
     """The interface of a model's family, and its entry in MLflow's transformers flavour."""
     import transformers
 
-    from tasks.evaluation.loading import model_class
+    from tasks.evaluation.loading import class_name
     from tasks.registry.families import Family, example_of, family_of
 
     family = family_of(folder) or Family(None, "", "")
     entry = {
         "task": family.task,
         "instance_type": family.pipeline,
-        "pipeline_model_type": model_class(folder).__name__,
+        "pipeline_model_type": class_name(folder),
         "source_model_name": folder.name,
         "model_binary": f"artifacts/{folder.name}",
         "torch_dtype": None,

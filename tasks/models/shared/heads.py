@@ -1,13 +1,15 @@
 """Heads that stay each member's own over the merged trunk: tensors, labels and checkpoints."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from alloy.devices import device_of
 from alloy.errors import MergeError, nearest_tensors
@@ -17,6 +19,9 @@ from alloy.symmetry.parts import without
 from alloy.symmetry.spec import leaves
 from tasks.evaluation.loading import load_config
 from tasks.models.shared.jobs import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEAD = "head"  # instead of patterns: what the architecture says is the head
 OF_HEADS = ("id2label", "label2id", "problem_type")  # of a config, beside `classifier_...`

@@ -1,8 +1,11 @@
 """Members merged as they are: from folders, streamed, to a merged model and its distances."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +17,9 @@ from transformers import AutoModel, ViTConfig, ViTModel
 
 import alloy
 from alloy.checkpoint import save_statistics
+from alloy.errors import CheckpointError
 from tasks.command import home
+from tasks.evaluation.loading import class_name, model_class
 from tasks.models import choose, evaluate, merge, stream
 from tasks.recipe.load import load, load_models
 from tasks.recipe.section import ParamsError
@@ -411,3 +416,41 @@ def test_a_merge_that_cannot_be_done_writes_nothing(workspace) -> None:
     with pytest.raises(ValueError, match="hidden_act"):
         run(merge)
     assert not Path("models/mine/arms").exists()
+
+
+LIGHT = """
+import sys
+from pathlib import Path
+from tasks.recipe.load import load
+from tasks.recipe.plan import check_contents
+
+check_contents(load("mine"))
+before = {"torch", "transformers", "optuna"} & {*sys.modules}
+import tasks.models.evaluate, tasks.models.merge
+after = {"transformers", "optuna", "mlflow"} & {*sys.modules}
+from tasks.evaluation.loading import class_name
+named = class_name(Path("given/a"))
+print(before, after, named, "transformers.models.vit.modeling_vit" in sys.modules)
+"""
+
+
+@pytest.mark.slow
+def test_checks_and_stages_of_a_streamed_merge_import_no_models(workspace: Path) -> None:
+    """Checks load no torch, the stages no transformers, and the name of a class not its module."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ALLOY_DEVICE": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "set() set() ViTModel False\n", done.stderr
+
+
+@pytest.mark.parametrize("names", [None, [], ["ViTNope"], ["pipeline"], ["models"]])
+def test_a_config_that_names_no_class_is_refused(workspace: Path, names: object) -> None:
+    """The name alone is looked up as strictly as the class itself."""
+    config = Path("given/a/config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": names}))
+    for ask in (class_name, model_class):
+        with pytest.raises(CheckpointError, match="must name a class of transformers"):
+            ask(config.parent)

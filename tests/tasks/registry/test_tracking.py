@@ -45,6 +45,19 @@ def test_every_point_of_a_curve_arrives_in_the_workspace_database(mlflow_workspa
     assert str(mlflow_workspace / "mlartifacts") in found.info.artifact_uri
 
 
+def test_a_long_stage_shows_what_it_takes_of_the_machine(monkeypatch) -> None:
+    """MLflow's system metrics of the processor and the memory, in the stage's own run."""
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    deadline = time.monotonic() + 300
+    with tracking.run("toy", "finetune", system_metrics=True) as log:
+        while not (metrics := tracking.connect().get_run(log.run_id).data.metrics):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= {
+        *metrics
+    }
+
+
 @pytest.mark.parametrize(
     ("error", "ending"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")]
 )

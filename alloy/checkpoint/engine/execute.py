@@ -38,6 +38,8 @@ _STAGE_BYTES = 2 << 20
 """Bytes of a file gathered before they go to the disk; two of these per file that grows."""
 _STAGES_BYTES = 16 << 20
 _PREFETCH_CHUNKS = 8
+HELD_BYTES = 192 << 20
+"""Output of tensors that are merged before their thresholds are known: it waits for them."""
 
 
 def chunk_bytes_for(threads: int) -> int:
@@ -106,6 +108,8 @@ class _Task:
     """Pieces of this round that are not done."""
     blocks: Blocks | None = None
     inputs: list[Input] = field(default_factory=list)
+    held: dict[int, tuple[int, np.ndarray]] | None = None
+    """By first element, the index and the output of pieces that wait for the tensor's last."""
 
     def __post_init__(self) -> None:
         self.remaining = len(self.spans)
@@ -220,6 +224,8 @@ class _Schedule:
         share = _STAGES_BYTES // (2 * len(self._lanes)) // BLOCK_BYTES * BLOCK_BYTES
         self._stage_bytes = max(BLOCK_BYTES, min(_STAGE_BYTES, share))
         self._flushes: list[Future] = []
+        self._held_bytes = 0
+        self._held_buffers: list[np.ndarray] = []
         self._blocks = Blocks() if _reads_elsewhere(shards) else None
 
     def run(self, worker: int) -> None:
@@ -302,7 +308,9 @@ class _Schedule:
             task = _Task(step, output, work, list(self._spans(step, work)), blocks=self._blocks)
             task.open()
             self._tasks.append(task)
-            if len(task.spans) > 1:
+            if self._guesses(task):
+                task.held, task.round = {}, work.num_measures
+            elif len(task.spans) > 1:
                 for round_ in range(work.num_measures):
                     for start, stop in task.spans:
                         yield _Piece(task, start, stop, round_, -1)
@@ -314,6 +322,21 @@ class _Schedule:
                 yield _Piece(task, start, stop, work.num_measures, index)
         if output.seal():
             self._finish(output)
+
+    def _guesses(self, task: _Task) -> bool:
+        """True if the tensor is merged in one pass and waits for what it shows."""
+        step, work, size = task.step, task.work, task.step.num_bytes
+        if not work.num_measures or len(task.spans) == 1 or self._held_bytes + size > HELD_BYTES:
+            return False
+        if step.row_maps is not None or any(
+            e.fold is not None or elsewhere(e.file) is not None for e in step.inputs
+        ):
+            return False  # a sample of single elements would cost as much as measuring
+
+        if not work.guess(task.inputs):
+            return False
+        self._held_bytes += size
+        return True
 
     def _spans(self, step: Step, work: Work) -> Iterator[tuple[int, int]]:
         size = _chunk_elements(step, work, self._chunk_bytes) if work.chunked else step.num_elements
@@ -338,17 +361,49 @@ class _Schedule:
                     work.measure(round_, rows, 0)
                     work.prepare(round_)
             num_bytes = (piece.stop - piece.start) * ITEM_BYTES[step.dtype]
-            out = self._buffer(num_bytes)
+            out = self._buffer(num_bytes, held=task.held is not None)
             work.compute(rows, piece.start, out)
             del rows
         self._on_bytes(num_bytes)
         with self._condition:
             task.remaining -= 1
-            if task.remaining == 0:
+            last = task.remaining == 0
+            if task.held is not None:
+                task.held[piece.start] = piece.index, out
+        if task.held is not None:
+            self._tokens.release()
+            if last:
+                buffer = self._settle(task, buffer)
+        if last:
+            with self._condition:
                 task.close()
                 self._tasks.remove(task)
-        if task.output.deposit(piece.index, out, self._release):
+        if task.held is None:
+            self._deposit(task, piece.index, out, self._release)
+        return buffer
+
+    def _deposit(
+        self, task: _Task, index: int, out: np.ndarray, release: Callable[[np.ndarray], None]
+    ) -> None:
+        if task.output.deposit(index, out, release):
             self._finish(task.output)
+
+    def _settle(self, task: _Task, buffer: np.ndarray) -> np.ndarray:
+        """Everything of a tensor is computed: put right what was guessed, and let it be written."""
+        held, work = task.held, task.work
+        assert held is not None, "only tensors that wait are settled"
+        if not work.settle({start: out for start, (_, out) in held.items()}):
+            for round_ in range(work.num_measures):
+                for start, stop in task.spans:
+                    buffer, rows = self._read(_Piece(task, start, stop, round_, -1), buffer)
+                    work.measure(round_, rows, start)
+                work.prepare(round_)
+            for start, stop in task.spans:
+                index, out = held[start]
+                buffer, rows = self._read(_Piece(task, start, stop, task.round, index), buffer)
+                work.compute(rows, start, out)
+        for start, _ in task.spans:
+            self._deposit(task, *held.pop(start), self._release_held)
         return buffer
 
     def _measured(self, task: _Task) -> None:
@@ -388,11 +443,17 @@ class _Schedule:
             source.read(piece.start, row)
         return buffer, rows
 
-    def _buffer(self, num_bytes: int) -> np.ndarray:
+    def _buffer(self, num_bytes: int, *, held: bool) -> np.ndarray:
+        buffers = self._held_buffers if held else self._buffers
         with self._condition:
-            if num_bytes <= self._chunk_bytes and self._buffers:
-                return self._buffers.pop()[:num_bytes]
-        return np.empty(num_bytes, np.uint8)
+            if num_bytes <= self._chunk_bytes and buffers:
+                return buffers.pop()[:num_bytes]
+        return np.empty(max(num_bytes, self._chunk_bytes if held else 0), np.uint8)[:num_bytes]
+
+    def _release_held(self, data: np.ndarray) -> None:
+        with self._condition:
+            self._held_bytes -= len(data)
+            self._held_buffers.append(data if data.base is None else data.base)
 
     def _release(self, data: np.ndarray) -> None:
         buffer = data if data.base is None else data.base

@@ -29,9 +29,17 @@ NUM_MAGNITUDES = 1 << 15
 """The magnitudes of a 16-bit float."""
 
 _INFINITY = 0x7F800000
+_LEAST_INFINITE_BF16 = 0x7F7F8000
+"""Bits of the least float32 that no bfloat16 holds."""
 _u32 = np.uint32
+_i32 = np.int32
 _primitive: Any = intrinsic  # a decorator whose type says it takes the typing context from callers
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+
+def item_bytes(kind: int) -> int:
+    """Bytes of an element."""
+    return 4 if kind == F32 else 2
 
 
 @_primitive
@@ -264,7 +272,6 @@ def count_magnitudes(rows, kind, counts):
     A 16-bit magnitude is counted as it is, of a float32 the upper 15 of its 31 bits.
     """
     num_elements = rows.shape[1] // (4 if kind == F32 else 2)
-    shift = _u32(16) if kind == F32 else _u32(0)
     base = np.empty(BLOCK, np.float32)
     values = np.empty(BLOCK, np.float32)
     bins = np.empty(BLOCK, np.uint16)
@@ -274,11 +281,31 @@ def count_magnitudes(rows, kind, counts):
         for i in range(rows.shape[0] - 1):
             _decode(rows[i + 1], kind, start, values[:size])
             _subtract(values[:size], base[:size])
-            for j in range(size):
-                bins[j] = np.uint16(_u32(_magnitude(_bits_of(values[j]), kind) >> shift))
+            _bin(values[:size], kind, bins[:size])
             count = counts[i]
             for j in range(size):
                 count[bins[j]] += 1
+
+
+@_compiled
+def _bin(values, kind, bins):
+    shift = _u32(16) if kind == F32 else _u32(0)
+    for j in range(values.shape[0]):
+        bins[j] = np.uint16(_u32(_magnitude(_bits_of(values[j]), kind) >> shift))
+
+
+@_compiled
+def bin_magnitudes(rows, kind, bins, counts):
+    """`count_magnitudes` that also gives each element's bin: `bins` [n, elements] uint16."""
+    base = np.empty(bins.shape[1], np.float32)
+    values = np.empty(bins.shape[1], np.float32)
+    _decode(rows[0], kind, 0, base)
+    for i in range(bins.shape[0]):
+        _decode(rows[i + 1], kind, 0, values)
+        _subtract(values, base)
+        _bin(values, kind, bins[i])
+        for j in range(bins.shape[1]):
+            counts[i, bins[i, j]] += 1
 
 
 @_compiled
@@ -479,22 +506,250 @@ def sparse(
             _add(base[:size], votes[:size])
             finite &= _encode(votes[:size], out_kind, out, start)
             continue
-        if election == 2:
-            votes[:size] = 0
-            for i in range(n):
-                _count_signs(values[i, :size], votes[:size])
-        if n <= 3:
-            _vote_of_three(
-                values[0, :size], values[1, :size], values[2, :size], padded,
-                votes[:size], normalize, scale, base[:size], total[:size],
-            )  # fmt: skip
-        else:
-            total[:size] = 0
-            weight[:size] = 0
-            for i in range(n):
-                _add_agreeing(
-                    values[i, :size], coefficients[i], votes[:size], total[:size], weight[:size]
-                )
-            _finish_vote(weight[:size], normalize, scale, base[:size], total[:size])
+        _decide(
+            values, n, padded, election, normalize, scale,
+            base[:size], votes[:size], weight[:size], total[:size],
+        )  # fmt: skip
         finite &= _encode(total[:size], out_kind, out, start)
     return finite and largest < _u32(_INFINITY)
+
+
+@_compiled
+def _decide(values, n, coefficients, election, normalize, scale, base, votes, weight, total):
+    """Elect a sign by `votes` and put the agreeing values, averaged or added, on their base."""
+    size = total.shape[0]
+    if election == 2:
+        votes[:] = 0
+        for i in range(n):
+            _count_signs(values[i, :size], votes)
+    if n <= 3:
+        _vote_of_three(
+            values[0, :size], values[1, :size], values[2, :size], coefficients,
+            votes, normalize, scale, base, total,
+        )  # fmt: skip
+    else:
+        total[:] = 0
+        weight[:] = 0
+        for i in range(n):
+            _add_agreeing(values[i, :size], coefficients[i], votes, total, weight)
+        _finish_vote(weight, normalize, scale, base, total)
+
+
+@_compiled
+def _bracketed_vector(values, base, lowest, above, c, votes, largest, counts):
+    """`_trimmed_vector` that keeps all from the bits `lowest` on, and counts them and those from
+    `above` on.
+    """
+    num_kept = num_above = _i32(0)
+    for j in range(values.shape[0]):
+        value = values[j] - base[j]
+        bits = _u32(_bits_of(value) & _u32(0x7FFFFFFF))
+        largest = max(largest, bits)
+        kept = bits >= lowest
+        num_kept = _i32(num_kept + _i32(kept))
+        num_above = _i32(num_above + _i32(bits >= above))
+        value = value if kept else np.float32(0)
+        values[j] = value
+        votes[j] += c * value
+    counts[0] += num_kept
+    counts[1] += num_above
+    return largest
+
+
+@_compiled
+def _mark(values, lowest, above, marks):
+    """Mark what was kept and does not reach `above`."""
+    for j in range(values.shape[0]):
+        bits = _u32(_bits_of(values[j]) & _u32(0x7FFFFFFF))
+        marks[j] |= _u32((bits >= lowest) & (bits < above))
+
+
+@_compiled
+def _wide(half):
+    return _float_of(_u32(_u32(half) << _u32(16)))
+
+
+@_compiled
+def _bracketed_vote(a, b, c, base, bounds, coefficients, weighted, normalize, scale, counts, marks):
+    """All that a block of three bfloat16 models needs, in registers.
+
+    `marks` receives the result, and 1 << 16 where an element lies in a bracket: one array alone is
+    written, as in `_vote_of_three`. Returns True if all stay finite.
+    """
+    zero, one = np.float32(0), np.float32(1)
+    c_a, c_b, c_c = coefficients[0], coefficients[1], coefficients[2]
+    v_a, v_b, v_c = (c_a, c_b, c_c) if weighted else (one, one, one)
+    low_a, low_b, low_c = _i32(bounds[0, 0]), _i32(bounds[1, 0]), _i32(bounds[2, 0])
+    high_a, high_b, high_c = _i32(bounds[0, 1]), _i32(bounds[1, 1]), _i32(bounds[2, 1])
+    wide_a, wide_b, wide_c = bounds[0, 2] != 0, bounds[1, 2] != 0, bounds[2, 2] != 0
+    kept_a = kept_b = kept_c = above_a = above_b = above_c = largest = largest_out = _i32(0)
+    for j in range(marks.shape[0]):
+        origin = _wide(base[j])
+        x, y, z = _wide(a[j]) - origin, _wide(b[j]) - origin, _wide(c[j]) - origin
+        bits_x = _i32(_u32(_bits_of(x) & _u32(0x7FFFFFFF)))
+        bits_y = _i32(_u32(_bits_of(y) & _u32(0x7FFFFFFF)))
+        bits_z = _i32(_u32(_bits_of(z) & _u32(0x7FFFFFFF)))
+        kept_x, kept_y, kept_z = bits_x >= low_a, bits_y >= low_b, bits_z >= low_c
+        over_x, over_y, over_z = bits_x >= high_a, bits_y >= high_b, bits_z >= high_c
+        kept_a, above_a = _i32(kept_a + _i32(kept_x)), _i32(above_a + _i32(over_x))
+        kept_b, above_b = _i32(kept_b + _i32(kept_y)), _i32(above_b + _i32(over_y))
+        kept_c, above_c = _i32(kept_c + _i32(kept_z)), _i32(above_c + _i32(over_z))
+        mark = wide_a & (kept_x ^ over_x)
+        mark |= wide_b & (kept_y ^ over_y)
+        mark |= wide_c & (kept_z ^ over_z)
+        x, y, z = x if kept_x else zero, y if kept_y else zero, z if kept_z else zero
+        vote = zero + v_a * x
+        vote = vote + v_b * y
+        vote = vote + v_c * z
+        sign, whole, weight = _sign(vote), zero, zero
+        agrees = x * sign > zero
+        whole += x * c_a if agrees else zero
+        weight += c_a if agrees else zero
+        agrees = y * sign > zero
+        whole += y * c_b if agrees else zero
+        weight += c_b if agrees else zero
+        agrees = z * sign > zero
+        whole += z * c_c if agrees else zero
+        weight += c_c if agrees else zero
+        divisor = weight if normalize & (weight != zero) else one
+        bits = _bits_of(origin + scale * (whole / divisor))
+        largest = max(largest, max(bits_x, max(bits_y, bits_z)))
+        largest_out = max(largest_out, _i32(_u32(bits & _u32(0x7FFFFFFF))))
+        marks[j] = _u32(_round_bf16(bits) | (_u32(0x10000) if mark else _u32(0)))
+    counts[0, 0] += kept_a
+    counts[1, 0] += kept_b
+    counts[2, 0] += kept_c
+    counts[0, 1] += above_a
+    counts[1, 1] += above_b
+    counts[2, 1] += above_c
+    return (largest < _i32(_INFINITY)) & (largest_out < _i32(_LEAST_INFINITE_BF16))
+
+
+@_compiled
+def _lower_halves(words, halves):
+    for j in range(halves.shape[0]):
+        halves[j] = np.uint16(words[j])
+
+
+@_compiled
+def _append_marked(marks, shift, start, positions, count):
+    """Append the positions of marks, without a branch; the entry after the last is overwritten."""
+    for j in range(marks.shape[0]):
+        positions[count] = _u32(start + j)
+        count += np.int64(_u32(marks[j] >> shift))
+    return count
+
+
+@_compiled
+def _gather(words, positions, first, count, listed):
+    """Copy the elements at the positions `first : count` of every row."""
+    for i in range(words.shape[0]):
+        for j in range(first, count):
+            listed[i, j] = words[i, positions[j]]
+
+
+@_compiled
+def _bounds(brackets, kind):
+    """Bits of the lowest magnitude and of what exceeds the highest, of three models or more."""
+    bounds = np.full((max(brackets.shape[0], 3), 3), _u32(0x7FFFFFFF))  # nothing, where absent
+    bounds[:, 2] = _u32(0)
+    for i in range(brackets.shape[0]):
+        bounds[i, 0] = min(_least_bits(kind, brackets[i, 0]), _u32(0x7FFFFFFF))
+        bounds[i, 1] = min(_least_bits(kind, _u32(brackets[i, 1] + _u32(1))), _u32(0x7FFFFFFF))
+        bounds[i, 2] = brackets[i, 2]
+    return bounds
+
+
+@_compiled
+def vote_in_brackets(
+    words, coefficients, brackets, weighted, normalize, scale, out, counts, positions, listed
+):
+    """`sparse_in_brackets` for up to three models whose `words` and result are bfloat16.
+
+    `weighted` multiplies the votes by the coefficients. `listed` [n + 1, len(positions)] receives
+    the words of the elements in doubt.
+    """
+    n = words.shape[0] - 1
+    bounds = _bounds(brackets, BF16)
+    padded = np.zeros(3, np.float32)
+    padded[:n] = coefficients
+    marks = np.empty(VOTE_BLOCK, np.uint32)
+    padded_counts = np.zeros((3, 2), np.int64)
+    count, most = 0, positions.shape[0] - VOTE_BLOCK
+    finite = True
+    for start in range(0, words.shape[1], VOTE_BLOCK):
+        stop = min(start + VOTE_BLOCK, words.shape[1])
+        mark = marks[: stop - start]
+        finite &= _bracketed_vote(
+            words[1, start:stop], words[min(n, 2), start:stop], words[n, start:stop],
+            words[0, start:stop], bounds, padded, weighted, normalize, scale, padded_counts, mark,
+        )  # fmt: skip
+        _lower_halves(mark, out[start:stop])
+        if count <= most:
+            first = count
+            count = _append_marked(mark, _u32(16), start, positions, count)
+            _gather(words, positions, first, count, listed)
+    counts += padded_counts[:n]
+    return finite, count if count <= most else -1
+
+
+@_compiled
+def sparse_in_brackets(
+    rows,
+    kind,
+    coefficients,
+    brackets,
+    election,
+    normalize,
+    scale,
+    out,
+    out_kind,
+    counts,
+    positions,
+):
+    """`sparse` by trimming before it is known where: what lies in doubt is counted and listed.
+
+    `brackets` [n, 3] uint32 are per model the lowest and the highest magnitude that may be the
+    least that is kept, and 1 where the elements between them are to be listed. All from the lowest
+    on is kept for now. `counts` [n, 2] int64 grows by the numbers that reach the lowest, and that
+    exceed the highest. `positions` uint32 receives the elements in doubt.
+
+    Returns (everything is finite, number of positions; -1 if they are more than fit, less a block).
+    """
+    num_elements = rows.shape[1] // (4 if kind == F32 else 2)
+    n = rows.shape[0] - 1
+    bounds = _bounds(brackets, kind)
+    padded = np.zeros(max(n, 3), np.float32)
+    padded[:n] = coefficients
+    marks = np.empty(VOTE_BLOCK, np.uint32)
+    base = np.empty(VOTE_BLOCK, np.float32)
+    values = np.zeros((max(n, 3), VOTE_BLOCK), np.float32)
+    votes = np.empty(VOTE_BLOCK, np.float32)
+    total = np.empty(VOTE_BLOCK, np.float32)
+    weight = np.empty(VOTE_BLOCK, np.float32)
+    count, most = 0, positions.shape[0] - VOTE_BLOCK
+    largest = _u32(0)
+    finite = True
+    for start in range(0, num_elements, VOTE_BLOCK):
+        size = min(VOTE_BLOCK, num_elements - start)
+        _decode(rows[0], kind, start, base[:size])
+        votes[:size] = 0
+        marks[:size] = 0
+        for i in range(n):
+            value = values[i, :size]
+            _decode(rows[i + 1], kind, start, value)
+            voted = np.float32(1) if election == 0 else coefficients[i]
+            largest = _bracketed_vector(
+                value, base[:size], bounds[i, 0], bounds[i, 1], voted, votes[:size], largest,
+                counts[i],
+            )  # fmt: skip
+            if bounds[i, 2]:
+                _mark(value, bounds[i, 0], bounds[i, 1], marks[:size])
+        if count <= most:
+            count = _append_marked(marks[:size], _u32(0), start, positions, count)
+        _decide(
+            values, n, padded, election, normalize, scale,
+            base[:size], votes[:size], weight[:size], total[:size],
+        )  # fmt: skip
+        finite &= _encode(total[:size], out_kind, out, start)
+    return finite and largest < _u32(_INFINITY), count if count <= most else -1

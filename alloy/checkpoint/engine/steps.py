@@ -47,6 +47,17 @@ class Work(Protocol):
         """Memory of its own that the inputs are read into, or None for any."""
         ...
 
+    def guess(self, inputs: Sequence[Input]) -> bool:
+        """From samples of the inputs, bound what measuring would find.
+
+        True if `compute` may then come first, with `settle` to put right what it could not know.
+        """
+        ...
+
+    def settle(self, outs: Mapping[int, np.ndarray]) -> bool:
+        """Put right what was computed, by its first element; False if it must be measured."""
+        ...
+
 
 @dataclass(frozen=True)
 class Step:

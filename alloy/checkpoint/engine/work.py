@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 import alloy.checkpoint.engine.kernels as kernels
+from alloy.checkpoint.adapter.compute import Input
 from alloy.checkpoint.engine.accelerator import Accelerator
+from alloy.checkpoint.engine.guess import Guess, guess_thresholds, kth_largest
 from alloy.checkpoint.engine.steps import Rows, as_float, mapped_dtype
 from alloy.checkpoint.format import ITEM_BYTES, Entry
 from alloy.checkpoint.ranges.files import elsewhere
@@ -104,6 +106,12 @@ class _Work:
 
     def memory(self, num_bytes: int) -> np.ndarray | None:
         return None
+
+    def guess(self, inputs: Sequence[Input]) -> bool:
+        return False
+
+    def settle(self, outs: Mapping[int, np.ndarray]) -> bool:
+        raise NotImplementedError
 
 
 class Copy(_Work):
@@ -228,7 +236,13 @@ class Drop(Sparse):
 
 
 class Trim(Sparse):
-    """TIES and Breadcrumbs: the magnitudes to keep are determined exactly, from their histogram."""
+    """TIES and Breadcrumbs: the magnitudes to keep are determined exactly, from their histogram.
+
+    TIES needs one threshold a model. A sample brackets it, so that one pass can merge: it keeps all
+    that reaches the bracket, counts what exceeds it and lists the few elements within. These decide
+    on the exact threshold and are then merged again. Where the sample misled, the tensor is
+    measured as a whole.
+    """
 
     def __init__(self, tensors: Tensors, settings: MergeSettings):
         super().__init__(tensors, settings)
@@ -240,7 +254,55 @@ class Trim(Sparse):
             self.counts = np.zeros((self.num_models, kernels.NUM_MAGNITUDES), np.int64)
         elif not self.ranks:
             self.trims = np.array([_KEEP_NOTHING] * self.num_models, np.uint32)
+        self._guess: Guess | None = None
         self._lock = threading.Lock()
+
+    def guess(self, inputs: Sequence[Input]) -> bool:
+        if isinstance(self.ranks, tuple) and len(self.ranks) == 1:
+            tensors = self.tensors
+            self._guess = guess_thresholds(
+                inputs, tensors.num_elements, tensors.kind, self.ranks[0]
+            )
+        return self._guess is not None
+
+    def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
+        if self._guess is None:
+            super().compute(rows, start, out)
+            return
+        tensors, guess = self.tensors, self._guess
+        assert isinstance(rows, np.ndarray), "compiled inputs have one dtype"
+        words = rows.view(f"u{kernels.item_bytes(tensors.kind)}")
+        positions = guess.space(words)
+        counts = np.zeros((self.num_models, 2), np.int64)
+        halves = tensors.kind == tensors.out_kind == kernels.BF16
+        if halves and self.num_models <= 3 and self.election < 2:
+            listed = np.empty((len(words), len(positions)), np.uint16)
+            finite, count = kernels.vote_in_brackets(
+                words, self.coefficients, guess.brackets, self.election == 1, self.normalize,
+                self.scale, out.view(np.uint16), counts, positions, listed,
+            )  # fmt: skip
+        else:
+            finite, count = kernels.sparse_in_brackets(
+                rows, tensors.kind, self.coefficients, guess.brackets, self.election,
+                self.normalize, self.scale, out, tensors.out_kind, counts, positions,
+            )  # fmt: skip
+            listed = words[:, positions[: max(count, 0)]]
+        # what is not finite may be due to an element in doubt: `settle` then has it measured
+        guess.add(start, counts, positions, listed, count if finite else -1)
+
+    def settle(self, outs: Mapping[int, np.ndarray]) -> bool:
+        assert self._guess is not None, "settled after a guess"
+        guess, self._guess = self._guess, None
+        thresholds = guess.thresholds()
+        if thresholds is None:
+            return False
+        self._keep_from(thresholds)
+        item = ITEM_BYTES[self.tensors.dtype]
+        for start, positions, rows in guess.doubts:
+            values = np.empty(len(positions) * item, np.uint8)
+            super().compute(rows, start, values)
+            outs[start].view(f"u{item}")[positions] = values.view(f"u{item}")
+        return True
 
     def measure(self, round_: int, rows: Rows, start: int) -> None:
         counts = np.zeros_like(self.counts)
@@ -255,7 +317,7 @@ class Trim(Sparse):
         assert isinstance(self.ranks, tuple)
         if round_ == 0:
             # per model and rank: the bin, and how many of it are larger than what is looked for
-            places = [[_kth_largest(count, k) for k in self.ranks] for count in self.counts]
+            places = [[kth_largest(count, k) for k in self.ranks] for count in self.counts]
             self.bins = np.array([[bin_ for bin_, _ in row] for row in places], np.int64)
             self.remaining = [[k for _, k in row] for row in places]
             values = self.bins
@@ -264,16 +326,19 @@ class Trim(Sparse):
             values = np.array(
                 [
                     [
-                        (bin_ << 16) + _kth_largest(count, k)[0]
+                        (bin_ << 16) + kth_largest(count, k)[0]
                         for bin_, count, k in zip(bins, counts, ks, strict=True)
                     ]
                     for bins, counts, ks in zip(self.bins, self.counts, self.remaining, strict=True)
                 ],
                 np.int64,
             )
-        lowest = values[:, 0]
-        highest = values[:, 1] if len(self.ranks) == 2 else np.full(len(values), 0xFFFFFFFF)
-        self.trims = np.stack([lowest, highest], 1).astype(np.uint32)
+        self._keep_from(values[:, 0])
+        if len(self.ranks) == 2:
+            self.trims[:, 1] = values[:, 1]
+
+    def _keep_from(self, lowest: np.ndarray) -> None:
+        self.trims = np.stack([lowest, np.full(len(lowest), 0xFFFFFFFF)], 1).astype(np.uint32)
 
 
 class Function(_Work):
@@ -425,14 +490,6 @@ def _ranks(method: str, options: Mapping[str, Any], num_elements: int) -> tuple[
     count = int(density * num_elements)
     outliers = int(options["gamma"] * num_elements)
     return (outliers + count, outliers + 1) if count else False
-
-
-def _kth_largest(counts: np.ndarray, k: int) -> tuple[int, int]:
-    """The bin of the k-th largest value, and its rank among the values of that bin."""
-    above = np.cumsum(counts[::-1])
-    position = int(np.searchsorted(above, k))
-    before = int(above[position - 1]) if position else 0
-    return len(counts) - 1 - position, k - before
 
 
 def _convert(tensors: Tensors, rows: Rows, start: int, out: np.ndarray) -> None:

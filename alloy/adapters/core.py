@@ -5,15 +5,18 @@ change B A into its core, U^T B A V, of at most the sum of the ranks on a side, 
 A method merges the cores, and U core V^T is the merged change. Inner products and singular values
 of cores are those of the changes, so methods that look at no more give what they would in full.
 
-The bases come from the eigenvectors of B^T B and A A^T, in float64: U itself is never made.
+The bases come from the eigenvectors of B^T B and A A^T, in float64: U itself is never made, and
+what a merge gives is two small matrices that mix the models' own factors.
 
-Shape legend: N matrices, O outputs, I inputs, K the sum of the ranks, U and V the bases' sizes.
+Shape legend: N matrices, O outputs, I inputs, K the sum of the ranks, R the result's rank, U and V
+the bases' sizes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +25,23 @@ _SMALLEST = 1e-14
 """Of the largest eigenvalue: below lies what rounding to float32 left in the factors."""
 _MILD = 1e4
 """Of both spreads together: float32 then loses at most two of its seven digits."""
+GENTLE = 64
+"""Of both spreads together: Gram matrices in float32 then lose no more."""
+
+
+class Mixture(NamedTuple):
+    """The merged factors of one matrix: all B side by side times `left`, `right` times all A."""
+
+    left: Tensor
+    """[K, R], or [K] where it only scales."""
+    right: Tensor | None
+    """[R, K]; None for all A as they are."""
+    single: bool
+    """The products may be computed in float32."""
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[-1]
 
 
 def merged_in_core(
@@ -29,91 +49,111 @@ def merged_in_core(
     merge: Callable[[list[Tensor]], Tensor],
     *,
     rank: int | None = None,
+    single: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Factors of the merged change of one matrix, as `merged_in_cores` gives them.
+    """Factors of the merged change of one matrix, as `mixtures` describes them.
 
     Args:
         factors: B [O, r] and A [r, I] of each model; r may differ, and be 0 for no change.
-        merge: merges cores, float64 [U, V] each.
+        merge: merges cores, float64 [1, U, V] each.
     """
-    left_NOK = torch.cat([left for left, _ in factors], 1).double()[None]
-    right_NKI = torch.cat([right for _, right in factors]).double()[None]
+    left_OK = torch.cat([left for left, _ in factors], 1).double()
+    right_KI = torch.cat([right for _, right in factors]).double()
+    on_left, on_right = eigenbases((left_OK.T @ left_OK)[None], (right_KI @ right_KI.T)[None])
     sizes = [right.shape[0] for _, right in factors]
-    (merged,) = merged_in_cores(left_NOK, right_NKI, sizes, [merge], rank=rank)
-    return merged
+    ((mix_left, mix_right, _),) = mixtures(
+        on_left, on_right, sizes, lambda cores, _: merge(cores), rank=rank, single=single
+    )
+    return left_OK @ mix_left, right_KI if mix_right is None else mix_right @ right_KI
 
 
-def merged_in_cores(
-    left_NOK: Tensor,
-    right_NKI: Tensor,
+class Eigenbases(NamedTuple):
+    """Eigenvalues and eigenvectors of the Gram matrices of N factors, in float64."""
+
+    values_NK: Tensor
+    vectors_NKK: Tensor
+    kept_NK: Tensor
+    """The directions that the factors have."""
+    spread_N: Tensor
+    """The largest eigenvalue by the smallest; inf where a direction is missing."""
+
+    def whitening(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """W with W^T G W = 1 and W^T G, of matrices with the same number of directions."""
+        roots = self.values_NK[rows].sqrt()
+        vectors = self.vectors_NKK[rows]
+        if len(rows) == 1:
+            kept = self.kept_NK[rows[0]]
+            roots, vectors = roots[:, kept], vectors[:, :, kept]
+        return vectors / roots[:, None, :], (vectors * roots[:, None, :]).mT
+
+
+def eigenbases(*grams_NKK: Tensor) -> list[Eigenbases]:
+    """The eigenbases of B^T B, or A A^T, of N matrices each."""
+    result = []
+    for gram_NKK in grams_NKK:
+        values, vectors = (part.double() for part in torch.linalg.eigh(gram_NKK))
+        tiny = torch.finfo(values.dtype).tiny
+        kept = values > _SMALLEST * values[:, -1:].clamp(min=tiny)
+        if values.shape[1]:
+            spread = torch.where(kept.all(1), values[:, -1] / values[:, 0], math.inf)
+        else:
+            spread = torch.ones(len(values), dtype=values.dtype)
+        result.append(Eigenbases(values, vectors, kept, spread))
+    return result
+
+
+def mixtures(
+    on_left: Eigenbases,
+    on_right: Eigenbases,
     sizes: Sequence[int],
-    merges: Sequence[Callable[[list[Tensor]], Tensor]],
+    merge: Callable[[list[Tensor], Sequence[int]], Tensor],
     *,
     rank: int | None = None,
     single: bool = False,
-) -> list[tuple[Tensor, Tensor]]:
-    """Factors of the merged changes of N matrices of one shape, for each of which one merges.
+) -> list[Mixture]:
+    """How the factors of N matrices mix to those of the merged changes.
 
     Args:
-        left_NOK, right_NKI: float64, the models' B and A side by side, of these sizes.
+        on_left: of B^T B, of the models' B side by side, of these sizes.
+        on_right: of A A^T.
+        merge: merges cores, float64 [n, U, V] of each model, of the n matrices of these indices.
         rank: of the results at most, with the least error; by default all of it.
-        single: the result may be float32, computed so where the factors are far from dependent.
+        single: the results may be float32, and are computed so where the factors are far from
+            dependent.
 
     Returns:
-        For each float64 B [O, V] and A [V, I], the rows of A orthonormal; with `rank` B [O, rank]
-        and A [rank, I], which share the singular values by their roots. Where `single` allows it, a
-        mixture of the models' B, and their A as they are.
+        For each matrix a mixture in float64. The rows of the merged A are orthonormal; with `rank`
+        both factors have the roots of the singular values; where `single` allows it and no rank is
+        asked for, A stays as it is.
     """
-    gram_left, gram_right = left_NOK.mT @ left_NOK, right_NKI @ right_NKI.mT
-    (to_left, spread_left), (to_right, spread_right) = (
-        _whitening(gram) for gram in (gram_left, gram_right)
-    )
-    if to_left is None or to_right is None:  # each has bases of a size of its own
-        return [
-            pair
-            for i, merge in enumerate(merges)
-            for pair in merged_in_cores(
-                left_NOK[i : i + 1], right_NKI[i : i + 1], sizes, [merge], rank=rank, single=single
-            )
-        ]
-    on_left = (to_left.mT @ gram_left).split([*sizes], 2)
-    on_right = (gram_right @ to_right).split([*sizes], 1)
-    cores = [one @ other for one, other in zip(on_left, on_right, strict=True)]
-    core_NUV = torch.stack(
-        [merge([core[i] for core in cores]).double() for i, merge in enumerate(merges)]
-    )
-    if single and rank is None and spread_left * spread_right < _MILD:
-        mixed = to_left @ core_NUV @ to_right.mT
-        return list(zip(left_NOK.float() @ mixed.float(), right_NKI.float(), strict=True))
-    if rank is None:
-        mixed_left, mixed_right = to_left @ core_NUV, to_right.mT
-    else:
-        u, s, vt = torch.linalg.svd(core_NUV, full_matrices=False)
-        root = s[:, :rank].sqrt()
-        mixed_left = to_left @ (u[:, :, :rank] * root[:, None, :])
-        mixed_right = (root[:, :, None] * vt[:, :rank]) @ to_right.mT
-    return list(zip(left_NOK @ mixed_left, mixed_right @ right_NKI, strict=True))
-
-
-def shortened(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors of at most this rank that are closest to a product."""
-    if right.shape[0] <= rank:
-        return left, right
-    return merged_in_core([(left, right)], lambda cores: cores[0], rank=rank)
-
-
-def _whitening(gram_NKK: Tensor) -> tuple[Tensor | None, float]:
-    """W with W^T G W = 1, over the directions that the factors have, and their spread.
-
-    W is None for several matrices that do not all have every direction. The spread is the ratio of
-    the largest eigenvalue to the smallest.
-    """
-    values, vectors = torch.linalg.eigh(gram_NKK)
-    tiny = torch.finfo(values.dtype).tiny
-    kept = values > _SMALLEST * values[:, -1:].clamp(min=tiny)
-    if bool(kept.all()):
-        spread = float((values[:, -1] / values[:, 0]).max()) if values.numel() else 1.0
-        return vectors / values.sqrt()[:, None, :], spread
-    if len(gram_NKK) > 1:
-        return None, math.inf
-    return vectors[:, :, kept[0]] / values[:, kept[0]].sqrt()[:, None, :], math.inf
+    spread_N = on_left.spread_N * on_right.spread_N
+    mild_N = (spread_N < _MILD) & single
+    alike = [
+        mild_N.nonzero()[:, 0].tolist(),
+        (~mild_N & spread_N.isfinite()).nonzero()[:, 0].tolist(),
+        # each of these has bases of a size of its own
+        *([i] for i in (~spread_N.isfinite()).nonzero()[:, 0].tolist()),
+    ]
+    result: dict[int, Mixture] = {}
+    for rows in filter(None, alike):
+        (to_left, from_left), (to_right, from_right) = (
+            bases.whitening(rows) for bases in (on_left, on_right)
+        )
+        parts = zip(from_left.split([*sizes], 2), from_right.mT.split([*sizes], 1), strict=True)
+        core_nUV = merge([one @ other for one, other in parts], rows).double()
+        mild = bool(mild_N[rows[0]])
+        rights: Sequence[Tensor | None]
+        if mild and rank is None:
+            lefts, rights = to_left @ core_nUV @ to_right.mT, [None] * len(rows)
+        elif rank is None:
+            lefts, rights = to_left @ core_nUV, [*to_right.mT]
+        else:
+            u, s, vt = torch.linalg.svd(core_nUV, full_matrices=False)
+            root = s[:, :rank].sqrt()
+            lefts = to_left @ (u[:, :, :rank] * root[:, None, :])
+            rights = [*((root[:, :, None] * vt[:, :rank]) @ to_right.mT)]
+        result |= {
+            row: Mixture(left, right, mild)
+            for row, left, right in zip(rows, lefts, rights, strict=True)
+        }
+    return [result[i] for i in range(len(spread_N))]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alloy.adapters.plan import Plan, places_of, plan_of
+from alloy.adapters.threads import Later, Workspace, one_thread_each
 from alloy.adapters.write import NewAdapter, identity_of, refuse_output, task_of, write_adapter
 from alloy.checkpoint.adapter.source import BASE_NAME
 from alloy.checkpoint.checks.findings import Findings
@@ -27,12 +26,15 @@ from alloy.errors import MergeError, system_errors
 from alloy.merging.values import plain
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from alloy.adapters.core import Mixture
 
 _CONCATENATED = ("linear", "task_arithmetic")
 """Methods whose result is a linear combination by the coefficients."""
-_GROUP_BYTES = 2 << 20
-"""Of factors in float64 that one thread holds at a time."""
+_LAYERS = 16
+"""Whose cores one thread merges together."""
 
 
 @dataclass(frozen=True)
@@ -123,23 +125,16 @@ def merge_adapters(
 
 def _merged(plan: Plan) -> NewAdapter:
     """Merge every tensor, layers of one shape together, each group by one thread."""
-    import torch
-
     result = NewAdapter(fan_in_fan_out=any(a.config.fan_in_fan_out for a in plan.adapters.values()))
-    groups = _groups(plan)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the pool is the parallelism, and sums keep their order
-    try:
-        with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-            merged = list(pool.map(partial(_layers, plan), groups))
-    finally:
-        torch.set_num_threads(threads)
+    groups, workspace = _groups(plan), Workspace()
+    with one_thread_each() as pool:
+        merged = list(pool.map(partial(_mixtures, plan, workspace), groups))
     pairs = {
-        n: p for g, of_g in zip(groups, merged, strict=True) for n, p in zip(g, of_g, strict=True)
+        n: m for g, of_g in zip(groups, merged, strict=True) for n, m in zip(g, of_g, strict=True)
     }
     for name in plan.layers:
         module = name.removesuffix(".weight")
-        result.factors[module] = pairs[name]
+        result.factors[module] = _factors(plan, workspace, name, pairs[name])
         if any(name in a.folds and a.folds[name].turned for a in plan.adapters.values()):
             result.embeddings.add(module)
     for name in plan.saved:
@@ -148,16 +143,15 @@ def _merged(plan: Plan) -> NewAdapter:
 
 
 def _groups(plan: Plan) -> list[tuple[str, ...]]:
-    """Layers whose factors have the same shapes, as many together as memory allows."""
-    alike: dict[tuple[tuple[int, int], tuple[int, ...]], list[str]] = {}
+    """Layers in which each adapter has one rank, a few together."""
+    alike: dict[tuple[int, ...], list[str]] = {}
     for name in plan.layers:
-        sides, sizes = _sides(plan, name), _sizes(plan, name)
-        alike.setdefault((sides, tuple(sizes)), []).append(name)
-    groups = []
-    for ((out, into), sizes), names in alike.items():
-        count = max(1, _GROUP_BYTES // (8 * max(1, sum(sizes)) * (out + into)))
-        groups += [tuple(names[i : i + count]) for i in range(0, len(names), count)]
-    return groups
+        alike.setdefault(tuple(_sizes(plan, name)), []).append(name)
+    return [
+        tuple(names[i : i + _LAYERS])
+        for names in alike.values()
+        for i in range(0, len(names), _LAYERS)
+    ]
 
 
 def _sides(plan: Plan, name: str) -> tuple[int, int]:
@@ -174,84 +168,136 @@ def _sizes(plan: Plan, name: str) -> list[int]:
     return [0 if f is None or f.right is None else f.right.shape[0] for f in folds]
 
 
-def _layers(plan: Plan, names: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """B and A of the merged changes of layers whose factors have the same shapes."""
+def _scalings(plan: Plan, name: str) -> Tensor:
+    """The scaling of each column of all B side by side, float64 [K]."""
     import torch
 
-    from alloy.adapters.core import merged_in_cores, shortened
-    from alloy.merging import merge_tensor
+    folds = [adapter.folds.get(name) for adapter in plan.adapters.values()]
+    of_adapters = torch.tensor([1.0 if f is None else f.scaling for f in folds]).double()
+    return of_adapters.repeat_interleave(torch.tensor(_sizes(plan, name)))
+
+
+def _mixtures(plan: Plan, workspace: Workspace, names: Sequence[str]) -> list[Mixture]:
+    """How the factors mix in layers in which each adapter has one rank."""
+    import torch
+
+    from alloy.adapters.core import GENTLE, Mixture, eigenbases, mixtures
+    from alloy.merging import merge_tensors
 
     settings, sizes = plan.settings, _sizes(plan, names[0])
     exact = settings.name in _CONCATENATED
-    left, right = _side_by_side(plan, names, sizes, scaled=exact)
+    scalings_NK = torch.stack([_scalings(plan, name) for name in names])
     if exact:
-        pairs = list(zip(left, right, strict=True))
-        if plan.rank is not None:
-            pairs = [shortened(*pair, plan.rank) for pair in pairs]
-    else:
+        shares = torch.tensor([settings.coefficients[name] for name in names]).double()
+        scalings_NK *= shares.repeat_interleave(torch.tensor(sizes), 1)
+        if plan.rank is None or sum(sizes) <= plan.rank:
+            _check_finite(plan, names)
+            return [Mixture(row, None, False) for row in scalings_NK]
+        sizes = [sum(sizes)]
 
-        def merge(cores: list[Tensor], name: str) -> Tensor:
-            if not cores[0].numel():
-                return cores[0]
-            base = torch.zeros_like(cores[0]) if settings.method.base != "unused" else None
-            return merge_tensor(settings, name, cores, base=base)
+    def merge(cores: list[Tensor], rows: Sequence[int]) -> Tensor:
+        if exact or not cores[0].numel():
+            return cores[0]
+        base = torch.zeros_like(cores[0]) if settings.method.base != "unused" else None
+        return merge_tensors(settings, [names[i] for i in rows], cores, base=base)
 
-        merges = [partial(merge, name=name) for name in names]
-        single = _dtype(plan, names[0]) is not torch.float64
-        pairs = merged_in_cores(left, right, sizes, merges, rank=plan.rank, single=single)
-    return [_stored_as(plan, name, *pair) for name, pair in zip(names, pairs, strict=True)]
+    single = _dtype(plan, names[0]) is not torch.float64
+    scales_NKK = scalings_NK[:, :, None] * scalings_NK[:, None, :]
+    for dtype in (torch.float32, torch.float64) if single else (torch.float64,):
+        gram_left, gram_right = _grams(plan, workspace, names, dtype)
+        on_left, on_right = eigenbases(gram_left * scales_NKK.to(dtype), gram_right)
+        if bool((on_left.spread_N * on_right.spread_N < GENTLE).all()):
+            break
+    made = mixtures(on_left, on_right, sizes, merge, rank=plan.rank, single=single)
+    return [
+        mixture._replace(left=scalings[:, None] * mixture.left)
+        for scalings, mixture in zip(scalings_NK, made, strict=True)
+    ]
 
 
-def _side_by_side(
-    plan: Plan, names: Sequence[str], sizes: Sequence[int], *, scaled: bool
+def _grams(
+    plan: Plan, workspace: Workspace, names: Sequence[str], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The factors of all adapters, [N, out, K] and [N, K, in], in float64.
-
-    Args:
-        scaled: B also has the coefficient of its adapter.
-    """
+    """B^T B and A A^T of all adapters' factors as they are stored, [N, K, K]."""
     import torch
 
-    (out, into), total = _sides(plan, names[0]), sum(sizes)
-    left = torch.empty(len(names), out, total, dtype=torch.float64)
-    right = torch.empty(len(names), total, into, dtype=torch.float64)
-    for i, name in enumerate(names):
-        start = 0
-        for j, (adapter, size) in enumerate(zip(plan.adapters.values(), sizes, strict=True)):
-            if not size:
-                continue
-            fold, stop = adapter.folds[name], start + size
-            assert fold.left is not None, "a layer has factors"
-            assert fold.right is not None, "a layer has factors"
-            factor = fold.scaling * (plan.settings.coefficients[name][j] if scaled else 1.0)
-            left[i, :, start:stop] = plan.view(fold.left).reshape(out, size)
-            left[i, :, start:stop] *= factor
-            right[i, start:stop] = plan.view(fold.right).reshape(size, into)
-            start = stop
-    if not bool((left.sum() + right.sum()).isfinite()):
-        _blame(plan, names)
-    return left, right
+    total = sum(_sizes(plan, names[0]))
+    grams = torch.empty(2, len(names), total, total, dtype=dtype)
+    for name, of_left, of_right in zip(names, *grams, strict=True):
+        left, right = (_beside(plan, workspace, name, side, dtype) for side in ("left", "right"))
+        torch.mm(left.T, left, out=of_left)
+        torch.mm(right, right.T, out=of_right)
+    if not bool(grams.isfinite().all()):
+        _check_finite(plan, names)
+    return grams[0], grams[1]
 
 
-def _blame(plan: Plan, names: Sequence[str]) -> None:
+def _beside(plan: Plan, workspace: Workspace, name: str, side: str, dtype: torch.dtype) -> Tensor:
+    """All adapters' B [O, K], or A [K, I], in memory that this thread uses again."""
+    (out, into), total = _sides(plan, name), sum(_sizes(plan, name))
+    shape = (out, total) if side == "left" else (total, into)
+    beside = workspace.empty(side, shape, dtype)
+    start, dim = 0, int(side == "left")
+    for view in _views(plan, workspace, name, side):
+        beside.narrow(dim, start, view.shape[dim]).copy_(view)
+        start += view.shape[dim]
+    return beside
+
+
+def _views(plan: Plan, workspace: Workspace, name: str, side: str) -> list[Tensor]:
+    """B [O, r], or A [r, I], of each adapter that changes a layer, whose memory is their files."""
+    if (name, side) not in workspace.views:
+        out, into = _sides(plan, name)
+        folds = [a.folds[name] for a in plan.adapters.values() if name in a.folds]
+        entries = [fold.left if side == "left" else fold.right for fold in folds]
+        shape = (out, -1) if side == "left" else (-1, into)
+        workspace.views[name, side] = [
+            plan.view(entry).reshape(shape) for entry in entries if entry is not None
+        ]
+    return workspace.views[name, side]
+
+
+def _check_finite(plan: Plan, names: Sequence[str]) -> None:
     """Raise MergeError for a factor that is not finite, if there is one."""
     for name in names:
         for source, adapter in plan.adapters.items():
             fold = adapter.folds.get(name)
             for entry in () if fold is None else fold.entries:
-                _loaded(entry, source)
+                _require_finite(plan.view(entry), entry, source)
 
 
-def _stored_as(plan: Plan, name: str, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors in the dtype of the result; of a convolution with its dims."""
+def _factors(plan: Plan, workspace: Workspace, name: str, mixture: Mixture) -> tuple[Later, Later]:
+    """B and A of the merged change of a layer, computed when they are written."""
+    import torch
+
     fold = next(a.folds[name] for a in plan.adapters.values() if name in a.folds)
     assert fold.right is not None, "a layer has factors"
-    shape, dtype = fold.right.shape[1:], _dtype(plan, name)
-    if not right.shape[0]:  # no change at all; PEFT knows no rank 0
-        left, right = left.new_zeros(len(left), 1), right.new_zeros(1, right.shape[1])
+    (out, into), dims, dtype = _sides(plan, name), fold.right.shape[1:], _dtype(plan, name)
+    work = torch.float32 if mixture.single and dtype is not torch.float64 else torch.float64
+    rank = mixture.rank
+
+    def left() -> list[Tensor]:
+        beside, mix = _beside(plan, workspace, name, "left", work), mixture.left.to(work)
+        mixed = workspace.empty("mixed", (out, rank), work)
+        multiply = torch.mul if mix.ndim == 1 else torch.mm
+        return [multiply(beside, mix, out=mixed).to(dtype)]
+
+    def right() -> list[Tensor]:
+        if mixture.right is None:
+            return [view.to(dtype) for view in _views(plan, workspace, name, "right")]
+        beside = _beside(plan, workspace, name, "right", work)
+        mixed = workspace.empty("mixed", (rank, into), work)
+        return [torch.mm(mixture.right.to(work), beside, out=mixed).to(dtype)]
+
+    if not rank:  # no change at all; PEFT knows no rank 0
+        rank = 1
+        return (
+            Later((out, 1, *[1] * (len(dims) - 1)), dtype, lambda: [torch.zeros(out, dtype=dtype)]),
+            Later((1, *dims), dtype, lambda: [torch.zeros(into, dtype=dtype)]),
+        )
     return (
-        left.to(dtype).reshape(-1, right.shape[0], *[1] * (len(shape) - 1)),
-        right.to(dtype).reshape(-1, *shape),
+        Later((out, rank, *[1] * (len(dims) - 1)), dtype, left),
+        Later((rank, *dims), dtype, right),
     )
 
 
@@ -259,11 +305,15 @@ def _loaded(entry: Entry, source: str) -> Tensor:
     import torch
 
     tensor = load_tensor(entry)
-    if not bool(tensor.isfinite().all()):
+    _require_finite(tensor, entry, source)
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _require_finite(tensor: Tensor, entry: Entry, source: str) -> None:
+    if not bool(tensor.sum().isfinite() or tensor.isfinite().all()):
         raise MergeError(
             f"{entry.name} in {source!r} ({entry.file}) has NaN or Inf; repair or replace it"
         )
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _whole(plan: Plan, name: str) -> Tensor:

@@ -45,7 +45,7 @@ class Plan:
     @cached_property
     def _maps(self) -> dict[Path, np.ndarray]:
         files = {entry.file for a in self.adapters.values() for entry in a.entries}
-        return {file: np.memmap(file, np.uint8, "c") for file in files}
+        return {file: np.asarray(np.memmap(file, np.uint8, "c")) for file in files}
 
     def view(self, entry: Entry) -> Tensor:
         """A tensor of an adapter, whose memory is its file."""

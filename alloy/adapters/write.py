@@ -7,20 +7,26 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alloy.adapters.threads import Later, one_thread_each
 from alloy.checkpoint.adapter.opened import PREFIX, WEIGHTS
 from alloy.checkpoint.checks.findings import Findings
 from alloy.checkpoint.checks.places import INCOMPLETE, check_output
-from alloy.checkpoint.format import ADAPTER, Checkpoint
+from alloy.checkpoint.engine.writing import start_flush
+from alloy.checkpoint.format import ADAPTER, Checkpoint, encode_header
 from alloy.checkpoint.hash import origin_of
 from alloy.checkpoint.reading import few
+from alloy.checkpoint.tensors import TORCH_DTYPES
 from alloy.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_FLUSH_BYTES = 16 << 20
+"""What the kernel is told to bring to the disk at a time."""
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
@@ -28,7 +34,7 @@ _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"
 class NewAdapter:
     """The contents of an adapter, gathered module by module."""
 
-    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    factors: dict[str, tuple[Tensor | Later, Tensor | Later]] = field(default_factory=dict)
     """By module B [out, rank] and A [rank, in]; the scaling is 1."""
     embeddings: set[str] = field(default_factory=set)
     """The modules among them that are embeddings: B [width, rank], A [rank, rows]."""
@@ -37,20 +43,20 @@ class NewAdapter:
     fan_in_fan_out: bool = False
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Later]:
         """Every tensor under the name that PEFT gives it."""
-        result = {}
+        result: dict[str, Tensor | Later] = {}
         for name, value in self.saved.items():
             module, _, parameter = name.rpartition(".")
             inner = ".base_layer" if module in self.factors else ""  # beside a LoRA: its bias
-            result[f"{PREFIX}{module}{inner}.{parameter}"] = value.contiguous()
+            result[f"{PREFIX}{module}{inner}.{parameter}"] = value
         for module, (left, right) in self.factors.items():
             if module in self.embeddings:
                 pair = {"lora_embedding_A": right, "lora_embedding_B": left}
             else:
                 pair = {"lora_A.weight": right, "lora_B.weight": left}
             for part, value in pair.items():
-                result[f"{PREFIX}{module}.{part}"] = value.contiguous()
+                result[f"{PREFIX}{module}.{part}"] = value
         return result
 
     def config(self, base: str | None, revision: str | None, task: str | None) -> dict[str, Any]:
@@ -96,8 +102,6 @@ def write_adapter(adapter: NewAdapter, output: Path, config: Mapping[str, Any], 
     Raises:
         CheckpointError: an unfinished folder that is not ours.
     """
-    from safetensors.torch import save_file
-
     unfinished = output.with_name(output.name + INCOMPLETE)
     ours = (ADAPTER, WEIGHTS, "README.md")
     if unfinished.exists() or unfinished.is_symlink():
@@ -113,13 +117,50 @@ def write_adapter(adapter: NewAdapter, output: Path, config: Mapping[str, Any], 
             )
     unfinished.mkdir(parents=True, exist_ok=True)
     tensors = adapter.tensors
-    save_file(tensors, unfinished / WEIGHTS, metadata={"format": "pt"})
+    _write_tensors(tensors, unfinished / WEIGHTS)
     (unfinished / ADAPTER).write_text(json.dumps(config, indent=2) + "\n")
     (unfinished / "README.md").write_text(card)
     for name in ours:
         _sync(unfinished / name)
     unfinished.replace(output)
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _write_tensors(tensors: Mapping[str, Tensor | Later], path: Path) -> None:
+    """Write a file of safetensors, each tensor to its place by the thread that makes it."""
+    import torch
+
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header = encode_header((n, _dtype_name(tensors[n]), tuple(tensors[n].shape)) for n in names)
+    starts = accumulate((tensors[name].nbytes for name in names[:-1]), initial=len(header))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+    def write(name: str, start: int) -> None:
+        value = tensors[name]
+        for piece in value.make() if isinstance(value, Later) else [value]:
+            data = memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+            start += _put(descriptor, data, start)
+
+    try:
+        _put(descriptor, memoryview(header), 0)
+        with one_thread_each() as pool:
+            list(pool.map(write, names, starts))
+    finally:
+        os.close(descriptor)
+
+
+def _put(descriptor: int, data: memoryview, start: int) -> int:
+    """Write all of it, and let the kernel begin to bring it to the disk; its bytes."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], start + done)
+    for block in range(start // _FLUSH_BYTES, (start + done) // _FLUSH_BYTES):
+        start_flush(descriptor, block * _FLUSH_BYTES, _FLUSH_BYTES)
+    return done
+
+
+def _dtype_name(tensor: Tensor | Later) -> str:
+    return next(k for k, v in TORCH_DTYPES.items() if f"torch.{v}" == str(tensor.dtype))
 
 
 def identity_of(base: Checkpoint) -> tuple[str, str | None]:

@@ -9,7 +9,7 @@ from alloy.lazy import lazily
 
 if TYPE_CHECKING:
     from alloy.errors import MergeError
-    from alloy.merging.apply import merge, merge_tensor
+    from alloy.merging.apply import merge, merge_tensor, merge_tensors
     from alloy.merging.check import oriented, validate
     from alloy.merging.fisher import fisher_diagonal
     from alloy.merging.method import MergeMethod, MergeSettings, Option
@@ -24,6 +24,7 @@ __all__ = [
     "fisher_diagonal",
     "merge",
     "merge_tensor",
+    "merge_tensors",
     "oriented",
     "validate",
 ]
@@ -32,6 +33,7 @@ _HOMES = {
     "MergeError": "alloy.errors",
     "merge": "alloy.merging.apply",
     "merge_tensor": "alloy.merging.apply",
+    "merge_tensors": "alloy.merging.apply",
     "oriented": "alloy.merging.check",
     "validate": "alloy.merging.check",
     "fisher_diagonal": "alloy.merging.fisher",

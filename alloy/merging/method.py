@@ -131,6 +131,8 @@ class MergeMethod:
     the bit."""
     two_pass: bool = False
     """Elementwise, given a few numbers measured over the whole tensor first: norms, a threshold."""
+    vectorizes: bool = False
+    """Its operations have rules for `torch.vmap`, which gives many tensors' results at once."""
     mixture: str | None = None
     """The module in `alloy.merge` and the name of `mix`, in place of `implementation`."""
     random: bool = False

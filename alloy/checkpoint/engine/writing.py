@@ -74,7 +74,7 @@ class GrowingFile:
             count = os.pwrite(self._descriptor, view, offset)
             view, offset = view[count:], offset + count
         if not aligned:
-            _start_flush(self._descriptor, start, num_bytes)
+            start_flush(self._descriptor, start, num_bytes)
 
     def finish(self) -> None:
         """Put everything on the disk."""
@@ -117,7 +117,7 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
         os.ftruncate(descriptor, num_bytes)  # a system that cannot reserve
 
 
-def _start_flush(descriptor: int, offset: int, num_bytes: int) -> None:
+def start_flush(descriptor: int, offset: int, num_bytes: int) -> None:
     """Let the kernel begin to write, so that the final fsync finds little left to do."""
     if _sync_file_range is not None:
         _sync_file_range(

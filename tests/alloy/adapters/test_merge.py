@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import alloy
 from alloy.adapters import merge_adapters
-from alloy.adapters.core import merged_in_core, merged_in_cores, shortened
+from alloy.adapters.core import merged_in_core
 from alloy.checkpoint import load_weights
 from alloy.cli.app import app
 from alloy.errors import CheckpointError, MergeError
@@ -183,16 +183,59 @@ def test_factors_that_depend_on_each_other_lose_nothing() -> None:
     torch.testing.assert_close(made[0] @ made[1], expected, rtol=1e-9, atol=1e-9)
     assert made[1].shape[0] == 4
     torch.testing.assert_close(made[1] @ made[1].T, torch.eye(4).double(), rtol=0, atol=1e-6)
-    left_NOK, right_NKI = (
-        torch.cat([pair[i] for pair in factors], 1 - i).double()[None] for i in (0, 1)
-    )
-    ((one, other),) = merged_in_cores(
-        left_NOK, right_NKI, [4] * 4, [lambda cores: torch.stack(cores).sum(0)], single=True
-    )
+    one, other = merged_in_core(factors, lambda cores: torch.stack(cores).sum(0), single=True)
     torch.testing.assert_close(one @ other, expected, rtol=1e-9, atol=1e-9)
     zero = merged_in_core([(0 * left, right)], lambda cores: cores[0])
     assert (zero[0] @ zero[1]).abs().max() == 0
-    assert shortened(left, right, 9)[0] is left
+
+
+@pytest.mark.parametrize("rank", [None, 6])
+def test_factors_that_nearly_depend_on_each_other_keep_their_digits(
+    rank: int | None, adapter: Callable, seed: Path, tmp_path: Path
+) -> None:
+    """Trained factors decay: products whose inverse grows past float32's digits are in float64."""
+    from safetensors.torch import save_file
+
+    adapters = {"a": adapter("a", 1), "b": adapter("b", 2)}
+    for folder in adapters.values():
+        file = folder / "adapter_model.safetensors"
+        decay = torch.tensor([1.0, 1e-2, 2e-4])
+        tensors = {
+            key: value * decay if "lora_B" in key else value
+            for key, value in load_file(file).items()
+        }
+        save_file(tensors, file)
+    merge_adapters("modality_arithmetic", adapters, tmp_path / "out", scale=0.5, rank=rank)
+    expected = _full("modality_arithmetic", seed, adapters, scale=0.5)
+    _assert_same(tmp_path / "out", seed, expected, 1e-6)
+
+
+def test_layers_of_any_shape_come_out_as_if_they_were_merged_alone(
+    adapter: Callable, tmp_path: Path
+) -> None:
+    """Layers that share ranks are merged together, one that has a direction less among them."""
+    from safetensors.torch import save_file
+
+    adapters = {"a": adapter("a", 1), "b": adapter("b", 2)}
+    file = adapters["b"] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = "base_model.model.model.layers.1.self_attn.k_proj.lora_{}.weight"
+    tensors[key.format("B")][:, 2] = tensors[key.format("B")][:, 1]
+    save_file(tensors, file)
+    merge_adapters("ties", adapters, tmp_path / "out", density=0.4)
+    merged = load_file(tmp_path / "out/adapter_model.safetensors")
+    for module in {name.partition(".lora_")[0] for name in merged}:
+        alone = {name: tmp_path / "alone" / name for name in adapters}
+        for name, folder in adapters.items():
+            alone[name].mkdir(parents=True, exist_ok=True)
+            config = (folder / "adapter_config.json").read_text()
+            (alone[name] / "adapter_config.json").write_text(config)
+            of_module = load_file(folder / "adapter_model.safetensors")
+            of_module = {k: v for k, v in of_module.items() if k.startswith(module)}
+            save_file(of_module, alone[name] / "adapter_model.safetensors")
+        merge_adapters("ties", alone, tmp_path / module, density=0.4)
+        for name, value in load_file(tmp_path / module / "adapter_model.safetensors").items():
+            torch.testing.assert_close(merged[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_tensors_held_whole_are_merged_on_the_bases(

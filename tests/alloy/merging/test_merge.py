@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from alloy.errors import MergeError
-from alloy.merging import MERGE_METHODS, merge, validate
+from alloy.merging import MERGE_METHODS, merge, merge_tensor, merge_tensors, validate
 from alloy.statistics.moments import Gram
 
 CONTEXT = {"coefficients", "base", "statistics", "name", "offset"}
@@ -322,6 +322,34 @@ def test_empty_tensors_and_non_contiguous_views_are_merged():
     )
     torch.testing.assert_close(merged["x"], a.T)
     assert merged["none"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("method", sorted(MERGE_METHODS))
+@pytest.mark.parametrize("alike", [True, False])
+def test_many_tensors_at_once_come_out_as_one_by_one(method: str, alike: bool) -> None:
+    """To the bit, whether or not the tensors share their settings."""
+    spec = MERGE_METHODS[method]
+    if spec.scope == "model" or spec.statistics:
+        pytest.skip("it needs more than tensors")
+    num_models, names = min(3, spec.max_models or 3), ["a", "b", "c", "d"]
+    options = {}
+    if not alike and "density" in spec.options:
+        options = {"density": {"a": 0.3, "*": 0.6}}
+    settings = validate(
+        method, names, num_models=num_models, base=spec.base != "unused", options=options
+    )
+    generator = torch.Generator().manual_seed(0)
+    models = [torch.randn(4, 6, 5, generator=generator) for _ in range(num_models)]
+    base = None if spec.base == "unused" else torch.randn(4, 6, 5, generator=generator)
+    together = merge_tensors(settings, names, models, base=base)
+    for i, name in enumerate(names):
+        alone = merge_tensor(
+            settings, name, [m[i] for m in models], base=None if base is None else base[i]
+        )
+        assert torch.equal(together[i], alone), name
+    models[0][2, 1, 1] = float("nan")
+    with pytest.raises(MergeError, match=r"c in models\[0\] has 1 NaN or Inf"):
+        merge_tensors(settings, names, models, base=base)
 
 
 def test_coefficients_are_divided_by_their_sum_unless_told_otherwise():

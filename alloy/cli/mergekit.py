@@ -80,6 +80,8 @@ def _read(path: Path) -> Any:
         raise MergeError(f"{path}: {' '.join(str(error).split())}") from error
     except RecursionError:
         raise MergeError(f"{path}: nested too deeply to be a configuration") from None
+    if not documents:
+        raise MergeError(f"{path}: it is empty; write models or slices, and merge_method")
     if len(documents) != 1:
         raise MergeError(
             f"{path}: {len(documents)} configurations in one file; write one file each, and name "

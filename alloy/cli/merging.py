@@ -466,8 +466,18 @@ def key_values(
 
 
 def json_value(text: str) -> Any:
-    """A number, a boolean or a list as JSON writes it; anything else is text."""
+    """A number, a boolean, a list or a mapping as JSON or YAML writes it; anything else is text."""
     try:
         return json.loads(text)
     except ValueError:
-        return text
+        if not text.lstrip().startswith(("{", "[")):
+            return text
+    import yaml
+
+    from alloy.yaml_keys import UniqueKeysLoader
+
+    try:
+        return yaml.load(text, UniqueKeysLoader)
+    except yaml.YAMLError as error:
+        said = getattr(error, "problem", None) or "it does not end"
+        raise MergeError(f"{text}: no list or mapping ({said}); write {{a: 1, b: 0.7}}") from None

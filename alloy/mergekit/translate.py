@@ -6,6 +6,7 @@ import glob
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def _peer(config: Mapping[str, Any], notes: list[str]) -> Peer:
     for key, nearest_thing in ELSEWHERE.items():
         if config.get(key):
             raise MergeError(f"{key}: {nearest_thing}")
+    _refuse_misspelt(config)
     method = config.get("merge_method")
     if not isinstance(method, str):
         raise MergeError("merge_method is missing: what kind of merge is it?")
@@ -149,6 +151,15 @@ def _peer(config: Mapping[str, Any], notes: list[str]) -> Peer:
             f"ignored: {', '.join(map(str, unknown))}, which mergekit does not know either"
         )
     return PEERS[method]
+
+
+def _refuse_misspelt(config: Mapping[str, Any]) -> None:
+    """mergekit skips a key that it does not know, and with it what a misspelt one asks for."""
+    absent = [key for key in _TOP if key not in config]
+    for key in config:
+        close = get_close_matches(str(key), absent, n=1, cutoff=0.8)
+        if key not in _TOP and close:
+            raise MergeError(f"{key!r} is no key of a configuration: did you mean {close[0]!r}?")
 
 
 def _some(value: Any) -> list[str]:

@@ -7,13 +7,14 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers.models.auto import modeling_auto
 
 from alloy.errors import CheckpointError
+from alloy.processors import reads_films, without_films
 from tasks.evaluation.loading import (
     class_name,
     image_processor,
@@ -38,6 +39,7 @@ class Family:
     outputs: Columns = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     components: Mapping[str, str] = field(default_factory=dict)  # its processors' classes by kind
+    packages: Sequence[str] = ()  # that its processors need besides those of every served model
 
 
 GENERATION = ("generation", "text-generation", "TextGenerationPipeline")
@@ -107,13 +109,28 @@ def family_of(folder: Path) -> Family | None:
             if served == "words" and readers["tokenizer"].mask_token is None:
                 served = None
             if served == "replies":
-                try:
-                    own["processor"] = type(joint_processor(folder)).__name__
-                except CheckpointError as error:
-                    print(f"registered to be loaded, not served: {error}")
-                    served = None
+                return _of_replies(folder, served, *task, components=own)
             return _family(served, *task, components=own)
     return _encoder(folder, name, components)
+
+
+def _of_replies(
+    folder: Path, served: str | None, *task: str, components: Mapping[str, str]
+) -> Family:
+    """The family of what reads texts and images together."""
+    try:
+        joint = joint_processor(folder)
+    except CheckpointError as error:
+        if without_films(folder) is None:
+            print(f"registered to be loaded, not served: {error}")
+            return _family(None, *task, components=components)
+        print(
+            "served for texts and images: install torchvision to load it with its whole processor"
+        )
+        return _family(served, *task, components=components)
+    own = {**components, "processor": type(joint).__name__}
+    packages = ("torchvision",) if reads_films(joint) else ()
+    return replace(_family(served, *task, components=own), packages=packages)
 
 
 def _encoder(folder: Path, name: str, components: Mapping[str, str]) -> Family | None:

@@ -284,16 +284,17 @@ def _log_model(
     from tasks.registry import serving
 
     is_modality = storage.read_json(folder / "config.json").get("model_type") == MODALITY
+    interface = _as_modality(folder, answers) if is_modality else _as_transformer(folder)
     return tracking.register(
         log,
         name,
         code=Path(serving.__file__),
         artifacts={"checkpoint": folder},
         packages=[Path(alloy.__file__).parent],
-        requirements=[requirement(package) for package in PACKAGES],
+        requirements=[requirement(p) for p in (*PACKAGES, *interface.pop("packages", ()))],
         tags=tags,
         alias=CHALLENGER,
-        **(_as_modality(folder, answers) if is_modality else _as_transformer(folder)),
+        **interface,
     )
 
 
@@ -345,6 +346,7 @@ def _as_transformer(folder: Path) -> dict[str, Any]:
         "example": example_of(family, folder),
         "flavour": entry if family.task else None,
         "components": dict.fromkeys(family.components, folder),
+        "packages": family.packages,
     }
 
 

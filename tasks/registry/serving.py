@@ -51,6 +51,7 @@ from PIL import Image
 from torch import Tensor
 
 from alloy.devices import chosen_device
+from alloy.processors import joint_processor
 
 INPUTS = (("image", "string"), ("text", "string"))
 OUTPUTS = (
@@ -295,10 +296,8 @@ class Replies(Generation):
     """The likeliest reply to each row's text, and its image where it has one, row by row."""
 
     def __init__(self, folder: Path, architecture: str) -> None:
-        import transformers
-
         super().__init__(folder, architecture)
-        self.joint = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        self.joint = joint_processor(folder)
         self.token = str(getattr(self.joint, "image_token", "<image>"))
 
     def batches(

@@ -129,6 +129,13 @@ def _names(
             f"{o!r} where the base's begin with {n!r}" for o, n in found[0].changes.items()
         )
         return dict(found[0].names), (f"{where}: its names begin with {changes}",)
+    weights = {f"{name.removesuffix('.bias')}.weight" for name in lacking}
+    if all(name.endswith(".bias") for name in lacking) and weights <= {*stored, *base.entries}:
+        raise CheckpointError(
+            f"{where}: these layers have no bias in the base, so {few(lacking)} of the adapter "
+            "(lora_bias) has no place, and PEFT's merge_and_unload refuses it too; save the base "
+            "with biases, or train without lora_bias"
+        )
     more = "; several changes of prefix would place it" if found else ""
     raise CheckpointError(
         f"{where}: the base has no {few(lacking)}, which the adapter changes{more}. Is it of this "

@@ -103,6 +103,8 @@ def test_options_by_pattern_are_planned_and_merged_tensor_by_tensor(
     [
         (["--set", "density=2"], "--set density=2.0 is outside [0, 1]"),
         (["--set", "density"], "--set density: write OPTION=VALUE"),
+        (["--set", "density={a: 1"], "{a: 1: no list or mapping ("),
+        (["--set", "density={a: 1, a: 2}"], "(key 'a' stands twice)"),
         (["--set", "method=linear"], "has no option 'method'"),
         (["--shard-bytes", "5 elephants"], "--shard-bytes '5 elephants': write a number and one"),
         (["--shard-bytes", "0"], "--shard-bytes 0: give a positive number"),
@@ -293,8 +295,11 @@ def test_slices_and_gradients(deep, tmp_path, load):
     assert (status, "'a' stands twice" in said) == (1, True)
 
 
-def test_options_by_source_and_over_depth(deep, tmp_path):
-    density = '{"a": {"from": 0.2, "to": 1}, "b": 0.5}'
+@pytest.mark.parametrize(
+    "density",
+    ['{"a": {"from": 0.2, "to": 1}, "b": 0.5}', "{a: {from: 0.2, to: 1}, b: 0.5}"],
+)
+def test_options_by_source_and_over_depth(deep, density, tmp_path):
     named = [f"a={deep['a']}", f"b={deep['b']}", "--base", deep["seed"]]
     status, shown, said = run("plan", "ties", tmp_path / "x", *named, "--set", f"density={density}")
     assert status == 0, said

@@ -468,8 +468,11 @@ def test_the_command(folders, tmp_path):
     ("text", "message"),
     [
         ("merge_method: linear\n---\nmerge_method: ties\n", "2 configurations in one file"),
+        ("# later\n", "it is empty; write models or slices"),
+        ("models: [{model: a}]\nmerge_methd: linear\n", "did you mean 'merge_method'?"),
+        ("merge_method: linear\nbase_modl: a\nmodels: []\n", "did you mean 'base_model'?"),
         ("models: [", "while parsing"),
-        ("", "0 configurations"),
+        ("", "it is empty"),
         ("merge_method: linear\nmerge_method: ties\n", "key 'merge_method' stands twice"),
         ("models: [{model: a, model: b}]\n", "key 'model' stands twice"),
         ("? [a]\n: 2\n", "found unhashable key"),

@@ -30,6 +30,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    Qwen2VLImageProcessorPil,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -285,19 +286,47 @@ def test_a_model_of_no_family_is_kept_to_be_loaded(tmp_path) -> None:
     assert family_of(tmp_path / "bare") is None
 
 
-@pytest.mark.skipif(find_spec("torchvision") is not None, reason="its processor can be used")
-def test_a_processor_without_its_packages_is_told(tmp_path, capsys) -> None:
-    """Qwen2-VL reads films by torchvision: the model is kept to be loaded."""
-    multimodal.saved(multimodal.whole("Qwen2VL"), tmp_path)
-    tiny_models.tokenizer().save_pretrained(tmp_path)
-    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL"])
+def test_a_reader_of_films_answers_images_without_torchvision(name: str, tmp_path, capsys) -> None:
+    """Each row's reply is the model's own to as many image tokens as its processor makes patches.
+
+    With torchvision, a served version's requirements name it.
+    """
+    tokenizer = tiny_models.tokenizer()
+    seen = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": seen})
+    tokenizer.eos_token = "[SEP]"
+    tokenizer.save_pretrained(tmp_path)
+    model = multimodal.whole(name)
+    for key, token in zip(("image", "vision_start", "vision_end", "video"), seen, strict=True):
+        setattr(model.config, f"{key}_token_id", tokenizer.convert_tokens_to_ids(token))
+    model.save_pretrained(tmp_path)
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "min_pixels": 64}
     named = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**sizes, **named}))
     found = family_of(tmp_path)
     assert found is not None
-    assert (found.name, found.task) == (None, "image-text-to-text")
-    assert "not served: " in (said := capsys.readouterr().out)
-    assert "Torchvision" in said
+    assert (found.name, found.task) == ("replies", "image-text-to-text")
+    films = find_spec("torchvision") is not None
+    assert found.packages == (("torchvision",) if films else ())
+    assert ("install torchvision" in capsys.readouterr().out) == (not films)
+    served = ServedModel()
+    settings = {"artifacts": {"checkpoint": str(tmp_path)}, "model_config": {"family": "replies"}}
+    served.load_context(SimpleNamespace(**settings))
+    table = pd.DataFrame({"image": [picture(0, 8)[0], None], "text": ["a b c", "d"]})
+    answers = served.predict(SimpleNamespace(**settings), table, {"max_new_tokens": 3})
+    pixels = Qwen2VLImageProcessorPil(**sizes)(images=[picture(0, 8)[1]], return_tensors="pt")
+    num_tokens = int(pixels["image_grid_thw"].prod()) // 4
+    for text, given, answer in (
+        (f"{seen[0] * num_tokens}\na b c", pixels, answers[0]),
+        ("d", {}, answers[1]),
+    ):
+        words = tokenizer([text], return_tensors="pt")
+        ids = words["input_ids"]
+        kinds = {"mm_token_type_ids": (ids == model.config.image_token_id).int()} if given else {}
+        new = model.generate(**words, **given, **kinds, max_new_tokens=3, do_sample=False)
+        said = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+        assert answer["text"] == said
 
 
 @pytest.mark.slow

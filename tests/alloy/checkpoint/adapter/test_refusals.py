@@ -99,6 +99,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         setting(use_dora=True),
         "no lora_magnitude_vector, and use_dora is True",
     ),
+    "a bias of lora_B where the layer has none": (
+        lambda c, w: (setting(lora_bias=True)(c, w), tensor(f"{PREFIX}.lora_B.bias", 6)(c, w)),
+        r"these layers have no bias in the base, so .*mlp.up.bias.* \(lora_bias\) has no place",
+    ),
     "norms without DoRA": (
         tensor(f"{PREFIX}.lora_magnitude_vector", 6),
         "has a lora_magnitude_vector, and use_dora is False",

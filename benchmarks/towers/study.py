@@ -72,11 +72,11 @@ def whisper_trunks(layers: str, draw: str) -> None:
     torch.manual_seed(0)
     model = sources.whisper(DATA)
     batches = whisper.batches(model, DATA, PARAMS["calibration"], int(draw))
-    held_out = whisper.batches(model, DATA, PARAMS["held_out"], whisper.HELD_OUT_SEED)
+    held_out = whisper.held_out(model, DATA, PARAMS["held_out"])
     plan = _plan(model, batches[0], layers)
     result: dict[str, Any] = {"parameters": plan.num_parameters, "arms": {}}
     for name, trunk, seconds in _arms(plan, batches, PARAMS["arms"]):
-        scores = whisper.measure(trunk.model, model, held_out, DATA)
+        scores = whisper.measure(trunk.model, held_out, DATA)
         found = {**scores, "cpu_seconds": round(seconds)}
         if trunk.gauge is not None:
             found["error"] = [trunk.gauge.error_before, trunk.gauge.error_after]
@@ -95,51 +95,67 @@ def distilled(layers: str, draw: str) -> None:
     torch.manual_seed(0)
     model = sources.whisper(DATA)
     batches = whisper.batches(model, DATA, PARAMS["calibration"], int(draw))
-    held_out = whisper.batches(model, DATA, PARAMS["held_out"], whisper.HELD_OUT_SEED)
+    held_out = whisper.held_out(model, DATA, PARAMS["held_out"])
     training = whisper.batches(
         model, DATA, PARAMS["training"], int(draw) + 500, size=PARAMS["batch_size"]
     )
     parent, plan = whisper.remembering(model), _plan(model, batches[0], layers)
     name = f"distilled_{layers}_{draw}"
-    result = read(name)
-    for steps, arms in PARAMS["distilled"].items():
+    result, merged = read(name), {}
+    for steps, arms in PARAMS["distilled"][int(draw)].items():
         for arm in (arm for arm in arms if str(steps) not in result.get(arm, {})):
-            ((_, trunk, _),) = _arms(plan, batches, {arm: PARAMS["arms"][arm]})
+            if arm not in merged:
+                ((_, trunk, _),) = _arms(plan, batches, {arm: PARAMS["arms"][arm]})
+                merged[arm] = trunk.model
             start = time.process_time()
-            student = distil(trunk.model, parent, training, steps=steps)
+            student = distil(merged[arm], parent, training, steps=steps, progress=_tell)
             seconds = round(time.process_time() - start)
-            scores = whisper.measure(student, model, held_out, DATA)
+            scores = whisper.measure(student, held_out, DATA)
             result.setdefault(arm, {})[str(steps)] = {**scores, "cpu_seconds": seconds}
             print(layers, draw, arm, steps, result[arm][str(steps)], flush=True)
             write(name, result)
 
 
+def _tell(step: int, loss: float) -> None:
+    if step % 50 == 0:
+        seconds = round(time.process_time())
+        print(f"step {step}: loss {loss:.3f}, {seconds} CPU s so far", flush=True)
+
+
 def neighbours(draw: str) -> None:
-    """Two neighbouring layers of Whisper's encoder as one, for one draw."""
+    """Two neighbouring layers of Whisper's encoder as one, for one draw.
+
+    What the file of results has is not made again.
+    """
     torch.manual_seed(0)
     model = sources.whisper(DATA)
     batches = whisper.batches(model, DATA, PARAMS["calibration"], int(draw))
-    held_out = whisper.batches(model, DATA, PARAMS["held_out"], whisper.HELD_OUT_SEED)
+    held_out = whisper.held_out(model, DATA, PARAMS["held_out"])
     examples = {name: tensor[:2] for name, tensor in batches[0].items()}
     members = {"first": f"{PARTS['encoder']}.1", "second": f"{PARTS['encoder']}.2"}
-    plan, result = plan_trunk(model, members, examples), {}
-    for name, trunk, seconds in _arms(plan, batches, PARAMS["arms"]):
-        scores = whisper.measure(trunk.model, model, held_out, DATA)
+    plan, result = plan_trunk(model, members, examples), read(f"neighbours_{draw}")
+    arms = {n: PARAMS["arms"][n] for n in PARAMS["neighbours"] if n not in result}
+    for name, trunk, seconds in _arms(plan, batches, arms):
+        scores = whisper.measure(trunk.model, held_out, DATA)
         result[name] = {**scores, "cpu_seconds": round(seconds)}
         print("neighbours", draw, name, result[name], flush=True)
         write(f"neighbours_{draw}", result)
 
 
 def fine_tunes(draw: str) -> None:
-    """Two fine-tunes of MiniLM, for one draw of sentences."""
+    """Two fine-tunes of MiniLM, for one draw of sentences.
+
+    What the file of results has is not made again.
+    """
     torch.manual_seed(0)
     pair = minilm.Pair(DATA)
     fitted, held_out = pair.draw(int(draw))
     examples = {name: tensor[:2] for name, tensor in fitted[0].items()}
     members = {name: Member(part=minilm.PART, checkpoint=name) for name in pair.models}
     plan = plan_trunk(pair.models, members, examples)
-    result: dict[str, Any] = {"parameters": plan.num_parameters, "arms": {}}
-    for name, trunk, seconds in _arms(plan, fitted, PARAMS["fine_tunes"]):
+    result = read(f"fine_tunes_{draw}") or {"parameters": plan.num_parameters, "arms": {}}
+    arms = {n: of for n, of in PARAMS["fine_tunes"].items() if n not in result["arms"]}
+    for name, trunk, seconds in _arms(plan, fitted, arms):
         scores = pair.measure(dict(trunk.models), held_out)
         found = {**scores, "cpu_seconds": round(seconds)}
         if trunk.gauge is not None:

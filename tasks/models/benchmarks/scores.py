@@ -145,6 +145,7 @@ def embeddings(model: Any, kind: str, inputs: Mapping[str, Tensor], batch_size: 
     for batch in _batches(inputs, batch_size):
         features = embed(**beside(model, batch))
         tensor = features if isinstance(features, Tensor) else features.pooler_output
+        tensor = tensor[:, 0] if tensor.ndim == 3 else tensor  # FLAVA's: of all its tokens
         parts.append(F.normalize(tensor.float().cpu(), dim=1))
     return torch.cat(parts)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.nn import functional as F
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -39,7 +40,7 @@ from tasks.registry.promotion import decide, load_gates, read_result
 from tasks.registry.register import find_data, flatten
 from tasks.search import command as search
 from tasks.sources import fetch
-from tests import tiny_models
+from tests import tiny_models, two_towers
 
 TINY = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 RECIPE = {
@@ -194,6 +195,18 @@ def vit(folder: Path, names: list[str]) -> None:
     config.label2id = {name: number for number, name in enumerate(names)}
     ViTForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+
+
+def test_towers_that_answer_of_every_token_are_measured_by_the_first():
+    """FLAVA's losses compare pictures and texts by their class tokens."""
+    model, inputs = two_towers.model("flava"), two_towers.examples("flava", 5)
+    with torch.no_grad():
+        whole = model(**inputs)
+    for kind, name in (("image", "pixel_values"), ("text", "input_ids")):
+        found = scores.embeddings(model, kind, {name: inputs[name]}, batch_size=2)
+        states = getattr(whole, f"{kind}_embeddings")
+        first = getattr(model, f"{kind}_projection")(states[:, 0]).detach()
+        torch.testing.assert_close(found, F.normalize(first, dim=1))
 
 
 def test_folders_of_pictures_and_columns_of_a_table_are_labels(workspace: Path) -> None:

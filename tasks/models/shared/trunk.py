@@ -41,7 +41,10 @@ def main(recipe: ModelsRecipe) -> None:
     print(f"merge: {next(iter(plans.values()))}")
     with write_folder(recipe.workspace.arms) as folder:
         for name, arm in recipe.merge.arms.items():
-            made, found = merged(arm, plans[name], models, inputs)
+            try:
+                made, found = merged(arm, plans[name], models, inputs)
+            except MergeError as error:
+                raise MergeError(f"{recipe.where}: merge.arms.{name}: {error}") from error
             save(job, name, arm, made, found, job.within(folder) / name)
             print(f"merge: {name}: {json.dumps(found)}", flush=True)
     print(f"merge: wrote {recipe.workspace.arms}: {len(plans)} models with one trunk")

@@ -306,11 +306,19 @@ REFUSED = {
         {"input_ids": torch.ones(4, 8, dtype=torch.long)},
         "does not run on",
     ),
+    "one text for all": (
+        {**MEMBERS, "text": member("text_model.encoder.layers")},
+        {
+            "pixel_values": torch.randn(4, 3, 8, 8),
+            "input_ids": torch.ones(4, 8, dtype=torch.long),
+        },
+        r"params/towers\.yaml: merge\.arms\.regmean: answer \d is the same for all data",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_model_refuses_is_said_before_any_merge(case):
+def test_what_the_model_refuses_leaves_no_merge(case):
     members, inputs, message = REFUSED[case]
     loaded = recipe(sections(members=members))
     siglip(loaded.workspace.checkpoints / "siglip")

@@ -77,7 +77,7 @@ def find_parts(models: Mapping[str, nn.Module], members: Mapping[str, Member]) -
             )
         checkpoint = _checkpoint_of(name, member, models)
         parts[name] = _part(name, member, checkpoint, models[checkpoint])
-    _refuse_other_depths(parts)
+    _refuse_other_depths(parts, models)
     _refuse_overlaps(parts, models)
     return parts
 
@@ -135,15 +135,29 @@ def _part(name: str, member: Member, checkpoint: str, model: nn.Module) -> Part:
     return Part(name, checkpoint, tuple(blocks), names)
 
 
-def _refuse_other_depths(parts: Mapping[str, Part]) -> None:
+def _refuse_other_depths(parts: Mapping[str, Part], models: Mapping[str, nn.Module]) -> None:
     first, *others = parts.values()
     for other in others:
         if len(first.blocks) != len(other.blocks):
+            for part in (first, other):
+                _refuse_what_holds_a_list(part, models[part.checkpoint])
             raise MergeError(
                 f"{first.name} has {len(first.blocks)} blocks and {other.name} "
                 f"{len(other.blocks)}: say which goes with which, such as layers: "
                 f"{{{first.name}: {list(range(min(len(first.blocks), len(other.blocks))))}, ...}}"
             )
+
+
+def _refuse_what_holds_a_list(part: Part, model: nn.Module) -> None:
+    """Raise MergeError for an encoder that was named in place of its blocks."""
+    (block, *_), module = part.blocks, model.get_submodule(part.blocks[0])
+    lists = [n for n, m in module.named_modules() if n and isinstance(m, LISTS) and len(m)]
+    is_block = isinstance(model.get_submodule(block.rpartition(".")[0]), LISTS)
+    if len(part.blocks) == 1 and lists and not is_block:
+        raise MergeError(
+            f"member {part.name!r}: {block!r} is one {type(module).__name__} and not a list of "
+            f"blocks, as the other member's part is; its blocks are {block}.{lists[0]}"
+        )
 
 
 def _refuse_overlaps(parts: Mapping[str, Part], models: Mapping[str, nn.Module]) -> None:

@@ -110,6 +110,13 @@ BAD = {
         (Member(part=LAYERS[0], names={"self_atn": "attn"}), LAYERS[1]), {}, "mean 'self_attn'",
     ),
     "no part named": (("", LAYERS[1]), {}, "has no part ''"),
+    **{
+        f"an encoder, member {i}": (
+            [n.removesuffix(".layers") if i == j else n for j, n in enumerate(LAYERS)], {},
+            f"'m{i}': '{LAYERS[i].removesuffix('.layers')}' is one .*blocks are {LAYERS[i]}$",
+        )
+        for i in (0, 1)
+    },
 }  # fmt: skip
 
 

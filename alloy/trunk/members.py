@@ -298,7 +298,8 @@ def refuse_other_calls(
             if a != b:
                 raise MergeError(
                     f"layer {i} to be computed is {a} in {first} and {b} in {other}: a trunk has "
-                    "one order of layers (norms before the layers, or behind them)"
+                    "one order of layers (norms before the layers, or behind them; `layers` in "
+                    "the order in which they run)"
                 )
 
 
@@ -322,7 +323,7 @@ def record_calls(
     ]
     try:
         model(**batch)
-    except (AttributeError, TypeError, ValueError) as error:  # of an input that is not there
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise MergeError(
             f"{type(model).__name__} does not run on {sorted(batch)}: {error}; give what each of "
             f"{[part.name for part in parts]} reads"

@@ -209,12 +209,14 @@ def _ways(turning: Turning, part: Part) -> Iterator[Sharing]:
     """Sharings with matrices outside of the blocks, in ever more places."""
     inside = tuple(f"{block}." for block in part.blocks)
     outside = tuple(n for n in _gains(turning, part) if not n.startswith(inside))
-    width = turning.spec.layout[norms_of(turning.spec, part)[0]][0].size
     before = turning.sharing
-    first = replace(before, entries={**before.entries, part.blocks[0]: width})
-    last = replace(before, exits={**before.exits, part.blocks[-1]: width})
     if outside:
         yield replace(before, norms=(*before.norms, *outside))
+    if not (norms := norms_of(turning.spec, part)):
+        return  # no block, such as its attention alone: what enters and leaves is not one stream
+    width = turning.spec.layout[norms[0]][0].size
+    first = replace(before, entries={**before.entries, part.blocks[0]: width})
+    last = replace(before, exits={**before.exits, part.blocks[-1]: width})
     yield first
     yield last
     if outside:

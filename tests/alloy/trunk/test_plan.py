@@ -155,6 +155,39 @@ def test_data_without_one_modality_are_refused(tiny, pairs):
         plan_trunk(tiny("flava"), parts, examples)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("input_ids", torch.full((2, 8), 99), "index out of range"),
+        ("pixel_values", torch.randn(2, 3, 16, 16), "must match"),
+    ],
+)
+def test_data_that_the_model_cannot_read_are_refused(name, value, reason, tiny, pairs):
+    """Words of another vocabulary, pictures of another size."""
+    examples = {**pairs("siglip", 2), name: value}
+    with pytest.raises(MergeError, match=f"SiglipModel does not run on .*{reason}"):
+        plan_trunk(tiny("siglip"), dict(zip("ab", LAYERS, strict=True)), examples)
+
+
+def test_blocks_in_another_order_are_refused(tiny, pairs):
+    members = {"a": Member(part=LAYERS[0], layers=[1, 0]), "b": LAYERS[1]}
+    reason = r"is 1\.layer_norm1 in a and 0\.layer_norm1 in b: .* in which they run"
+    with pytest.raises(MergeError, match=reason):
+        plan_trunk(tiny("siglip"), members, pairs("siglip", 2))
+
+
+def test_a_part_of_a_block_merges_and_turns_no_stream(tiny, pairs):
+    """The attention of one block beside that of another: nothing but its heads may turn."""
+    members = {
+        name: f"{part}.{i}.self_attn"
+        for i, (name, part) in enumerate(zip("ab", LAYERS, strict=True))
+    }
+    plan = plan_trunk(tiny("siglip"), members, pairs("siglip", 2))
+    assert {n.partition(".")[0] for n in plan.names} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    with pytest.raises(MergeError, match="cannot turn"):
+        plan_trunk(tiny("siglip"), members, pairs("siglip", 2), turn=True)
+
+
 def test_a_part_that_the_model_uses_twice_is_refused():
     torch.manual_seed(0)
     model = AlbertModel(

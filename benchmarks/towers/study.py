@@ -153,7 +153,8 @@ def fine_tunes(draw: str) -> None:
     examples = {name: tensor[:2] for name, tensor in fitted[0].items()}
     members = {name: Member(part=minilm.PART, checkpoint=name) for name in pair.models}
     plan = plan_trunk(pair.models, members, examples)
-    result = read(f"fine_tunes_{draw}") or {"parameters": plan.num_parameters, "arms": {}}
+    fresh = {"parameters": plan.num_parameters, "arms": {}}
+    result: dict[str, Any] = read(f"fine_tunes_{draw}") or fresh
     arms = {n: of for n, of in PARAMS["fine_tunes"].items() if n not in result["arms"]}
     for name, trunk, seconds in _arms(plan, fitted, arms):
         scores = pair.measure(dict(trunk.models), held_out)

@@ -68,11 +68,13 @@ def loss_of(model: ModalityModel) -> float:
 
 
 def a_merge_keeps_what_its_parent_learned_and_noise_does_not():
-    """Hidden words: the merge is as good as its parent; its own weights in another order are not,
-    and words alone, without any model, are far worse."""
+    """Hidden words: the merge is as good as its parent; neither the merge of experts without a
+    common seed is, nor the merge's own weights in another order."""
     parent = loss_of(load_model(Path("models/paper_tiny/checkpoints/specific")))
     merged = load_model(Path("models/paper_tiny/merged"))
-    assert loss_of(merged) < parent + 0.05
+    loss = loss_of(merged)
+    assert loss < parent + 0.05
+    assert loss_of(load_model(Path("models/paper_tiny/arms/naive"))) > loss + 0.1
     generator = torch.Generator().manual_seed(0)
     noise = {
         name: tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view_as(tensor)

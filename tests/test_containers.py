@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -166,35 +167,44 @@ POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
 
 
 @contextmanager
-def postgres(folder: Path) -> Iterator[int]:
+def postgres() -> Iterator[int]:
     """A Postgres server with the user and the databases of compose.yaml; yields its port."""
     binaries, port = POSTGRES[-1].parent, free_port()
-    folder.mkdir()
-    # It refuses to be root; Debian's package has a user for it.
+    # It refuses to be root. To the user of Debian's package pytest's folders are closed.
     user: dict[str, Any] = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
-    if user:
-        shutil.chown(folder, **user)
-    data = folder / "data"
-    (password := folder / "password").write_text(PASSWORD)
-    password.chmod(0o644)
-    environment = {"PATH": os.environ["PATH"], "PGPASSWORD": PASSWORD, "LC_ALL": "C"}
-    initdb = [binaries / "initdb", f"--pgdata={data}", "--username=alloy", "--auth=scram-sha-256"]
-    run = partial(subprocess.run, check=True, env=environment, cwd="/", capture_output=True)
-    run([*initdb, f"--pwfile={password}", "--no-sync"], **user)
-    address = ["-h", "127.0.0.1", "-p", str(port)]
-    server = [binaries / "postgres", "-D", data, *address, "-k", folder, "-F"]
-    with subprocess.Popen(
-        server, env=environment, cwd="/", stderr=subprocess.DEVNULL, **user
-    ) as on:
-        try:
-            psql = [binaries / "psql", *address, "--username=alloy", "--dbname=postgres"]
-            ready = [binaries / "pg_isready", *address]
-            wait_until(lambda: subprocess.run(ready, capture_output=True).returncode == 0)
-            for create in ("CREATE DATABASE prefect;", COMPOSE["configs"]["databases"]["content"]):
-                run([*psql, f"--command={create}"])
-            yield port
-        finally:
-            on.send_signal(signal.SIGQUIT)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if user:
+            shutil.chown(folder, **user)
+        data = folder / "data"
+        (password := folder / "password").write_text(PASSWORD)
+        password.chmod(0o644)
+        environment = {"PATH": os.environ["PATH"], "PGPASSWORD": PASSWORD, "LC_ALL": "C"}
+        initdb = [
+            binaries / "initdb",
+            f"--pgdata={data}",
+            "--username=alloy",
+            "--auth=scram-sha-256",
+        ]
+        run = partial(subprocess.run, check=True, env=environment, cwd="/", capture_output=True)
+        run([*initdb, f"--pwfile={password}", "--no-sync"], **user)
+        address = ["-h", "127.0.0.1", "-p", str(port)]
+        server = [binaries / "postgres", "-D", data, *address, "-k", folder, "-F"]
+        with subprocess.Popen(
+            server, env=environment, cwd="/", stderr=subprocess.DEVNULL, **user
+        ) as on:
+            try:
+                psql = [binaries / "psql", *address, "--username=alloy", "--dbname=postgres"]
+                ready = [binaries / "pg_isready", *address]
+                wait_until(lambda: subprocess.run(ready, capture_output=True).returncode == 0)
+                for create in (
+                    "CREATE DATABASE prefect;",
+                    COMPOSE["configs"]["databases"]["content"],
+                ):
+                    run([*psql, f"--command={create}"])
+                yield port
+            finally:
+                on.send_signal(signal.SIGQUIT)
 
 
 @contextmanager
@@ -232,14 +242,11 @@ def running(service: str, places: Mapping[str, str], folder: Path, health: str) 
 @pytest.mark.skipif(not POSTGRES, reason="no Postgres here: apt-get install postgresql")
 def test_servers_of_compose_work_together(tmp_path: Path) -> None:
     """Prefect and MLflow keep what they know in Postgres, MLflow its artifacts in the bucket."""
-    tmp_path.chmod(0o755)
-    for parent in list(tmp_path.parents)[:2]:
-        parent.chmod(0o755)  # so that Postgres's user reaches its folder
     (s3 := tmp_path / "s3").mkdir()
     with ExitStack() as stack:
         bucket, database = (
             stack.enter_context(s3_server(s3)),
-            stack.enter_context(postgres(tmp_path / "postgres")),
+            stack.enter_context(postgres()),
         )
         prefect, mlflow = free_port(), free_port()
         places = {

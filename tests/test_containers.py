@@ -230,7 +230,7 @@ def running(service: str, places: Mapping[str, str], folder: Path, health: str) 
     ):  # fmt: skip
         try:
             said = folder / f"{service}.log"
-            wait_until(lambda: process.poll() is not None or (health and answers(health)), 600)
+            wait_until(lambda: process.poll() is not None or (health and answers(health)))
             assert process.poll() == (None if health else 0), said.read_text()
             yield
         finally:

@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,7 +14,7 @@ import yaml
 from flows.api import ask
 from flows.serve import serve
 from flows.services import ServerError
-from tests.flows.conftest import REPOSITORY, Workspace, wait_until
+from tests.flows.conftest import REPOSITORY, Workspace, git, wait_until
 from tests.servers import free_port
 
 
@@ -31,6 +33,19 @@ def test_a_port_that_is_taken_is_refused() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ServerError, match=rf"port {port} is taken .*--port {port + 1}"):
             serve("modality", port)
+
+
+def test_a_remote_server_gets_the_same_deployments() -> None:
+    """prefect.remote.yaml has the flows and times of prefect.yaml; its runs share their results."""
+    local, remote = (
+        yaml.safe_load((REPOSITORY / name).read_text())
+        for name in ("prefect.yaml", "prefect.remote.yaml")
+    )
+    for one in remote["deployments"]:
+        one.pop("concurrency_limit", None)
+        if "push" in one["parameters"]:
+            one["parameters"]["push"] = None
+    assert remote["deployments"] == local["deployments"]
 
 
 @pytest.mark.slow
@@ -71,7 +86,7 @@ def test_a_schedule_fires_and_ctrl_c_ends_everything(toy: Workspace) -> None:
         run = ended("pipeline")[-1]
         promotion = ended("promote")[-1]
         os.killpg(served.pid, signal.SIGINT)
-        assert served.wait(90) == 0
+        assert served.wait(600) == 0
     assert toy.text("log.serve").splitlines()[-1].startswith("Stopped.")
     assert run["state_type"] == "COMPLETED", run["state"]
     assert run["parameters"]["recipe"] == "toy"
@@ -80,3 +95,67 @@ def test_a_schedule_fires_and_ctrl_c_ends_everything(toy: Workspace) -> None:
     assert "has no registered model 'alloy-modality'" in promotion["state"]["message"]
     wait_until(lambda: not toy.processes())
     assert not (toy.folder / ".prefect" / "server-url").exists()
+
+
+@pytest.mark.slow
+def test_a_run_deployed_from_a_clean_clone_pulls_code_and_results(
+    toy: Workspace, tmp_path: Path, prefect_server: str
+) -> None:
+    """A worker with nothing of its own clones, pulls, runs what is stale and shares it."""
+    remote, origin = tmp_path / "remote", tmp_path / "origin"
+    clone, elsewhere = tmp_path / "clone", tmp_path / "elsewhere"
+    shutil.copy(REPOSITORY / "prefect.remote.yaml", toy.folder)
+    for command in (
+        ("remote", "add", "--default", "team", str(remote)),
+        ("push", "register@toy", "--with-deps"),
+    ):
+        status, said = toy.run("dvc", *command)
+        assert status == 0, said
+    before = toy.text("out/merge/first")
+    toy.control("merge.text", "another method")
+    git(toy.folder, "add", "--all")
+    git(toy.folder, "commit", "--quiet", "--message", "another method")
+    git(tmp_path, "clone", "--quiet", "--bare", str(toy.folder), str(origin))
+    git(origin, "branch", "results")
+    git(tmp_path, "clone", "--quiet", str(origin), str(clone))
+    elsewhere.mkdir()
+    names = ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL")
+    person = dict.fromkeys(names, "team")
+    environment = toy.environment | person
+    environment |= {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    asked = {"ALLOY_REPOSITORY": str(origin), "ALLOY_BRANCH": "results", "ALLOY_RECIPE": "toy"}
+    here = Workspace(clone, environment | asked)
+    pools = {pool["name"] for pool in ask(prefect_server, "work_pools/filter", {})}
+    if "alloy" not in pools:
+        pool = ("work-pool", "create", "alloy", "--type", "process")
+        status, said = here.run("prefect", "--no-prompt", *pool)
+        assert status == 0, said
+    deploy = ("deploy", "--all", "--prefect-file", "prefect.remote.yaml")
+    status, said = here.run("prefect", "--no-prompt", *deploy)
+    assert status == 0, said
+    run = ("deployment", "run", "pipeline/nightly", "--param", "refresh=false")
+    status, said = here.run("prefect", *run)
+    assert status == 0, said
+    shutil.rmtree(clone)
+
+    def ended() -> list[dict]:
+        wanted = {"deployments": {"name": {"any_": ["nightly"]}}}
+        runs = ask(prefect_server, "flow_runs/filter", wanted)
+        return [run for run in runs if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED")]
+
+    command = ("prefect", "worker", "start", "--pool", "alloy")
+    worker = Workspace(elsewhere, environment).start(*command)
+    with worker:
+        try:
+            wait_until(lambda: ended() or worker.poll() is not None)
+        finally:
+            os.killpg(worker.pid, signal.SIGKILL)
+        said = worker.communicate()[0]
+    [run] = ended()
+    assert run["state_type"] == "COMPLETED", said
+    assert "ran merge@toy, register@toy; the lock of toy is commit" in run["state"]["message"]
+    git(tmp_path, "clone", "--quiet", "--branch", "results", str(origin), str(clone))
+    status, said = here.run("dvc", "pull", "register@toy", "--with-deps")
+    assert status == 0, said
+    assert here.text("out/merge/first") != before
+    assert "Nothing to do" in here.run("flows.pipeline", "toy")[1]

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect import Flow
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
 
@@ -90,10 +92,22 @@ def test_the_server_tells_of_failed_runs_until_it_is_switched_off(server, ears: 
     wait_until(lambda: ears.heard)
     assert "did you mean 'toy'" in ears.heard[0]["text"]
     assert ears.heard[0]["flow"] == "promote"
+    ears.heard.clear()
+    _block(ears.url).save("mine")
+    alarm.switch_on("custom-webhook/mine")
+    assert promote("tyo", return_state=True).is_failed()
+    wait_until(lambda: ears.heard)
+    assert "did you mean 'toy'" in ears.heard[0]["body"]
     alarm._switch_off()
     assert ask(server, "automations/filter", {}) == []
     with pytest.raises(ValueError, match="neither an http address nor a block TYPE/NAME"):
         alarm.switch_on("sendgrid-email/nobody")
+
+
+def _block(url: str) -> Any:
+    """A block that sends, as one of e-mail does, to an address of ours."""
+    words = {"subject": "{{subject}}", "body": "{{body}}"}
+    return CustomWebhookNotificationBlock(name="mine", url=url, method="POST", json_data=words)
 
 
 @pytest.mark.parametrize("run", [pipeline, promote, rollback, sweep, pretrain])

@@ -1,7 +1,11 @@
 """The study of the paper's factors: params that refuse, runs and rows that go on."""
 
 import copy
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,6 +140,30 @@ def test_every_number_of_the_pages_is_one_of_the_rows(monkeypatch: pytest.Monkey
     for name, part in page.overview(merged, tuned).items():
         assert f"{page.mark(name)}\n{part}\n{page.END}" in page.OVERVIEW.read_text()
     assert table.text_of(merged, tuned) == table.TABLE.read_text()
+
+
+def test_publishing_the_rows_that_are_there_changes_no_page(tmp_path: Path) -> None:
+    """The page's second command, in a copy: texts and figures stay as they were."""
+    for name in ("docs", "params", "benchmarks"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.study", "publish"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}, check=True,
+    )  # fmt: skip
+    pages = [page.PAGE, page.OVERVIEW, table.TABLE, *Path("docs/figures").glob("study_*.svg")]
+    for path in pages:
+        assert (tmp_path / path).read_text() == (REPOSITORY / path).read_text(), path
+
+
+def test_the_seeds_of_the_page_are_stages_of_the_study() -> None:
+    """The page's first command names stages that the study has."""
+    text = (REPOSITORY / page.PAGE).read_text()
+    loop = re.search(r"for seed in ([\d ]+); do .* (\w+)@\$seed; done", text)
+    assert loop
+    stages = yaml.safe_load((REPOSITORY / "benchmarks/study/study.yaml").read_text())["stages"]
+    params = yaml.safe_load((REPOSITORY / "params/study.yaml").read_text())
+    assert stages[loop[2]]["foreach"] == "${seeds}"
+    assert [int(seed) for seed in loop[1].split()] == params["seeds"]
 
 
 def test_figures_are_drawn_from_the_rows_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ TESTS = {
     "how_to/checkpoints.md sh": "tests/tasks/recipe/test_new.py::test_a_new_recipe_loads_and_is",
     "how_to/checkpoints.md yaml": "tests/tasks/models/test_streamed_recipe.py::test_the_recipe_of",
     "how_to/rerun.md bash": "tests/flows/test_readme.py::test_every_command_of_the_readme",
+    "study.md bash": "tests/benchmarks/test_study.py::test_publishing_the_rows_that_are_there",
     "teams.md bash": "tests/flows/test_teams.py::test_a_second_clone_pulls_and_skips",
     "index.md python": "tests/flows/test_readme.py::test_its_python_prints_what_it_shows",
     "index.md sh": "tests/alloy/test_package.py::test_the_source_distribution",

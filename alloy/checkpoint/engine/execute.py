@@ -143,7 +143,7 @@ class _Output:
         self.num_pieces = 0
         self._sealed = False  # every piece was handed out
         self._lock = threading.Lock()
-        self._pending: dict[int, np.ndarray] = {}
+        self._pending: dict[int, tuple[np.ndarray, Callable[[np.ndarray], None]]] = {}
         self._next, self._hashing = 0, False
         self._sha256 = hashlib.sha256()
         (folder / shard.file).parent.mkdir(exist_ok=True)
@@ -151,9 +151,12 @@ class _Output:
         self._append(np.frombuffer(shard.header, np.uint8))
 
     def deposit(self, index: int, data: np.ndarray, release: Callable[[np.ndarray], None]) -> bool:
-        """Hash this piece when its turn comes, then give its buffer back; True when all is done."""
+        """Hash this piece when its turn comes, then give its buffer back; True when all is done.
+
+        The thread that hashes it may have brought another piece: each comes with its own `release`.
+        """
         with self._lock:
-            self._pending[index] = data
+            self._pending[index] = data, release
             if self._hashing:
                 return False
             self._hashing = True
@@ -164,8 +167,9 @@ class _Output:
                     self._hashing = False
                     return self._done()
                 self._next += 1
-            self._append(due)
-            release(due)
+            data, release = due
+            self._append(data)
+            release(data)
 
     def seal(self) -> bool:
         """No piece follows; True when all were hashed already."""

@@ -1,5 +1,9 @@
 """TIES in one pass over the sources: thresholds bracketed by a sample, and exact."""
 
+import threading
+import time
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -134,6 +138,31 @@ def test_one_part_that_lies_in_the_bracket_is_found_out(write, load, tmp_path, s
     assert settled == {"w": False}
     twice = merged(write, load, tmp_path, base, [model.bfloat16()], held=False, density=0.5)
     assert torch.equal(once, twice)
+
+
+def test_tensors_that_wait_and_tensors_that_are_measured_share_a_file(
+    write, load, tmp_path, monkeypatch
+):
+    """Whoever hashes a piece gives back its own buffer: no worker waits for one for ever."""
+    settle = Trim.settle
+    monkeypatch.setattr(Trim, "settle", lambda self, outs: time.sleep(0.1) or settle(self, outs))
+    tensors = {f"w{i}": noise(i).bfloat16() for i in range(6)}
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    base, model = write("base", zeros, config=None), write("model", tensors, config=None)
+    outputs = {}
+    for name, size in (("mixed", 2 * SIZE), ("measured", 0)):  # room for one tensor, for none
+        monkeypatch.setattr(execute, "HELD_BYTES", size)
+        options = {"density": 0.5}
+        request = MergeRequest("ties", [model], tmp_path / name, base=base, options=options)
+        plan = plan_merge(request)
+        run = partial(run_plan, plan, threads=2, chunk_bytes=CHUNK)
+        worker = threading.Thread(target=run, daemon=True)
+        worker.start()
+        worker.join(300)
+        assert not worker.is_alive(), "the workers wait for buffers that nobody gives back"
+        outputs[name] = load(plan.output)
+    for name in tensors:
+        assert torch.equal(outputs["mixed"][name], outputs["measured"][name])
 
 
 def test_what_is_not_finite_is_named_by_its_place(write, load, tmp_path):

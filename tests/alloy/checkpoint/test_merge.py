@@ -25,6 +25,7 @@ import alloy
 from alloy.checkpoint import MergeRequest, open_checkpoint, plan_merge, run_plan, save_statistics
 from alloy.checkpoint.adapter.compute import Input
 from alloy.checkpoint.engine import writing
+from alloy.checkpoint.engine.execute import HELD_BYTES
 from alloy.checkpoint.engine.steps import Step, as_float, mapped_dtype, read_mapped
 from alloy.errors import CheckpointError, MergeError
 from alloy.merging import MERGE_METHODS
@@ -581,7 +582,10 @@ def test_a_file_that_bypasses_the_page_cache_holds_the_same_bytes(direct, tmp_pa
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    """Besides the imports, merging three 0.6 GB checkpoints by TIES holds less than 64 MB."""
+    """Merging three 0.6 GB checkpoints by TIES holds what may wait for thresholds, and 64 MB.
+
+    One tensor of three waits, the others are measured first: pieces of both kinds end in one file.
+    """
     code = """
 import sys, threading
 from pathlib import Path
@@ -617,5 +621,6 @@ print(peak[0] - before, peak[0])
     )
     assert done.returncode == 0, done.stderr.decode()
     growth, peak = map(float, done.stdout.split())
-    assert growth < 64
-    assert peak < 256
+    waiting = HELD_BYTES / 2**20
+    assert growth < waiting + 64
+    assert peak < waiting + 256

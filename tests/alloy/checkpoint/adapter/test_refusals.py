@@ -126,9 +126,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
         tensor(f"{PREFIX}.lora_A.weight", 2, 5),
         r"up.weight is \[6, 4\] in the base, and lora_B @ lora_A is \[6, 5\]",
     ),
-    "a bias of another size": (
+    "a bias of a layer without": (
         tensor(f"{PREFIX}.lora_B.bias", 6),
-        "the base has no 'model.layers.0.mlp.up.bias'",
+        "no bias in the base, so 'model.layers.0.mlp.up.bias' of the adapter",
     ),
     "integers of the base": (
         tensor("base_model.model.model.steps", 3),

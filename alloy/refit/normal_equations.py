@@ -107,9 +107,11 @@ class NormalEquations:
             "rx": error_GNO.mT @ known.weighed_GNI,
         }.items():
             mine[name] = mine[name].add_(value) if name in mine else value.clone()
-        for block, value in zip(half, known.half, strict=False):
-            block += value
-        half += [value.clone() for value in known.half[len(half) :]]
+        if half:
+            for block, value in zip(half, known.half, strict=True):
+                block += value
+        else:
+            half += [value.clone() for value in known.half]
         return known
 
     def finish(self) -> None:

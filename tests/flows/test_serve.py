@@ -125,14 +125,12 @@ def test_a_run_deployed_from_a_clean_clone_pulls_code_and_results(
     environment |= {"PREFECT_HOME": str(tmp_path / "home"), "PREFECT_WORKER_QUERY_SECONDS": "1"}
     asked = {"ALLOY_REPOSITORY": str(origin), "ALLOY_BRANCH": "results", "ALLOY_RECIPE": "toy"}
     here = Workspace(clone, environment | asked)
-    pools = {pool["name"] for pool in ask(prefect_server, "work_pools/filter", {})}
-    if "alloy" not in pools:
-        pool = ("work-pool", "create", "alloy", "--type", "process")
-        status, said = here.run("prefect", "--no-prompt", *pool)
+    for command in (
+        ("work-pool", "create", "alloy", "--type", "process", "--overwrite"),
+        ("deploy", "--all", "--prefect-file", "prefect.remote.yaml"),
+    ):
+        status, said = here.run("prefect", "--no-prompt", *command)
         assert status == 0, said
-    deploy = ("deploy", "--all", "--prefect-file", "prefect.remote.yaml")
-    status, said = here.run("prefect", "--no-prompt", *deploy)
-    assert status == 0, said
     run = ("deployment", "run", "pipeline/nightly", "--param", "refresh=false")
     status, said = here.run("prefect", *run)
     assert status == 0, said

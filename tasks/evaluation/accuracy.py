@@ -85,12 +85,12 @@ def ensemble(logits: Sequence[Tensor], classes: Classes) -> Tensor:
 
 
 def mean_probabilities(logits: Sequence[Tensor]) -> Tensor:
-    """The ensemble that averages the parents' probabilities [N, C], as their logarithms.
+    """The ensemble that averages the parents' probabilities [N, C, ...], as their logarithms.
 
     Nobody says which classes a parent has learned, so each one's guesses at the others' classes
     count as well.
     """
-    shares = torch.stack([logits_NC.log_softmax(dim=1) for logits_NC in logits])
+    shares = torch.stack([of_parent.log_softmax(dim=1) for of_parent in logits])
     return shares.logsumexp(dim=0) - math.log(len(logits))
 
 

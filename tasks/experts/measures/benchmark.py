@@ -17,6 +17,7 @@ from alloy.devices import beside
 from alloy.modality.modeling import ModalityModel
 from alloy.processes import ALONE, Processes
 from tasks.data.sets.splits import StoredSplit, open_split
+from tasks.evaluation.accuracy import mean_probabilities
 from tasks.evaluation.score import Score, mean_score
 from tasks.workspace import Workspace
 
@@ -118,9 +119,13 @@ class Benchmark:
         batch_size: int = 250,
         processes: Processes = ALONE,
     ) -> Tensor:
-        """Mean outputs of an ensemble; of one model its own."""
+        """The outputs of an ensemble; of one model its own."""
         outputs = [self.outputs(model, data, batch_size, processes) for model in models]
-        return torch.stack(outputs).mean(dim=0) if len(outputs) > 1 else outputs[0]
+        return self.averaged(outputs) if len(outputs) > 1 else outputs[0]
+
+    def averaged(self, outputs: Sequence[Tensor]) -> Tensor:
+        """An ensemble's outputs: the logarithms of the models' mean probabilities, [N, C, ...]."""
+        return mean_probabilities(outputs)
 
     def values(self, outputs: Tensor, data: Examples) -> Tensor:
         """The share of each example that is right, [N]: the metric is its mean, in per cent."""

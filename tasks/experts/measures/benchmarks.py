@@ -5,20 +5,21 @@
     benchmark = BENCHMARKS["vqa"]
     train = load_split("modality", "vqa", "train")              # tensors by name, N examples each
     batch = benchmark.sample(train, 32, generator)              # for one training step
-    loss = benchmark.loss(benchmark.logits(model, batch), batch) scores =
-    benchmark.score(benchmark.outputs(model, test), test) scores[benchmark.metric]
-    # Score(value=61.3, error=1.1), per cent
+    loss = benchmark.loss(benchmark.logits(model, batch), batch)
+    scores = benchmark.score(benchmark.outputs(model, test), test)
+    scores[benchmark.metric]                      # Score(value=61.3, error=1.1), per cent
 
 `logits` is differentiable and what distillation compares: [n, classes], for segmentation [n, C, L,
 L], for retrieval the scaled similarities of every image to every text of the batch [n, n].
-`outputs` is the same for a whole split, in batches, without gradients; averaging the outputs of
-several models gives their ensemble. Only the benchmarks of `FINETUNED` have a training split; those
-of `TRAINING_FREE` need no head beyond the pre-trained ones.
+`outputs` is the same for a whole split, in batches, without gradients, with all similarities, not
+scaled; `outputs_of` several models are their ensemble's, which averages probabilities, and for
+retrieval similarities. Only the benchmarks of `FINETUNED` have a training split; those of
+`TRAINING_FREE` need no head beyond the pre-trained ones.
 
 Shapes: N examples, n of a batch, T tokens, C classes, L labels a side, B resamples.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +127,10 @@ class Retrieval(Benchmark):
         parts = processes.in_turns(embed, batches(data, batch_size))
         image, text = (torch.cat(side) for side in zip(*parts, strict=True))
         return image @ text.T
+
+    def averaged(self, outputs: Sequence[Tensor]) -> Tensor:
+        """An ensemble's outputs: the models' mean similarities."""
+        return torch.stack(list(outputs)).mean(dim=0)
 
     def guess(self, data: Examples) -> float:
         return 100 / num_examples(data)

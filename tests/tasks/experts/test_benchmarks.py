@@ -207,12 +207,20 @@ def test_hard_negatives_stay_together():
     assert (groups[:, 0] % 4 == 0).all()
 
 
-def test_the_mean_of_equal_outputs_is_the_output(name, model):
+def test_an_ensemble_averages_probabilities_and_for_retrieval_similarities(name, model):
+    """Of two models that differ; an ensemble of equals scores as each of them."""
+    torch.manual_seed(1)
+    other = ModalityModel(CONFIG).eval()
     benchmark, data = BENCHMARKS[name], take(examples(name), slice(8))
-    outputs = benchmark.outputs(model, data)
-    assert benchmark.score(torch.stack([outputs, outputs]).mean(0), data) == benchmark.score(
-        outputs, data
-    )
+    each = [benchmark.outputs(one, data) for one in (model, other)]
+    assert not torch.allclose(*each, atol=1e-3)
+    mean = benchmark.outputs_of([model, other], data)
+    if name.startswith("retrieval"):
+        torch.testing.assert_close(mean, (each[0] + each[1]) / 2)
+    else:
+        torch.testing.assert_close(mean.exp(), (each[0].softmax(1) + each[1].softmax(1)) / 2)
+    same = benchmark.outputs_of([model, model], data)
+    assert benchmark.score(same, data) == benchmark.score(each[0], data)
 
 
 def test_every_benchmark_is_used_and_its_metric_has_a_title():

@@ -1,7 +1,7 @@
 """The one HTML skeleton: a report as one self-contained page, for somebody who looks.
 
-Pictures are embedded, nothing is loaded, no script runs. The page fits a phone (a table or chart that
-is wider scrolls in a box of its own) and follows the reader's choice of light or dark. Text is
+Pictures are embedded, nothing is loaded, no script runs. The page fits a phone (a table or chart
+that is wider scrolls in a box of its own) and follows the reader's choice of light or dark. Text is
 escaped here; only `Markup` stands as it is.
 """
 

@@ -1,4 +1,4 @@
-"""`reports/index.html`: all recipes of a workspace, with their results and where to look further."""
+"""`reports/index.html`: all recipes of a workspace, their results, and where to look further."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ HEADER = ["recipe", "arm", "report", "evaluated", "model", "registered as"]
 
 
 def write_index(prefect: str, mlflow: str) -> Path:
-    """Write the page of all recipes; the two addresses are those of Prefect's and MLflow's pages."""
+    """Write the page of all recipes; the addresses are those of Prefect's and MLflow's pages."""
     grid = Grid("", HEADER, [_row(name, mlflow) for name in recipes()], numbers=False)
     further = element(
         "p",

@@ -1,7 +1,7 @@
 """The results that the repository shows: docs/results.md, and the metrics that its tables are of.
 
-A recipe's tables stand between two marks of the page. Its metrics on test data, with the commit that
-they are of, go to `benchmarks/results/reports/`, where a test finds every number of the page.
+A recipe's tables stand between two marks of the page. Its metrics on test data, with the commit
+that they are of, go to `benchmarks/results/reports/`, where a test finds every number of the page.
 """
 
 import json

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine"),
 ]
 
+
 def report() -> Report:
     """Every kind of part, each wider or longer than a phone."""
     words = "a_name_without_any_place_to_break_it_" * 5

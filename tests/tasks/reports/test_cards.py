@@ -25,7 +25,6 @@ from tasks.reports.cards import (
 )
 from tasks.storage import read_json
 
-
 RELEASED = Path(__file__).parents[3] / "released"
 
 

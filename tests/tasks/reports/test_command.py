@@ -1,4 +1,4 @@
-"""`python -m tasks.reports RECIPE [--publish]`: what was evaluated is printed, nothing is made up."""
+"""`python -m tasks.reports RECIPE [--publish]`: it prints what was evaluated, no more."""
 
 import pytest
 
@@ -6,9 +6,12 @@ from tasks.reports.__main__ import main
 from tasks.storage import read_json, write_json
 
 TABLE = "Scores\n\n|  | accuracy |\n| --- | ---: |\n| ours | 79.0 ± 1.4 |\n"
-MARKS = (
-    "# Mine\n\n<!-- results: python -m tasks.reports mine --publish -->\n{}<!-- end of results -->\n"
-)
+MARKS = """\
+# Mine
+
+<!-- results: python -m tasks.reports mine --publish -->
+{}<!-- end of results -->
+"""
 
 
 @pytest.fixture
@@ -58,6 +61,8 @@ def test_a_recipe_without_results_is_refused_with_what_to_do(mine, recipe, messa
 
 def test_a_page_without_marks_stays_as_it_is(mine):
     (mine / "docs/results.md").write_text("nothing")
-    with pytest.raises(SystemExit, match=r"docs/results\.md: expected the lines '<!-- results: .* mine"):
+    with pytest.raises(
+        SystemExit, match=r"docs/results\.md: expected the lines '<!-- results: .* mine"
+    ):
         main(["mine", "--publish"])
     assert (mine / "docs/results.md").read_text() == "nothing"

@@ -1,5 +1,6 @@
 """YAML as people mean it: each key once, no aliases that explode, errors with file and line."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tasks.recipe.section import ParamsError
 LARGEST_FILE = 2**20  # bytes; a recipe has some thousand
 DEEPEST = 50  # levels of nesting; a recipe has some six
 MOST_NODES = 100_000  # after aliases are resolved; a YAML bomb has billions
+BOOLEAN = "tag:yaml.org,2002:bool"
 
 
 class _Loader(UniqueKeysLoader):
@@ -45,6 +47,16 @@ class _Loader(UniqueKeysLoader):
                     key.start_mark,
                 )
         return super().construct_mapping(node, deep)
+
+
+# As in YAML 1.2, by which DVC reads the same files: `on`, `no` and their like are words.
+_Loader.yaml_implicit_resolvers = {
+    first: [entry for entry in entries if entry[0] != BOOLEAN]
+    for first, entries in UniqueKeysLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    BOOLEAN, re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def read_yaml(path: Path) -> Any:

@@ -86,3 +86,10 @@ def test_files_that_cannot_be_read_are_named(file) -> None:
 def test_what_people_mean_is_read(file, text, content) -> None:
     file.write_text(text)
     assert read_yaml(file) == content
+
+
+def test_words_that_older_yaml_takes_for_booleans_are_words(file) -> None:
+    """DVC reads recipes by YAML 1.2, too: `on` is a key of a search, `no` a language."""
+    file.write_text("on: {no: yes, off: true, y: False}\nmembers: [no, true, trueish, null]\n")
+    read = {"on": {"no": "yes", "off": True, "y": False}}
+    assert read_yaml(file) == {**read, "members": ["no", True, "trueish", None]}

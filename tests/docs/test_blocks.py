@@ -10,7 +10,9 @@ import yaml
 from flows.placement.params import Placement
 from tasks.recipe.graph import STAGES
 from tasks.recipe.load import load, load_experts, load_file, load_models
+from tasks.recipe.models import ModelsRecipe
 from tasks.recipe.section import ParamsError
+from tasks.recipe.yaml_file import read_yaml
 
 REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
@@ -21,7 +23,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 TESTS = {
     "alignment.md python": "tests/test_docs.py::test_the_alignment_of_the_documentation",
     "bring_your_own.md bash": "tests/tasks/recipe/test_new.py::test_a_new_recipe_loads_and_is",
-    "bring_your_own.md yaml": "tests/tasks/models/test_models_recipe.py::test_the_recipe_of_the",
+    "bring_your_own.md yaml": "tests/docs/test_blocks.py::test_the_parts_of_a_recipe_of_your_own",
     "gauge.md python": "tests/test_docs.py::test_the_gauge_of_the_documentation",
     "gauge.md yaml": "tests/docs/test_blocks.py::test_the_arm_in_a_gauge_is_one",
     "how_to/checkpoints.md bash": "tests/flows/test_readme.py::test_every_command_of_the_readme",
@@ -74,6 +76,14 @@ def test_every_block_has_its_test() -> None:
         assert f"\ndef {name}" in (REPOSITORY / path).read_text(), test
 
 
+def test_code_is_in_blocks_of_its_language() -> None:
+    """What is indented instead would have no test; only formulas are, and the log keeps its own."""
+    for path in DOCS.rglob("*.md"):
+        prose = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+        indented = re.findall(r"(?<=\n\n)    (?=\S)(.*)", prose)
+        assert path.name == "log.md" or all("Σ" in line or "²" in line for line in indented), path
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty workspace with the shipped recipes."""
@@ -121,6 +131,56 @@ def test_adapters_are_checkpoints_of_a_recipe(folder: Path) -> None:
     more["register"] = {"name": "mine", "model": "merged"}
     write(folder, {"kind": "models", **yaml.safe_load(block), **more})
     assert load_models("mine").sets["mine"].members == {0: ["a", "b"]}
+
+
+def as_data(code: str) -> dict:
+    """A block, read as recipes are: a key `on` is no boolean."""
+    path = Path("block.yaml")
+    path.write_text(code)
+    return read_yaml(path)
+
+
+def laid_over(recipe: dict, part: dict) -> dict:
+    """The recipe with a part's keys in the place of its own, mapping by mapping."""
+    merged = {
+        key: laid_over(recipe[key], value)
+        if isinstance(value, dict) and isinstance(recipe.get(key), dict)
+        else value
+        for key, value in part.items()
+    }
+    return {**recipe, **merged}
+
+
+def test_the_parts_of_a_recipe_of_your_own_are_accepted(folder: Path) -> None:
+    """Each further block of the page, laid over the page's recipe, is a recipe."""
+    own, sets, heads, benchmarks, search, finetune = map(
+        as_data, blocks("bring_your_own.md", "yaml")
+    )
+    own["merge"]["result"] = "mudsc"
+
+    def loaded(*parts: dict, without: str = "", members: str = "a b") -> ModelsRecipe:
+        recipe = {key: value for key, value in own.items() if key != without}
+        recipe["fetch"] = {"checkpoints": {name: f"path/to/{name}" for name in members.split()}}
+        for part in parts:
+            recipe = laid_over(recipe, part)
+        write(folder, recipe)
+        return load_models("mine")
+
+    result = {"merge": {"result": {"set": "cats", "seed": 0, "arm": "mudsc"}}}
+    result["merge"]["candidates"] = []
+    several = loaded(sets, result, without="members", members="a0 b0 a1 b1 c0")
+    assert several.sets.keys() == {"cats", "dogs"}
+    assert loaded(benchmarks).evaluate.benchmarks.keys() >= {"wiki", "pets", "own"}
+    wiki = {"measure": "perplexity", "texts": "texts", "tokens": 8, "examples": 2}
+    validation = {"evaluate": {"benchmarks": {"wiki": {**wiki, "split": "validation"}}}}
+    streamed = {key: own[key] for key in ("kind", "members", "register")}
+    validation["evaluate"]["tssd_keep"] = 0.2
+    write(folder, {**streamed, **laid_over(search, validation), "fetch": own["fetch"]})
+    assert load_models("mine").merge.arms["tuned"].search is not None
+    assert loaded(finetune).finetune is not None
+    del finetune["finetune"]["data"]
+    two = loaded(finetune, heads, {"evaluate": {"curves": []}}, members="digits animals")
+    assert two.registration.head == "animals"
 
 
 def test_a_misspelt_option_is_refused_as_the_tutorial_shows(folder: Path) -> None:

@@ -39,7 +39,7 @@ class Progress:
         if not known:
             return line
         more = "at least " if len(known) < len(rest) else "about "
-        return f"{line}, {more}{duration(sum(known))} to the end as the last run went"
+        return f"{line}, {more}{duration(sum(known))} left, going by the last run"
 
     def end(self, address: str) -> None:
         """Remember how long a stage took that ended well."""

@@ -27,11 +27,11 @@ def test_the_last_run_says_how_long_is_left(tmp_path) -> None:
     ]
     again = Progress(STAGES, file, lambda: clock[0])
     assert run(again, clock, {"merge@toy": 70.0, "evaluate@toy": 5.0}) == [
-        "stage 2 of 3: merge@toy, at least 2 min 10 s to the end as the last run went",
+        "stage 2 of 3: merge@toy, at least 2 min 10 s left, going by the last run",
         "stage 3 of 3: evaluate@toy",
     ]
     third = Progress(STAGES, file, lambda: clock[0])
-    assert third.begin("fetch@toy").endswith("about 1 min 17 s to the end as the last run went")
+    assert third.begin("fetch@toy").endswith("about 1 min 17 s left, going by the last run")
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"fetch@toy": "soon"}'])

@@ -8,6 +8,7 @@ import typer
 
 from alloy.cli import merging
 from alloy.cli.merging import Method, Output
+from alloy.cli.places import named, placed, placed_adapters
 from alloy.cli.wording import in_options, refusals
 
 EXTRACT_EXAMPLE = """**Example**: layers of the least rank that keeps 90 %, at most 64
@@ -47,9 +48,9 @@ def extract(
 
     with refusals("extract"), tqdm(unit=" tensors", disable=None, leave=False) as bar:
         report = extract_adapter(
-            model,
+            placed(model),
             output,
-            base=base,
+            base=placed(base),
             rank=rank,
             energy=energy,
             drop=drop or (),
@@ -110,9 +111,9 @@ def adapters(
     with refusals("adapters"):
         report = merge_adapters(
             method,
-            merging.named_sources(sources),
+            placed_adapters(named(merging.named_sources(sources)), base),
             output,
-            base=base,
+            base=None if base is None else placed(base),
             coefficients=merging.rows_of(coefficients or ()),
             rank=rank,
             result="model" if model else "adapter",

@@ -3,11 +3,11 @@
 import json
 from dataclasses import asdict
 from itertools import combinations
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from alloy.cli.places import placed
 from alloy.cli.wording import refusals
 from alloy.errors import MergeError
 
@@ -18,7 +18,7 @@ EXAMPLE = """**Example**: task vectors of two fine-tunes, layer by layer
 
 def distance(
     checkpoints: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="CHECKPOINT CHECKPOINT...",
             help="Two or more folders or safetensors files; every pair is compared.",
@@ -26,7 +26,7 @@ def distance(
         ),
     ],
     base: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Compare what training added to this checkpoint, not the weights."),
     ] = None,
     keep: Annotated[
@@ -49,15 +49,15 @@ def distance(
     with refusals("distance"):
         if len(checkpoints) < 2:
             raise MergeError("a distance needs two checkpoints; give another one")
-        origin = None if base is None else load_weights(base)
+        folders = {source: placed(source) for source in checkpoints}
+        origin = None if base is None else load_weights(placed(base))
         settings: dict[str, Any] = {"keep": keep, "zeros": zeros, "truncation": truncation}
         rows = []
         for one, other in combinations(checkpoints, 2):
-            apart = alloy.distance(load_weights(one), load_weights(other), base=origin, **settings)
+            weights = (load_weights(folders[source]) for source in (one, other))
+            apart = alloy.distance(*weights, base=origin, **settings)
             by_layer = {layer: asdict(values) for layer, values in apart.layers.items()}
-            rows.append(
-                {"pair": [str(one), str(other)], **asdict(apart.overall), "layers": by_layer}
-            )
+            rows.append({"pair": [one, other], **asdict(apart.overall), "layers": by_layer})
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return

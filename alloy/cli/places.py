@@ -17,6 +17,7 @@ Stream = Callable[[str], Path]
 """Gives a folder that stands for a source, whose weights are read by ranges."""
 
 _REMOTE = re.compile(r"(hf|s3)://|mlflow:")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
 _bring: Bring | None = None
 _stream: Stream | None = None
 
@@ -56,7 +57,7 @@ def local(source: str, on: str | None = None, *, by_ranges: bool = False) -> Pat
 
 def on_hub(name: str) -> str:
     """A model as mergekit names it: `org/name` is one of a hub where there is no such folder."""
-    if Path(name).exists() or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name) is None:
+    if Path(name).exists() or _HUB_NAME.fullmatch(name) is None:
         return name
     return f"hf://{name}"
 
@@ -68,16 +69,41 @@ def placed(source: str, *, by_ranges: bool = False) -> str:
         by_ranges: of a checkpoint, or a base, as in `local`.
     """
     if not _REMOTE.search(source):
-        if "://" in source and not Path(source).exists():
-            raise MergeError(
-                f"{source}: write hf://org/name@revision, s3://bucket/prefix, "
-                "mlflow:models/NAME@alias or a path"
-            )
+        _refuse_misnamed(source)
         return source
     base, plus, adapter = _parts(source)
     if not plus:
         return str(local(source, by_ranges=by_ranges))
     return f"{local(base, by_ranges=by_ranges)}+{local(adapter, base)}"
+
+
+def placed_adapters(
+    sources: Mapping[str, str] | Sequence[str], base: str | None
+) -> dict[str, str] | list[str]:
+    """The folders of adapters, brought here where they lie elsewhere; the base may be unnamed."""
+
+    def here(source: str) -> str:
+        if is_remote(source):
+            return str(local(source, base or ""))
+        _refuse_misnamed(source)
+        return source
+
+    if isinstance(sources, Mapping):
+        return {name: here(source) for name, source in sources.items()}
+    return [here(source) for source in sources]
+
+
+def _refuse_misnamed(source: str) -> None:
+    """Refuse what is not here and reads as the name of another place, written in another way."""
+    if "://" in source and not Path(source).exists():
+        raise MergeError(
+            f"{source}: write hf://org/name@revision, s3://bucket/prefix, "
+            "mlflow:models/NAME@alias or a path"
+        )
+    if on_hub(source) != source:
+        raise MergeError(
+            f"{source}: no such folder or file; if it is a name of the hub, write {on_hub(source)}"
+        )
 
 
 def _parts(source: str) -> tuple[str, str, str]:

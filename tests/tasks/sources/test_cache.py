@@ -142,3 +142,51 @@ def test_mergekits_names_of_a_hub(hub, tmp_path):
     assert torch.equal(
         load_file("out/model.safetensors")["model.layers.1.weight"], torch.full((2, 2), 2.0)
     )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "merge linear out org/a org/b",
+        "plan task_arithmetic out here --base org/a",
+        "extract out org/a --base here",
+        "extract out here --base org/a",
+        "adapters linear out x=org/a y=here",
+        "distance here org/a",
+    ],
+)
+def test_a_name_of_the_hub_alone_is_told_from_a_folder(command):
+    """`org/a` may be a misspelt folder, too: nothing is fetched."""
+    done = CliRunner().invoke(app, shlex.split(command))
+    assert done.exit_code == 1
+    assert "org/a: no such folder or file; if it is a name of the hub, write hf://org/a" in (
+        done.output
+    )
+
+
+@pytest.mark.parametrize("name", ["./a", "../a", "-/a", "a/.b", "a", "a/b/c"])
+def test_paths_are_no_names_of_the_hub(name):
+    assert places.on_hub(name) == name
+
+
+def test_adapters_and_distances_of_the_hub(hub):
+    """Extracted there, merged with each other and compared, as folders are."""
+    hub.publish("org/seed", checkpoint(0))
+    hub.publish("org/a", checkpoint(3))
+    run = CliRunner()
+    done = run.invoke(app, shlex.split("extract lora hf://org/a --base hf://org/seed --rank 1"))
+    assert done.exit_code == 0, done.output
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    hub.publish("org/lora", {name: Path("lora", name).read_bytes() for name in files})
+    for number, base in enumerate(("", "--base hf://org/seed")):
+        command = f"adapters linear out{number} hf://org/lora lora {base}"
+        done = run.invoke(app, shlex.split(command))
+        assert done.exit_code == 0, done.output
+        factors = load_file(f"out{number}/adapter_model.safetensors")
+        left, right = (factors[f"base_model.model.layer.lora_{side}.weight"] for side in "BA")
+        torch.testing.assert_close(left @ right, torch.full((4, 6), 3.0))
+    done = run.invoke(app, shlex.split("distance hf://org/a hf://org/seed --json"))
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)
+    assert row["pair"] == ["hf://org/a", "hf://org/seed"]
+    assert row["l2"] == pytest.approx(24**0.5 * 3)

@@ -11,12 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from alloy.checkpoint.reading import read_json, read_text, source_file, typed
 from alloy.errors import CheckpointError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 POLICIES = ("same", "base", "union")
 _LEGACY = (
@@ -221,6 +222,8 @@ def combine_vocabularies(
     }
     borrowed = _borrowed(tokens or {}, ids, tokenizers, maps)
     if pad_to is not None and size % pad_to:
+        import numpy as np
+
         padded = size + pad_to - size % pad_to
         gap = np.full(padded - size, -1, np.int64)
         maps = {source: np.concatenate([rows, gap]) for source, rows in maps.items()}
@@ -270,6 +273,8 @@ def _borrowed(
 
 def _row_map(token_at: Mapping[int, str], tokenizer: Tokenizer, size: int, rows: int) -> np.ndarray:
     """Map each row of the result to the source's row of that token, padding to padding."""
+    import numpy as np
+
     tokens = tokenizer.tokens or {}
     used = set(tokens.values())
     return np.array(

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from alloy.checkpoint import MergeRequest, plan_merge
 from alloy.cli.merging import carry_out
 from alloy.cli.wording import refusals
 from alloy.errors import MergeError
@@ -47,6 +46,8 @@ def average(
     A run at a constant rate needs no decay phase: the weighted mean stands for it
     (arXiv:2507.17634).
     """
+    from alloy.checkpoint import MergeRequest, plan_merge
+
     with refusals("average"):
         if last < 1:
             raise MergeError(f"--last {last}: average one or more")

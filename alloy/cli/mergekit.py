@@ -7,15 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from alloy.checkpoint import plan_merge
 from alloy.cli.merging import Allow, Copy, Drop, Kept, carry_out, key_values
 from alloy.cli.places import local, on_hub
 from alloy.cli.wording import refusals
 from alloy.errors import MergeError
-from alloy.mergekit import merge_request
-from alloy.yaml_keys import UniqueKeysLoader
 
 EXAMPLE = """**Example**: the file that `mergekit-yaml config.yml merged` takes
 
@@ -50,6 +46,9 @@ def mergekit(
     What has no counterpart here is refused by name, with what comes nearest. What its files cannot
     say, and `alloy merge` asks, is said by --kept, --copy, --drop and --allow.
     """
+    from alloy.checkpoint import plan_merge
+    from alloy.mergekit import merge_request
+
     with refusals("mergekit", FILE):
         translation = merge_request(_read(config), output, locate=lambda name: local(on_hub(name)))
         request = replace(
@@ -70,6 +69,10 @@ def mergekit(
 
 def _read(path: Path) -> Any:
     """The one configuration in a file."""
+    import yaml
+
+    from alloy.yaml_keys import UniqueKeysLoader
+
     try:
         text = path.read_text()
         _refuse_bombs(path, text)
@@ -92,6 +95,10 @@ def _read(path: Path) -> Any:
 
 def _refuse_bombs(path: Path, text: str) -> None:
     """Aliases within what an alias may repeat grow without end; a configuration needs none."""
+    import yaml
+
+    from alloy.yaml_keys import UniqueKeysLoader
+
     inside = 0  # the depth of collections since the outermost one with an anchor
     for event in yaml.parse(text, UniqueKeysLoader):
         if isinstance(event, yaml.CollectionStartEvent):

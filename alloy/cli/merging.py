@@ -1,4 +1,7 @@
-"""`alloy merge` and `alloy plan`: merge checkpoints on disk, or show what a merge would do."""
+"""`alloy merge` and `alloy plan`: merge checkpoints on disk, or show what a merge would do.
+
+The engine is imported once a command runs: help, refused arguments and completion need none of it.
+"""
 
 import json
 import re
@@ -8,17 +11,18 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from tqdm import tqdm
 
-from alloy.checkpoint import MergePlan, MergeRequest, plan_merge, run_plan
 from alloy.checkpoint.checks.groups import GROUPS
 from alloy.cli.places import is_remote, named, placed
 from alloy.cli.wording import in_options, refusals
 from alloy.errors import MergeError
 from alloy.merging import MERGE_METHODS
+
+if TYPE_CHECKING:
+    from alloy.checkpoint import MergePlan, MergeRequest
 
 MERGE_EXAMPLE = """**Example**: two fine-tunes and the checkpoint they started from
 
@@ -211,6 +215,8 @@ def merge(
 
     Everything is checked before a tensor is read; the output appears whole or not at all.
     """
+    from alloy.checkpoint import plan_merge
+
     with refusals("merge"):
         plan = plan_merge(
             _request(
@@ -238,7 +244,7 @@ def _places(sources: Sequence[str]) -> list[str]:
 
 
 def carry_out(
-    plan: MergePlan,
+    plan: "MergePlan",
     *,
     threads: int | None = None,
     device: str | None = None,
@@ -247,6 +253,10 @@ def carry_out(
     command: str | None = None,
 ) -> None:
     """Run a plan with a bar, and say what was noted and written."""
+    from tqdm import tqdm
+
+    from alloy.checkpoint import run_plan
+
     lock = threading.Lock()
     bar = tqdm(
         desc="compile",  # what a machine's first merge waits for
@@ -308,6 +318,8 @@ def plan(
 
     Reads headers and configs alone, and writes nothing.
     """
+    from alloy.checkpoint import plan_merge
+
     with refusals("plan"):
         planned = plan_merge(
             _request(
@@ -342,8 +354,10 @@ def _request(
     allow: Sequence[str] | None,
     *,
     by_ranges: bool = True,
-) -> MergeRequest:
+) -> "MergeRequest":
     """The settings of a merge as the library takes them."""
+    from alloy.checkpoint import MergeRequest
+
     if method in MERGE_METHODS and method not in _STREAMED:
         raise MergeError(
             f"method {method!r} runs the models while it merges: give them to "

@@ -42,6 +42,21 @@ def test_importing_the_library_costs_nothing() -> None:
     assert all(getattr(alloy, name) is not None for name in alloy.__all__)
 
 
+@pytest.mark.parametrize("command", ["merge", "plan", "mergekit", "average", "adapters"])
+def test_help_loads_no_engine(command: str) -> None:
+    """What a command prints of itself needs no numpy, which the engine and its kernels load."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "alloy", command, "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.split("\n")}
+    assert "typer" in loaded
+    assert not loaded & {"torch", "numpy", "transformers", "numba", "yaml"}
+
+
 def test_a_search_without_optuna_says_what_to_install(monkeypatch) -> None:
     """Optuna is no dependency of the library."""
     from alloy.merging.search import search

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import alloy
+import alloy.checkpoint
 from alloy.cli.app import app
 from alloy.cli.mergekit import FILE
 from alloy.cli.wording import in_options
@@ -198,14 +199,12 @@ def test_a_method_that_runs_the_models_is_for_python(folders, tmp_path):
 
 def test_an_interrupted_merge_ends_with_130_and_resumes(folders, tmp_path, monkeypatch):
     """Ctrl-C is one sentence; the same command goes on where it stopped."""
-    from alloy.cli import merging
-
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     command = ["merge", "linear", tmp_path / "out", folders["a"], folders["b"]]
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "run_plan", interrupted)
+        patch.setattr(alloy.checkpoint, "run_plan", interrupted)
         status, _, said = run(*command)
     assert (status, said) == (130, "alloy merge: interrupted\n")
     assert run(*command)[0] == 0

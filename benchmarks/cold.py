@@ -40,6 +40,7 @@ RESULTS = Path("benchmarks/results/cold.md")
 USUAL = Size(hidden=1024, intermediate=2816, layers=8, vocabulary=16_000)
 FIRST, WARM, BESIDE = "first merge of a process", "warm merge", "warm merge beside a busy process"
 COMMAND, IMPORT, MERGEKIT = "alloy merge, command", "import torch", "mergekit linear"
+HELP = "alloy merge --help"
 
 
 def one_round(bench: Bench) -> None:
@@ -48,6 +49,7 @@ def one_round(bench: Bench) -> None:
     floor = floors(bench.folder / "a", [bench.folder / m for m in "bc"], bench.folder / "out")
     bench.command("floor", floor["floor"])
     bench.command(IMPORT, [sys.executable, "-c", "import torch"])
+    bench.command(HELP, [sys.executable, "-m", "alloy", "merge", "--help"])
     bench.command(COMMAND, alloy_command(bench.folder))
     command = mergekit_command(bench.folder, "linear", MODELS)
     if Path(command[0]).exists():

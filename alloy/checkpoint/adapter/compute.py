@@ -10,17 +10,13 @@ import threading
 from math import prod
 
 import numpy as np
-from numba import njit
 
 from alloy.checkpoint.format import ITEM_BYTES, Entry
 from alloy.checkpoint.ranges.blocks import Blocks, Span
 from alloy.checkpoint.ranges.files import File, open_file
 
-_BLOCK = 2048
-"""Elements of a row that are summed together in the cache."""
 _NORM_BYTES = 1 << 20
 """Bytes of the base at a time where norms are measured (DoRA)."""
-_u32 = np.uint32
 _NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
@@ -93,8 +89,10 @@ class _Folding:
             source, file = self._fold.onto, None
         values = _read(source, first, count, file).astype(self._wide, copy=False)
         if self._left is not None and self._right is not None:
+            from alloy.checkpoint.adapter.loops import add_product
+
             factors = self._factors if scaled else self._factors[:0]
-            _add(
+            add_product(
                 values, first, self._width, self._left, self._right,
                 self._wide(self._fold.scaling), factors, not self._fold.turned,
             )  # fmt: skip
@@ -114,43 +112,6 @@ class _Folding:
             else:
                 squares[row : row + count] = piece.sum(1)
         return np.sqrt(squares)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _add(values, first, width, left, right, scaling, factors, by_row):
-    """Add scaling * left @ right to elements of a matrix, then bring its units to their norms."""
-    whole = np.empty(_BLOCK, values.dtype)
-    position, stop = 0, len(values)
-    while position < stop:
-        row, column = divmod(first + position, width)
-        count = min(_BLOCK, width - column, stop - position)
-        total, piece = whole[:count], values[position : position + count]
-        total[:] = 0
-        for k in range(left.shape[1]):
-            weight, line = left[row, k], right[k, column : column + count]
-            for j in range(total.shape[0]):
-                total[j] += weight * line[j]
-        for j in range(total.shape[0]):
-            piece[j] += scaling * total[j]
-        if len(factors):
-            if by_row:
-                for j in range(total.shape[0]):
-                    piece[j] *= factors[row]
-            else:
-                line = factors[column : column + count]
-                for j in range(total.shape[0]):
-                    piece[j] *= line[j]
-        position += count
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _round(bits, halves):
-    """Round the bits of float32 to bfloat16; NaN stays NaN."""
-    for j in range(bits.shape[0]):
-        word = bits[j]
-        rounded = (word + _u32(_u32(0x7FFF) + _u32((word >> _u32(16)) & _u32(1)))) >> _u32(16)
-        is_nan = _u32(word & _u32(0x7FFFFFFF)) > _u32(0x7F800000)
-        halves[j] = 0x7FC0 if is_nan else rounded
 
 
 def _width(entry: Entry) -> int:
@@ -183,6 +144,8 @@ def _encoded(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype != "BF16":
         with np.errstate(over="ignore"):  # Inf is refused where it is met
             return values.astype(_NUMPY[dtype]).view(np.uint8)
+    from alloy.checkpoint.adapter.loops import round_to_bfloat16
+
     halves = np.empty(len(values), np.uint16)
-    _round(values.view(np.uint32), halves)
+    round_to_bfloat16(values.view(np.uint32), halves)
     return halves.view(np.uint8)

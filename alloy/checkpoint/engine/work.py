@@ -163,6 +163,7 @@ class Mix(_Work):
 
     def compute(self, rows: Rows, start: int, out: np.ndarray) -> None:
         tensors = self.tensors
+        assert isinstance(rows, np.ndarray), "compiled inputs have one dtype"
         if not kernels.mix(rows, tensors.kind, self.coefficients, self.base, out, tensors.out_kind):
             raise tensors.blame(rows, start)
 
@@ -495,6 +496,7 @@ def _ranks(method: str, options: Mapping[str, Any], num_elements: int) -> tuple[
 def _convert(tensors: Tensors, rows: Rows, start: int, out: np.ndarray) -> None:
     """One tensor in another dtype."""
     if tensors.compiled:
+        assert isinstance(rows, np.ndarray), "compiled inputs have one dtype"
         one = np.ones(1, np.float32)
         if not kernels.mix(rows[:1], tensors.kind, one, False, out, tensors.out_kind):
             raise tensors.blame(rows, start)

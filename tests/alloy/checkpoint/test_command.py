@@ -199,6 +199,7 @@ def test_a_method_that_runs_the_models_is_for_python(folders, tmp_path):
 
 def test_an_interrupted_merge_ends_with_130_and_resumes(folders, tmp_path, monkeypatch):
     """Ctrl-C is one sentence; the same command goes on where it stopped."""
+
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 

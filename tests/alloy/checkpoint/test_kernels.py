@@ -8,28 +8,54 @@ import alloy
 import alloy.checkpoint.engine.kernels as kernels
 from alloy.checkpoint import MergeRequest, plan_merge, run_plan
 from alloy.checkpoint.engine.execute import _chunk_elements
+from alloy.checkpoint.engine.kernels import loops
 from alloy.checkpoint.engine.work import Function
 from alloy.checkpoint.run import _step
 from alloy.merging import MERGE_METHODS
 from alloy.merging.randomness import keep, stream_key
 
 HALVES = {kernels.BF16: torch.bfloat16, kernels.F16: torch.float16}
+DTYPES = HALVES | {kernels.F32: torch.float32}
+ONE = np.ones(1, np.float32)
 
 
+def _mixed(raw, kind, out, out_kind):
+    """`mix` of one model, which converts."""
+    return kernels.mix(raw[None], kind, ONE, False, out, out_kind)
+
+
+def _decoded(raw, kind, out):
+    return loops._decode(raw, kind, 0, out)
+
+
+def _encoded(values, kind, out):
+    return loops._encode(values, kind, out, 0)
+
+
+def _decoded_by_mix(raw, kind, out):
+    _mixed(raw, kind, out.view(np.uint8), kernels.F32)
+
+
+def _encoded_by_mix(values, kind, out):
+    return _mixed(values.view(np.uint8), kernels.F32, out, kind)
+
+
+@pytest.mark.parametrize("decode", [_decoded, _decoded_by_mix])
 @pytest.mark.parametrize("kind", HALVES)
-def test_decoding_is_exact_for_every_16_bit_number(kind):
+def test_decoding_is_exact_for_every_16_bit_number(kind, decode):
     """All 65,536 bfloat16 and float16 numbers become torch's float32; NaN and Inf stay."""
     halves = np.arange(1 << 16, dtype=np.uint16)
     decoded = np.empty(1 << 16, np.float32)
-    kernels._decode(halves.view(np.uint8), kind, 0, decoded)
+    decode(halves.view(np.uint8), kind, decoded)
     expected = torch.from_numpy(halves.view(np.int16)).view(HALVES[kind]).float().numpy()
     finite = np.isfinite(expected)
     np.testing.assert_array_equal(decoded[finite].view(np.uint32), expected[finite].view(np.uint32))
     assert not np.isfinite(decoded[~finite]).any()
 
 
+@pytest.mark.parametrize("encode", [_encoded, _encoded_by_mix])
 @pytest.mark.parametrize("kind", HALVES)
-def test_encoding_rounds_to_nearest_even(kind):
+def test_encoding_rounds_to_nearest_even(kind, encode):
     """float32 of every size, ties, subnormals and the largest round to the bits of torch."""
     bits = np.concatenate(
         [
@@ -47,24 +73,59 @@ def test_encoding_rounds_to_nearest_even(kind):
     values = bits.view(np.float32)
     values = values[np.isfinite(values)].copy()
     out = np.empty(2 * len(values), np.uint8)
-    kernels._encode(values, kind, out, 0)
+    encode(values, kind, out)
     expected = torch.from_numpy(values).to(HALVES[kind]).view(torch.int16).numpy().view(np.uint16)
     np.testing.assert_array_equal(out.view(np.uint16), expected)
 
 
-@pytest.mark.parametrize("kind", [kernels.BF16, kernels.F16, kernels.F32])
+@pytest.mark.parametrize("encode", [_encoded, _encoded_by_mix])
+@pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_encoding_and_checking_notice_what_is_not_finite(kind, value):
+def test_encoding_and_checking_notice_what_is_not_finite(kind, value, encode):
     """NaN, Inf, and what the output dtype cannot hold."""
     values = np.array([1.0, value, 2.0], np.float32)
     out = np.empty(12, np.uint8)
-    assert not kernels._encode(values, kind, out, 0)
-    assert kernels._encode(values[:1], kind, out, 0)
+    assert not encode(values, kind, out)
+    assert encode(values[:1], kind, out)
     if kind == kernels.F32:
         assert not kernels.is_finite(values.view(np.uint8), kind)
     else:
-        assert not kernels._encode(np.array([3.4e38], np.float32), kind, out, 0)
+        assert not encode(np.array([3.4e38], np.float32), kind, out)
         assert not kernels.is_finite(out[:2].copy(), kind)
+
+
+@pytest.mark.parametrize("has_base", [False, True])
+@pytest.mark.parametrize("out_kind", DTYPES)
+@pytest.mark.parametrize("kind", DTYPES)
+def test_a_mix_of_any_dtypes_has_the_bits_of_torch(kind, out_kind, has_base):
+    """Numbers of all sizes, subnormal ones too, and one that is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-130, 12, (4 + has_base, 30_001), generator=generator)
+    models = torch.randn(4 + has_base, 30_001, generator=generator) * 2.0**exponents
+    models = models.to(DTYPES[kind])
+    coefficients = torch.randn(4, generator=generator)
+    base = models[0].float() if has_base else None
+    total = torch.zeros(30_001)
+    for i, (c, model) in enumerate(zip(coefficients, models[has_base:].float(), strict=True)):
+        scaled = c * (model if base is None else model - base)
+        total = scaled if i == 0 and base is None else total + scaled
+    expected = (total if base is None else total + base).to(DTYPES[out_kind])
+    out = torch.empty_like(expected)
+    for columns in (slice(None), slice(0, 1), slice(0, 0)):
+        rows = models[:, columns].contiguous()
+        assert kernels.mix(
+            rows.view(torch.uint8).numpy().reshape(len(models), -1), kind, coefficients.numpy(),
+            has_base, out[columns].view(torch.uint8).numpy(), out_kind,
+        )  # fmt: skip
+        assert torch.equal(out[columns].view(torch.uint8), expected[columns].view(torch.uint8))
+    for row in models:
+        assert kernels.is_finite(row.view(torch.uint8).numpy(), kind)
+    models[-1, 17] = float("nan")
+    rows = models.view(torch.uint8).numpy()
+    assert not kernels.is_finite(rows[-1], kind)
+    assert not kernels.mix(
+        rows, kind, coefficients.numpy(), has_base, out.view(torch.uint8).numpy(), out_kind
+    )
 
 
 EXACT = [
@@ -232,7 +293,7 @@ def test_a_rounded_magnitude_is_bounded_by_its_bits(kind):
     """Bits reach `_least_bits` exactly where their magnitude, rounded, reaches the bound."""
     generator = np.random.default_rng(0)
     bits = generator.integers(0x30000000, 0x45000000, 20_000, dtype=np.uint32)
-    rounded = np.array([kernels._magnitude(b, kind) for b in bits])
+    rounded = np.array([loops._magnitude(b, kind) for b in bits])
     for bound in rounded[:20]:
-        least = kernels._least_bits(kind, np.uint32(bound))
+        least = loops._least_bits(kind, np.uint32(bound))
         np.testing.assert_array_equal(rounded >= bound, bits >= least)

@@ -523,6 +523,23 @@ def test_the_compiled_path_needs_no_torch(write, weights, tmp_path):
     assert done.returncode == 0, done.stderr.decode()
 
 
+def test_a_linear_merge_needs_no_numba(write, weights, tmp_path):
+    """Its import and the loading of compiled loops take longer than a merge of 100 M parameters."""
+    folders = [str(write(n, weights(i))) for i, n in enumerate(("seed", "a", "b"))]
+    code = (
+        "import sys, alloy\n"
+        "base, a, b, out = sys.argv[1:]\n"
+        "alloy.merge_checkpoints('linear', [a, b], out + '/linear')\n"
+        "alloy.merge_checkpoints('linear', [a, b], out + '/wide', dtype='float32')\n"
+        "alloy.merge_checkpoints('task_arithmetic', [a, b], out + '/vectors', base=base)\n"
+        "assert not {'numba', 'torch', 'scipy'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *folders, str(tmp_path)], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_rows_are_looked_up_by_token(data, tmp_path_factory):

@@ -1,10 +1,4 @@
-"""Compiled loops for the commonest methods: decode, compute and encode a block within L1.
-
-Rows arrive as raw bytes, one row per model, in bfloat16, float16 or float32. Sums are float32, a
-rounded multiply and then a rounded add in the order of the models: what torch computes, to the bit,
-and no other way of cutting a tensor gives another result. The GIL is released, so each worker runs
-its own chunk.
-"""
+"""Loops that numba compiles: inner products, magnitudes, thinned task vectors and votes."""
 
 from __future__ import annotations
 
@@ -15,19 +9,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-BF16, F16, F32 = 0, 1, 2
-KINDS = {"BF16": BF16, "F16": F16, "F32": F32}
-"""Dtypes the kernels read and write."""
+from alloy.checkpoint.engine.kernels import BF16, F16, F32, REDUCTION, VOTE_BLOCK
 
 BLOCK = 2048
 """Elements held in the cache at a time."""
-VOTE_BLOCK = 1 << 10
-"""Elements of a vote, which holds as many for each model and four times as many beside."""
-REDUCTION = 1 << 16
-"""Elements whose inner products are summed together, wherever chunks are cut."""
-NUM_MAGNITUDES = 1 << 15
-"""The magnitudes of a 16-bit float."""
-
 _INFINITY = 0x7F800000
 _LEAST_INFINITE_BF16 = 0x7F7F8000
 """Bits of the least float32 that no bfloat16 holds."""
@@ -35,11 +20,6 @@ _u32 = np.uint32
 _i32 = np.int32
 _primitive: Any = intrinsic  # a decorator whose type says it takes the typing context from callers
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
-
-
-def item_bytes(kind: int) -> int:
-    """Bytes of an element."""
-    return 4 if kind == F32 else 2
 
 
 @_primitive
@@ -140,12 +120,6 @@ def _encode(values, kind, raw, start):
 
 
 @_compiled
-def _scale(values, c, total):
-    for j in range(total.shape[0]):
-        total[j] = c * values[j]
-
-
-@_compiled
 def _add_scaled(values, c, total):
     for j in range(total.shape[0]):
         total[j] += c * values[j]
@@ -161,50 +135,6 @@ def _subtract(values, base):
 def _add(values, total):
     for j in range(total.shape[0]):
         total[j] += values[j]
-
-
-@_compiled
-def mix(rows, kind, coefficients, has_base, out, out_kind):
-    """out = sum c_i W_i; with a base (row 0) W_0 + sum c_i (W_i - W_0). False if not finite.
-
-    Not finite means that an input was not, or that the sum left the range of the output dtype.
-    """
-    num_elements = rows.shape[1] // (4 if kind == F32 else 2)
-    base = np.empty(BLOCK, np.float32)
-    values = np.empty(BLOCK, np.float32)
-    total = np.empty(BLOCK, np.float32)
-    first = 1 if has_base else 0
-    finite = True
-    for start in range(0, num_elements, BLOCK):
-        n = min(BLOCK, num_elements - start)
-        if has_base:
-            total[:n] = 0
-            _decode(rows[0], kind, start, base[:n])
-        for i in range(coefficients.shape[0]):
-            _decode(rows[first + i], kind, start, values[:n])
-            if has_base:
-                _subtract(values[:n], base[:n])
-            if i == 0 and not has_base:
-                _scale(values[:n], coefficients[i], total[:n])
-            else:
-                _add_scaled(values[:n], coefficients[i], total[:n])
-        if has_base:
-            _add(base[:n], total[:n])
-        finite &= _encode(total[:n], out_kind, out, start)
-    return finite
-
-
-@_compiled
-def is_finite(raw, kind):
-    """True if a row of bytes holds no NaN and no Inf."""
-    largest = _u32(0)
-    if kind == F32:
-        for bits in raw.view(np.uint32):
-            largest = max(largest, _u32(bits & _u32(0x7FFFFFFF)))
-        return largest < _u32(_INFINITY)
-    for half in raw.view(np.uint16):
-        largest = max(largest, _u32(_u32(half) & _u32(0x7FFF)))
-    return largest < (_u32(0x7F80) if kind == BF16 else _u32(0x7C00))
 
 
 @_compiled

@@ -27,7 +27,7 @@ from urllib.request import urlopen
 
 from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
 
-from flows import answers
+from flows import answers, database
 from flows.services import HOST, START_SECONDS, ServerError
 from tasks.registry.secrets import without_secrets
 
@@ -101,8 +101,10 @@ class _Server:
         # Its end tells the server that we are gone, however we went.
         self._read_end, self._lifeline = os.pipe()
         self._ending = self._has_answered = False
-        self._log = Path(os.environ["PREFECT_HOME"]) / "temporary-server.log"
-        self._log.parent.mkdir(parents=True, exist_ok=True)
+        home = Path(os.environ["PREFECT_HOME"])
+        home.mkdir(parents=True, exist_ok=True)
+        database.lend(home)
+        self._log = home / "temporary-server.log"
         self._log.unlink(missing_ok=True)
         self._process = self._start()
         self._given_up = threading.Event()

@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows import SERVER, answers
+from flows import SERVER, answers, database
 from flows.workspace import end_group
 
 HOST = "127.0.0.1"
@@ -75,6 +75,7 @@ def prefect_server(port: int, environment: Mapping[str, str]) -> Generator[subpr
     """Prefect's server with its pages; the flows of this workspace are told where it is."""
     url = f"http://{HOST}:{port}/api"
     command = ("prefect", "server", "start", "--host", HOST, "--port", str(port))
+    database.lend(Path(os.environ["PREFECT_HOME"]))
     with service(*command, environment=environment, log="server") as process:
         wait_for(url, process, "server")
         SERVER.write_text(url)

@@ -1,6 +1,5 @@
 """Workspaces with a toy graph, real DVC in them and one real Prefect server for the session."""
 
-import fcntl
 import os
 import resource
 import shutil
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import prefect
 import psutil
 import pytest
 import torch
@@ -22,6 +20,7 @@ from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from alloy.modality import ModalityConfig, ModalityModel, copy_to_experts
+from flows import database
 from flows.pipeline import main
 from tasks.data.scenes import words
 from tasks.data.scenes.description import scenes_description
@@ -74,21 +73,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def prefect_database(request: pytest.FixtureRequest) -> Path:
-    """Prefect's database without runs: its migrations take 22 s of CPU time, a copy none.
-
-    One for all test processes and workspaces, and for the next run of the tests.
-    """
-    home = request.config.cache.mkdir(f"prefect-{prefect.__version__}")
-    with (home / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (home / "made").exists():
-            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
-            environment = {**os.environ, "PREFECT_HOME": str(home)}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
-            (home / "made").touch()
-    return home / "prefect.db"
+def prefect_database() -> Path:
+    """The environment's database of Prefect's, for all processes and the next run of the tests."""
+    return database.make()
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +85,7 @@ def prefect_server(
     """The API address of a Prefect server on loopback."""
     url = f"http://127.0.0.1:{(port := free_port())}/api"
     home = tmp_path_factory.mktemp("prefect")
-    shutil.copy(prefect_database, home)
+    shutil.copy(prefect_database, home / database.NAME)
     command = ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (
         (home / "server.log").open("w") as log,
@@ -223,14 +210,9 @@ def make_toy(folder: Path, url: str, recipes: Sequence[str] = ("toy",)) -> Works
 
 
 @pytest.fixture(scope="session")
-def new_toy(
-    tmp_path_factory: pytest.TempPathFactory, prefect_server: str, prefect_database: Path
-) -> Workspace:
-    """A recipe `toy` that has not run yet; a server of its own finds a database."""
-    toy = make_toy(tmp_path_factory.mktemp("new") / "toy", prefect_server)
-    (toy.folder / ".prefect").mkdir()
-    shutil.copy(prefect_database, toy.folder / ".prefect")
-    return toy
+def new_toy(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Workspace:
+    """A recipe `toy` that has not run yet."""
+    return make_toy(tmp_path_factory.mktemp("new") / "toy", prefect_server)
 
 
 @pytest.fixture(scope="session")

@@ -103,9 +103,16 @@ def _push_cache(addresses: Sequence[str], say: Say) -> None:
 
     if run_streaming(dvc("push", *addresses), hear) != 0:
         raise ShareError(
-            f"dvc push failed: {output[-1] if output else 'no reason given'}; nothing is "
-            "committed, the same command sends what is missing"
+            f"dvc push failed: {_reason(output)}; nothing is committed, the same command sends "
+            "what is missing"
         )
+
+
+def _reason(output: Sequence[str]) -> str:
+    """DVC's first and last error: what went wrong, and how much of it; its last line is neither."""
+    errors = [line.removeprefix("ERROR: ") for line in output if line.startswith("ERROR: ")]
+    said = dict.fromkeys([errors[0], errors[-1]] if errors else output[-1:])
+    return "; ".join(said) or "no reason given"
 
 
 def _fetch(branch: str) -> str | None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from flows.git import GitError
-from flows.share import ShareError, refuse_unshareable, share
+from flows.share import ShareError, _reason, refuse_unshareable, share
 from tests.flows.conftest import Workspace, git, snapshot
 
 ADDRESSES = ["fetch@toy", "merge@toy", "register@toy"]
@@ -70,6 +70,35 @@ def test_what_cannot_be_shared_is_refused_at_once(
     assert "this is params/ of one" in refused()
     monkeypatch.chdir("/")
     assert refused() == "there is no commit here for results to belong to: commit first"
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ([], "no reason given"),
+        (["Killed"], "Killed"),
+        (
+            [
+                "ERROR: unexpected error - The request signature does not match",
+                "Having any troubles? Hit us up at https://dvc.org/support, we are always happy "
+                "to help!",
+            ],
+            "unexpected error - The request signature does not match",
+        ),
+        (
+            [
+                "ERROR: failed to transfer 'md5: 9dd4' - the line was cut",
+                "ERROR: failed to transfer 'md5: 4154' - the line was cut",
+                "ERROR: failed to push data to the cloud - 2 files failed to upload",
+            ],
+            "failed to transfer 'md5: 9dd4' - the line was cut; "
+            "failed to push data to the cloud - 2 files failed to upload",
+        ),
+    ],
+)
+def test_why_a_push_failed_is_told(output: list[str], reason: str) -> None:
+    """DVC's own sentence about a wrong secret or a cut line, not its offer to help."""
+    assert _reason(output) == reason
 
 
 @pytest.mark.slow

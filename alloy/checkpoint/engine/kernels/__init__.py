@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING
 from alloy.lazy import lazily
 
 if TYPE_CHECKING:
-    from alloy.checkpoint.engine.kernels.linear import is_finite, mix
-    from alloy.checkpoint.engine.kernels.loops import (
-        bin_magnitudes,
-        count_lower_halves,
-        count_magnitudes,
-        inner_products,
-        sparse,
-        sparse_in_brackets,
-        vote_in_brackets,
-    )
+    from alloy.checkpoint.engine.kernels.linear import is_finite as is_finite
+    from alloy.checkpoint.engine.kernels.linear import mix as mix
+    from alloy.checkpoint.engine.kernels.loops import bin_magnitudes as bin_magnitudes
+    from alloy.checkpoint.engine.kernels.loops import count_lower_halves as count_lower_halves
+    from alloy.checkpoint.engine.kernels.loops import count_magnitudes as count_magnitudes
+    from alloy.checkpoint.engine.kernels.loops import inner_products as inner_products
+    from alloy.checkpoint.engine.kernels.loops import sparse as sparse
+    from alloy.checkpoint.engine.kernels.loops import sparse_in_brackets as sparse_in_brackets
+    from alloy.checkpoint.engine.kernels.loops import vote_in_brackets as vote_in_brackets
 
 BF16, F16, F32 = 0, 1, 2
 KINDS = {"BF16": BF16, "F16": F16, "F32": F32}

@@ -10,7 +10,8 @@ models/<recipe>/merged/             choose: the arm that the recipe is about
 models/<recipe>/choice.json         choose: which arm that is, and why
 models/<recipe>/finetuned/          finetune: that arm, trained briefly
 models/<recipe>/finetuned_arms/     finetune: the arms to compare it with
-models/<recipe>/registered.json     register
+models/<recipe>/registered.json     register: which version of which model it is
+models/<recipe>/registered.html     register: leads to that version in MLflow
 reports/<recipe>/                   evaluate: metrics.json headline.json table.md report.html plots/
                                     and examples.safetensors, the values by example
 .alloy/                             locks, and work that an interrupted stage goes on with
@@ -84,6 +85,10 @@ class Workspace:
     @property
     def registered(self) -> Path:
         return self.models / "registered.json"
+
+    @property
+    def registered_page(self) -> Path:
+        return self.models / "registered.html"
 
     @property
     def reports(self) -> Path:

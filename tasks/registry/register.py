@@ -24,6 +24,7 @@ from tasks.recipe.section import ParamsError
 from tasks.recipe.shared import PromoteParams, chosen_arm
 from tasks.registry import tracking
 from tasks.registry.held import KEY
+from tasks.reports.mlflow_pages import forward, version_page
 from tasks.usage import last_runs
 from tasks.workspace import LOCK_FILE, Workspace, revision
 
@@ -58,6 +59,8 @@ def main(recipe: Recipe) -> None:
         workspace.registered,
         {"name": section.name, "version": number, "result": key, "lineage": lineage},
     )
+    with storage.write_file(workspace.registered_page) as path:
+        path.write_text(forward(version_page(section.name, number), f"{section.name} {number}"))
     print(f"registered {section.name} version {number}; load it as models:/{section.name}/{number}")
 
 

@@ -3,22 +3,20 @@
 And what the stages before its report took of this machine.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 from tasks.recipe.load import Recipe
 from tasks.reports.html import element, link
+from tasks.reports.mlflow_pages import mlflow_pages
 from tasks.reports.report import Grid, Report, Section
 from tasks.storage import read_json
 from tasks.usage import last_runs
 from tasks.workspace import revision
 
 HEADING = "What the result was made from"
-MLFLOW = "http://127.0.0.1:5000"  # where `make ui` shows it
 
 
 def with_origin(report: Report, recipe: Recipe) -> Report:
@@ -44,8 +42,11 @@ def rows(recipe: Recipe) -> Iterator[list[str]]:
     yield ["commit", revision() or "unknown: there is no git repository"]
     yield ["date", f"{datetime.now(UTC):%Y-%m-%d}"]
     name = recipe.registration.name
-    page = link(f"{mlflow_pages()}/#/models/{name}", f"the versions of {name} in MLflow")
-    yield ["registered as", element("span", page, "; make ui shows local ones")]
+    # The version has no number before register ran; the page that it writes leads to it.
+    version = link(f"../../{workspace.registered_page}", "this version in MLflow")
+    versions = link(f"{mlflow_pages()}/#/models/{name}", f"all versions of {name}")
+    shown = " (make ui shows local ones)"
+    yield ["registered as", element("span", version, ", ", versions, shown)]
 
 
 def runs(recipe: str) -> Section:
@@ -91,12 +92,3 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name} {value}"
-
-
-def mlflow_pages() -> str:
-    """The address of MLflow's pages, without what may be secret in it."""
-    address = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    if address.scheme not in ("http", "https") or not address.hostname:
-        return MLFLOW
-    port = f":{address.port}" if address.port else ""
-    return f"{address.scheme}://{address.hostname}{port}{address.path.rstrip('/')}"

@@ -41,6 +41,7 @@ def test_one_command_makes_a_registered_model_and_its_report(
         "reports/modality/report.html",
         "reports/modality/table.md",
         "models/modality/registered.json",
+        "models/modality/registered.html",
         "mlflow.db",
     ):
         assert (folder / path).is_file(), path

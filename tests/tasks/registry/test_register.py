@@ -106,6 +106,8 @@ def test_a_result_is_registered_with_its_lineage_and_answers(recipe, write_recip
     assert version is not None
     assert version.number == "1"
     assert storage.read_json(Path("models/toy/registered.json"))["version"] == "1"
+    page = Path("models/toy/registered.html").read_text()
+    assert 'content="0; url=http://127.0.0.1:5000/#/models/toy-model/versions/1"' in page
     run = tracking.finished_run(version.run_id)
     assert run.metrics["test/finetuned/vqa/accuracy"] == 50.0
     assert run.metrics["stage/merge/peak_memory"] > 0

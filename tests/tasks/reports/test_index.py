@@ -3,7 +3,7 @@
 import pytest
 
 from tasks.reports.index import write_index
-from tasks.reports.origin import MLFLOW, mlflow_pages
+from tasks.reports.mlflow_pages import MLFLOW, mlflow_pages
 from tasks.storage import write_json
 from tests import recipes
 from tests.tasks.reports.pages import Page

@@ -2,11 +2,18 @@
 
 import importlib
 import json
+import math
+import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLES = REPOSITORY / "examples"
@@ -17,7 +24,8 @@ PAGES = REPOSITORY / "docs" / "tutorials"
 def example(monkeypatch):
     """An example as a module, by its name."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    yield importlib.import_module
+    with patch.dict(os.environ):  # an example of a harness sets it offline
+        yield importlib.import_module
     for path in EXAMPLES.glob("*.py"):
         sys.modules.pop(path.stem, None)
 
@@ -84,14 +92,47 @@ def test_towers_share_a_trunk(example, tmp_path) -> None:
     assert (tmp_path / "towers.png").is_file()
 
 
+@torch.no_grad()
+def perplexity(checkpoint: Path, text: str, passage: int, length: int) -> float:
+    """Perplexity by byte: each byte once, after the bytes of its passage that a window holds."""
+    model, losses = LlamaForCausalLM.from_pretrained(checkpoint).eval(), []
+    for at in range(0, len(text), passage):
+        ids = torch.tensor([*b"\n", *text[at : at + passage].encode()])
+        for start in range(0, len(ids) - 1, length):
+            end = min(start + length, len(ids) - 1)
+            window = slice(max(0, end - length), end)
+            logits = model(ids[None, window]).logits[0, start - end :]
+            losses.append(F.cross_entropy(logits, ids[start + 1 : end + 1], reduction="none"))
+    return math.exp(torch.cat(losses).mean())
+
+
 @pytest.mark.slow
-def test_language_models_are_judged(example, tmp_path) -> None:
-    """Experts are best at their own text; the average is better than the base at both."""
-    scores = example("language_models").main(num_steps=100, out=tmp_path)
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `harness` is not installed")
+def test_language_models_are_judged(example, tmp_path, monkeypatch) -> None:
+    """Experts are best at their own text, the average better than the base at both, by lm-eval."""
+    program = example("language_models")
+    held_out = program.texts()["Python"][-program.HELD_OUT :]
+    judge, direct = program.judge, {}
+
+    def both(checkpoint, tasks):
+        if checkpoint.name == "average":
+            sizes = program.PASSAGE, program.LENGTH
+            direct["average"] = perplexity(checkpoint, held_out, *sizes)
+        return judge(checkpoint, tasks)
+
+    monkeypatch.setattr(program, "judge", both)
+    scores = program.main(num_steps=100, out=tmp_path)
+    assert scores["average"]["Python"] == pytest.approx(direct["average"], rel=1e-3)
     for text in ("English", "Python"):
         assert scores[text][text] == min(of_texts[text] for of_texts in scores.values())
         assert scores["average"][text] < scores["base"][text]
     assert (tmp_path / "language_models.png").is_file()
+
+
+def test_without_the_harness_one_sentence_says_how_to_install_it(example, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"is missing: pip install 'alloy-merge\[harness\]'"):
+        example("language_models")
 
 
 @pytest.mark.slow

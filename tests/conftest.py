@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from collections import Counter
 
 # Before any import of the libraries that read them.
 os.environ.update(
@@ -14,6 +15,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("alloy", deadline=None, derandomize=True)
@@ -24,6 +26,25 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A fifth of collecting the tests went into looking for garbage among modules that stay loaded.
 gc.disable()
+
+
+def pytest_addoption(parser) -> None:
+    """A sample of the tests, for where they are run a second time."""
+    parser.addoption(
+        "--every", type=int, default=1, metavar="N", help="of each file the first test in N"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items) -> None:
+    """Keep the tests 1, N + 1, 2 N + 1, ... of each file, of those that `-m` and `-k` left."""
+    every, seen, kept, left_out = config.getoption("every"), Counter(), [], []
+    for item in items:
+        (left_out if seen[item.path] % every else kept).append(item)
+        seen[item.path] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 def pytest_collection_finish() -> None:

@@ -33,7 +33,7 @@ TESTS = {
     "study.md bash": "tests/benchmarks/test_study.py::test_publishing_the_rows_that_are_there",
     "teams.md bash": "tests/flows/test_teams.py::test_a_second_clone_pulls_and_skips",
     "index.md python": "tests/flows/test_readme.py::test_its_python_prints_what_it_shows",
-    "index.md sh": "tests/alloy/test_package.py::test_the_source_distribution",
+    "index.md sh": "tests/alloy/test_package.py::test_a_clean_environment",
     "merge_checkpoints.md bash": "tests/test_docs.py::test_the_commands_of_the_documentation",
     "merge_checkpoints.md python": "tests/test_docs.py::test_the_merges_of_the_documentation",
     "merge_checkpoints.md sh": "tests/tasks/sources/test_cache.py::test_the_command_of_the_docum",

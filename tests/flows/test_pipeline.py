@@ -214,7 +214,7 @@ def test_the_second_of_two_runs_waits(toy: Workspace) -> None:
 def test_a_killed_run_loses_nothing(toy: Workspace) -> None:
     """The stage of a killed run ends well; the next run waits for it and keeps its result."""
     toy.control("fetch.text", "another checkpoint")
-    toy.control("fetch.seconds", 20)
+    toy.control("fetch.seconds", 60)  # longer than a run takes to begin
     first = toy.start(*RUN)
     wait_until(lambda: toy.reached("start fetch"))
     first.kill()

@@ -24,7 +24,11 @@ Drop = Annotated[
 def extract(
     output: Output,
     model: Annotated[
-        str, typer.Argument(help="The fine-tune: a folder, or BASE+ADAPTER.", show_default=False)
+        str,
+        typer.Argument(
+            help="The fine-tune: a folder, BASE+ADAPTER, or hf://, s3://, mlflow:.",
+            show_default=False,
+        ),
     ],
     base: Annotated[
         str, typer.Option(help="The checkpoint that it was trained from.", show_default=False)
@@ -81,7 +85,7 @@ def adapters(
         list[str],
         typer.Argument(
             metavar="[NAME=]ADAPTER...",
-            help="Folders as PEFT saves them, of one base.",
+            help="Folders as PEFT saves them, or hf://, s3://, mlflow:, of one base.",
             show_default=False,
         ),
     ],

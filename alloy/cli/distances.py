@@ -21,7 +21,8 @@ def distance(
         list[str],
         typer.Argument(
             metavar="CHECKPOINT CHECKPOINT...",
-            help="Two or more folders or safetensors files; every pair is compared.",
+            help="Two or more folders, safetensors files or hf://, s3://, mlflow: sources; "
+            "every pair is compared.",
             show_default=False,
         ),
     ],

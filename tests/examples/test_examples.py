@@ -6,7 +6,6 @@ import math
 import os
 import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -107,7 +106,6 @@ def perplexity(checkpoint: Path, text: str, passage: int, length: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `harness` is not installed")
 def test_language_models_are_judged(example, tmp_path, monkeypatch) -> None:
     """Experts are best at their own text, the average better than the base at both, by lm-eval."""
     program = example("language_models")

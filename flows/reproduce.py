@@ -13,6 +13,7 @@ from prefect.states import Completed, State
 
 from flows.graph import Stage, is_recorded
 from flows.kept import kept, recover
+from flows.sets import sets_of
 from flows.states import UNREACHABLE, failed
 from flows.workspace import Say, dvc, only_run, run_streaming, tell
 
@@ -49,7 +50,7 @@ def reproduce(stage: Stage, lock: int, log: Log, force: bool = False) -> State:
 
     def say(line: str) -> None:
         words = line.strip()
-        if words.startswith(_CHATTER):
+        if words.startswith(_CHATTER) or sets.hear(words):
             log.debug(line)
         elif words:
             log.info(line)
@@ -57,7 +58,10 @@ def reproduce(stage: Stage, lock: int, log: Log, force: bool = False) -> State:
 
     command = dvc("repro", "--single-item", *(["--force"] if force else []), stage.address)
     try:
-        with kept(stage.address, stage.replaced, is_recorded):
+        with (
+            kept(stage.address, stage.replaced, is_recorded),
+            sets_of(stage.address) as sets,
+        ):
             while (status := run_streaming(command, say, lock=lock)) and _is_busy(output):
                 log.warning(
                     "another DVC process works on these files: trying again until it is done"

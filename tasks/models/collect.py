@@ -60,10 +60,10 @@ def main(recipe: ModelsRecipe) -> None:
         if processes.is_first:
             (folder / "specs").mkdir()
             specs = {
-                digest: (*of, folder / "specs" / f"{digest}.json")
-                for digest, of in distinct.items()
+                f"{job.name} {member}": (job, member, folder / "specs" / f"{digest}.json")
+                for digest, (job, member) in distinct.items()
             }
-            run_jobs("symmetries", find_spec, specs, dict.fromkeys(distinct, 2))
+            run_jobs("symmetries", find_spec, specs, dict.fromkeys(specs, 2))
         processes.objects(None)  # the symmetries are there
         shared = {" ".join(job.name for job in group): group for group in in_groups(planned)}
         run_jobs(

@@ -228,8 +228,13 @@ def run_jobs(
     with `here` each after the other; a tensor's operations have one thread, so that results do not
     depend on the number of cores. Cores that no job has for itself take batches of one
     (`tasks.workers.in_order`). With `devices` the jobs queue for these.
+
+    Where the output is no terminal, a line says which of several jobs begins and which is done;
+    `flows.sets` reads them.
     """
     results: dict[str, Any] = {}
+    began: dict[str, float] = {}
+    done: set[str] = set()
     share_cores(1 if here else len(arguments))
     text = bars.TextColumn("{task.description}")
     columns = (text, bars.BarColumn(), bars.TimeElapsedColumn())
@@ -238,13 +243,26 @@ def run_jobs(
         *columns, console=console, transient=True, disable=not (show and console.is_terminal)
     ) as progress:
         bar = progress.add_task(title, total=sum(steps.values()))
+        is_told = show and len(arguments) > 1 and not console.is_terminal
+
+        def say(text: str) -> None:
+            line = f"{title}: {text}"
+            progress.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
         def receive(name: str, what: str, *values: Any) -> None:
             if what == "step":
                 progress.advance(bar)
             elif what == "say":
-                line = f"{title}: {values[0]}"
-                progress.console.print(line, soft_wrap=True, markup=False, highlight=False)
+                say(str(values[0]))
+            elif what == "begin":
+                began[name] = time.monotonic()
+                if is_told:
+                    say(f"{name} begins")
+            elif what == "end":
+                done.add(name)
+                if is_told:
+                    seconds = time.monotonic() - began[name]
+                    say(f"{name} is done after {seconds:.1f} s, {len(done)} of {len(arguments)}")
             else:
                 results[name] = values[0]
 
@@ -253,9 +271,19 @@ def run_jobs(
             torch.set_num_threads(1)
             try:
                 for name, given in arguments.items():
-                    work(*given, partial(receive, name))
+                    _one_job(work, *given, partial(receive, name))
             finally:
                 torch.set_num_threads(threads)
         else:
-            side_by_side(work, arguments, receive, at_once=num_cores(), devices=devices)
+            side_by_side(
+                partial(_one_job, work), arguments, receive, at_once=num_cores(), devices=devices
+            )
     return results
+
+
+def _one_job(work: Callable[..., None], *given: Any) -> None:
+    """Do the work of a job, and report when it begins and ends."""
+    *_, report = given
+    report("begin")
+    work(*given)
+    report("end")

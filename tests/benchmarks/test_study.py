@@ -142,6 +142,7 @@ def test_every_number_of_the_pages_is_one_of_the_rows(monkeypatch: pytest.Monkey
     assert table.text_of(merged, tuned) == table.TABLE.read_text()
 
 
+@pytest.mark.slow  # draws five figures
 def test_publishing_the_rows_that_are_there_changes_no_page(tmp_path: Path) -> None:
     """The page's second command, in a copy: texts and figures stay as they were."""
     for name in ("docs", "params", "benchmarks"):

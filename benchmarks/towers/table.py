@@ -27,10 +27,10 @@ def write() -> None:
         draws = [found["arms"] for found in _read(f"whisper_{layers}_*.json")]
         lines += ["", f"## Whisper tiny.en, pairs of blocks: {layers}, draws: {len(draws)}", ""]
         lines += _grid(_by_arm(draws))
-    for path in sorted(RESULTS.glob("distilled_*.json")):
-        lines += ["", f"## {path.stem}: steps of distillation", ""]
-        rows = json.loads(path.read_text())
-        lines += _grid({f"{n}, {k}": [v] for n, of in rows.items() for k, v in of.items()})
+    if found := _read("distilled_*.json"):
+        draws = [{f"{n}, {k}": v for n, of in one.items() for k, v in of.items()} for one in found]
+        lines += ["", f"## The same after steps of distillation, draws: {len(draws)}", ""]
+        lines += _grid(_by_arm(draws))
     if draws := _read("neighbours_*.json"):
         lines += ["", f"## Layers 1 and 2 of the encoder as one, draws: {len(draws)}", ""]
         lines += _grid(_by_arm(draws))
@@ -45,7 +45,8 @@ def _read(pattern: str) -> list[dict]:
 
 
 def _by_arm(draws: list[dict]) -> dict[str, list[dict]]:
-    return {name: [draw[name] for draw in draws if name in draw] for name in draws[0]}
+    names = dict.fromkeys(name for draw in draws for name in draw)
+    return {name: [draw[name] for draw in draws if name in draw] for name in names}
 
 
 def _grid(rows: dict[str, list[dict]], metrics: dict[str, str] = METRICS) -> list[str]:

@@ -25,6 +25,8 @@ def test_the_table_has_means_over_draws(tmp_path: Path, monkeypatch: pytest.Monk
     for draw, agreement in enumerate((60.0, 70.0)):
         arms = {"average": {**SCORES, "agreement": agreement}}
         (results / f"whisper_all_{draw}.json").write_text(json.dumps({"arms": arms}))
+        steps = {"200": {**SCORES, "agreement": agreement}, **({"1000": SCORES} if draw else {})}
+        (results / f"distilled_all_{draw}.json").write_text(json.dumps({"average": steps}))
     dims = {"width": 100, "layer": "0.fc1.weight", "dims": [10, 50, 90]}
     rows = [{**dims, "member": member} for member in ("encoder", "decoder")]
     (results / "slack.json").write_text(json.dumps(rows))
@@ -32,4 +34,6 @@ def test_the_table_has_means_over_draws(tmp_path: Path, monkeypatch: pytest.Monk
     table.write()
     text = (tmp_path / "towers.md").read_text()
     assert "| average | 1.5 ± 0 | 65 ± 7.1 | 40 ± 0 |" in text
+    assert "| average, 200 | 1.5 ± 0 | 65 ± 7.1 | 40 ± 0 |" in text
+    assert "| average, 1000 | 1.5 | 60 | 40 |" in text
     assert "| 0.fc1 | 0.10 0.50 0.90 | 0.10 0.50 0.90 | 0.20 | 1.00 |" in text

@@ -1,16 +1,17 @@
 """The sets of a stage are task runs below that of the stage."""
 
-from uuid import UUID
+from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from prefect import flow, task
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterFlowRunId
 from prefect.client.schemas.objects import TaskRun
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.sets import sets_of
+from flows.sets import Sets, sets_of
 from tasks.models.shared import jobs
 
 NAMES = ["pair/0", "pair/1", "other/0 third/0"]
@@ -89,6 +90,27 @@ def test_a_set_that_is_not_done_has_failed(prefect_server: str, capsys) -> None:
     assert failed is not None
     assert failed.is_failed()
     assert failed.message == "stage merge@toy ended before this set was done"
+
+
+class Gone(SyncPrefectClient):
+    """A client of a server that answers nothing."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def create_task_run(self, *_: object, name: str | None = None, **__: object) -> TaskRun:
+        self.asked.append(str(name))
+        raise httpx.ConnectError("nobody there")
+
+
+def test_a_server_that_does_not_answer_is_asked_once() -> None:
+    """The stage goes on, and waits for it no more; lines are read as before."""
+    client = Gone()
+    sets = Sets(client, uuid4(), uuid4())
+    assert [sets.hear(f"merge: {name} begins") for name in NAMES] == [True] * len(NAMES)
+    assert not sets.hear("merge: pair/0 is done after 3.2 s, 1 of 3")
+    sets.fail("over")
+    assert client.asked == ["merge pair/0"]
 
 
 @pytest.mark.slow

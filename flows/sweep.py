@@ -46,7 +46,8 @@ _LONGEST_VALUES = 80  # of a name, which becomes a file's
 def experiment(recipe: str, name: str, settings: Sequence[str], to: str) -> State:
     """Run one combination up to a stage; it becomes the DVC experiment of this name."""
     changes = [f"--set-param=params/{recipe}.yaml:{setting}" for setting in settings]
-    command = dvc("exp", "run", "--temp", "--name", name, *changes, f"{to}@{recipe}")
+    arguments = ("exp", "run", "--temp", "--name", name, *changes, f"{to}@{recipe}")
+    command = dvc(*arguments, module="flows.experiment")
     log, output = get_run_logger(), []
 
     def say(line: str) -> None:

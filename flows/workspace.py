@@ -77,9 +77,9 @@ def _wait(descriptor: int, path: Path, say: Say) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-def dvc(*arguments: str) -> list[str]:
+def dvc(*arguments: str, module: str = "dvc") -> list[str]:
     """The command that runs DVC; it waits while another DVC process has the repository."""
-    return [sys.executable, "-m", "dvc", "--wait-for-lock", *arguments]
+    return [sys.executable, "-m", module, "--wait-for-lock", *arguments]
 
 
 class StoppedError(RuntimeError):

@@ -2,11 +2,17 @@
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
+import yaml
+from dvc.repo import Repo, lock_repo
+from dvc.repo.experiments.exceptions import ExpQueueEmptyError
+from dvc.repo.experiments.refs import WORKSPACE_STASH
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.experiment import OwnQueue
 from flows.sweep import called, combinations, main, task_runner
 from tasks.recipe.section import ParamsError
 from tests.flows.conftest import Workspace, git, snapshot
@@ -69,6 +75,22 @@ def test_a_setting_of_nothing_is_refused(here: Workspace, setting: str, message:
 def test_names_hold_the_values_as_git_allows(settings, name, tmp_path):
     assert called("s", 1, settings) == name
     subprocess.run(["git", "check-ref-format", f"refs/exps/{name}"], check=True, cwd=tmp_path)
+
+
+def test_processes_side_by_side_take_their_own_experiments(here: Workspace) -> None:
+    """What another process has put into DVC's stash is left to it."""
+    with Repo() as repo:
+        queues = [OwnQueue(repo, WORKSPACE_STASH) for _ in range(2)]
+        with lock_repo(repo):
+            for name, queue in zip("ab", queues, strict=True):
+                queue.put(name=name, params={"params/toy.yaml": [f"merge.result={name}"]})
+        for name, queue in zip("ab", queues, strict=True):
+            entry, executor = queue.get()
+            assert entry.name == name
+            taken = yaml.safe_load(Path(executor.root_dir, "params", "toy.yaml").read_text())
+            assert taken["merge"]["result"] == name
+            with pytest.raises(ExpQueueEmptyError):
+                queue.get()
 
 
 @pytest.mark.slow

@@ -30,12 +30,14 @@ GENTLE = 64
 
 
 class Mixture(NamedTuple):
-    """The merged factors of one matrix: all B side by side times `left`, `right` times all A."""
+    """The merged factors of n matrices: all B side by side times `left`, `right` times all A."""
 
+    rows: Sequence[int]
+    """Which of the matrices."""
     left: Tensor
-    """[K, R], or [K] where it only scales."""
+    """[n, K, R], or [n, K] where it only scales."""
     right: Tensor | None
-    """[R, K]; None for all A as they are."""
+    """[n, R, K]; None for all A as they are."""
     single: bool
     """The products may be computed in float32."""
 
@@ -61,10 +63,10 @@ def merged_in_core(
     right_KI = torch.cat([right for _, right in factors]).double()
     on_left, on_right = eigenbases((left_OK.T @ left_OK)[None], (right_KI @ right_KI.T)[None])
     sizes = [right.shape[0] for _, right in factors]
-    ((mix_left, mix_right, _),) = mixtures(
+    ((_, mix_left, mix_right, _),) = mixtures(
         on_left, on_right, sizes, lambda cores, _: merge(cores), rank=rank, single=single
     )
-    return left_OK @ mix_left, right_KI if mix_right is None else mix_right @ right_KI
+    return left_OK @ mix_left[0], right_KI if mix_right is None else mix_right[0] @ right_KI
 
 
 class Eigenbases(NamedTuple):
@@ -122,9 +124,9 @@ def mixtures(
             dependent.
 
     Returns:
-        For each matrix a mixture in float64. The rows of the merged A are orthonormal; with `rank`
-        both factors have the roots of the singular values; where `single` allows it and no rank is
-        asked for, A stays as it is.
+        Mixtures in float64, each of matrices whose results have one rank. The rows of the merged A
+        are orthonormal; with `rank` both factors have the roots of the singular values; where
+        `single` allows it and no rank is asked for, A stays as it is.
     """
     spread_N = on_left.spread_N * on_right.spread_N
     mild_N = (spread_N < _MILD) & single
@@ -134,7 +136,7 @@ def mixtures(
         # each of these has bases of a size of its own
         *([i] for i in (~spread_N.isfinite()).nonzero()[:, 0].tolist()),
     ]
-    result: dict[int, Mixture] = {}
+    result = []
     for rows in filter(None, alike):
         (to_left, from_left), (to_right, from_right) = (
             bases.whitening(rows) for bases in (on_left, on_right)
@@ -142,18 +144,14 @@ def mixtures(
         parts = zip(from_left.split([*sizes], 2), from_right.mT.split([*sizes], 1), strict=True)
         core_nUV = merge([one @ other for one, other in parts], rows).double()
         mild = bool(mild_N[rows[0]])
-        rights: Sequence[Tensor | None]
         if mild and rank is None:
-            lefts, rights = to_left @ core_nUV @ to_right.mT, [None] * len(rows)
+            left, right = to_left @ core_nUV @ to_right.mT, None
         elif rank is None:
-            lefts, rights = to_left @ core_nUV, [*to_right.mT]
+            left, right = to_left @ core_nUV, to_right.mT
         else:
             u, s, vt = torch.linalg.svd(core_nUV, full_matrices=False)
             root = s[:, :rank].sqrt()
-            lefts = to_left @ (u[:, :, :rank] * root[:, None, :])
-            rights = [*((root[:, :, None] * vt[:, :rank]) @ to_right.mT)]
-        result |= {
-            row: Mixture(left, right, mild)
-            for row, left, right in zip(rows, lefts, rights, strict=True)
-        }
-    return [result[i] for i in range(len(spread_N))]
+            left = to_left @ (u[:, :, :rank] * root[:, None, :])
+            right = (root[:, :, None] * vt[:, :rank]) @ to_right.mT
+        result.append(Mixture(rows, left, right, mild))
+    return result

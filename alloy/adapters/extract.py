@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alloy.adapters.layers import LAYERS, kinds_of, names_of, within
-from alloy.adapters.write import NewAdapter, identity_of, refuse_output, task_of, write_adapter
+from alloy.adapters.write import (
+    Group,
+    config_of,
+    group_of,
+    identity_of,
+    name_of_whole,
+    names_of_factors,
+    refuse_output,
+    task_of,
+    write_adapter,
+)
 from alloy.checkpoint.adapter.source import open_source
 from alloy.checkpoint.config import is_tied, vocabulary_size
 from alloy.checkpoint.format import DTYPE_NAMES, MERGEABLE, Checkpoint, Entry
@@ -84,14 +94,19 @@ def extract_adapter(
         names = names_of(origin)
         kinds = _kinds(origin, changed, names)
     generator = torch.Generator().manual_seed(seed)
-    result = NewAdapter(fan_in_fan_out="turned" in kinds.values())
+    groups: list[Group] = []
+    ranks: dict[str, int] = {}
+    saved: list[str] = []
+    modules = {names[name].rpartition(".")[0] for name, kind in kinds.items() if kind != "saved"}
     kept = whole = 0.0
     for name in kinds:
         module, kind = names[name].rpartition(".")[0], kinds[name]
         ours, theirs = load_tensor(tuned.entries[name]), load_tensor(origin.entries[name])
         _require_finite(name, ours, theirs)
         if kind == "saved":
-            result.saved[names[name]] = ours.to(getattr(torch, dtype))
+            saved.append(names[name])
+            in_file = name_of_whole(names[name], modules)
+            groups.append(group_of(in_file, ours.to(getattr(torch, dtype))))
         else:
             difference = ours.double() - theirs.double()
             if kind != "linear":
@@ -101,21 +116,28 @@ def extract_adapter(
             residual = difference - left.double() @ right.double()
             whole += float(difference.square().sum())
             kept += float(difference.square().sum() - residual.square().sum())
-            result.factors[module] = left, right
-            if kind == "embedding":
-                result.embeddings.add(module)
+            ranks[module] = right.shape[0]
+            in_file = names_of_factors(module, embedding=kind == "embedding")
+            groups += map(group_of, in_file, (left, right))
         on_tensor(name)
-    ranks = {module: right.shape[0] for module, (_, right) in result.factors.items()}
     named, revision = identity_of(origin)
+    config = config_of(
+        ranks,
+        saved,
+        base=named,
+        revision=revision,
+        task=task_of(origin),
+        fan_in_fan_out="turned" in kinds.values(),
+    )
     with system_errors():
-        num_bytes = write_adapter(
-            result,
+        _, num_bytes = write_adapter(
+            groups,
             Path(output),
-            result.config(named, revision, task_of(origin)),
+            lambda _: config,
             _card(Path(output), tuned, origin, ranks, kept / whole if whole else 1.0),
         )
     return ExtractReport(
-        Path(output), ranks, kept / whole if whole else 1.0, tuple(result.saved), dropped, num_bytes
+        Path(output), ranks, kept / whole if whole else 1.0, tuple(saved), dropped, num_bytes
     )
 
 

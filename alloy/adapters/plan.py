@@ -52,10 +52,23 @@ class Plan:
         import torch
 
         dtype = getattr(torch, TORCH_DTYPES[entry.dtype])
-        if entry.start % dtype.itemsize:
+        if entry.start % dtype.itemsize or not entry.num_elements:
             return load_tensor(entry)
-        pages = self._maps[entry.file][entry.start : entry.start + entry.num_bytes]
-        return torch.from_numpy(pages).view(dtype).reshape(entry.shape)
+        flat = torch.frombuffer(
+            self._maps[entry.file], dtype=dtype, count=entry.num_elements, offset=entry.start
+        )
+        return flat.view(entry.shape)
+
+    def dtype_of(self, name: str) -> Any:
+        """The result's dtype of a tensor: the asked one, or of the first adapter that has it."""
+        import torch
+
+        if self.dtype is not None:
+            return getattr(torch, self.dtype)
+        fold = next(a.folds[name] for a in self.adapters.values() if name in a.folds)
+        entry = fold.left or fold.onto
+        assert entry is not None, "a fold has a tensor"
+        return getattr(torch, TORCH_DTYPES[entry.dtype])
 
 
 def plan_of(request: MergeRequest, rank: int | None) -> Plan:

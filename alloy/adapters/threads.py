@@ -1,32 +1,19 @@
-"""Tensors that threads compute as they are written, in memory that each uses again."""
+"""Threads that compute alone, each in memory that it uses again."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from threading import local
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import Tensor, dtype
-
-
-@dataclass(frozen=True)
-class Later:
-    """A tensor that is computed when it is written."""
-
-    shape: tuple[int, ...]
-    dtype: dtype
-    make: Callable[[], Sequence[Tensor]]
-    """Its values, in pieces that follow each other; valid until the thread makes the next."""
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
 
 class Workspace:
@@ -37,8 +24,6 @@ class Workspace:
 
     def __init__(self) -> None:
         self._of_thread = local()
-        self.views: dict[tuple[str, str], list[Tensor]] = {}
-        """What all threads read, by name of the layer and side."""
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: dtype) -> Tensor:
         """A tensor of any values, in the memory that this thread last got under this name."""
@@ -47,7 +32,7 @@ class Workspace:
         held: dict[str, Tensor] = self._of_thread.__dict__
         num_bytes = prod(shape) * dtype.itemsize
         if name not in held or held[name].numel() < num_bytes:
-            held[name] = torch.empty(num_bytes, dtype=torch.uint8)
+            held[name] = torch.from_numpy(np.empty(num_bytes, np.uint8))  # of huge pages
         return held[name][:num_bytes].view(dtype).reshape(shape)
 
 

@@ -190,7 +190,7 @@ def merge_tensors(
         and models[0].is_floating_point()
         and models[0].numel() > 0
         and all(given(name) == given(names[0]) for name in names)
-        and all(bool(tensor.isfinite().all()) for tensor in finite)
+        and all(map(_is_finite, finite))
     )
     if together:
         keywords = given(names[0])
@@ -200,7 +200,7 @@ def merge_tensors(
             return method.function([*tensors[: len(models)]], **keywords, **of_base)
 
         merged = torch.vmap(one)(*finite).to(models[0].dtype)
-        if bool(merged.isfinite().all()):
+        if _is_finite(merged):
             return merged
     return torch.stack(
         [
@@ -213,6 +213,11 @@ def merge_tensors(
             for i in range(count)
         ]
     )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Where the sum is finite, every entry is; one that overflows asks the entries."""
+    return bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
 def _is_for_matrices(

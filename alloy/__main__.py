@@ -2,8 +2,11 @@
 
 import sys
 
+from alloy.startup import collect_rarely
+
 
 def main() -> None:
+    collect_rarely()
     try:
         import typer  # noqa: F401
     except ModuleNotFoundError:

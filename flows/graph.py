@@ -10,9 +10,9 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -52,46 +52,36 @@ class Stage(NamedTuple):
     """True if DVC brings the outputs back from its cache instead of running the command."""
 
 
+class _Graph(NamedTuple):
+    """What DVC's files say of the stages, whatever has run."""
+
+    addresses: tuple[str, ...]
+    """In dvc.yaml's order."""
+    sorted: tuple[str, ...]
+    """Each after those whose outputs it reads."""
+    reads: Mapping[str, frozenset[str]]
+    """The stages whose outputs each reads, directly or through others."""
+
+
 def stages(recipe: str) -> list[str]:
     """The addresses of a recipe's stages, each after those whose outputs it reads."""
-    return ask(lambda repo: _stages(repo, recipe))
+    return [address for address in _graph().sorted if address.endswith(f"@{recipe}")]
 
 
 def names() -> list[str]:
     """The stages' names, each once, whichever recipes have them."""
-
-    def read(repo: Repo) -> list[str]:
-        return list(dict.fromkeys(s.addressing.partition("@")[0] for s in repo.index.stages))
-
-    return ask(read)
+    return list(dict.fromkeys(address.partition("@")[0] for address in _graph().addresses))
 
 
 def needs(addresses: Sequence[str]) -> dict[str, set[str]]:
     """Those among the stages whose outputs each of them reads, directly or through others."""
-
-    def read(repo: Repo) -> dict[str, set[str]]:
-        graph, known = repo.index.graph, {stage.addressing: stage for stage in repo.index.stages}
-        read_by = {a: networkx.descendants(graph, known[a]) for a in addresses}
-        return {a: {s.addressing for s in read_by[a]} & set(addresses) for a in addresses}
-
-    return ask(read)
-
-
-def _stages(repo: Repo, recipe: str) -> list[str]:
-    # DVC's edges lead from a reader to what it reads; dvc.yaml's order decides the rest.
-    order = networkx.lexicographical_topological_sort(
-        repo.index.graph.reverse(), key=repo.index.stages.index
-    )
-    return [stage.addressing for stage in order if stage.addressing.endswith(f"@{recipe}")]
+    reads = _graph().reads
+    return {address: set(addresses) & reads[address] for address in addresses}
 
 
 def select(recipe: str, *, to: str | None = None, only: str | None = None) -> list[str]:
     """The addresses up to and including stage `to`, or stage `only` alone, or all."""
-    return ask(lambda repo: _select(repo, recipe, to, only))
-
-
-def _select(repo: Repo, recipe: str, to: str | None, only: str | None) -> list[str]:
-    addresses = _stages(repo, recipe)
+    addresses = stages(recipe)
     for name in (to, only):
         if name is not None and f"{name}@{recipe}" not in addresses:
             known = [address.partition("@")[0] for address in addresses]
@@ -100,10 +90,39 @@ def _select(repo: Repo, recipe: str, to: str | None, only: str | None) -> list[s
         return [f"{only}@{recipe}"]
     if to is None:
         return addresses
-    graph = repo.index.graph
-    target = _stage(repo, f"{to}@{recipe}")
-    needed = {stage.addressing for stage in networkx.descendants(graph, target) | {target}}
+    needed = {*_graph().reads[f"{to}@{recipe}"], f"{to}@{recipe}"}
     return [address for address in addresses if address in needed]
+
+
+def _graph() -> _Graph:
+    """The graph, read again when a file that makes it has changed: DVC takes a second to."""
+    read = [path for path in (Path("dvc.yaml"), *sorted(Path("params").glob("*"))) if path.exists()]
+    return _graph_of(tuple((str(path.resolve()), *_version(path)) for path in read))
+
+
+@lru_cache(maxsize=1)
+def _graph_of(versions: tuple[tuple, ...]) -> _Graph:
+    return ask(_read_graph)
+
+
+def _read_graph(repo: Repo) -> _Graph:
+    graph, listed = repo.index.graph, repo.index.stages
+    # DVC's edges lead from a reader to what it reads; dvc.yaml's order decides the rest.
+    order = networkx.lexicographical_topological_sort(graph.reverse(), key=listed.index)
+    return _Graph(
+        tuple(stage.addressing for stage in listed),
+        tuple(stage.addressing for stage in order),
+        {
+            stage.addressing: frozenset(s.addressing for s in networkx.descendants(graph, stage))
+            for stage in listed
+        },
+    )
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def first_stale(addresses: Sequence[str], forced: Collection[str] = ()) -> Stage | None:
@@ -149,11 +168,6 @@ def default_remote() -> str | None:
     return ask(lambda repo: repo.config["core"].get("remote"))
 
 
-def _stage(repo: Repo, address: str):
-    [stage] = [stage for stage in repo.index.stages if stage.addressing == address]
-    return stage
-
-
 def ask(question: Callable[[Repo], T]) -> T:
     """Ask DVC, as soon as no other DVC process works on the same files."""
     waiting = False
@@ -184,13 +198,12 @@ def _keep_lock_file(repo: Repo) -> None:
 
     DVC writes the file in place, so a kill leaves it empty or cut.
     """
-    path = Path(repo.root_dir) / LOCK_FILE
-    if not path.exists():
+    path, copy = Path(repo.root_dir) / LOCK_FILE, Path(repo.root_dir) / COPY
+    if not path.exists() or (copy.is_file() and copy.read_bytes() == path.read_bytes()):
         return
     try:
         Lockfile(repo, str(path)).load()
     except DvcException as error:
-        copy = Path(repo.root_dir) / COPY
         if not copy.is_file():
             raise GraphError(
                 f"{LOCK_FILE} is cut or empty ({error}), and there is no copy of it: take it from "
@@ -203,11 +216,9 @@ def _keep_lock_file(repo: Repo) -> None:
             f"{LOCK_FILE} was cut or empty ({error}): it is again what it was after the last stage."
         )
         return
-    copy = Path(repo.root_dir) / COPY
-    if not copy.is_file() or copy.read_bytes() != path.read_bytes():
-        # A precaution: a disk that is full for it stops nothing.
-        with suppress(OSError), write_file(copy) as partial:
-            shutil.copyfile(path, partial)
+    # A precaution: a disk that is full for it stops nothing.
+    with suppress(OSError), write_file(copy) as partial:
+        shutil.copyfile(path, partial)
 
 
 def _drop_dead_holders(repo: Repo) -> None:

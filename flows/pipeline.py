@@ -183,21 +183,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _NothingToDo(Exception):  # noqa: N818, it is no error
+    """Every stage is up to date; the message says so."""
+
+
 def _run(options: argparse.Namespace) -> int:
-    addresses = plan(options.recipe, to=options.to, only=options.only)
-    pools = {} if options.here else placed(addresses)
-    if options.push:
-        refuse_unshareable(options.push)
-    with workspace(f"{options.recipe} in a terminal"):
-        stale = first_stale(addresses, forced(options.recipe, options.refresh))
-        if stale is None:
-            # Said without Prefect, whose server alone takes ten seconds to start.
-            print(f"Nothing to do: {len(addresses)} stages of {options.recipe} are up to date.")
-            if options.push:
-                print(share(options.recipe, addresses, options.push, tell))
-    if stale is not None:
-        refuse_without_server(pools)
-        with own_server(meanwhile=lambda: check_contents(load(options.recipe))):
+    try:
+        # DVC is asked while the server starts, which takes longer than the answer.
+        with own_server(meanwhile=lambda: _look(options)):
             state = pipeline(
                 options.recipe,
                 to=options.to,
@@ -207,6 +200,9 @@ def _run(options: argparse.Namespace) -> int:
                 here=options.here,
                 return_state=True,
             )
+    except _NothingToDo as said:
+        print(said)
+    else:
         if not state.is_completed():
             complain(f"{state.message}\nFix that and run the same command: it goes on from here.")
             return 1
@@ -214,6 +210,22 @@ def _run(options: argparse.Namespace) -> int:
     if not (options.to or options.only) and table.is_file():
         tables.show(options.recipe)
     return 0
+
+
+def _look(options: argparse.Namespace) -> None:
+    """Refuse what cannot be run, and raise _NothingToDo where nothing must."""
+    addresses = plan(options.recipe, to=options.to, only=options.only)
+    pools = {} if options.here else placed(addresses)
+    if options.push:
+        refuse_unshareable(options.push)
+    with workspace(f"{options.recipe} in a terminal"):
+        if first_stale(addresses, forced(options.recipe, options.refresh)) is None:
+            said = f"Nothing to do: {len(addresses)} stages of {options.recipe} are up to date."
+            if options.push:
+                said = f"{said}\n{share(options.recipe, addresses, options.push, tell)}"
+            raise _NothingToDo(said)
+    refuse_without_server(pools)
+    check_contents(load(options.recipe))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -44,8 +44,8 @@ def own_server(meanwhile: Callable[[], object] = lambda: None) -> Generator[None
         meanwhile: what can be done while our own server starts, which takes it seconds.
     """
     if address := PREFECT_API_URL.value():
-        refuse_silent(address)
         meanwhile()
+        refuse_silent(address)
         yield
         return
     listener = socket.create_server((HOST, 0))

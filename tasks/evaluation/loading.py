@@ -74,8 +74,17 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 def package_of(folder: Path) -> ModuleType:
     """The package of the checkpoint's classes: transformers, or ours that registers them."""
-    name = _read_config(folder).get("model_type")
-    return import_module(OURS[name]) if name in OURS else _transformers()
+    name = package_name(folder)
+    return _transformers() if name == "transformers" else import_module(name)
+
+
+def package_name(folder: Path) -> str:
+    """The name of the package of the checkpoint's classes.
+
+    Raises:
+        CheckpointError: no config.json, or one that is not JSON.
+    """
+    return OURS.get(_read_config(folder).get("model_type", ""), "transformers")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

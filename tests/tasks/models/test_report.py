@@ -1,5 +1,7 @@
 """Laws of the report of sets: means over seeds, members in their order, layers in the model's."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -22,6 +24,12 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_state(tmp_path, monkeypatch):
+    """What the report keeps for its next run lies in the folder where it runs."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_layers_stand_as_the_model_has_them(checkpoint):
     weights = transformers.ViTModel.from_pretrained(checkpoint).state_dict()
     by_name = distance(*[{n: weights[n] for n in sorted(weights)}] * 2).layers
@@ -31,6 +39,23 @@ def test_layers_stand_as_the_model_has_them(checkpoint):
     numbered = [layer for layer in layers if layer.split(".")[-1].isdigit()]
     assert [int(layer.split(".")[-1]) for layer in numbered] == list(range(11))
     assert layers.index("layernorm.weight") > layers.index(numbered[-1])
+
+
+def test_the_order_of_layers_is_kept_for_the_same_config(checkpoint, tmp_path, monkeypatch):
+    names = [f"encoder.layer.{i}" for i in range(10, -1, -1)] + ["layernorm.weight"]
+    first = distances.in_order(names, checkpoint)
+
+    def refuse(folder):
+        raise AssertionError("transformers was asked")
+
+    monkeypatch.setattr(distances, "model_class", refuse)
+    assert distances.in_order(names, checkpoint) == first
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(config.replace('"image_size": 4', '"image_size": 8'))
+    with pytest.raises(AssertionError, match="was asked"):
+        distances.in_order(names, other)
 
 
 def test_layers_of_an_unknown_architecture_are_counted(tmp_path):

@@ -7,6 +7,7 @@ the stage's output at once.
 
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from alloy.checkpoint import MergePlan, MergeRequest, plan_merge, run_plan
 from alloy.checkpoint.checks.sources import BASE
 from alloy.devices import chosen_device
-from tasks.models.shared.jobs import Job, jobs
+from tasks.models.shared.jobs import Job, Told, jobs
 from tasks.recipe.models import ModelsArm, ModelsRecipe
 from tasks.storage import write_folder
 
@@ -25,11 +26,15 @@ def main(recipe: ModelsRecipe) -> None:
     workspace = recipe.workspace
     work = workspace.work("merge")
     made: dict[Path, Path] = {}
-    for job in jobs(recipe):
+    planned = jobs(recipe)
+    told = Told(0 if sys.stdout.isatty() else len(planned), lambda line: print(f"merge: {line}"))
+    for job in planned:
+        told.begin(job.name)
         for name, arm in recipe.merge.arms.items():
             place = job.within(work) / name
             stream(job, name, arm, place)
             made[job.within(workspace.arms).relative_to(workspace.arms) / name] = place
+        told.end(job.name)
     with write_folder(workspace.arms) as arms:
         for relative, place in made.items():
             (arms / relative).parent.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,26 @@ class Progress:
         self(f"{self.num} {what}")
 
 
+class Told:
+    """Says which of several jobs begins and which is done; `flows.sets` reads the lines."""
+
+    def __init__(self, num_jobs: int, say: Callable[[str], None]) -> None:
+        self._num_jobs, self._say = num_jobs, say
+        self._began: dict[str, float] = {}
+        self._num_done = 0
+
+    def begin(self, name: str) -> None:
+        self._began[name] = time.monotonic()
+        if self._num_jobs > 1:
+            self._say(f"{name} begins")
+
+    def end(self, name: str) -> None:
+        self._num_done += 1
+        if self._num_jobs > 1:
+            seconds = time.monotonic() - self._began[name]
+            self._say(f"{name} is done after {seconds:.1f} s, {self._num_done} of {self._num_jobs}")
+
+
 @dataclass(frozen=True)
 class Job:
     """One set of one recipe with the members of one seed."""
@@ -229,12 +249,9 @@ def run_jobs(
     depend on the number of cores. Cores that no job has for itself take batches of one
     (`tasks.workers.in_order`). With `devices` the jobs queue for these.
 
-    Where the output is no terminal, a line says which of several jobs begins and which is done;
-    `flows.sets` reads them.
+    Where the output is no terminal, a line says which of several jobs begins and which is done.
     """
     results: dict[str, Any] = {}
-    began: dict[str, float] = {}
-    done: set[str] = set()
     share_cores(1 if here else len(arguments))
     text = bars.TextColumn("{task.description}")
     columns = (text, bars.BarColumn(), bars.TimeElapsedColumn())
@@ -243,11 +260,12 @@ def run_jobs(
         *columns, console=console, transient=True, disable=not (show and console.is_terminal)
     ) as progress:
         bar = progress.add_task(title, total=sum(steps.values()))
-        is_told = show and len(arguments) > 1 and not console.is_terminal
 
         def say(text: str) -> None:
             line = f"{title}: {text}"
             progress.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+        told = Told(len(arguments) if show and not console.is_terminal else 0, say)
 
         def receive(name: str, what: str, *values: Any) -> None:
             if what == "step":
@@ -255,14 +273,9 @@ def run_jobs(
             elif what == "say":
                 say(str(values[0]))
             elif what == "begin":
-                began[name] = time.monotonic()
-                if is_told:
-                    say(f"{name} begins")
+                told.begin(name)
             elif what == "end":
-                done.add(name)
-                if is_told:
-                    seconds = time.monotonic() - began[name]
-                    say(f"{name} is done after {seconds:.1f} s, {len(done)} of {len(arguments)}")
+                told.end(name)
             else:
                 results[name] = values[0]
 

@@ -213,8 +213,11 @@ def test_a_pattern_that_keeps_nothing_is_refused(workspace) -> None:
     assert not ARM.parent.exists()
 
 
-def test_every_set_and_seed_has_every_arm(workspace) -> None:
-    """Two sets of two seeds and two arms make eight models, each of its own members."""
+def test_every_set_and_seed_has_every_arm(workspace, capsys) -> None:
+    """Two sets of two seeds and two arms make eight models, each of its own members.
+
+    Of each a line says that it begins, and one that it is done.
+    """
     for seed, name in enumerate("cd", start=2):
         _vit(seed).save_pretrained(workspace / "given" / name)
 
@@ -232,6 +235,13 @@ def test_every_set_and_seed_has_every_arm(workspace) -> None:
     run(fetch, merge, choose)
     found = sorted(Path("models/mine/arms").glob("*/*/*/model.safetensors"))
     assert len(found) == 8
+    lines = capsys.readouterr().out.splitlines()
+    for done, job in enumerate(("first/0", "first/1", "second/0", "second/1"), 1):
+        begun = lines.index(f"merge: {job} begins")
+        said = rf"merge: {job} is done after [\d.]+ s, {done} of 4"
+        [ended] = [i for i, line in enumerate(lines) if re.fullmatch(said, line)]
+        assert all(line.startswith(f"merge: {job}: ") for line in lines[begun + 1 : ended])
+        assert ended == begun + 3
     b, d = (load_file(f"given/{name}/model.safetensors") for name in "bd")
     for name, tensor in load_file(MERGED).items():
         torch.testing.assert_close(tensor, (b[name] + d[name]) / 2)

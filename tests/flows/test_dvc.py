@@ -110,15 +110,19 @@ def test_dead_holders_of_dvcs_locks_are_forgotten(toy: Workspace, run_here: Here
 def test_a_run_waits_for_dvc_by_hand(toy: Workspace) -> None:
     """While `dvc repro` has the workspace, a run says so and waits, then finds the work done."""
     toy.control("merge.text", "another method")
-    toy.control("merge.seconds", 8)
+    toy.control("merge.held", "until the run waits")
     by_hand = toy.start("dvc", "repro", "merge@toy")
     wait_until(lambda: toy.reached("start merge"))
-    status, said = toy.run(*RUN)
+    run = toy.start(*RUN)
+    assert run.stdout is not None
+    told = next(line for line in run.stdout if "waiting" in line)
+    (toy.folder / "control" / "merge.held").unlink()
+    said, _ = run.communicate(timeout=PATIENCE)
     by_hand.communicate(timeout=PATIENCE)
     assert by_hand.returncode == 0
-    assert status == 0, said
+    assert run.returncode == 0, said
+    assert "taken by merge" in told, told
     assert "Traceback" not in said
-    assert "waiting" in said
     assert toy.log() == ran("merge", "register")
 
 

@@ -1,9 +1,9 @@
 """A stage for tests of the flows: python toy_stage.py NAME. Writes `out/NAME` whole or not at all.
 
-`control/NAME.seconds` makes it slow, `control/NAME.failures` makes it fail so often
-with the exit status in `control/NAME.status`, `control/NAME.refuses` is a text in the recipe with
-which it fails, `control/NAME.text` is what
-it writes (its DVC parameter, so to say). `log` remembers every start and every end.
+`control/NAME.seconds` makes it slow, and `control/NAME.held` makes it wait while that file stands;
+`control/NAME.failures` makes it fail so often with the exit status in `control/NAME.status`;
+`control/NAME.refuses` is a text in the recipe with which it fails, `control/NAME.text` what it
+writes (its DVC parameter, so to say). `log` remembers every start and every end.
 """
 
 import sys
@@ -42,6 +42,8 @@ with hold_workspace(name):
         with write_folder(Path("out") / name) as folder:
             (folder / "first").write_text(setting("text", "text"))
             time.sleep(float(setting("seconds", "0")))
+            while (control / f"{name}.held").exists():
+                time.sleep(0.05)
             (folder / "second").write_text("x" * int(setting("bytes", "1")))
     except OSError as error:
         sys.exit(f"{name}: {error}")

@@ -82,24 +82,30 @@ def seconds(folder: Path, *command: str) -> dict[str, float]:
 
 
 def measure(commit: str, gigabytes: int) -> dict[str, dict[str, float]]:
-    """The seconds of each command, in a clone that is then removed."""
+    """The seconds of each command, told as they are found, in a clone that is then removed."""
+    found: dict[str, dict[str, float]] = {}
+
+    def run(name: str, *command: str) -> None:
+        found[name] = seconds(folder, *command)
+        print(f"{name}: {found[name]}", flush=True)
+
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "alloy"
         workspace(folder, commit)
-        found = {"first": seconds(folder, "flows.pipeline", "rest")}
+        run("first", "flows.pipeline", "rest")
         params = folder / "params/rest.yaml"
         params.write_text(params.read_text().replace("density: 0.3", "density: 0.4"))
-        found["again"] = seconds(folder, "flows.pipeline", "rest")
-        found["unchanged"] = seconds(folder, "flows.pipeline", "rest")
-        found["promote"] = seconds(folder, "flows.promote", "rest", "--regardless", "benchmark")
+        run("again", "flows.pipeline", "rest")
+        run("unchanged", "flows.pipeline", "rest")
+        run("promote", "flows.promote", "rest", "--regardless", "benchmark")
         if gigabytes:
             for number in range(gigabytes):
                 place = folder / f"released/large/{number}.bin"
                 place.parent.mkdir(exist_ok=True)
                 with place.open("wb") as file:
                     file.truncate(10**9)
-            found["large"] = seconds(folder, "flows.pipeline", "rest", "--to", "fetch")
-            found["large unchanged"] = seconds(folder, "flows.pipeline", "rest")
+            run("large", "flows.pipeline", "rest", "--to", "fetch")
+            run("large unchanged", "flows.pipeline", "rest")
         return found
 
 

@@ -188,6 +188,7 @@ class _NothingToDo(Exception):  # noqa: N818, it is no error
 
 
 def _run(options: argparse.Namespace) -> int:
+    check(options.recipe)  # before a server has a folder for itself here
     try:
         # DVC is asked while the server starts, which takes longer than the answer.
         with own_server(meanwhile=lambda: _look(options)):

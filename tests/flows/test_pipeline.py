@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flows import pipeline
 from flows.api import ask
 from flows.workspace import only_run
 from tests.flows.conftest import PATIENCE, Workspace, cpu_seconds, snapshot, wait_until
@@ -265,6 +266,16 @@ def test_what_does_not_exist_is_refused(
     assert message in said
     assert "Traceback" not in said
     assert snapshot(toy.folder) == before
+
+
+def test_an_unknown_recipe_starts_no_server_of_its_own(
+    toy: Workspace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A server has a folder in the workspace, which a mistyped command leaves as it is."""
+    monkeypatch.chdir(toy.folder)
+    monkeypatch.setattr(pipeline, "own_server", lambda **_: pytest.fail("a server was started"))
+    assert pipeline.main(["toyy"]) == 2
+    assert "did you mean 'toy'?" in capfd.readouterr().err
 
 
 def test_a_wrong_key_is_refused_before_the_first_stage(toy: Workspace, run_here: Here) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from dvc.repo import Repo, lock_repo
 from dvc.repo.experiments.exceptions import ExpQueueEmptyError
-from dvc.repo.experiments.refs import WORKSPACE_STASH
+from dvc.repo.experiments.queue import tempdir
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -77,12 +77,15 @@ def test_names_hold_the_values_as_git_allows(settings, name, tmp_path):
     subprocess.run(["git", "check-ref-format", f"refs/exps/{name}"], check=True, cwd=tmp_path)
 
 
-def test_processes_side_by_side_take_their_own_experiments(here: Workspace) -> None:
+def test_processes_side_by_side_take_their_own_experiments(
+    here: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What another process has put into DVC's stash is left to it."""
-    with Repo() as repo:
-        queues = [OwnQueue(repo, WORKSPACE_STASH) for _ in range(2)]
-        with lock_repo(repo):
-            for name, queue in zip("ab", queues, strict=True):
+    monkeypatch.setattr(tempdir, "TempDirQueue", OwnQueue)  # as flows.experiment does
+    with Repo() as one, Repo() as other:
+        queues = [repo.experiments.tempdir_queue for repo in (one, other)]
+        for name, repo, queue in zip("ab", (one, other), queues, strict=True):
+            with lock_repo(repo):
                 queue.put(name=name, params={"params/toy.yaml": [f"merge.result={name}"]})
         for name, queue in zip("ab", queues, strict=True):
             entry, executor = queue.get()
